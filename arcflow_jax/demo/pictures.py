@@ -1,0 +1,123 @@
+"""The picture world of the bundled teacher: one coloured shape on a plain background, and captions for it.
+
+A picture is drawn from five attributes. The caption always names shape and colour; position, size and background
+may be left out, and are then free. Within an attribute the exact place and radius are free too, so that a caption
+stands for a many-sided distribution.
+"""
+
+# B batch, P pixels along a side
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SIDE = 64  # pixels
+
+# Each attribute's values; -1 in an attribute array means "not named in the caption".
+SHAPES = ("circle", "square", "triangle", "ring")
+COLOURS = ("red", "green", "blue", "yellow", "purple")
+POSITIONS = ("left", "right", "top", "bottom", "center")
+SIZES = ("small", "large")
+BACKGROUNDS = ("white", "gray", "black", "pink")
+ATTRIBUTES = {
+    "shape": SHAPES,
+    "colour": COLOURS,
+    "position": POSITIONS,
+    "size": SIZES,
+    "background": BACKGROUNDS,
+}
+
+COLOUR_RGB = np.array([[225, 45, 45], [40, 165, 75], [45, 85, 225], [250, 210, 40], [160, 40, 210]]) / 255
+BACKGROUND_RGB = np.array([[245, 245, 245], [128, 128, 128], [15, 15, 15], [245, 170, 190]]) / 255
+RADIUS = np.array([[10.0, 12.5], [16.0, 18.5]])  # from, to; for each of SIZES
+CENTRE = np.array([[[21, 32], [43, 32], [32, 21], [32, 43], [32, 32]]])[0]  # x, y for each of POSITIONS
+WANDER = 2.0  # the centre moves by up to this many pixels along x and y
+
+POSITION_WORDS = ("on the left", "on the right", "at the top", "at the bottom", "in the center")
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+    """What a caption asks for: the index of each attribute's value, -1 where it is left out."""
+
+    shape: int
+    colour: int
+    position: int = -1
+    size: int = -1
+    background: int = -1
+
+    def __str__(self) -> str:
+        words = ["a"]
+        if self.size >= 0:
+            words.append(SIZES[self.size])
+        words += [COLOURS[self.colour], SHAPES[self.shape]]
+        if self.position >= 0:
+            words.append(POSITION_WORDS[self.position])
+        if self.background >= 0:
+            words.append(f"on a {BACKGROUNDS[self.background]} background")
+        return " ".join(words)
+
+    def as_array(self) -> np.ndarray:  # [5], in the order of ATTRIBUTES
+        return np.array(dataclasses.astuple(self))
+
+
+def all_captions() -> list[Caption]:
+    """Every caption of this world, in a fixed order."""
+    named = (range(len(SHAPES)), range(len(COLOURS)))
+    optional = (range(-1, len(values)) for values in (POSITIONS, SIZES, BACKGROUNDS))
+    return [Caption(*attributes) for attributes in itertools.product(*named, *optional)]
+
+
+def held_out_prompts(count: int, seed: int = 0) -> list[Caption]:
+    """`count` different captions, the same for a seed: what the demo samples."""
+    captions = all_captions()
+    order = np.random.default_rng(seed).permutation(len(captions))
+    return [captions[i] for i in order[:count]]
+
+
+def complete(key: jax.Array, attributes: jax.Array) -> jax.Array:
+    """Attributes [B, 5] with every -1 replaced by a value drawn at random."""
+    counts = jnp.array([len(values) for values in ATTRIBUTES.values()])
+    drawn = jax.random.randint(key, attributes.shape, 0, counts)
+    return jnp.where(attributes < 0, drawn, attributes)
+
+
+def render(key: jax.Array, attributes: jax.Array) -> jax.Array:
+    """Pictures [B, P, P, 3] in [-1, 1] of complete attributes [B, 5]; `key` draws place and radius.
+
+    Antialiased: a pixel's coverage is its signed distance to the outline, clipped to half a pixel on both sides.
+    """
+    shape, colour, position, size, background = attributes.T
+    place_key, radius_key = jax.random.split(key)
+    wander = jax.random.uniform(place_key, (len(attributes), 2), minval=-WANDER, maxval=WANDER)
+    centre = jnp.asarray(CENTRE, jnp.float32)[position] + wander
+    low, high = jnp.asarray(RADIUS, jnp.float32)[size].T
+    radius = low + (high - low) * jax.random.uniform(radius_key, low.shape)
+
+    grid = jnp.arange(SIDE) + 0.5
+    x = (grid[None, None, :] - centre[:, 0, None, None]) / radius[:, None, None]  # [B, 1, P], in radii
+    y = (grid[None, :, None] - centre[:, 1, None, None]) / radius[:, None, None]  # [B, P, 1]
+    from_centre = jnp.hypot(x, y)
+    circle = from_centre - 1.0
+    square = jnp.maximum(jnp.abs(x), jnp.abs(y)) - 0.87
+    triangle = jnp.maximum(y - 0.75, 0.5 * (3**0.5 * jnp.abs(x) - y) - 0.52)
+    ring = jnp.abs(from_centre - 0.76) - 0.24
+    distance = jnp.stack([circle, square + 0 * circle, triangle + 0 * circle, ring])  # [4, B, P, P]
+    distance = jnp.take_along_axis(distance, shape[None, :, None, None], axis=0)[0] * radius[:, None, None]
+    coverage = jnp.clip(0.5 - distance, 0.0, 1.0)[..., None]
+
+    front = jnp.asarray(COLOUR_RGB, jnp.float32)[colour][:, None, None]
+    back = jnp.asarray(BACKGROUND_RGB, jnp.float32)[background][:, None, None]
+    return (coverage * front + (1 - coverage) * back) * 2 - 1
+
+
+def random_pictures(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """`count` pictures [B, P, P, 3] of attributes drawn at random, and the attributes [B, 5]."""
+    complete_key, render_key = jax.random.split(key)
+    attributes = complete(complete_key, jnp.full((count, len(ATTRIBUTES)), -1))
+    return render(render_key, attributes), attributes

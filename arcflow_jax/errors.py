@@ -1,0 +1,8 @@
+"""The one exception for what a user can put right."""
+
+
+class UserError(Exception):
+    """Bad input: the message is one line that says what was wrong and what would be right.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
