@@ -1,0 +1,226 @@
+"""The strict rule engine: checkpoint tensors to NNX states and back, from one table a checkpoint family.
+
+A table is a module (or any object) with
+
+- `RULES`, a tuple of `Rule`: one line for each kind of tensor, read in both directions;
+- `IGNORED` (optional), names knowingly unused: `{name}` stands for an integer and `*` for anything;
+- `ALIASES` (optional), other names in use for the same tensors. A key is the beginning of a name, in whole dotted
+  parts (so a full name is one too), and its value replaces it: `{"encoder.embed_tokens": "shared"}` renames a
+  tensor, `{"text_model": ""}` drops a prefix, and `{"encoder": "text_model.encoder"}` adds one.
+
+Strict means: every tensor of the source is used or on the ignore list, every target is filled from every layer,
+shapes agree, dtypes are floating, values are finite. What is wrong is found from names and shapes before anything
+is read, and is told in one `UserError`. Reading then goes target by target (`read`), so that a checkpoint larger
+than the memory can pass through.
+"""
+
+# L stacked layers
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from arcflow_jax.errors import UserError
+
+DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16))
+SHOWN = 4  # names of a kind that an error message spells out
+
+
+class Tensor(Protocol):
+    """What a source holds: a shape, a dtype, and the values once `np.asarray` asks for them."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How one tensor is laid out there and here: two functions of an array, each undoing the other."""
+
+    to_ours: Callable[[np.ndarray], np.ndarray]
+    to_theirs: Callable[[np.ndarray], np.ndarray]
+
+
+AS_IS = Form(lambda x: x, lambda x: x)
+LINEAR = Form(np.transpose, np.transpose)  # [out, in] <-> [in, out]
+CONV = Form(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # OIHW <-> HWIO
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One kind of tensor: its name in the checkpoint, its dotted path in the NNX state, its layout.
+
+    `{layer}` in the source is the index of a stacked layer and absent from the target, whose array is [L, ...].
+    Any other `{name}` stands for an integer in both.
+    """
+
+    source: str
+    target: str
+    form: Form = AS_IS
+
+
+class Fill(NamedTuple):
+    """One target and what fills it: one source name or, for a stacked target, one a layer in order."""
+
+    target: str
+    names: tuple[str, ...]
+    stacked: bool
+    form: Form
+
+
+def pattern(text: str) -> re.Pattern[str]:
+    """A regular expression for a name in which `{name}` stands for an integer and `*` for anything."""
+    parts = re.split(r"\{(\w+)\}", text)  # text and placeholder names take turns
+    texts = [".*".join(map(re.escape, part.split("*"))) for part in parts[::2]]
+    integers = [rf"(?P<{name}>\d+)" for name in parts[1::2]]
+    return re.compile("".join(text + integer for text, integer in itertools.zip_longest(texts, integers, fillvalue="")))
+
+
+def flatten(state: nnx.State) -> dict[str, nnx.Variable]:
+    """The variables of a state by dotted path."""
+    return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+
+
+def fills(table: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[Fill]:
+    """What fills each target (path → shape), by the table's rules.
+
+    Raises:
+      ValueError: if a target has no rule or more than one. That is a fault of the table, not of a checkpoint.
+    """
+    rules = [(rule, pattern(rule.target)) for rule in table.RULES]
+    plan = []
+    for target, shape in shapes.items():
+        matches = [(rule, match) for rule, regex in rules if (match := regex.fullmatch(target))]
+        if len(matches) != 1:
+            raise ValueError(f"{target} is the target of {len(matches)} rules of {table!r}, not of one")
+        ((rule, match),) = matches
+        stacked = "{layer}" in rule.source
+        layers = range(shape[0]) if stacked else (None,)
+        names = tuple(rule.source.format(**match.groupdict(), layer=layer) for layer in layers)
+        plan.append(Fill(target, names, stacked, rule.form))
+    return plan
+
+
+def canonical(table: Any, name: str) -> str:
+    """The name by which the table's rules know a source tensor; see the module's docstring on `ALIASES`."""
+    for other, ours in getattr(table, "ALIASES", {}).items():
+        if name == other or name.startswith(f"{other}."):
+            return (ours + name[len(other) :]).removeprefix(".")
+    return name
+
+
+def check(
+    table: Any, source: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str
+) -> Iterator[tuple[Fill, list[Tensor]]]:
+    """Each target with the source tensors that fill it, after a look at all names, shapes and dtypes.
+
+    Raises:
+      UserError: one line that names `where` and lists what is missing, left over and wrong.
+    """
+    plan = fills(table, shapes)
+    names: dict[str, str] = {}  # canonical name -> name in the source
+    wrong = []
+    for name in source:
+        first = names.setdefault(canonical(table, name), name)
+        if first != name and not same(source[first], source[name]):
+            wrong.append(f"{first} and {name} are two names of one tensor but differ")
+
+    needed = {name for fill in plan for name in fill.names}
+    ignored = [pattern(text) for text in getattr(table, "IGNORED", ())]
+    missing = [name for fill in plan for name in fill.names if name not in names]
+    left_over = [
+        theirs
+        for ours, theirs in names.items()
+        if ours not in needed and not any(regex.fullmatch(ours) for regex in ignored)
+    ]
+    for fill in plan:
+        shape = shapes[fill.target][1:] if fill.stacked else shapes[fill.target]
+        expected = fill.form.to_theirs(np.broadcast_to(np.float32(0), shape)).shape  # takes no memory
+        for name in fill.names:
+            tensor = source[names[name]] if name in names else None
+            if tensor is not None and tuple(tensor.shape) != expected:
+                wrong.append(f"{names[name]} is {list(tensor.shape)}, expected {list(expected)}")
+            elif tensor is not None and tensor.dtype not in DTYPES:
+                wrong.append(f"{names[name]} has dtype {tensor.dtype}, expected {', '.join(map(str, DTYPES))}")
+
+    findings = {"missing": missing, "left over": left_over, "wrong": wrong}
+    if any(findings.values()):
+        raise UserError(f"{where}: " + "; ".join(shorten(kind, items) for kind, items in findings.items() if items))
+    return ((fill, [source[names[name]] for name in fill.names]) for fill in plan)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return tuple(a.shape) == tuple(b.shape) and np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def shorten(kind: str, items: list[str]) -> str:
+    """`2 missing (a, b)`, cut to the first few."""
+    shown = ", ".join(items[:SHOWN]) + (", …" if len(items) > SHOWN else "")
+    return f"{len(items)} {kind} ({shown})"
+
+
+def read(fill: Fill, tensors: list[Tensor], dtype: Any = None, where: str = "checkpoint") -> np.ndarray:
+    """The array of one target, in `dtype`, by default that of the source (the widest, if its layers differ).
+
+    Raises:
+      UserError: if a value is NaN or infinite, in the source or in `dtype`.
+    """
+    if dtype is None:
+        dtype = jnp.result_type(*(tensor.dtype for tensor in tensors))
+    layers = []
+    for name, tensor in zip(fill.names, tensors, strict=True):
+        with np.errstate(over="ignore"):  # a value too large for dtype becomes infinite, and is refused below
+            array = np.asarray(tensor).astype(dtype, copy=False)
+        if not np.isfinite(array).all():
+            raise UserError(f"{where}: {name} holds NaN or infinite values in {np.dtype(dtype)}")
+        layers.append(fill.form.to_ours(array))
+    return np.stack(layers) if fill.stacked else np.ascontiguousarray(layers[0])
+
+
+def shapes_of(state: nnx.State) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(variable.shape) for path, variable in flatten(state).items()}
+
+
+def import_tensors(
+    table: Any, source: Mapping[str, Tensor], target: nnx.State, dtype: Any = None, where: str = "checkpoint"
+) -> nnx.State:
+    """`target` filled with the source's tensors, whole and on the default device.
+
+    Args:
+      table: the checkpoint family's rules; see the module's docstring.
+      source: name → array. Values may be lazy: they are read one target at a time.
+      target: state of the network, abstract (`nnx.state(nnx.eval_shape(...))`) or not; only shapes are looked at.
+      dtype: of the result; by default the source's.
+      where: what error messages call the source.
+
+    Raises:
+      UserError: one line that lists everything missing, left over and wrong.
+    """
+    filled = check(table, source, shapes_of(target), where)
+    arrays = {fill.target: jnp.asarray(read(fill, tensors, dtype, where)) for fill, tensors in filled}
+    return nnx.from_flat_state(
+        [(path, variable.replace(arrays[".".join(map(str, path))])) for path, variable in nnx.to_flat_state(target)]
+    )
+
+
+def export_tensors(table: Any, state: nnx.State) -> dict[str, np.ndarray]:
+    """The tensors of a state under the checkpoint family's own names and layouts: `import_tensors` undone."""
+    return dict(itertools.chain.from_iterable(write(fill, flatten(state)) for fill in fills(table, shapes_of(state))))
+
+
+def write(fill: Fill, variables: Mapping[str, nnx.Variable]) -> Iterable[tuple[str, np.ndarray]]:
+    array = np.asarray(variables[fill.target][...])
+    for name, layer in zip(fill.names, array if fill.stacked else [array], strict=True):
+        # contiguous, because safetensors writes the bytes of a transposed view in the wrong order
+        yield name, np.ascontiguousarray(fill.form.to_theirs(layer))
