@@ -1,0 +1,46 @@
+"""Latent images and the tokens that a transformer sees: one token is a 2×2 patch of the latent image."""
+
+# B batch, h, w latent height and width, C latent channels, N tokens = rows · columns of patches
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from arcflow_jax.errors import UserError
+
+PATCH = 2
+
+
+def token_grid(height: int, width: int, factor: int) -> tuple[int, int]:
+    """Rows and columns of tokens of an image of height × width pixels, `factor` pixels a latent pixel.
+
+    Raises:
+      UserError: if a side is not a positive multiple of a token's side, factor · 2 pixels.
+    """
+    side = factor * PATCH
+    if height < side or width < side or height % side or width % side:
+        raise UserError(f"image size {height}x{width}: height and width have to be positive multiples of {side}")
+    return height // side, width // side
+
+
+def pack(latents: jax.Array) -> jax.Array:  # [B, h, w, C] -> [B, N, 4C]
+    """Tokens of a latent image, row by row; feature c·4 + dy·2 + dx, as diffusers' FluxPipeline._pack_latents."""
+    batch, height, width, channels = latents.shape
+    x = latents.reshape(batch, height // PATCH, PATCH, width // PATCH, PATCH, channels)
+    x = x.transpose(0, 1, 3, 5, 2, 4)  # [B, row, column, C, dy, dx]
+    return x.reshape(batch, -1, channels * PATCH * PATCH)
+
+
+def unpack(tokens: jax.Array, rows: int, columns: int) -> jax.Array:  # [B, N, 4C] -> [B, h, w, C]
+    """The latent image of rows · columns tokens, the inverse of `pack`."""
+    batch, _, features = tokens.shape
+    x = tokens.reshape(batch, rows, columns, features // PATCH**2, PATCH, PATCH)
+    x = x.transpose(0, 1, 4, 2, 5, 3)  # [B, row, dy, column, dx, C]
+    return x.reshape(batch, rows * PATCH, columns * PATCH, -1)
+
+
+def position_ids(rows: int, columns: int) -> jax.Array:  # [N, 3]
+    """(0, row, column) of every token in the order of `pack`: FLUX.1's positions for its rotary embedding."""
+    row, column = jnp.mgrid[:rows, :columns]
+    return jnp.stack([jnp.zeros_like(row), row, column], -1).reshape(-1, 3).astype(jnp.float32)
