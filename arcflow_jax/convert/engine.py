@@ -70,6 +70,21 @@ class Rule:
     form: Form = AS_IS
 
 
+def linear(source: str, target: str) -> tuple[Rule, Rule]:
+    """The rules of a linear layer with bias."""
+    return Rule(f"{source}.weight", f"{target}.kernel", LINEAR), Rule(f"{source}.bias", f"{target}.bias")
+
+
+def conv(source: str, target: str) -> tuple[Rule, Rule]:
+    """The rules of a convolution with bias."""
+    return Rule(f"{source}.weight", f"{target}.kernel", CONV), Rule(f"{source}.bias", f"{target}.bias")
+
+
+def norm(source: str, target: str) -> tuple[Rule, Rule]:
+    """The rules of a norm with scale and bias."""
+    return Rule(f"{source}.weight", f"{target}.scale"), Rule(f"{source}.bias", f"{target}.bias")
+
+
 class Fill(NamedTuple):
     """One target and what fills it: one source name or, for a stacked target, one a layer in order."""
 
@@ -173,19 +188,30 @@ def shorten(kind: str, items: list[str]) -> str:
 def read(fill: Fill, tensors: list[Tensor], dtype: Any = None, where: str = "checkpoint") -> np.ndarray:
     """The array of one target, in `dtype`, by default that of the source (the widest, if its layers differ).
 
+    Layers are read one at a time into their place: the peak is the target and one layer.
+
     Raises:
       UserError: if a value is NaN or infinite, in the source or in `dtype`.
     """
     if dtype is None:
         dtype = jnp.result_type(*(tensor.dtype for tensor in tensors))
-    layers = []
-    for name, tensor in zip(fill.names, tensors, strict=True):
-        with np.errstate(over="ignore"):  # a value too large for dtype becomes infinite, and is refused below
+
+    def layer(name: str, tensor: Tensor) -> np.ndarray:
+        with np.errstate(over="ignore"):  # a value too large for dtype becomes infinite, and is refused
             array = np.asarray(tensor).astype(dtype, copy=False)
         if not np.isfinite(array).all():
             raise UserError(f"{where}: {name} holds NaN or infinite values in {np.dtype(dtype)}")
-        layers.append(fill.form.to_ours(array))
-    return np.stack(layers) if fill.stacked else np.ascontiguousarray(layers[0])
+        return fill.form.to_ours(array)
+
+    if not fill.stacked:
+        return np.ascontiguousarray(layer(fill.names[0], tensors[0]))
+    stacked = None
+    for index, (name, tensor) in enumerate(zip(fill.names, tensors, strict=True)):
+        array = layer(name, tensor)
+        if stacked is None:
+            stacked = np.empty((len(tensors), *array.shape), dtype)
+        stacked[index] = array
+    return stacked
 
 
 def shapes_of(state: nnx.State) -> dict[str, tuple[int, ...]]:
