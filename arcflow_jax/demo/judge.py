@@ -1,0 +1,65 @@
+"""A small classifier of the picture world: reads a picture's attributes, and gives features to compare sets of them.
+
+It stands in for the Inception and CLIP networks of full-size evaluation: trained on rendered pictures only, fixed,
+and the same for every sampler.
+"""
+
+# B batch, P pixels along a side, F features
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from arcflow_jax.demo.pictures import ATTRIBUTES, SIDE
+from arcflow_jax.layers import Conv, GroupNorm, Linear
+
+FEATURES = 64
+
+
+class Judge(nnx.Module):
+    """Four strided convolutions, a layer of features, and a classifier an attribute."""
+
+    WIDTHS = (16, 32, 64, 64)
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        pairs = zip((3, *self.WIDTHS), self.WIDTHS, strict=False)
+        self.convs = nnx.List([Conv(a, b, 3, stride=2, rngs=rngs) for a, b in pairs])
+        self.norms = nnx.List([GroupNorm(width, 4) for width in self.WIDTHS])
+        self.features = Linear((SIDE // 16) ** 2 * self.WIDTHS[-1], FEATURES, rngs=rngs)
+        self.classifiers = nnx.List([Linear(FEATURES, len(values), rngs=rngs) for values in ATTRIBUTES.values()])
+
+    def __call__(self, pictures: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """Features [B, F] and the logits of each attribute, of pictures [B, P, P, 3] in [-1, 1]."""
+        x = pictures
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = jax.nn.silu(norm(conv(x)))
+        features = jnp.tanh(self.features(x.reshape(len(x), -1)))
+        return features, [classifier(features) for classifier in self.classifiers]
+
+    def read(self, pictures: jax.Array) -> jax.Array:
+        """The most likely value of each attribute, [B, 5]."""
+        return jnp.stack([logits.argmax(-1) for logits in self(pictures)[1]], axis=-1)
+
+
+def agreement(read: np.ndarray, asked: np.ndarray) -> dict[str, float]:
+    """Share of the attributes asked for (asked ≥ 0) that were read, [B, 5] both: for each kind, and "mean" of all."""
+    named, right = asked >= 0, read == asked
+    shares = {name: float(right[named[:, i], i].mean()) for i, name in enumerate(ATTRIBUTES) if named[:, i].any()}
+    return {**shares, "mean": float(right[named].mean())}
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Fréchet distance between normal distributions fitted to two sets of features [·, F] (Heusel et al. 2017).
+
+    |μa − μb|² + tr(Σa + Σb − 2 (Σa Σb)^½); the trace of the root is the sum of the roots of the eigenvalues of
+    Σa^½ Σb Σa^½, which is symmetric, so that no complex root is ever taken.
+    """
+    mean = ((a.mean(0) - b.mean(0)) ** 2).sum()
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    values, vectors = np.linalg.eigh(cov_a)
+    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cov_b @ root), 0, None)).sum()
+    return float(mean + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)

@@ -1,0 +1,45 @@
+"""Attaches low-rank adapters to the linear layers of a network, by name."""
+
+from __future__ import annotations
+
+import fnmatch
+import zlib
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+
+from arcflow_jax.errors import UserError
+from arcflow_jax.layers import Linear, LoRA
+
+
+def linear_layers(module: nnx.Module) -> dict[str, Linear]:
+    """The linear layers of a network, stacked ones too, by dotted path."""
+    found = {".".join(map(str, path)): node for path, node in nnx.iter_modules(module) if isinstance(node, Linear)}
+    return dict(sorted(found.items()))
+
+
+def attach_lora(
+    module: nnx.Module, targets: Sequence[str], *, rank: int, alpha: float, dropout: float, key: jax.Array
+) -> list[str]:
+    """Gives every linear layer that a target names a LoRA adapter of its own, and returns their paths.
+
+    Args:
+      targets: shell-style patterns over dotted paths, e.g. "transformer_blocks.ff.*".
+      rank, alpha, dropout: see `layers.LoRA`; the update is scaled by alpha / rank.
+
+    Raises:
+      UserError: a target that names no linear layer.
+    """
+    layers = linear_layers(module)
+    for target in targets:
+        if not fnmatch.filter(layers, target):
+            raise UserError(f"LoRA target {target!r} names no linear layer; there are {', '.join(layers)}")
+    chosen = [path for path in layers if any(fnmatch.fnmatchcase(path, target) for target in targets)]
+    for path in chosen:
+        salt = zlib.crc32(path.encode())  # stable across runs, machines and the choice of other targets
+        layer = layers[path]
+        layer.lora = LoRA(
+            layer.kernel, rank, alpha=alpha, dropout=dropout, salt=salt, key=jax.random.fold_in(key, salt)
+        )
+    return chosen

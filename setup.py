@@ -1,0 +1,44 @@
+"""Installs arcflow_jax, with the recipes of `configs/` as `arcflow_jax.configs`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="arcflow_jax",
+    version="0.1.0",
+    description="ArcFlow in JAX: distils large flow-matching text-to-image models into 2-step generators",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["arcflow_jax", "arcflow_jax.*"]), "arcflow_jax.configs"],
+    package_dir={"arcflow_jax.configs": "configs"},
+    package_data={"arcflow_jax": ["assets/**/*"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "chex>=0.1.90",
+        "flax>=0.12.8,<0.13",
+        "jax>=0.10.0,<0.13",
+        "ml_collections>=1.0",
+        "ml_dtypes>=0.5",
+        "numpy>=2.0",
+        "optax>=0.2.6,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "pillow>=11",
+        "rich>=13",
+        "safetensors>=0.6",
+        "tokenizers>=0.22",
+        "transformers>=5.0,<6",
+        "typer>=0.15",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda12": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],
+        "test": ["hypothesis>=6.100", "mpmath>=1.3", "pytest>=8.4", "pytest-xdist>=3.6", "ruff==0.17.6", "scipy>=1.14"],
+        # The PyTorch twins that the parity tests compare with; the library itself never imports torch
+        "parity": ["diffusers>=0.35", "peft>=0.17", "torch>=2.8"],
+    },
+    entry_points={"console_scripts": ["arcflow = arcflow_jax.cli:main"]},
+)

@@ -1,0 +1,49 @@
+"""The tiny AutoencoderKL: pixels to 8×8 latents of 16 channels, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from arcflow_jax.demo import pictures
+from arcflow_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from tools.tiny_teacher.common import psnr, save_state, train
+
+CONFIG = AutoencoderKLConfig(
+    block_out_channels=(16, 32, 64, 64),
+    layers_per_block=1,
+    latent_channels=16,
+    norm_num_groups=4,
+    scaling_factor=1.0,  # set when the folder is assembled, from the latents' own mean and deviation
+    shift_factor=0.0,
+)
+
+
+def make_autoencoder(work: Path, steps: int = 6_000, batch: int = 8, peak: float = 1.5e-3) -> None:
+    """Mean squared error plus a light KL term, so that the decoder tolerates the denoiser's errors."""
+    graphdef, state = nnx.split(AutoencoderKL(CONFIG, rngs=nnx.Rngs(0)))
+
+    def loss(state: nnx.State, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        picture_key, noise_key = jax.random.split(key)
+        images, _ = pictures.random_pictures(picture_key, batch)
+        model = nnx.merge(graphdef, state)
+        mean, log_variance = model.posterior(images)
+        latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(noise_key, mean.shape)
+        kl = 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1 - log_variance)
+        mse = jnp.mean((model.decode(latents) - images) ** 2)
+        return mse + 1e-4 * kl, {"mse": mse, "kl": kl}
+
+    @jax.jit
+    def held_out(state: nnx.State) -> jax.Array:
+        images, _ = pictures.random_pictures(jax.random.key(10**6), 256)
+        model = nnx.merge(graphdef, state)
+        return jnp.mean((model.decode(model.encode(images)) - images) ** 2)
+
+    def report(state: nnx.State) -> dict[str, float]:
+        save_state(work / "autoencoder.safetensors", state)
+        return {"held-out PSNR in dB": psnr(held_out(state))}
+
+    train(loss, state, steps=steps, peak=peak, report=report)

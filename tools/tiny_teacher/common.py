@@ -1,0 +1,74 @@
+"""What the stages of the bundled teacher's training share: the training loop's parts, and files."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import optax
+from flax import nnx
+from safetensors.flax import load_file, save_file
+
+
+def save_state(path: Path, state: nnx.State) -> None:
+    """Writes every array of a state under its dotted path."""
+    flat = {".".join(map(str, key)): value[...] for key, value in nnx.to_flat_state(state)}
+    aside = path.with_suffix(".tmp")
+    save_file(flat, aside)
+    aside.rename(path)
+
+
+def load_state(path: Path, module: nnx.Module) -> nnx.Module:
+    """Fills a module from a file that `save_state` wrote."""
+    saved = load_file(path)
+    for key, value in nnx.to_flat_state(nnx.state(module)):
+        value[...] = saved[".".join(map(str, key))]
+    return module
+
+
+def psnr(mean_square: jax.Array | float) -> float:
+    """Decibels of a mean squared error of pixels in [-1, 1]."""
+    return 10 * math.log10(4 / float(mean_square))
+
+
+def adam(peak: float, steps: int) -> optax.GradientTransformation:
+    """Adam with warm-up, cosine decay to 1 % of the peak, and clipping at norm 1."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, min(200, steps // 10), steps, peak * 1e-2)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
+
+
+def train(
+    loss: Callable[[nnx.State, jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
+    state: nnx.State,
+    *,
+    steps: int,
+    peak: float,
+    every: int = 500,
+    ema: float = 0.0,
+    report: Callable[[nnx.State], dict[str, float]] = lambda state: {},
+    seed: int = 1,
+) -> nnx.State:
+    """Minimises `loss(state, key) -> (loss, values to print)`; prints every `every` steps; returns the EMA."""
+    optimizer = adam(peak, steps)
+
+    @jax.jit
+    def step(state, average, opt_state, i):
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        (_, values), grads = jax.value_and_grad(loss, has_aux=True)(state, key)
+        updates, opt_state = optimizer.update(grads, opt_state, state)
+        state = optax.apply_updates(state, updates)
+        rate = 1 - jax.numpy.minimum(ema, i / (i + 10))
+        average = optax.incremental_update(state, average, rate)
+        return state, average, opt_state, values
+
+    average, opt_state, start = state, optimizer.init(state), time.time()
+    for i in range(steps):
+        state, average, opt_state, values = step(state, average, opt_state, i)
+        if (i + 1) % every == 0:
+            shown = {**{name: float(value) for name, value in values.items()}, **report(average)}
+            text = "  ".join(f"{name} {value:.5g}" for name, value in shown.items())
+            print(f"{i + 1:6d} of {steps}  {time.time() - start:5.0f} s  {text}", flush=True)
+    return average

@@ -1,0 +1,181 @@
+"""The tiny FLUX transformer: flow matching on the autoencoder's latents, then guidance distilled into its embedding.
+
+FLUX.1-dev takes a guidance scale as an input. Like it, this one is made in two stages: a network trained with and
+without captions, whose guidance embedding is fed 1; then the same network taught to answer, in one call, what
+classifier-free guidance of the first would give at any scale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from safetensors.flax import load_file, save_file
+
+from arcflow_jax import latents as packing
+from arcflow_jax.arc_model import ArcModel
+from arcflow_jax.demo import pictures
+from arcflow_jax.models.autoencoder_kl import AutoencoderKL
+from arcflow_jax.models.flux import Flux, FluxConditioning, FluxConfig
+from tools.tiny_teacher import autoencoder, common
+
+CONFIG = FluxConfig(
+    in_channels=64,
+    num_layers=2,
+    num_single_layers=4,
+    attention_head_dim=32,
+    num_attention_heads=4,
+    joint_attention_dim=64,
+    pooled_projection_dim=64,
+    guidance_embeds=True,
+    axes_dims_rope=(8, 12, 12),
+)
+GRID = 4  # image tokens along a side
+PICTURES = 60_000
+GUIDANCE = (1.0, 5.0)  # the scales that the second stage learns
+CAPTIONS = pictures.all_captions()
+
+
+def make_latents(work: Path) -> None:
+    """Encodes a fixed set of random pictures; saves packed tokens, attributes, and the latents' mean and deviation."""
+    graphdef, state = nnx.split(
+        common.load_state(work / "autoencoder.safetensors", AutoencoderKL(autoencoder.CONFIG, rngs=nnx.Rngs(0)))
+    )
+
+    @jax.jit
+    def encode(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        images, attributes = pictures.random_pictures(key, 500)
+        return packing.pack(nnx.merge(graphdef, state).encode(images)), attributes
+
+    batches = [encode(jax.random.fold_in(jax.random.key(2), i)) for i in range(PICTURES // 500)]
+    tokens, attributes = (jnp.concatenate(arrays) for arrays in zip(*batches, strict=True))
+    shift, scale = tokens.mean(), 1 / tokens.std()
+    print(f"latents: shift_factor {shift:.4f}, scaling_factor {scale:.4f}")
+    save_file(
+        {"tokens": (tokens - shift) * scale, "attributes": attributes, "shift": shift, "scale": scale},
+        work / "latents.safetensors",
+    )
+
+
+def make_embeddings(work: Path) -> None:
+    """Embeds every caption, and last the empty prompt: T5 states [·, T, D] and CLIP's pooled states [·, P]."""
+    prompts = [*map(str, CAPTIONS), ""]
+    clip, t5 = load_encoders(work / "text")
+    clip_ids, _ = tokenize(load_tokenizer(work / "text", "tokenizer"), prompts)
+    t5_ids, _ = tokenize(load_tokenizer(work / "text", "tokenizer_2"), prompts)
+    save_file({"text": t5(t5_ids), "pooled": clip(clip_ids)[1]}, work / "embeddings.safetensors")
+
+
+def caption_index(attributes: jax.Array) -> jax.Array:
+    """Where in `pictures.all_captions()` the captions with attributes [B, 5] stand; a test checks it."""
+    shape, colour, position, size, background = attributes.T
+    index = shape * len(pictures.COLOURS) + colour
+    for value, values in ((position, pictures.POSITIONS), (size, pictures.SIZES), (background, pictures.BACKGROUNDS)):
+        index = index * (len(values) + 1) + value + 1
+    return index
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    tokens: jax.Array  # [·, 16, 64]
+    attributes: jax.Array  # [·, 5]
+    text: jax.Array  # [captions + 1, T, D]; the last is the empty prompt
+    pooled: jax.Array  # [captions + 1, P]
+
+    @classmethod
+    def load(cls, work: Path) -> Data:
+        latents, text = load_file(work / "latents.safetensors"), load_file(work / "embeddings.safetensors")
+        return cls(latents["tokens"], latents["attributes"], text["text"], text["pooled"])
+
+    def conditioning(self, caption: jax.Array, guidance: jax.Array) -> FluxConditioning:
+        positions = packing.position_ids(GRID, GRID)
+        return FluxConditioning(self.text[caption], self.pooled[caption], guidance, positions)
+
+    def draw(self, key: jax.Array, batch: int) -> tuple[jax.Array, jax.Array]:
+        """Tokens [B, 16, 64] and the number of a caption [B] that leaves each optional attribute out by a toss."""
+        pick_key, leave_key = jax.random.split(key)
+        picked = jax.random.randint(pick_key, (batch,), 0, len(self.tokens))
+        attributes = self.attributes[picked]
+        left_out = jax.random.bernoulli(leave_key, 0.4, attributes.shape).at[:, :2].set(False)
+        return self.tokens[picked], caption_index(jnp.where(left_out, -1, attributes))
+
+
+def noisy(key: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(x_σ, σ, velocity) with σ logit-normal, stratified over the batch."""
+    sigma_key, noise_key = jax.random.split(key)
+    batch = len(tokens)
+    uniform = (jnp.arange(batch) + jax.random.uniform(sigma_key, (batch,))) / batch
+    sigma = jax.nn.sigmoid(1.2 * jax.scipy.special.ndtri(jnp.clip(uniform, 1e-4, 1 - 1e-4)))
+    noise = jax.random.normal(noise_key, tokens.shape)
+    weight = sigma[:, None, None]
+    return (1 - weight) * tokens + weight * noise, sigma, noise - tokens
+
+
+def new_model() -> ArcModel:
+    rngs = nnx.Rngs(0)
+    model = ArcModel(Flux(CONFIG, rngs=rngs), None, param_dtype=jnp.float32, rngs=rngs)
+    # Gates start closed and the output at zero, so that training starts from the identity (Peebles & Xie 2023)
+    for blocks in (model.trunk.transformer_blocks.norm1, model.trunk.transformer_blocks.norm1_context):
+        blocks.linear.kernel[...] = jnp.zeros_like(blocks.linear.kernel[...])
+    modulation = model.trunk.single_transformer_blocks.norm.linear
+    modulation.kernel[...] = jnp.zeros_like(modulation.kernel[...])
+    for linear in (model.output.norm_out.linear, model.output.proj_out):
+        linear.kernel[...] = jnp.zeros_like(linear.kernel[...])
+    return model
+
+
+def make_denoiser(work: Path, steps: int = 9_000, batch: int = 64, peak: float = 2e-3) -> None:
+    """Flow matching with 10 % empty captions, guidance embedding fed 1."""
+    data = Data.load(work)
+    graphdef, state = nnx.split(new_model())
+    empty = len(data.text) - 1
+
+    def loss(state: nnx.State, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        draw_key, noise_key, drop_key = jax.random.split(key, 3)
+        tokens, caption = data.draw(draw_key, batch)
+        caption = jnp.where(jax.random.bernoulli(drop_key, 0.1, caption.shape), empty, caption)
+        x, sigma, velocity = noisy(noise_key, tokens)
+        conditioning = data.conditioning(caption, jnp.ones((batch,)))
+        mse = jnp.mean((nnx.merge(graphdef, state).teacher_velocity(x, sigma, conditioning) - velocity) ** 2)
+        return mse, {"mse": mse}
+
+    def report(state: nnx.State) -> dict[str, float]:
+        common.save_state(work / "denoiser.safetensors", state)
+        return {}
+
+    common.train(loss, state, steps=steps, peak=peak, ema=0.998, report=report)
+
+
+def make_guided(work: Path, steps: int = 2_500, batch: int = 64, peak: float = 5e-4) -> None:
+    """Teaches the guidance embedding: the answer at scale g is u∅ + g (u − u∅) of the first stage's network."""
+    data = Data.load(work)
+    model = common.load_state(work / "denoiser.safetensors", new_model())
+    graphdef, frozen = nnx.split(model)
+    empty = len(data.text) - 1
+
+    def loss(state: nnx.State, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        draw_key, noise_key, scale_key = jax.random.split(key, 3)
+        tokens, caption = data.draw(draw_key, batch)
+        x, sigma, _ = noisy(noise_key, tokens)
+        ones = jnp.ones((batch,))
+        both = data.conditioning(
+            jnp.concatenate([caption, jnp.full_like(caption, empty)]), jnp.concatenate([ones, ones])
+        )
+        first = nnx.merge(graphdef, frozen)
+        with_text, without = jnp.split(
+            first.teacher_velocity(jnp.concatenate([x, x]), jnp.concatenate([sigma, sigma]), both), 2
+        )
+        guidance = jax.random.uniform(scale_key, (batch,), minval=GUIDANCE[0], maxval=GUIDANCE[1])
+        target = without + guidance[:, None, None] * (with_text - without)
+        answer = nnx.merge(graphdef, state).teacher_velocity(x, sigma, data.conditioning(caption, guidance))
+        mse = jnp.mean((answer - jax.lax.stop_gradient(target)) ** 2)
+        return mse, {"mse": mse}
+
+    def report(state: nnx.State) -> dict[str, float]:
+        common.save_state(work / "guided.safetensors", state)
+        return {}
+
+    common.train(loss, frozen, steps=steps, peak=peak, ema=0.995, report=report)

@@ -1,0 +1,50 @@
+"""The judge: a classifier of rendered pictures, trained to read noisy and blurred ones too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from arcflow_jax.demo import pictures
+from arcflow_jax.demo.judge import Judge, agreement
+from tools.tiny_teacher.common import save_state, train
+
+
+def spoil(key: jax.Array, images: jax.Array) -> jax.Array:
+    """A random share of a 3×3 mean, and noise of a random strength up to 0.1."""
+    blur_key, strength_key, noise_key = jax.random.split(key, 3)
+    padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    side = images.shape[1]
+    mean = sum(padded[:, i : i + side, j : j + side] for i in range(3) for j in range(3)) / 9
+    share = jax.random.uniform(blur_key, (len(images), 1, 1, 1))
+    strength = 0.1 * jax.random.uniform(strength_key, (len(images), 1, 1, 1))
+    return images + share * (mean - images) + strength * jax.random.normal(noise_key, images.shape)
+
+
+def make_judge(work: Path, steps: int = 2_500, batch: int = 32) -> None:
+    graphdef, state = nnx.split(Judge(rngs=nnx.Rngs(0)))
+
+    def loss(state: nnx.State, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        picture_key, spoil_key = jax.random.split(key)
+        images, attributes = pictures.random_pictures(picture_key, batch)
+        _, logits = nnx.merge(graphdef, state)(spoil(spoil_key, images))
+        losses = [
+            optax.softmax_cross_entropy_with_integer_labels(each, attributes[:, i]) for i, each in enumerate(logits)
+        ]
+        return sum(losses).mean(), {"cross-entropy": sum(losses).mean()}
+
+    @jax.jit
+    def read(state: nnx.State) -> tuple[jax.Array, jax.Array]:
+        images, attributes = pictures.random_pictures(jax.random.key(10**6), 2048)
+        return nnx.merge(graphdef, state).read(images), attributes
+
+    def report(state: nnx.State) -> dict[str, float]:
+        save_state(work / "judge.safetensors", state)
+        return agreement(*map(np.asarray, read(state)))
+
+    train(loss, state, steps=steps, peak=3e-3, report=report)
