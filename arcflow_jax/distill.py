@@ -1,0 +1,249 @@
+"""Data-free distillation: what the student is trained to do, as pure functions (arXiv 2602.09014).
+
+A segment begins with one call of the student, which predicts a mixture. A *mixed trajectory* then visits M states
+of the segment, carried there partly by the student, in closed form, and partly by the teacher's own Euler steps.
+At each of them the student's mean velocity from there on is matched to the teacher's velocity. The trajectory's
+end starts the next segment. The trajectory and the targets are constants to the gradient: it reaches the student
+through its mean velocities only.
+
+Student and teacher are callables; states and velocities are float32 here, whatever dtype the networks compute in.
+"""
+
+# B batch, N tokens, D features of a token, K modes, M visited states of a segment
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from arcflow_jax.errors import UserError
+from arcflow_jax.momentum import Mixture, displacement, drop_modes, mean_velocity
+from arcflow_jax.schedule import boundaries, warp
+
+# (states [B, N, D], σ [B], key of the dropout) -> mixture
+Student = Callable[[jax.Array, jax.Array, jax.Array], Mixture]
+# (states [m·B, N, D], σ [m·B]) -> velocity [m·B, N, D]. m is 1 or M: rows b·m … b·m + m − 1 belong to example b,
+# so conditioning [B, …] has to be repeated m times, `jnp.repeat(c, m, axis=0)`.
+Teacher = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """The published recipe's numbers. Times are raw time, of which the whole trajectory is 1, unless said.
+
+    Attributes:
+      nfe: network calls of the generator, one a segment.
+      shift: of the time warp.
+      final_step_ratio: length of the last segment relative to the others.
+      states: M, visited in each segment.
+      window: how far past the teacher's step a velocity is averaged, in substeps.
+      substeps: in one unit of raw time; what `window` counts in.
+      mode_dropout: chance of a mode to be left out where the student carries the trajectory.
+      decay: iterations over which the teacher's share of the trajectory falls from 1 to 0.
+      loss_scale: the loss is loss_scale · ½ · mean square.
+    """
+
+    nfe: int = 2
+    shift: float = 3.2
+    final_step_ratio: float = 1.0
+    states: int = 4
+    window: int = 3
+    substeps: int = 128
+    mode_dropout: float = 0.1
+    decay: int = 2000
+    loss_scale: float = 30.0
+
+    def __post_init__(self):
+        for name in ("nfe", "states", "substeps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}, but has to be at least 1")
+        for name in ("shift", "final_step_ratio"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} is {getattr(self, name)}, but has to be above 0")
+        if not 0 <= self.mode_dropout < 1:
+            raise UserError(f"mode_dropout is {self.mode_dropout}, but has to be at least 0 and below 1")
+
+    def window_length(self, length: jax.Array) -> jax.Array:
+        """The window in a segment of this length: whole substeps, evenly dividing the segment."""
+        substep = length / jnp.maximum(jnp.round(length * self.substeps), 1)
+        return jnp.minimum(self.window * substep, length)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """The random numbers of one segment, all uniform in [0, 1)."""
+
+    modes: jax.Array  # [B, K]: mode dropout
+    student: jax.Array  # [B, M]: how the student's share of the segment is cut
+    teacher: jax.Array  # [B, M - 1]: how the teacher's is
+
+    @classmethod
+    def draw(cls, key: jax.Array, batch: int, modes: int, states: int) -> Draws:
+        modes_key, student_key, teacher_key = jax.random.split(key, 3)
+        return cls(
+            modes=jax.random.uniform(modes_key, (batch, modes)),
+            student=jax.random.uniform(student_key, (batch, states)),
+            teacher=jax.random.uniform(teacher_key, (batch, states - 1)),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Visits:
+    """The M states that a mixed trajectory visits. From raw time `arrive` to `leave` the teacher carries it."""
+
+    states: jax.Array  # [M, B, N, D], on arrival
+    arrive: jax.Array  # [M, B]
+    leave: jax.Array  # [M, B]
+    targets: jax.Array  # [M, B, N, D]: the teacher's velocity on arrival
+    end: jax.Array  # [B, N, D]: the state at the segment's end
+
+
+def teacher_share(step: jax.Array | int, decay: int) -> jax.Array:
+    """The teacher's share of the trajectory at an iteration counted from 0: from 1 down to 0 over `decay`."""
+    return jnp.maximum(1 - step / decay, 0.0) if decay else jnp.zeros(())
+
+
+def visit_times(
+    draws: Draws, start: jax.Array, length: jax.Array, *, settings: Distillation, teacher_share: jax.Array | float
+) -> tuple[jax.Array, jax.Array]:
+    """Raw times of arriving at and leaving the M visited states, two of [M, B].
+
+    Student and teacher take turns, M each. What is left of the segment without its window is divided between them
+    by `teacher_share`; the student's part is cut at M uniform points, of which the last leaves a rest for the segment's
+    end, the teacher's at M − 1.
+    """
+    free = length - settings.window_length(length)  # [B]
+    student = jnp.sort(draws.student, -1)  # [B, M]
+    teacher = jnp.pad(jnp.sort(draws.teacher, -1), ((0, 0), (1, 0)))  # [B, M]: from 0
+    teacher = jnp.pad(teacher, ((0, 0), (0, 1)), constant_values=1.0)  # [B, M + 1]: to 1
+
+    def at(teacher: jax.Array) -> jax.Array:
+        travelled = free[:, None] * ((1 - teacher_share) * student + teacher_share * teacher)
+        return jnp.maximum(start[:, None] - travelled, 0.0).T  # rounding must not carry it past the data
+
+    return at(teacher[:, :-1]), at(teacher[:, 1:])
+
+
+def visit(
+    mixture: Mixture,
+    teacher: Teacher,
+    x: jax.Array,
+    start: jax.Array,
+    length: jax.Array,
+    draws: Draws,
+    *,
+    settings: Distillation,
+    teacher_share: jax.Array | None,
+) -> Visits:
+    """Follows the mixed trajectory from x [B, N, D] through one segment. Arguments as in `segment_loss`."""
+    mixture = drop_modes(draws.modes, jax.lax.stop_gradient(mixture), settings.mode_dropout)
+    x = jax.lax.stop_gradient(x)
+    arrive, leave = visit_times(
+        draws, start, length, settings=settings, teacher_share=0.0 if teacher_share is None else teacher_share
+    )
+    sigma_src, sigma_end = warp(start, settings.shift), warp(start - length, settings.shift)
+    sigma_a, sigma_b = warp(arrive, settings.shift), warp(leave, settings.shift)
+
+    def target(x: jax.Array, sigma: jax.Array) -> jax.Array:
+        return jax.lax.stop_gradient(teacher(x, sigma).astype(x.dtype))
+
+    def turn(carry, sigmas):
+        x, sigma = carry
+        sigma_a, sigma_b = sigmas
+        state = x - displacement(mixture, sigma_src, sigma, sigma_a)
+        u = target(state, sigma_a)
+        return (state + u * (sigma_b - sigma_a)[:, None, None], sigma_b), (state, u)
+
+    if teacher_share is None:
+        # No state depends on the teacher: all are known beforehand, and it reads them as one batch. An example's
+        # states stay together in it, so that a batch sharded over devices stays where it is.
+        states = x - jax.vmap(lambda sigma: displacement(mixture, sigma_src, sigma_src, sigma))(sigma_a)
+        batched = target(*(a.swapaxes(0, 1).reshape(-1, *a.shape[2:]) for a in (states, sigma_a)))
+        targets = batched.reshape(-1, *states.shape[:1], *states.shape[2:]).swapaxes(0, 1)
+        sigma = sigma_src
+    else:
+        # A loop, not M copies of the teacher in the compiled program.
+        (x, sigma), (states, targets) = jax.lax.scan(turn, (x, sigma_src), (sigma_a, sigma_b))
+    end = x - displacement(mixture, sigma_src, sigma, sigma_end)
+    return Visits(states=states, arrive=arrive, leave=leave, targets=targets, end=end)
+
+
+def predict(
+    mixture: Mixture, visits: Visits, start: jax.Array, length: jax.Array, *, settings: Distillation
+) -> jax.Array:  # [M, B, N, D]
+    """What is matched to the targets: the student's mean velocity from arrival to one window after leaving.
+
+    Over less than two substeps it is the velocity on arrival.
+    """
+    until = visits.leave - settings.window_length(length)
+    short = jnp.round((visits.arrive - until) * settings.substeps) < 2
+    sigma_a = warp(visits.arrive, settings.shift)
+    sigma_b = jnp.where(short, sigma_a, warp(until, settings.shift))
+    sigma_src = warp(start, settings.shift)
+    return jax.vmap(lambda a, b: mean_velocity(mixture, sigma_src, a, b))(sigma_a, sigma_b)
+
+
+def segment_loss(
+    mixture: Mixture,
+    teacher: Teacher,
+    x: jax.Array,
+    start: jax.Array,
+    length: jax.Array,
+    draws: Draws,
+    *,
+    settings: Distillation,
+    teacher_share: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """The loss of one segment: loss_scale · ½ · mean square of predicted less target velocity.
+
+    Args:
+      mixture: what the student predicted at x; the gradient's only way to the student.
+      x: the segment's first state [B, N, D].
+      start, length: where the segment begins and how long it is, in raw time; [B] or scalars.
+      teacher_share: of the trajectory, traced; None says that it is 0 from here on: the same loss, but the
+        teacher is called once, on all states together.
+
+    Returns:
+      The loss; the detached state [B, N, D] at the segment's end; `loss` and `velocity_error`, the squared error
+      of the velocities relative to the targets' square, to log.
+    """
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    start, length = (jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1]) for t in (start, length))
+    visits = visit(mixture, teacher, x, start, length, draws, settings=settings, teacher_share=teacher_share)
+    error = jnp.square(predict(mixture, visits, start, length, settings=settings) - visits.targets).mean()
+    loss = settings.loss_scale * 0.5 * error
+    log = {"loss": loss, "velocity_error": error / jnp.square(visits.targets).mean()}
+    return loss, visits.end, jax.lax.stop_gradient(log)
+
+
+def distillation_loss(
+    student: Student,
+    teacher: Teacher,
+    noise: jax.Array,
+    key: jax.Array,
+    *,
+    settings: Distillation,
+    teacher_share: jax.Array | None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of a whole few-step trajectory from noise [B, N, D]: the segments' losses, weighted by length.
+
+    `teacher_share` as in `segment_loss`. Also returns what `segment_loss` gives to log, of all segments [nfe].
+    """
+    bounds = boundaries(settings.nfe, settings.final_step_ratio)
+    x, total, logs = noise.astype(jnp.promote_types(noise.dtype, jnp.float32)), 0.0, []
+    for segment in range(settings.nfe):
+        draw_key, dropout_key = jax.random.split(jax.random.fold_in(key, segment))
+        start, length = bounds[segment], bounds[segment] - bounds[segment + 1]
+        mixture = student(x, jnp.full(x.shape[0], warp(start, settings.shift)), dropout_key)
+        draws = Draws.draw(draw_key, x.shape[0], mixture.logits.shape[2], settings.states)
+        loss, x, log = segment_loss(
+            mixture, teacher, x, start, length, draws, settings=settings, teacher_share=teacher_share
+        )
+        total += length * loss
+        logs.append(log)
+    return total, jax.tree.map(lambda *values: jnp.stack(values), *logs)
