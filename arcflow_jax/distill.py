@@ -109,13 +109,13 @@ def teacher_share(step: jax.Array | int, decay: int) -> jax.Array:
 
 
 def visit_times(
-    draws: Draws, start: jax.Array, length: jax.Array, *, settings: Distillation, teacher_share: jax.Array | float
+    draws: Draws, start: jax.Array, length: jax.Array, *, settings: Distillation, share: jax.Array | float
 ) -> tuple[jax.Array, jax.Array]:
     """Raw times of arriving at and leaving the M visited states, two of [M, B].
 
-    Student and teacher take turns, M each. What is left of the segment without its window is divided between them
-    by `teacher_share`; the student's part is cut at M uniform points, of which the last leaves a rest for the segment's
-    end, the teacher's at M − 1.
+    Student and teacher take M turns each. The segment without its window is divided between them by `share`, the
+    teacher's; the student's part is cut at M uniform points, the last of which leaves a rest for the segment's end,
+    the teacher's part at M − 1.
     """
     free = length - settings.window_length(length)  # [B]
     student = jnp.sort(draws.student, -1)  # [B, M]
@@ -123,7 +123,7 @@ def visit_times(
     teacher = jnp.pad(teacher, ((0, 0), (0, 1)), constant_values=1.0)  # [B, M + 1]: to 1
 
     def at(teacher: jax.Array) -> jax.Array:
-        travelled = free[:, None] * ((1 - teacher_share) * student + teacher_share * teacher)
+        travelled = free[:, None] * ((1 - share) * student + share * teacher)
         return jnp.maximum(start[:, None] - travelled, 0.0).T  # rounding must not carry it past the data
 
     return at(teacher[:, :-1]), at(teacher[:, 1:])
@@ -138,14 +138,12 @@ def visit(
     draws: Draws,
     *,
     settings: Distillation,
-    teacher_share: jax.Array | None,
+    share: jax.Array | None,
 ) -> Visits:
     """Follows the mixed trajectory from x [B, N, D] through one segment. Arguments as in `segment_loss`."""
     mixture = drop_modes(draws.modes, jax.lax.stop_gradient(mixture), settings.mode_dropout)
     x = jax.lax.stop_gradient(x)
-    arrive, leave = visit_times(
-        draws, start, length, settings=settings, teacher_share=0.0 if teacher_share is None else teacher_share
-    )
+    arrive, leave = visit_times(draws, start, length, settings=settings, share=0.0 if share is None else share)
     sigma_src, sigma_end = warp(start, settings.shift), warp(start - length, settings.shift)
     sigma_a, sigma_b = warp(arrive, settings.shift), warp(leave, settings.shift)
 
@@ -159,7 +157,7 @@ def visit(
         u = target(state, sigma_a)
         return (state + u * (sigma_b - sigma_a)[:, None, None], sigma_b), (state, u)
 
-    if teacher_share is None:
+    if share is None:
         # No state depends on the teacher: all are known beforehand, and it reads them as one batch. An example's
         # states stay together in it, so that a batch sharded over devices stays where it is.
         states = x - jax.vmap(lambda sigma: displacement(mixture, sigma_src, sigma_src, sigma))(sigma_a)
@@ -197,7 +195,7 @@ def segment_loss(
     draws: Draws,
     *,
     settings: Distillation,
-    teacher_share: jax.Array | None,
+    share: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """The loss of one segment: loss_scale · ½ · mean square of predicted less target velocity.
 
@@ -205,8 +203,8 @@ def segment_loss(
       mixture: what the student predicted at x; the gradient's only way to the student.
       x: the segment's first state [B, N, D].
       start, length: where the segment begins and how long it is, in raw time; [B] or scalars.
-      teacher_share: of the trajectory, traced; None says that it is 0 from here on: the same loss, but the
-        teacher is called once, on all states together.
+      share: the teacher's of the trajectory, traced (see `teacher_share`); None says that it
+        is 0 from here on: the same loss, but the teacher is called once, on all states together.
 
     Returns:
       The loss; the detached state [B, N, D] at the segment's end; `loss` and `velocity_error`, the squared error
@@ -214,7 +212,7 @@ def segment_loss(
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     start, length = (jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1]) for t in (start, length))
-    visits = visit(mixture, teacher, x, start, length, draws, settings=settings, teacher_share=teacher_share)
+    visits = visit(mixture, teacher, x, start, length, draws, settings=settings, share=share)
     error = jnp.square(predict(mixture, visits, start, length, settings=settings) - visits.targets).mean()
     loss = settings.loss_scale * 0.5 * error
     log = {"loss": loss, "velocity_error": error / jnp.square(visits.targets).mean()}
@@ -228,11 +226,11 @@ def distillation_loss(
     key: jax.Array,
     *,
     settings: Distillation,
-    teacher_share: jax.Array | None,
+    share: jax.Array | None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of a whole few-step trajectory from noise [B, N, D]: the segments' losses, weighted by length.
 
-    `teacher_share` as in `segment_loss`. Also returns what `segment_loss` gives to log, of all segments [nfe].
+    `share` as in `segment_loss`. Also returns what `segment_loss` gives to log, of all segments [nfe].
     """
     bounds = boundaries(settings.nfe, settings.final_step_ratio)
     x, total, logs = noise.astype(jnp.promote_types(noise.dtype, jnp.float32)), 0.0, []
@@ -241,9 +239,7 @@ def distillation_loss(
         start, length = bounds[segment], bounds[segment] - bounds[segment + 1]
         mixture = student(x, jnp.full(x.shape[0], warp(start, settings.shift)), dropout_key)
         draws = Draws.draw(draw_key, x.shape[0], mixture.logits.shape[2], settings.states)
-        loss, x, log = segment_loss(
-            mixture, teacher, x, start, length, draws, settings=settings, teacher_share=teacher_share
-        )
+        loss, x, log = segment_loss(mixture, teacher, x, start, length, draws, settings=settings, share=share)
         total += length * loss
         logs.append(log)
     return total, jax.tree.map(lambda *values: jnp.stack(values), *logs)
