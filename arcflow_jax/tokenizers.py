@@ -1,0 +1,59 @@
+"""Prompts to token ids, with the tokenizers that lie in a model's folder (`tokenizer/`, `tokenizer_2/`).
+
+Ids are those that diffusers' FluxPipeline feeds its encoders: cut and padded to a fixed length.
+"""
+
+# B prompts, N tokens
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from arcflow_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, of the class that its tokenizer_config.json names; never from the network.
+
+    Raises:
+      UserError: if the folder is missing or does not hold a whole tokenizer.
+    """
+    from transformers import AutoTokenizer  # slow to import, and only prompts need it
+
+    if not (folder / "tokenizer_config.json").is_file():
+        raise UserError(f"{folder} holds no tokenizer: tokenizer_config.json is missing")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises all sorts, down to the bare Exception of its Rust part
+        raise UserError(f"{folder} does not hold a tokenizer that transformers can load: {one_line(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        # transformers starts an empty vocabulary where it finds no file of one
+        raise UserError(f"{folder} holds no vocabulary: it needs tokenizer.json, or vocab.json and merges.txt")
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"{folder} names no pad_token")
+    return tokenizer
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def token_length(tokenizer: PreTrainedTokenizerBase, most: int = 512) -> int:
+    """The number of tokens that prompts are padded to: the tokenizer's own maximum, and `most` at the most."""
+    return min(tokenizer.model_max_length, most)
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int
+) -> tuple[np.ndarray, int]:  # [B, N = length] int32
+    """The prompts' ids, cut and padded to `length` with special tokens included, and how many prompts were cut."""
+    whole = tokenizer(list(prompts), verbose=False).input_ids
+    cut = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True).input_ids
+    return np.array(cut, np.int32).reshape(-1, length), sum(len(ids) > length for ids in whole)

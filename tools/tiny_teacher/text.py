@@ -1,0 +1,159 @@
+"""The tiny teacher's text encoders, trained until what a caption says can be read off their outputs.
+
+A frozen encoder with random weights would leave the reading to the denoiser. These two are trained with linear
+heads, thrown away afterwards, that name every attribute of the caption, or say that it is not named: from CLIP's
+pooled vector, and from each of T5's tokens.
+"""
+
+# B batch, N tokens, D width, A attributes
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from safetensors.numpy import save_file
+
+from arcflow_jax.convert import clip as clip_table
+from arcflow_jax.convert import t5 as t5_table
+from arcflow_jax.convert.engine import export_tensors
+from arcflow_jax.demo import pictures
+from arcflow_jax.layers import Linear
+from arcflow_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
+from arcflow_jax.models.t5 import T5Config, T5Encoder
+from arcflow_jax.tokenizers import load_tokenizer, tokenize
+from tools.tiny_teacher import common
+from tools.tiny_teacher.tokenizers import CLIP_LENGTH, T5_LENGTH, make_clip_tokenizer, make_t5_tokenizer
+
+WIDTH = 64
+ANSWERS = [len(values) + 1 for values in pictures.ATTRIBUTES.values()]  # of each attribute; the first is "not named"
+EMPTY_PROMPTS = 90  # guidance needs the empty prompt, one among 1800 captions, to be learnt as well
+ACCURACY = 0.999
+
+
+def new_clip(tokenizer: Any, rngs: nnx.Rngs) -> CLIPTextEncoder:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=CLIP_LENGTH,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return CLIPTextEncoder(config, rngs=rngs)
+
+
+def new_t5(tokenizer: Any, rngs: nnx.Rngs) -> T5Encoder:
+    config = T5Config(vocab_size=len(tokenizer), d_model=WIDTH, d_kv=16, d_ff=2 * WIDTH, num_layers=2, num_heads=4)
+    return T5Encoder(config, rngs=rngs)
+
+
+class Probed(nnx.Module):
+    """An encoder with the linear heads of its training, side by side in one layer."""
+
+    def __init__(self, encoder: nnx.Module, rngs: nnx.Rngs):
+        self.encoder = encoder
+        self.heads = Linear(WIDTH, sum(ANSWERS), rngs=rngs)
+
+
+def train_encoder(
+    encoder: nnx.Module,
+    ids: np.ndarray,  # [captions, N]
+    answers: np.ndarray,  # [captions, A]
+    features: Callable[[nnx.Module, jax.Array], jax.Array],  # of an encoder and ids [B, N]: [B, ..., D]
+    *,
+    seed: int,
+    steps: int = 800,
+    batch: int = 128,
+    peak: float = 3e-3,
+) -> nnx.Module:
+    """The trained encoder, its final norm rescaled so that `features` have unit mean square."""
+    graphdef, state = nnx.split(Probed(encoder, nnx.Rngs(seed)))
+    cuts = np.cumsum(ANSWERS)[:-1]
+
+    def logits(state: nnx.State, ids: jax.Array) -> list[jax.Array]:  # of each attribute, [B, ..., answers]
+        probed = nnx.merge(graphdef, state)
+        return jnp.split(probed.heads(features(probed.encoder, ids)), cuts, axis=-1)
+
+    def loss(state: nnx.State, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        drawn = jax.random.randint(key, (batch,), 0, len(ids))
+        value = 0.0
+        for scores, right in zip(logits(state, jnp.asarray(ids)[drawn]), jnp.asarray(answers)[drawn].T, strict=True):
+            right = jnp.broadcast_to(right, scores.T.shape[1:]).T  # [B, ...]: the same for every token
+            value += optax.softmax_cross_entropy_with_integer_labels(scores, right).mean()
+        return value, {"loss": value}
+
+    def accuracy(state: nnx.State) -> float:  # the share of right answers, of the worst attribute
+        scores = jax.jit(logits)(state, ids)
+        return min(float((a.argmax(-1).T == b).mean()) for a, b in zip(scores, answers.T, strict=True))
+
+    state = common.train(loss, state, steps=steps, peak=peak, every=200, seed=seed)
+    if accuracy(state) < ACCURACY:
+        raise RuntimeError(f"only {accuracy(state):.4f} of an attribute's answers are right")
+    encoder = nnx.merge(graphdef, state).encoder
+    scale = jnp.sqrt(jnp.square(features(encoder, ids)).mean())
+    for weight in jax.tree.leaves(nnx.state(encoder.final_layer_norm), is_leaf=lambda x: isinstance(x, nnx.Variable)):
+        weight[...] = weight[...] / scale
+    return encoder
+
+
+def write_encoder(folder: Path, config: dict[str, Any], table: Any, encoder: nnx.Module) -> None:
+    """The folder of an encoder as transformers has it; `config` adds to the geometry what config.json needs."""
+    folder.mkdir(parents=True)
+    config = config | dataclasses.asdict(encoder.config) | {"dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = export_tensors(table, nnx.state(encoder))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def make_text(out_dir: Path, seed: int = 0) -> None:
+    """Writes tokenizer, tokenizer_2, text_encoder and text_encoder_2; about a minute on two CPU cores.
+
+    The folder appears when it is whole.
+    """
+    final, out_dir = out_dir, out_dir.with_suffix(".tmp")
+    shutil.rmtree(out_dir, ignore_errors=True)
+    make_clip_tokenizer(out_dir / "tokenizer")
+    make_t5_tokenizer(out_dir / "tokenizer_2")
+    clip_tokenizer, t5_tokenizer = load_tokenizer(out_dir / "tokenizer"), load_tokenizer(out_dir / "tokenizer_2")
+    captions = pictures.all_captions()
+    prompts = [*map(str, captions), *[""] * EMPTY_PROMPTS]
+    answers = np.zeros((len(prompts), len(ANSWERS)), np.int32)
+    answers[: len(captions)] = np.stack([caption.as_array() for caption in captions]) + 1
+
+    ids, _ = tokenize(clip_tokenizer, prompts, CLIP_LENGTH)
+    clip = new_clip(clip_tokenizer, nnx.Rngs(seed))
+    clip = train_encoder(clip, ids, answers, lambda encoder, ids: encoder(ids)[1], seed=seed)
+    config = {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "projection_dim": WIDTH,
+        "bos_token_id": clip_tokenizer.bos_token_id,
+        "pad_token_id": clip_tokenizer.pad_token_id,
+    }
+    write_encoder(out_dir / "text_encoder", config, clip_table, clip)
+
+    ids, _ = tokenize(t5_tokenizer, prompts, T5_LENGTH)
+    t5 = new_t5(t5_tokenizer, nnx.Rngs(seed))
+    t5 = train_encoder(t5, ids, answers, lambda encoder, ids: encoder(ids), seed=seed)
+    config = {
+        "architectures": ["T5EncoderModel"],
+        "model_type": "t5",
+        **T5Config.REQUIRED,
+        "is_encoder_decoder": False,
+        "pad_token_id": t5_tokenizer.pad_token_id,
+        "eos_token_id": t5_tokenizer.eos_token_id,
+    }
+    write_encoder(out_dir / "text_encoder_2", config, t5_table, t5)
+    shutil.rmtree(final, ignore_errors=True)
+    out_dir.rename(final)

@@ -1,0 +1,77 @@
+"""The tiny teacher's two tokenizers, made from the words of its captions in the file layout of FLUX.1-dev's.
+
+Each caption word is one token; anything else falls back to bytes (CLIP) or characters (T5).
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTokenizer, T5TokenizerFast, TokenizersBackend
+
+from arcflow_jax.demo import pictures
+
+CLIP_LENGTH, T5_LENGTH = 32, 16  # tokens; the longest caption has 11 words
+CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+WORD_SCORE, CHARACTER_SCORE = -2.0, -10.0  # log-probabilities: a word always beats its spelling
+
+
+def caption_words() -> list[str]:
+    return sorted({word for caption in pictures.all_captions() for word in str(caption).split()})
+
+
+def byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair encoding's training, continued until every word is one token: the most frequent pair goes first."""
+    spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges = []
+    while pairs := Counter(pair for word in spelled for pair in zip(word, word[1:], strict=False)):
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        for word in spelled:
+            for i in range(len(word) - 2, -1, -1):
+                if tuple(word[i : i + 2]) == best:
+                    word[i : i + 2] = ["".join(best)]
+    return merges
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write(folder: Path, tokenizer: TokenizersBackend, config: dict[str, Any], special: dict[str, str]) -> None:
+    """The files that both kinds have, by hand: `save_pretrained` writes what only its own version reads."""
+    folder.mkdir(parents=True)
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", config | special)
+    write_json(folder / "special_tokens_map.json", special)
+
+
+def make_clip_tokenizer(folder: Path) -> None:
+    """Ids in the order of OpenAI's: bytes, bytes that end a word, merges, start, end. The end token has the highest."""
+    merges = byte_pair_merges(caption_words())
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *map("".join, merges), CLIP_START, CLIP_END]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    special = {"bos_token": CLIP_START, "eos_token": CLIP_END, "unk_token": CLIP_END, "pad_token": CLIP_END}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, **special)
+    write(folder, tokenizer, {"tokenizer_class": "CLIPTokenizer", "model_max_length": CLIP_LENGTH}, special)
+    write_json(folder / "vocab.json", vocabulary)
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+
+
+def make_t5_tokenizer(folder: Path) -> None:
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}  # ids 0, 1, 2
+    characters = ["▁", *string.digits, *string.ascii_letters, *string.punctuation]
+    pieces = [
+        *((token, 0.0) for token in special.values()),
+        *((f"▁{word}", WORD_SCORE) for word in caption_words()),
+        *((character, CHARACTER_SCORE) for character in characters),
+    ]
+    tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0, **special)
+    config = {"tokenizer_class": "T5Tokenizer", "model_max_length": T5_LENGTH, "extra_ids": 0}
+    write(folder, tokenizer, config, special)
