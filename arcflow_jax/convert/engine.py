@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ from flax import nnx
 from arcflow_jax.errors import UserError
 
 DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16))
-SHOWN = 4  # names of a kind that an error message spells out
+SHOWN = 4  # names that an error message spells out
 
 
 class Tensor(Protocol):
@@ -107,6 +107,13 @@ def flatten(state: nnx.State) -> dict[str, nnx.Variable]:
     return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
 
 
+def unflatten(state: nnx.State, arrays: Mapping[str, Any]) -> nnx.State:
+    """A state of the same structure with the values of `arrays`, by dotted path."""
+    return nnx.from_flat_state(
+        [(path, variable.replace(arrays[".".join(map(str, path))])) for path, variable in nnx.to_flat_state(state)]
+    )
+
+
 def fills(table: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[Fill]:
     """What fills each target (path → shape), by the table's rules.
 
@@ -138,7 +145,9 @@ def canonical(table: Any, name: str) -> str:
 def check(
     table: Any, source: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str
 ) -> Iterator[tuple[Fill, list[Tensor]]]:
-    """Each target with the source tensors that fill it, after a look at all names, shapes and dtypes.
+    """Each target with the source tensors that fill it, and their names in the source.
+
+    All names, shapes and dtypes are looked at before this returns; values are read only by `read`.
 
     Raises:
       UserError: one line that names `where` and lists what is missing, left over and wrong.
@@ -155,8 +164,8 @@ def check(
     ignored = [pattern(text) for text in getattr(table, "IGNORED", ())]
     missing = [name for fill in plan for name in fill.names if name not in names]
     left_over = [
-        theirs
-        for ours, theirs in names.items()
+        name
+        for ours, name in names.items()
         if ours not in needed and not any(regex.fullmatch(ours) for regex in ignored)
     ]
     for fill in plan:
@@ -171,18 +180,21 @@ def check(
 
     findings = {"missing": missing, "left over": left_over, "wrong": wrong}
     if any(findings.values()):
-        raise UserError(f"{where}: " + "; ".join(shorten(kind, items) for kind, items in findings.items() if items))
-    return ((fill, [source[names[name]] for name in fill.names]) for fill in plan)
+        raise UserError(
+            f"{where}: "
+            + "; ".join(f"{len(items)} {kind} ({first_few(items)})" for kind, items in findings.items() if items)
+        )
+    theirs = [fill._replace(names=tuple(names[name] for name in fill.names)) for fill in plan]
+    return ((fill, [source[name] for name in fill.names]) for fill in theirs)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
     return tuple(a.shape) == tuple(b.shape) and np.array_equal(np.asarray(a), np.asarray(b))
 
 
-def shorten(kind: str, items: list[str]) -> str:
-    """`2 missing (a, b)`, cut to the first few."""
-    shown = ", ".join(items[:SHOWN]) + (", …" if len(items) > SHOWN else "")
-    return f"{len(items)} {kind} ({shown})"
+def first_few(items: Sequence[str]) -> str:
+    """Some names for an error message, cut to the first few."""
+    return ", ".join(items[:SHOWN]) + (", …" if len(items) > SHOWN else "")
 
 
 def read(fill: Fill, tensors: list[Tensor], dtype: Any = None, where: str = "checkpoint") -> np.ndarray:
@@ -204,7 +216,7 @@ def read(fill: Fill, tensors: list[Tensor], dtype: Any = None, where: str = "che
         return fill.form.to_ours(array)
 
     if not fill.stacked:
-        return np.ascontiguousarray(layer(fill.names[0], tensors[0]))
+        return np.asarray(layer(fill.names[0], tensors[0]), order="C")
     stacked = None
     for index, (name, tensor) in enumerate(zip(fill.names, tensors, strict=True)):
         array = layer(name, tensor)
@@ -235,9 +247,7 @@ def import_tensors(
     """
     filled = check(table, source, shapes_of(target), where)
     arrays = {fill.target: jnp.asarray(read(fill, tensors, dtype, where)) for fill, tensors in filled}
-    return nnx.from_flat_state(
-        [(path, variable.replace(arrays[".".join(map(str, path))])) for path, variable in nnx.to_flat_state(target)]
-    )
+    return unflatten(target, arrays)
 
 
 def export_tensors(table: Any, state: nnx.State) -> dict[str, np.ndarray]:
@@ -249,4 +259,4 @@ def write(fill: Fill, variables: Mapping[str, nnx.Variable]) -> Iterable[tuple[s
     array = np.asarray(variables[fill.target][...])
     for name, layer in zip(fill.names, array if fill.stacked else [array], strict=True):
         # contiguous, because safetensors writes the bytes of a transposed view in the wrong order
-        yield name, np.ascontiguousarray(fill.form.to_theirs(layer))
+        yield name, np.asarray(fill.form.to_theirs(layer), order="C")

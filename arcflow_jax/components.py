@@ -1,0 +1,63 @@
+"""The networks that a pipeline is made of, under their names in its `model_index.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from arcflow_jax.arc_model import ArcModel
+from arcflow_jax.convert import autoencoder_kl, clip, flux, t5
+from arcflow_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from arcflow_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
+from arcflow_jax.models.flux import Flux, FluxConfig
+from arcflow_jax.models.t5 import T5Config, T5Encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A kind of network.
+
+    Attributes:
+      class_name: what `model_index.json` calls it.
+      geometry: the dataclass of its config.json.
+      build: makes it from (geometry, dtype, rngs).
+      table: the rules of its checkpoints.
+    """
+
+    class_name: str
+    geometry: type
+    build: Callable[[Any, Any, nnx.Rngs], nnx.Module]
+    table: ModuleType
+
+    def abstract(self, geometry: Any, dtype: Any = jnp.float32) -> nnx.Module:
+        """The network with shapes in place of arrays."""
+        return nnx.eval_shape(lambda: self.build(geometry, dtype, nnx.Rngs(0)))
+
+
+def flux_teacher(config: FluxConfig, dtype: Any, rngs: nnx.Rngs) -> ArcModel:
+    trunk = Flux(config, dtype=dtype, param_dtype=dtype, rngs=rngs)
+    return ArcModel(trunk, param_dtype=dtype, rngs=rngs)
+
+
+FLUX = Network("FluxTransformer2DModel", FluxConfig, flux_teacher, flux)
+CLIP = Network(
+    "CLIPTextModel", CLIPTextConfig, lambda config, dtype, rngs: CLIPTextEncoder(config, dtype=dtype, rngs=rngs), clip
+)
+T5 = Network("T5EncoderModel", T5Config, lambda config, dtype, rngs: T5Encoder(config, dtype=dtype, rngs=rngs), t5)
+VAE = Network(
+    "AutoencoderKL",
+    AutoencoderKLConfig,
+    lambda config, dtype, rngs: AutoencoderKL(config, dtype=dtype, rngs=rngs),
+    autoencoder_kl,
+)
+
+# pipeline → component → network. `transformer` is the one that a student is trained on.
+PIPELINES: dict[str, dict[str, Network]] = {
+    "FluxPipeline": {"transformer": FLUX, "text_encoder": CLIP, "text_encoder_2": T5, "vae": VAE},
+}
+TOKENIZERS = ("tokenizer", "tokenizer_2")  # their folders are copied as they are

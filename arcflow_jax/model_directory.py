@@ -1,0 +1,181 @@
+"""A converted model: one directory that holds everything a pipeline needs.
+
+    model.json                  format, pipeline, each component's class, config and dtype, scheduler, fingerprint,
+                                and the size of every file
+    transformer/, vae/, …       an Orbax checkpoint a component: a nested dict, its keys the parts of a variable's path
+    tokenizer/, tokenizer_2/    as they came
+
+The transformer's fingerprint names the base that an adapter was trained on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from arcflow_jax.components import PIPELINES, Network
+from arcflow_jax.convert.engine import flatten, unflatten
+from arcflow_jax.errors import UserError
+from arcflow_jax.geometry import geometry, read_json
+
+DESCRIPTION = "model.json"
+FORMAT = "arcflow_jax model"
+VERSION = 1
+# Where Orbax's incremental writer, which the converter uses, puts a checkpoint within a component's folder
+CHECKPOINT = "state"
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted paths to nested dicts: {"a.0.b": x} → {"a": {"0": {"b": x}}}, the form in which Orbax keeps a state."""
+    root: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split(".")
+        node = root
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[leaf] = value
+    return root
+
+
+def unnest(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`nest` undone."""
+    flat = {}
+    for name, value in tree.items():
+        flat |= unnest(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def digest(path: str, array: np.ndarray) -> tuple[str, bytes]:
+    """One tensor's part in a fingerprint: its path, and the SHA-256 of path, shape, dtype and bytes."""
+    head = f"{path} {array.shape} {array.dtype.name}\n".encode()
+    sha = hashlib.sha256(head)
+    sha.update(np.asarray(array, order="C").reshape(-1).view(np.uint8))
+    return path, sha.digest()
+
+
+def fingerprint(digests: Iterable[tuple[str, bytes]]) -> str:
+    """SHA-256 over the digests of all tensors, whatever the order in which they come."""
+    return hashlib.sha256(b"".join(part for _, part in sorted(digests))).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDirectory:
+    """The reading side; `conversion.py` writes.
+
+    Attributes:
+      path: of the directory.
+      description: what model.json says.
+    """
+
+    path: Path
+    description: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> ModelDirectory:
+        """Reads model.json, and no weights.
+
+        Raises:
+          UserError: if `path` is not a converted model, or one of another format version.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise UserError(f"model directory {path} does not exist")
+        if (path / "model_index.json").is_file():
+            raise UserError(f"{path} is a PyTorch model: run arcflow convert --source {path} --out DIR first")
+        if not (path / DESCRIPTION).is_file():
+            raise UserError(f"{path} is not a converted model: it has no {DESCRIPTION}; arcflow convert makes one")
+        description = read_json(path / DESCRIPTION)
+        if description.get("format") != FORMAT:
+            raise UserError(f"{path / DESCRIPTION} does not describe an {FORMAT}")
+        if description.get("version") != VERSION:
+            raise UserError(
+                f"{path} has format version {description.get('version')}, this program reads {VERSION}: convert again"
+            )
+        keys = {"pipeline", "components", "scheduler", "fingerprint", "files"}
+        if missing := sorted(keys - description.keys()):
+            raise UserError(f"{path / DESCRIPTION} is damaged: it lacks {', '.join(missing)}")
+        if description["pipeline"] not in PIPELINES:
+            raise UserError(f"{path} is a {description['pipeline']}, known are {', '.join(PIPELINES)}")
+        return cls(path, description)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the transformer."""
+        return self.description["fingerprint"]
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """The scheduler's config."""
+        return self.description["scheduler"]
+
+    @property
+    def networks(self) -> dict[str, Network]:
+        """Component → kind of network."""
+        return PIPELINES[self.description["pipeline"]]
+
+    def config(self, component: str) -> dict[str, Any]:
+        """The component's config.json."""
+        return self.description["components"][component]["config"]
+
+    def geometry(self, component: str) -> Any:
+        """The geometry dataclass of a component, e.g. a FluxConfig."""
+        where = f"{self.path / DESCRIPTION}, {component}"
+        return geometry(self.networks[component].geometry, self.config(component), where)
+
+    def dtype(self, component: str) -> np.dtype:
+        """In which the component's weights are kept."""
+        return jax.numpy.dtype(self.description["components"][component]["dtype"])
+
+    def abstract(self, component: str, dtype: Any = None) -> nnx.Module:
+        """The component's network with shapes in place of arrays, by default in the dtype of its weights."""
+        return self.networks[component].abstract(self.geometry(component), dtype or self.dtype(component))
+
+    def load(
+        self, component: str, abstract_state: nnx.State, shardings: nnx.State | jax.sharding.Sharding | None = None
+    ) -> nnx.State:
+        """The weights of a component, read straight to where they are to live: no host holds them all.
+
+        Args:
+          component: e.g. "transformer".
+          abstract_state: of the network, e.g. `nnx.state(directory.abstract(component))`; its dtypes are given to
+            the weights.
+          shardings: a sharding a variable, as `sharding.state_shardings` gives, or one for all; by default the
+            first device.
+
+        Raises:
+          UserError: if the checkpoint is damaged or does not fit the network.
+        """
+        where = self.path / component
+        self.check_files(component)
+        if shardings is None:
+            shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        if isinstance(shardings, jax.sharding.Sharding):
+            one = shardings
+            shardings = jax.tree.map(lambda _: one, abstract_state)
+        targets = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract_state, shardings
+        )
+        wanted = nest({path: variable.get_value() for path, variable in flatten(targets).items()})
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                arrays = unnest(checkpointer.restore((where / CHECKPOINT).absolute(), wanted))
+        except Exception as error:  # Orbax and TensorStore raise all sorts, down to the bare Exception
+            detail = " ".join(str(error).split())[:200]
+            raise UserError(f"{where} is damaged or does not fit the network: {detail}") from error
+        return unflatten(abstract_state, arrays)
+
+    def check_files(self, component: str) -> None:
+        """Raises UserError if a file of a component is gone or has another size than when it was written."""
+        for name, size in self.description["files"].items():
+            file = self.path / name
+            if name.startswith(f"{component}/") and not (file.is_file() and file.stat().st_size == size):
+                fault = "truncated" if file.is_file() else "missing"
+                raise UserError(f"{self.path / component} is damaged: {name} is {fault}; convert the model again")
