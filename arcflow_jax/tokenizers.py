@@ -18,6 +18,8 @@ from arcflow_jax.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
+
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder, of the class that its tokenizer_config.json names; never from the network.
@@ -29,13 +31,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     if not (folder / "tokenizer_config.json").is_file():
         raise UserError(f"{folder} holds no tokenizer: tokenizer_config.json is missing")
+    if not any((folder / name).is_file() for name in VOCABULARIES):  # transformers would make up an empty one
+        raise UserError(f"{folder} holds no vocabulary: it needs one of {', '.join(VOCABULARIES)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises all sorts, down to the bare Exception of its Rust part
         raise UserError(f"{folder} does not hold a tokenizer that transformers can load: {one_line(error)}") from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        # transformers starts an empty vocabulary where it finds no file of one
-        raise UserError(f"{folder} holds no vocabulary: it needs tokenizer.json, or vocab.json and merges.txt")
     if tokenizer.pad_token_id is None:
         raise UserError(f"{folder} names no pad_token")
     return tokenizer
