@@ -11,7 +11,7 @@ sees them. Attribute names are those of the checkpoint.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,14 @@ from arcflow_jax.layers import Conv, GroupNorm, Linear
 @dataclasses.dataclass(frozen=True)
 class AutoencoderKLConfig:
     """Geometry of an autoencoder, under the names of its config.json."""
+
+    REQUIRED: ClassVar[dict[str, Any]] = {
+        "act_fn": "silu",
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "latents_mean": None,
+        "latents_std": None,
+    }
 
     block_out_channels: tuple[int, ...]
     layers_per_block: int
