@@ -13,6 +13,9 @@ from arcflow_jax.convert.engine import check, export_tensors, import_tensors, sh
 from arcflow_jax.errors import UserError
 from arcflow_jax.geometry import geometry
 from arcflow_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
+from arcflow_jax.tokenizers import load_tokenizer, token_length, tokenize
+from tools.tiny_teacher.text import new_clip, write_clip
+from tools.tiny_teacher.tokenizers import make_clip_tokenizer
 
 TINY = {
     "vocab_size": 60,
@@ -68,6 +71,18 @@ def ours(model, config, dtype=jnp.float32):
     return nnx.merge(graphdef, import_tensors(table, tensors, state, dtype))
 
 
+def random_encoder(make):
+    """The module that `make` makes, every weight of it drawn from N(0, 0.3²)."""
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    rng = np.random.default_rng(0)
+    return nnx.merge(graphdef, jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), state))
+
+
+@nnx.jit
+def run(encoder, ids):
+    return encoder(ids)
+
+
 def relative_error(a, b):
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
     return np.abs(a - b).max() / np.abs(b).max()
@@ -93,10 +108,10 @@ def test_parity(name):
     ids = prompts_ids()
     with torch.no_grad():
         theirs = model(torch.from_numpy(ids))
-    hidden, pooled = nnx.jit(lambda encoder, ids: encoder(ids))(ours(model, config), jnp.asarray(ids))
+    hidden, pooled = run(ours(model, config), jnp.asarray(ids))
     assert relative_error(hidden, theirs.last_hidden_state) < 1e-5
     assert relative_error(pooled, theirs.pooler_output) < 1e-5
-    low_hidden, low_pooled = ours(model, config, jnp.bfloat16)(jnp.asarray(ids))
+    low_hidden, low_pooled = run(ours(model, config, jnp.bfloat16), jnp.asarray(ids))
     assert low_hidden.dtype == low_pooled.dtype == jnp.bfloat16
     assert relative_error(low_hidden, theirs.last_hidden_state) < 0.05
     assert relative_error(low_pooled, theirs.pooler_output) < 0.05
@@ -116,7 +131,7 @@ def test_full_size_table():
 
 def test_names_with_and_without_prefix():
     config = geometry(CLIPTextConfig, TINY, "config.json")
-    state = nnx.state(CLIPTextEncoder(config, rngs=nnx.Rngs(0)))
+    state = nnx.state(random_encoder(lambda: CLIPTextEncoder(config, rngs=nnx.Rngs(0))))
     prefixed = export_tensors(table, state)
     assert all(name.startswith("text_model.") for name in prefixed)
     prefixed["text_model.embeddings.position_ids"] = np.arange(20)[None]  # in files of older transformers
@@ -125,8 +140,25 @@ def test_names_with_and_without_prefix():
         jax.tree.map(np.testing.assert_array_equal, import_tensors(table, tensors, state), state)
 
 
+def test_tiny_teacher_files(tmp_path):
+    """What the bundled teacher's maker writes is loaded by transformers as it is."""
+    torch = pytest.importorskip("torch")
+    from transformers import CLIPTextModel
+
+    make_clip_tokenizer(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    encoder = random_encoder(lambda: new_clip(tokenizer, nnx.Rngs(0)))
+    write_clip(tmp_path / "encoder", tokenizer, encoder)
+    model = CLIPTextModel.from_pretrained(tmp_path / "encoder").eval()
+    ids, _ = tokenize(tokenizer, ["a small red ring at the top", ""], token_length(tokenizer))
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(ids)).pooler_output
+    assert relative_error(run(encoder, ids)[1], theirs) < 1e-5
+
+
 def test_too_many_tokens():
-    encoder = CLIPTextEncoder(geometry(CLIPTextConfig, TINY, "config.json"), rngs=nnx.Rngs(0))
+    config = geometry(CLIPTextConfig, TINY, "config.json")
+    encoder = random_encoder(lambda: CLIPTextEncoder(config, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="21 tokens"):
         encoder(jnp.zeros((1, 21), jnp.int32))
 

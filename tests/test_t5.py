@@ -13,6 +13,9 @@ from arcflow_jax.convert.engine import check, export_tensors, import_tensors, sh
 from arcflow_jax.errors import UserError
 from arcflow_jax.geometry import geometry
 from arcflow_jax.models.t5 import T5Config, T5Encoder, distance_buckets
+from arcflow_jax.tokenizers import load_tokenizer, token_length, tokenize
+from tools.tiny_teacher.text import new_t5, write_t5
+from tools.tiny_teacher.tokenizers import make_t5_tokenizer
 
 TINY = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4}
 GEOMETRIES = {
@@ -49,6 +52,18 @@ def ours(model, config, dtype=jnp.float32):
     return nnx.merge(graphdef, import_tensors(table, tensors, state, dtype))
 
 
+def random_encoder(make):
+    """The module that `make` makes, every weight of it drawn from N(0, 0.3²)."""
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    rng = np.random.default_rng(0)
+    return nnx.merge(graphdef, jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), state))
+
+
+@nnx.jit
+def run(encoder, ids):
+    return encoder(ids)
+
+
 def relative_error(a, b):
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
     return np.abs(a - b).max() / np.abs(b).max()
@@ -63,10 +78,10 @@ def test_parity(name):
     ids[0, 25:] = 0  # padding, attended
     with torch.no_grad():
         theirs = model(torch.from_numpy(ids)).last_hidden_state.numpy()
-    hidden = nnx.jit(lambda encoder, ids: encoder(ids))(ours(model, config), jnp.asarray(ids))
+    hidden = run(ours(model, config), jnp.asarray(ids))
     assert hidden.shape == (2, 40, config["d_model"])
     assert relative_error(hidden, theirs) < 1e-5
-    low = ours(model, config, jnp.bfloat16)(jnp.asarray(ids))
+    low = run(ours(model, config, jnp.bfloat16), jnp.asarray(ids))
     assert low.dtype == jnp.bfloat16
     assert relative_error(low, theirs) < 0.05
 
@@ -97,7 +112,7 @@ def test_full_size_table():
 
 
 def test_table_of_vectors_under_either_name():
-    state = nnx.state(T5Encoder(T5Config(**TINY), rngs=nnx.Rngs(0)))
+    state = nnx.state(random_encoder(lambda: T5Encoder(T5Config(**TINY), rngs=nnx.Rngs(0))))
     tensors = export_tensors(table, state)
     vectors = tensors.pop("shared.weight")
     for names in (["shared.weight"], ["encoder.embed_tokens.weight"], ["shared.weight", "encoder.embed_tokens.weight"]):
@@ -105,6 +120,22 @@ def test_table_of_vectors_under_either_name():
         jax.tree.map(np.testing.assert_array_equal, loaded, state)
     with pytest.raises(UserError, match=r"1 missing \(shared.weight\)"):
         import_tensors(table, tensors, state)
+
+
+def test_tiny_teacher_files(tmp_path):
+    """What the bundled teacher's maker writes is loaded by transformers as it is."""
+    torch = pytest.importorskip("torch")
+    from transformers import T5EncoderModel
+
+    make_t5_tokenizer(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    encoder = random_encoder(lambda: new_t5(tokenizer, nnx.Rngs(0)))
+    write_t5(tmp_path / "encoder", tokenizer, encoder)
+    model = T5EncoderModel.from_pretrained(tmp_path / "encoder").eval()
+    ids, _ = tokenize(tokenizer, ["a small red ring at the top", ""], token_length(tokenizer))
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(ids)).last_hidden_state
+    assert relative_error(run(encoder, ids), theirs) < 1e-5
 
 
 def test_other_architecture_is_refused():

@@ -94,8 +94,10 @@ def train_encoder(
         return value, {"loss": value}
 
     def accuracy(state: nnx.State) -> float:  # the share of right answers, of the worst attribute
-        scores = jax.jit(logits)(state, ids)
-        return min(float((a.argmax(-1).T == b).mean()) for a, b in zip(scores, answers.T, strict=True))
+        answered = jax.jit(logits)(state, ids)
+        return min(
+            float((right == scores.argmax(-1).T).mean()) for scores, right in zip(answered, answers.T, strict=True)
+        )
 
     state = common.train(loss, state, steps=steps, peak=peak, every=200, seed=seed)
     if accuracy(state) < ACCURACY:
@@ -108,7 +110,7 @@ def train_encoder(
 
 
 def write_encoder(folder: Path, config: dict[str, Any], table: Any, encoder: nnx.Module) -> None:
-    """The folder of an encoder as transformers has it; `config` adds to the geometry what config.json needs."""
+    """The folder of an encoder as transformers has it; `config` is what config.json needs beside the geometry."""
     folder.mkdir(parents=True)
     config = config | dataclasses.asdict(encoder.config) | {"dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -116,44 +118,54 @@ def write_encoder(folder: Path, config: dict[str, Any], table: Any, encoder: nnx
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def make_text(out_dir: Path, seed: int = 0) -> None:
-    """Writes tokenizer, tokenizer_2, text_encoder and text_encoder_2; about a minute on two CPU cores.
-
-    The folder appears when it is whole.
-    """
-    final, out_dir = out_dir, out_dir.with_suffix(".tmp")
-    shutil.rmtree(out_dir, ignore_errors=True)
-    make_clip_tokenizer(out_dir / "tokenizer")
-    make_t5_tokenizer(out_dir / "tokenizer_2")
-    clip_tokenizer, t5_tokenizer = load_tokenizer(out_dir / "tokenizer"), load_tokenizer(out_dir / "tokenizer_2")
-    captions = pictures.all_captions()
-    prompts = [*map(str, captions), *[""] * EMPTY_PROMPTS]
-    answers = np.zeros((len(prompts), len(ANSWERS)), np.int32)
-    answers[: len(captions)] = np.stack([caption.as_array() for caption in captions]) + 1
-
-    ids, _ = tokenize(clip_tokenizer, prompts, CLIP_LENGTH)
-    clip = new_clip(clip_tokenizer, nnx.Rngs(seed))
-    clip = train_encoder(clip, ids, answers, lambda encoder, ids: encoder(ids)[1], seed=seed)
+def write_clip(folder: Path, tokenizer: Any, encoder: CLIPTextEncoder) -> None:
     config = {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
         "projection_dim": WIDTH,
-        "bos_token_id": clip_tokenizer.bos_token_id,
-        "pad_token_id": clip_tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
     }
-    write_encoder(out_dir / "text_encoder", config, clip_table, clip)
+    write_encoder(folder, config, clip_table, encoder)
 
-    ids, _ = tokenize(t5_tokenizer, prompts, T5_LENGTH)
-    t5 = new_t5(t5_tokenizer, nnx.Rngs(seed))
-    t5 = train_encoder(t5, ids, answers, lambda encoder, ids: encoder(ids), seed=seed)
+
+def write_t5(folder: Path, tokenizer: Any, encoder: T5Encoder) -> None:
     config = {
         "architectures": ["T5EncoderModel"],
         "model_type": "t5",
         **T5Config.REQUIRED,
         "is_encoder_decoder": False,
-        "pad_token_id": t5_tokenizer.pad_token_id,
-        "eos_token_id": t5_tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
     }
-    write_encoder(out_dir / "text_encoder_2", config, t5_table, t5)
-    shutil.rmtree(final, ignore_errors=True)
-    out_dir.rename(final)
+    write_encoder(folder, config, t5_table, encoder)
+
+
+def make_text(out_dir: Path, seed: int = 0) -> None:
+    """Writes tokenizer, tokenizer_2, text_encoder and text_encoder_2; about a minute on two CPU cores.
+
+    The folder appears when it is whole.
+    """
+    aside = out_dir.with_suffix(".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    captions = pictures.all_captions()
+    prompts = [*map(str, captions), *[""] * EMPTY_PROMPTS]
+    answers = np.zeros((len(prompts), len(ANSWERS)), np.int32)
+    answers[: len(captions)] = np.stack([caption.as_array() for caption in captions]) + 1
+
+    make_clip_tokenizer(aside / "tokenizer")
+    tokenizer = load_tokenizer(aside / "tokenizer")
+    ids, _ = tokenize(tokenizer, prompts, CLIP_LENGTH)
+    clip = new_clip(tokenizer, nnx.Rngs(seed))
+    clip = train_encoder(clip, ids, answers, lambda encoder, ids: encoder(ids)[1], seed=seed)
+    write_clip(aside / "text_encoder", tokenizer, clip)
+
+    make_t5_tokenizer(aside / "tokenizer_2")
+    tokenizer = load_tokenizer(aside / "tokenizer_2")
+    ids, _ = tokenize(tokenizer, prompts, T5_LENGTH)
+    t5 = new_t5(tokenizer, nnx.Rngs(seed))
+    t5 = train_encoder(t5, ids, answers, lambda encoder, ids: encoder(ids), seed=seed)
+    write_t5(aside / "text_encoder_2", tokenizer, t5)
+
+    shutil.rmtree(out_dir, ignore_errors=True)
+    aside.rename(out_dir)

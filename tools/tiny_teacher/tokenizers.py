@@ -5,6 +5,7 @@ Each caption word is one token; anything else falls back to bytes (CLIP) or char
 
 from __future__ import annotations
 
+import itertools
 import json
 import string
 from collections import Counter
@@ -29,7 +30,7 @@ def byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
     """Byte-pair encoding's training, continued until every word is one token: the most frequent pair goes first."""
     spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges = []
-    while pairs := Counter(pair for word in spelled for pair in zip(word, word[1:], strict=False)):
+    while pairs := Counter(pair for word in spelled for pair in itertools.pairwise(word)):
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         merges.append(best)
         for word in spelled:
