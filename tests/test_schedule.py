@@ -1,0 +1,66 @@
+"""The time warp, the segments and the Euler grid."""
+
+from __future__ import annotations
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arcflow_jax.schedule import boundaries, euler_grid, unwarp, warp
+
+times = st.floats(0, 1, width=32)
+shifts = st.floats(0.25, 8, width=32)
+
+
+@settings(deadline=None)
+@given(times, times, shifts)
+def test_warp_is_monotone_and_unwarp_undoes_it(t, other, shift):
+    low, high = sorted([t, other])
+    assert 0 <= warp(low, shift) <= warp(high, shift) <= 1
+    assert unwarp(warp(t, shift), shift) == pytest.approx(t, abs=1e-6)
+
+
+def test_warp_keeps_its_ends_and_moves_the_middle():
+    sigma = warp(jnp.array([0.0, 0.5, 1.0]), 3.2)
+    np.testing.assert_array_equal(sigma[jnp.array([0, 2])], [0.0, 1.0])
+    assert sigma[1] == pytest.approx(16 / 21)
+    np.testing.assert_array_equal(warp(jnp.linspace(0, 1, 9), 1.0), jnp.linspace(0, 1, 9))
+
+
+def test_warp_equals_the_authors():
+    case = golden.load("02_momentum_integration")
+    sigma = warp(case["inputs/raw_t_end"], 3.2)
+    np.testing.assert_allclose(sigma, case["outputs/sigma_end_f64"], rtol=1e-14)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 8), st.floats(0.1, 2))
+def test_segments_are_equal_but_the_last(segments, ratio):
+    bounds = np.asarray(boundaries(segments, ratio))
+    lengths = -np.diff(bounds)
+    assert bounds.shape == (segments + 1,)
+    assert bounds[0] == 1
+    assert bounds[-1] == 0
+    np.testing.assert_allclose(lengths[:-1], lengths[:1].repeat(segments - 1), atol=1e-6)
+    if segments > 1:
+        assert lengths[-1] / lengths[0] == pytest.approx(ratio, rel=1e-4)
+
+
+def test_euler_grid_is_the_scheduler_of_diffusers():
+    pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    steps, shift = 7, 3.2
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+    np.testing.assert_allclose(euler_grid(steps, shift), scheduler.sigmas.numpy(), atol=1e-6)
+
+
+def test_shift_is_an_argument_of_the_compiled_function():
+    compiled = jax.jit(lambda shift: euler_grid(4, shift))
+    for shift in (1.0, 3.2):
+        np.testing.assert_allclose(compiled(shift), euler_grid(4, shift), rtol=1e-6)
+    assert compiled._cache_size() == 1
