@@ -174,9 +174,9 @@ def check(
         for name in fill.names:
             tensor = source[names[name]] if name in names else None
             if tensor is not None and tuple(tensor.shape) != expected:
-                wrong.append(f"{names[name]} is {list(tensor.shape)}, expected {list(expected)}")
+                wrong.append(f"{names[name]} is {list(tensor.shape)} instead of {list(expected)}")
             elif tensor is not None and tensor.dtype not in DTYPES:
-                wrong.append(f"{names[name]} has dtype {tensor.dtype}, expected {', '.join(map(str, DTYPES))}")
+                wrong.append(f"{names[name]} is {tensor.dtype} instead of {' or '.join(map(str, DTYPES))}")
 
     findings = {"missing": missing, "left over": left_over, "wrong": wrong}
     if any(findings.values()):
