@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from arcflow_jax.layers import STUDENT, TEACHER, Adapter, Base, Reading
-from arcflow_jax.lora import attach_lora
+from arcflow_jax.lora import attach_lora, linear_layers
 from arcflow_jax.models.head import MomentumHead, OutputLayer
 from arcflow_jax.momentum import Mixture
 
@@ -47,27 +47,31 @@ class AdapterConfig:
 
 
 class ArcModel(nnx.Module):
-    """A teacher and its student, which share every weight of the trunk.
+    """A teacher and, once `attach_student` has been called, its student, who share every weight of the trunk.
 
-    `Base` variables are the teacher; `Adapter` variables are the student's own. Without an adapter config there is
-    only the teacher.
+    `Base` variables are the teacher; `Adapter` variables are the student's own.
     """
 
-    def __init__(self, trunk: Trunk, adapter: AdapterConfig | None, *, param_dtype: Any, rngs: nnx.Rngs):
-        width, channels = trunk.config.width, trunk.config.in_channels
+    def __init__(self, trunk: Trunk, *, param_dtype: Any, rngs: nnx.Rngs):
         self.trunk = trunk
-        self.output = OutputLayer(width, channels, dtype=param_dtype, rngs=rngs)
+        self.output = OutputLayer(trunk.config.width, trunk.config.in_channels, dtype=param_dtype, rngs=rngs)
         self.head: MomentumHead | None = nnx.data(None)
-        if adapter is not None:
-            self.head = MomentumHead(width, channels, adapter.modes, rngs=rngs)
-            attach_lora(
-                trunk,
-                adapter.targets,
-                rank=adapter.rank,
-                alpha=adapter.alpha,
-                dropout=adapter.dropout,
-                key=rngs.params(),
-            )
+
+    def attach_student(self, config: AdapterConfig, rngs: nnx.Rngs) -> ArcModel:
+        """Adds head and LoRA, whose values `start_student` sets. Raises UserError as `lora.attach_lora`."""
+        self.head = MomentumHead(self.trunk.config.width, self.trunk.config.in_channels, config.modes, rngs=rngs)
+        attach_lora(self.trunk, config.targets, rank=config.rank, alpha=config.alpha, dropout=config.dropout)
+        return self
+
+    def start_student(self, key: jax.Array) -> None:
+        """Sets the adapter to where distillation begins: the student's velocity is the teacher's, but for the noise
+        that tells its modes apart."""
+        lora_key, head_key = jax.random.split(key)
+        for layer in linear_layers(self.trunk).values():
+            if layer.lora is not None:
+                layer.lora.start(lora_key)
+        channels = self.trunk.config.in_channels // 4
+        self.head.start_from(self.output, jax.random.normal(head_key, (self.head.modes, channels)))
 
     def teacher_velocity(self, tokens: jax.Array, sigma: jax.Array, conditioning: Any) -> jax.Array:
         """The teacher's velocity dx/dσ of packed tokens [B, N, 4C] at σ [B]; [B, N, 4C] in float32."""
@@ -86,7 +90,9 @@ def split(model: ArcModel) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     return nnx.split(model, Base, Adapter)
 
 
-def start_adapter(model: ArcModel, key: jax.Array) -> None:
-    """Sets the head from the teacher's own output layer; LoRA starts at zero effect by itself."""
-    channels = model.trunk.config.in_channels // 4
-    model.head.start_from(model.output, jax.random.normal(key, (model.head.modes, channels)))
+def start_adapter(graphdef: nnx.GraphDef, base: nnx.State, abstract: nnx.State, key: jax.Array) -> nnx.State:
+    """The adapter with which distillation begins; `abstract` gives its structure. Pure, to be jitted."""
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
+    model = nnx.merge(graphdef, base, zeros)
+    model.start_student(key)
+    return nnx.state(model, Adapter)

@@ -100,27 +100,24 @@ class Linear(nnx.Module):
 class LoRA(nnx.Module):
     """The low-rank update of a linear layer, (alpha / r) · (x A) B, of Hu et al. 2021 (arXiv 2106.09685).
 
-    A is [.., d_in, r], B is [.., r, d_out]; leading dimensions are those of a stacked kernel. A starts as
-    N(0, 1/r) and B as zero, so that the student starts as the teacher.
+    A is [.., d_in, r], B is [.., r, d_out]; leading dimensions are those of a stacked kernel. Without effect until
+    `start` and training.
     """
 
-    def __init__(
-        self,
-        kernel: nnx.Variable,
-        rank: int,
-        *,
-        alpha: float,
-        dropout: float,
-        salt: int,
-        key: jax.Array,
-    ):
+    def __init__(self, kernel: nnx.Variable, rank: int, *, alpha: float, dropout: float, salt: int):
         *lead, d_in, d_out = kernel.shape
         in_axis, out_axis = kernel.axes
-        self.a = Adapter(jax.random.normal(key, (*lead, d_in, rank)) * rank**-0.5, axes=(in_axis, "rank"))
+        self.a = Adapter(jnp.zeros((*lead, d_in, rank)), axes=(in_axis, "rank"))
         self.b = Adapter(jnp.zeros((*lead, rank, d_out)), axes=("rank", out_axis))
         self.scale = alpha / rank
         self.dropout = dropout
-        self.salt = salt  # tells this layer's dropout mask from that of other layers of the block
+        self.salt = salt  # tells this layer's random numbers from those of the others
+
+    def start(self, key: jax.Array) -> None:
+        """A ~ N(0, 1/r) and B = 0: the update is zero, and its gradient is not."""
+        rank = self.a.shape[-1]
+        self.a[...] = jax.random.normal(jax.random.fold_in(key, self.salt), self.a.shape) * rank**-0.5
+        self.b[...] = jnp.zeros(self.b.shape)
 
     def __call__(self, x: jax.Array, reading: Reading) -> jax.Array:
         if self.dropout and reading.dropout_key is not None:

@@ -6,7 +6,6 @@ import fnmatch
 import zlib
 from collections.abc import Sequence
 
-import jax
 from flax import nnx
 
 from arcflow_jax.errors import UserError
@@ -20,7 +19,7 @@ def linear_layers(module: nnx.Module) -> dict[str, Linear]:
 
 
 def attach_lora(
-    module: nnx.Module, targets: Sequence[str], *, rank: int, alpha: float, dropout: float, key: jax.Array
+    module: nnx.Module, targets: Sequence[str], *, rank: int, alpha: float, dropout: float
 ) -> list[str]:
     """Gives every linear layer that a target names a LoRA adapter of its own, and returns their paths.
 
@@ -39,7 +38,5 @@ def attach_lora(
     for path in chosen:
         salt = zlib.crc32(path.encode())  # stable across runs, machines and the choice of other targets
         layer = layers[path]
-        layer.lora = LoRA(
-            layer.kernel, rank, alpha=alpha, dropout=dropout, salt=salt, key=jax.random.fold_in(key, salt)
-        )
+        layer.lora = LoRA(layer.kernel, rank, alpha=alpha, dropout=dropout, salt=salt)
     return chosen

@@ -21,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from arcflow_jax.arc_model import AdapterConfig, ArcModel
 from arcflow_jax.components import PIPELINES, Network
 from arcflow_jax.convert.engine import flatten, unflatten
 from arcflow_jax.errors import UserError
@@ -137,6 +138,11 @@ class ModelDirectory:
     def abstract(self, component: str, dtype: Any = None) -> nnx.Module:
         """The component's network with shapes in place of arrays, by default in the dtype of its weights."""
         return self.networks[component].abstract(self.geometry(component), dtype or self.dtype(component))
+
+    def student(self, adapter: AdapterConfig, dtype: Any) -> ArcModel:
+        """The transformer with a student's head and LoRA, shapes in place of arrays."""
+        network, config, rngs = self.networks["transformer"], self.geometry("transformer"), nnx.Rngs(0)
+        return nnx.eval_shape(lambda: network.build(config, jax.numpy.dtype(dtype), rngs).attach_student(adapter, rngs))
 
     def load(
         self, component: str, abstract_state: nnx.State, shardings: nnx.State | jax.sharding.Sharding | None = None

@@ -6,6 +6,9 @@ segments and steps divide evenly; σ is t warped towards the noise by `shift` (3
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -32,3 +35,15 @@ def boundaries(segments: int, final_step_ratio: jax.Array | float) -> jax.Array:
 def euler_grid(steps: int, shift: jax.Array | float) -> jax.Array:
     """The σ that the teacher's Euler solver visits, from 1 down to 0, even in raw time: [steps + 1]."""
     return warp(jnp.linspace(1.0, 0.0, steps + 1), shift)
+
+
+def scheduler_shift(config: dict[str, Any], tokens: int) -> float:
+    """The time shift of a diffusers FlowMatchEulerDiscreteScheduler for an image of this many tokens.
+
+    With dynamic shifting, e^μ, μ linear in the number of tokens (diffusers' `calculate_shift`); else a constant.
+    """
+    if not config.get("use_dynamic_shifting", False):
+        return float(config.get("shift", 1.0))
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return math.exp(base + (most - base) * (tokens - low) / (high - low))

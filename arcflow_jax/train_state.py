@@ -51,12 +51,14 @@ def train_step(
     optimizer_config: optim.OptimizerConfig,
     ema: EmaConfig,
     steady: bool,
+    sharding: jax.sharding.NamedSharding,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One iteration of data-free distillation on the prompts of `conditioning`, batch first.
 
     Args:
       base: the teacher's weights.
       key: of the run; the step's own is folded from it, so that a resumed run draws the same numbers.
+      sharding: of the batch over the mesh.
       steady: whether the teacher's share has reached zero, which batches its calls (see `distill`). Static.
 
     Returns:
@@ -69,6 +71,7 @@ def train_step(
     def loss_of(adapter: nnx.State) -> tuple[jax.Array, dict[str, jax.Array]]:
         model = nnx.merge(graphdef, base, adapter)
         noise = jax.random.normal(noise_key, (batch, tokens, model.trunk.config.in_channels))
+        noise = jax.lax.with_sharding_constraint(noise, sharding)
 
         def student(x, sigma, dropout_key):
             return model.student_mixture(x, sigma, conditioning, dropout_key)

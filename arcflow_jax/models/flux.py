@@ -83,9 +83,11 @@ class FluxConditioning:
 def sinusoid(value: jax.Array, width: int) -> jax.Array:
     """Sinusoidal features of a σ or a guidance scale, [B] → [B, width], cosines first, in float32.
 
-    FLUX feeds 1000 · value to the frequencies of Vaswani et al. 2017 (arXiv 1706.03762).
+    FLUX feeds 1000 · value to the frequencies of Vaswani et al. 2017 (arXiv 1706.03762). They are rounded from
+    float64: at angles of 1000 radians the last bit of a frequency shows in the result.
     """
-    frequencies = jnp.exp(-math.log(10_000) * jnp.arange(width // 2) / (width // 2))
+    half = width // 2
+    frequencies = np.exp(-math.log(10_000) * np.arange(half, dtype=np.float64) / half).astype(np.float32)
     angle = 1000.0 * value.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 

@@ -22,7 +22,7 @@ CONFIG = AutoencoderKLConfig(
 )
 
 
-def make_autoencoder(work: Path, steps: int = 6_000, batch: int = 8, peak: float = 1.5e-3) -> None:
+def make_autoencoder(work: Path, steps: int = 4_500, batch: int = 8) -> None:
     """Mean squared error plus a light KL term, so that the decoder tolerates the denoiser's errors."""
     graphdef, state = nnx.split(AutoencoderKL(CONFIG, rngs=nnx.Rngs(0)))
 
@@ -46,4 +46,4 @@ def make_autoencoder(work: Path, steps: int = 6_000, batch: int = 8, peak: float
         save_state(work / "autoencoder.safetensors", state)
         return {"held-out PSNR in dB": psnr(held_out(state))}
 
-    train(loss, state, steps=steps, peak=peak, report=report)
+    train(loss, state, steps=steps, horizon=6_000, peak=1.5e-3, report=report)

@@ -34,9 +34,9 @@ def psnr(mean_square: jax.Array | float) -> float:
     return 10 * math.log10(4 / float(mean_square))
 
 
-def adam(peak: float, steps: int) -> optax.GradientTransformation:
-    """Adam with warm-up, cosine decay to 1 % of the peak, and clipping at norm 1."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, min(200, steps // 10), steps, peak * 1e-2)
+def adam(peak: float, horizon: int) -> optax.GradientTransformation:
+    """Adam with warm-up, cosine decay to 1 % of the peak over `horizon` steps, and clipping at norm 1."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, min(200, horizon // 10), horizon, peak * 1e-2)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
 
 
@@ -46,13 +46,17 @@ def train(
     *,
     steps: int,
     peak: float,
+    horizon: int | None = None,
     every: int = 500,
     ema: float = 0.0,
     report: Callable[[nnx.State], dict[str, float]] = lambda state: {},
     seed: int = 1,
 ) -> nnx.State:
-    """Minimises `loss(state, key) -> (loss, values to print)`; prints every `every` steps; returns the EMA."""
-    optimizer = adam(peak, steps)
+    """Minimises `loss(state, key) -> (loss, values to print)`; prints every `every` steps; returns the EMA.
+
+    The learning rate decays over `horizon` steps, by default all.
+    """
+    optimizer = adam(peak, horizon or steps)
 
     @jax.jit
     def step(state, average, opt_state, i):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,14 @@ from safetensors.flax import load_file, save_file
 
 from arcflow_jax import latents as packing
 from arcflow_jax.arc_model import ArcModel
+from arcflow_jax.components import CLIP, T5, Network
+from arcflow_jax.convert.engine import import_tensors
+from arcflow_jax.convert.safetensors_source import read_folder
 from arcflow_jax.demo import pictures
+from arcflow_jax.geometry import geometry, read_json
 from arcflow_jax.models.autoencoder_kl import AutoencoderKL
 from arcflow_jax.models.flux import Flux, FluxConditioning, FluxConfig
+from arcflow_jax.tokenizers import load_tokenizer, token_length, tokenize
 from tools.tiny_teacher import autoencoder, common
 
 CONFIG = FluxConfig(
@@ -34,7 +40,7 @@ CONFIG = FluxConfig(
     axes_dims_rope=(8, 12, 12),
 )
 GRID = 4  # image tokens along a side
-PICTURES = 60_000
+PICTURES = 40_000
 GUIDANCE = (1.0, 5.0)  # the scales that the second stage learns
 CAPTIONS = pictures.all_captions()
 
@@ -63,10 +69,19 @@ def make_latents(work: Path) -> None:
 def make_embeddings(work: Path) -> None:
     """Embeds every caption, and last the empty prompt: T5 states [·, T, D] and CLIP's pooled states [·, P]."""
     prompts = [*map(str, CAPTIONS), ""]
-    clip, t5 = load_encoders(work / "text")
-    clip_ids, _ = tokenize(load_tokenizer(work / "text", "tokenizer"), prompts)
-    t5_ids, _ = tokenize(load_tokenizer(work / "text", "tokenizer_2"), prompts)
-    save_file({"text": t5(t5_ids), "pooled": clip(clip_ids)[1]}, work / "embeddings.safetensors")
+
+    def embed(network: Network, encoder: str, tokenizer: str) -> Any:
+        folder = work / "text" / encoder
+        config = geometry(network.geometry, read_json(folder / "config.json"), str(folder))
+        graphdef, abstract = nnx.split(network.abstract(config))
+        state = import_tensors(network.table, read_folder(folder), abstract)
+        tokenizer = load_tokenizer(work / "text" / tokenizer)
+        ids, _ = tokenize(tokenizer, prompts, token_length(tokenizer))
+        return jax.jit(lambda state, ids: nnx.merge(graphdef, state)(ids))(state, ids)
+
+    text, (_, pooled) = embed(T5, "text_encoder_2", "tokenizer_2"), embed(CLIP, "text_encoder", "tokenizer")
+    print(f"text: deviation {text.std():.3f}, pooled: {pooled.std():.3f}")
+    save_file({"text": text, "pooled": pooled}, work / "embeddings.safetensors")
 
 
 def caption_index(attributes: jax.Array) -> jax.Array:
@@ -116,7 +131,7 @@ def noisy(key: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.
 
 def new_model() -> ArcModel:
     rngs = nnx.Rngs(0)
-    model = ArcModel(Flux(CONFIG, rngs=rngs), None, param_dtype=jnp.float32, rngs=rngs)
+    model = ArcModel(Flux(CONFIG, rngs=rngs), param_dtype=jnp.float32, rngs=rngs)
     # Gates start closed and the output at zero, so that training starts from the identity (Peebles & Xie 2023)
     for blocks in (model.trunk.transformer_blocks.norm1, model.trunk.transformer_blocks.norm1_context):
         blocks.linear.kernel[...] = jnp.zeros_like(blocks.linear.kernel[...])

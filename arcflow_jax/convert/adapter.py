@@ -1,0 +1,39 @@
+"""The authors' adapter export: head, output norm and LoRA of a student, without its teacher (DESIGN §5).
+
+The LoRA names follow from the teacher's own table: a linear layer `x` there has `x.lora_A.weight` [r, in] and
+`x.lora_B.weight` [out, r] here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from arcflow_jax.convert.engine import LINEAR, Rule, linear
+
+HEAD = (
+    *linear("norm_out.linear", "head.norm_out.linear"),
+    *linear("proj_out_means", "head.proj_out_means"),
+    *linear("proj_out_logweights", "head.proj_out_logweights"),
+    *linear("proj_out_loggamma", "head.proj_out_loggamma"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterTable:
+    """The rules for the adapter of the teacher whose own table is `base`."""
+
+    base: Any
+
+    # Some exports carry the module's name in the pipeline
+    ALIASES = {"transformer": ""}  # noqa: RUF012
+
+    @property
+    def RULES(self) -> tuple[Rule, ...]:  # noqa: N802 (a table's name for it)
+        lora = []
+        for rule in self.base.RULES:
+            if rule.form is LINEAR and rule.target.startswith("trunk."):
+                source, target = rule.source.removesuffix(".weight"), rule.target.removesuffix(".kernel")
+                lora.append(Rule(f"{source}.lora_A.weight", f"{target}.lora.a", LINEAR))
+                lora.append(Rule(f"{source}.lora_B.weight", f"{target}.lora.b", LINEAR))
+        return (*HEAD, *lora)

@@ -1,0 +1,120 @@
+"""The training loop: distils a converted teacher into a few-step student."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from pathlib import Path
+from typing import IO
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from arcflow_jax import arc_model
+from arcflow_jax.checkpoint import DESCRIPTION, AdapterDescription, Checkpoints
+from arcflow_jax.config import Recipe
+from arcflow_jax.data import prompt_batches
+from arcflow_jax.errors import UserError
+from arcflow_jax.latents import token_grid
+from arcflow_jax.model_directory import ModelDirectory
+from arcflow_jax.optim import make_optimizer
+from arcflow_jax.prompts import PROMPTS, read_prompts
+from arcflow_jax.sharding import batched, make_mesh, state_shardings
+from arcflow_jax.train_state import TrainState, train_step
+
+
+def train(recipe: Recipe) -> Path:
+    """Runs a recipe to its end, from where an interrupted run of the same directory stopped; returns the directory.
+
+    Raises:
+      UserError: if the model, the prompts or the directory do not fit the recipe.
+    """
+    directory = ModelDirectory.open(recipe.model)
+    mesh = make_mesh(recipe.mesh)
+    if recipe.batch % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise UserError(f"batch {recipe.batch} does not divide over the {mesh.shape['data']} × {mesh.shape['fsdp']} mesh")
+    rows, columns = token_grid(recipe.height, recipe.width, directory.geometry("vae").factor)
+    batches = prompt_batches(read_prompts(recipe.prompts), recipe.batch, recipe.seed)
+    encode = PROMPTS[directory.description["pipeline"]](directory, recipe.dtype, mesh)
+
+    run = Path(recipe.out)
+    describe(run, AdapterDescription(directory.fingerprint, recipe.adapter, recipe.distillation))
+    graphdef, abstract_base, abstract = arc_model.split(directory.student(recipe.adapter, recipe.dtype))
+    base = directory.load("transformer", abstract_base, state_shardings(mesh, abstract_base))
+    key = jax.random.key(recipe.seed)
+    with Checkpoints(run) as checkpoints, open(run / "log.jsonl", "a") as log:
+        optimizer = make_optimizer(recipe.optimizer, abstract)
+        state = TrainState.create(start(graphdef, base, abstract, key, mesh), optimizer)
+        if checkpoints.latest is not None:
+            state = checkpoints.restore(state)
+        step = functools.partial(
+            train_step,
+            graphdef=graphdef,
+            settings=recipe.distillation,
+            optimizer=optimizer,
+            optimizer_config=recipe.optimizer,
+            ema=recipe.ema,
+            sharding=batched(mesh),
+        )
+        mixed, steady = (jax.jit(functools.partial(step, steady=flag), donate_argnums=0) for flag in (False, True))
+
+        with progress_bar() as progress:
+            task = progress.add_task("distilling", total=recipe.steps, completed=int(state.step), loss="–")
+            for i in range(int(state.step), recipe.steps):
+                conditioning = encode(batches[i], guidance=recipe.guidance, rows=rows, columns=columns)
+                one_step = steady if i >= recipe.distillation.decay else mixed
+                state, values = one_step(state, base, conditioning, key)
+                if (i + 1) % recipe.log_every == 0 or i + 1 == recipe.steps:
+                    loss = write_log(log, i + 1, values)
+                    progress.update(task, completed=i + 1, loss=f"{loss:.4f}")
+                if (i + 1) % recipe.save_every == 0:
+                    checkpoints.save(state)
+        checkpoints.save(state)
+    return run
+
+
+def describe(run: Path, description: AdapterDescription) -> None:
+    """Makes the run's directory, or checks that the run that is there is the same. Raises UserError."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        if not (run / DESCRIPTION).exists():
+            description.write(run)
+    except OSError as error:
+        raise UserError(f"cannot write to {run}: {error.strerror}") from None
+    if AdapterDescription.read(run) != description:
+        raise UserError(f"{run} holds a run of other settings or another base: name another directory with --config.out")
+
+
+def start(
+    graphdef: nnx.GraphDef, base: nnx.State, abstract: nnx.State, key: jax.Array, mesh: jax.sharding.Mesh
+) -> nnx.State:
+    """The adapter that a run begins with, made in its sharding."""
+
+    def make(base: nnx.State) -> nnx.State:
+        return arc_model.start_adapter(graphdef, base, abstract, key)
+
+    return jax.jit(make, out_shardings=state_shardings(mesh, abstract))(base)
+
+
+def progress_bar() -> Progress:
+    """Bar, iterations, time spent and left, and the loss."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+    )
+
+
+def write_log(log: IO[str], step: int, values: dict[str, jax.Array]) -> float:
+    """One JSON line of what an iteration logged; returns its loss. This waits for the device."""
+    line = {"step": step, "time": time.time(), **{name: jnp.asarray(value).tolist() for name, value in values.items()}}
+    log.write(json.dumps(line) + "\n")
+    log.flush()
+    return line["loss"]

@@ -1,0 +1,68 @@
+"""Distils the bundled teacher on a laptop.
+
+    arcflow convert --source arcflow_jax/assets/tiny-flux --out checkpoints/tiny-flux
+    arcflow train --config configs/tiny.py
+
+A few minutes on two CPU cores. `configs/tiny.py:linear` is the same run for a linear student, one constant velocity
+a segment: what the momentum mixture is compared with.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "arcflow") -> ConfigDict:
+    if arg not in ("arcflow", "linear"):
+        raise ValueError(f"configs/tiny.py:{arg}: known are arcflow and linear")
+    return ConfigDict(
+        {
+            "model": "checkpoints/tiny-flux",
+            "prompts": "arcflow_jax/assets/prompts-train.txt",
+            "out": f"runs/tiny-{arg}",
+            "seed": 0,
+            "height": 64,
+            "width": 64,
+            "guidance": 2.0,
+            "batch": 32,
+            "steps": 400,
+            "dtype": "float32",
+            "mesh": (-1, 1, 1, 1),
+            "log_every": 10,
+            "save_every": 200,
+            "adapter": {
+                "modes": 1 if arg == "linear" else 16,
+                "rank": 32,
+                "alpha": 32.0,
+                "dropout": 0.0,
+                "targets": (
+                    "single_transformer_blocks.proj_mlp",
+                    "single_transformer_blocks.proj_out",
+                    "transformer_blocks.ff.*",
+                    "transformer_blocks.ff_context.*",
+                    "time_text_embed.timestep_embedder.*",
+                ),
+            },
+            "distillation": {
+                "nfe": 2,
+                "shift": 1.0,  # latents this small want no shift
+                "final_step_ratio": 1.0,
+                "states": 4,
+                "window": 3,
+                "substeps": 128,
+                "mode_dropout": 0.0 if arg == "linear" else 0.1,
+                "decay": 40,
+                "loss_scale": 30.0,
+            },
+            "optimizer": {
+                "learning_rate": 2e-3,
+                "warmup": 20,
+                "decay_steps": 400,
+                "b1": 0.9,
+                "b2": 0.95,
+                "weight_decay": 0.0,
+                "clip_norm": 50.0,
+                "clip_from": 20,
+                "groups": (),
+            },
+            "ema": {"start": 20, "power": 8.0},
+        }
+    )

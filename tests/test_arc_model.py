@@ -1,0 +1,217 @@
+"""Teacher and student readings of one base, against the authors' values (cases 06a–d) and peft."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+from test_flux import TINY, inputs, relative_error
+
+from arcflow_jax import arc_model
+from arcflow_jax.arc_model import AdapterConfig, ArcModel
+from arcflow_jax.convert import flux as table
+from arcflow_jax.convert.adapter import AdapterTable
+from arcflow_jax.convert.engine import import_tensors
+from arcflow_jax.errors import UserError
+from arcflow_jax.latents import pack, position_ids
+from arcflow_jax.layers import Adapter, Base
+from arcflow_jax.models.flux import Flux, FluxConditioning
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+CONFIG = dataclasses.replace(TINY, num_single_layers=2)
+LORA = AdapterConfig(
+    modes=4,
+    rank=4,
+    alpha=4,
+    dropout=0.0,
+    targets=(
+        "single_transformer_blocks.proj_mlp",
+        "single_transformer_blocks.proj_out",
+        "transformer_blocks.ff.*",
+        "transformer_blocks.ff_context.*",
+        "time_text_embed.timestep_embedder.*",
+    ),
+)
+HEAD_ONLY = dataclasses.replace(LORA, targets=())
+
+
+def golden(case: str) -> dict[str, np.ndarray]:
+    return dict(np.load(next(GOLDEN.glob(f"{case}_*.npz"))))
+
+
+def make(adapter: AdapterConfig) -> ArcModel:
+    rngs = nnx.Rngs(0)
+    return ArcModel(Flux(CONFIG, rngs=rngs), param_dtype=jnp.float32, rngs=rngs).attach_student(adapter, rngs)
+
+
+def load(adapter: AdapterConfig, tensors: dict[str, np.ndarray] | None = None) -> ArcModel:
+    """The authors' tiny teacher, and the student whose export `tensors` is."""
+    graphdef, base, state = arc_model.split(nnx.eval_shape(lambda: make(adapter)))
+    base = import_tensors(table, load_file(GOLDEN / "flux_tiny_teacher.safetensors"), base)
+    if tensors is None:
+        state = nnx.state(make(adapter), Adapter)
+    else:
+        state = import_tensors(AdapterTable(table), tensors, state)
+    return nnx.merge(graphdef, base, state)
+
+
+def golden_inputs(values: dict[str, np.ndarray], prefix: str = "") -> tuple:
+    latents = values["inputs/latents"]
+    conditioning = FluxConditioning(
+        text=values[f"inputs/{prefix}encoder_hidden_states"],
+        pooled=values[f"inputs/{prefix}pooled_projections"],
+        guidance=values[f"inputs/{prefix}guidance"],
+        positions=position_ids(latents.shape[2] // 2, latents.shape[3] // 2),
+    )
+    return as_tokens(latents), values["inputs/timestep"], conditioning
+
+
+def as_tokens(nchw: np.ndarray) -> jax.Array:
+    return pack(jnp.moveaxis(jnp.asarray(nchw), 1, -1))
+
+
+def check_mixture(mixture, values: dict[str, np.ndarray]) -> None:
+    modes = range(values["outputs/means"].shape[1])
+    for k in modes:
+        means = mixture.means[:, :, k].reshape(*mixture.means.shape[:2], -1)
+        np.testing.assert_allclose(means, as_tokens(values["outputs/means"][:, k]), atol=2e-5)
+    weights = jax.nn.log_softmax(mixture.logits, axis=2)
+    for ours, theirs in ((weights, "logweights"), (mixture.log_momenta, "loggammas")):
+        theirs = values[f"outputs/{theirs}"]
+        for k in range(theirs.shape[1]):
+            np.testing.assert_allclose(ours[:, :, k], as_tokens(theirs[:, k]), atol=2e-5)
+
+
+def test_golden_06a_head_starts_from_the_teacher():
+    values = golden("06a")
+    model = load(LORA)
+    model.head.start_from(model.output, values["inputs/randn_1"].reshape(4, 16))
+    for name in ("means", "logweights", "loggamma"):
+        layer = getattr(model.head, f"proj_out_{name}")
+        np.testing.assert_allclose(layer.kernel[...].T, values[f"outputs/proj_out_{name}.weight"], atol=1e-6)
+        np.testing.assert_allclose(layer.bias[...], values[f"outputs/proj_out_{name}.bias"], atol=1e-6)
+
+
+def test_golden_06b_teacher_velocity():
+    values = golden("06b")
+    model = load(LORA)
+    velocity = model.teacher_velocity(*golden_inputs(values))
+    np.testing.assert_allclose(velocity, as_tokens(values["outputs/u"]), atol=2e-5)
+    negative = model.teacher_velocity(*golden_inputs(values, prefix="neg_"))
+    guided = velocity + 3 * (velocity - negative)
+    np.testing.assert_allclose(guided, as_tokens(values["outputs/u_cfg4"]), atol=1e-4)
+
+
+def test_golden_06c_student_without_lora():
+    values = golden("06c")
+    model = load(HEAD_ONLY, load_file(GOLDEN / "06c_head.safetensors"))
+    check_mixture(model.student_mixture(*golden_inputs(values)), values)
+
+
+def test_golden_06d_student_with_lora():
+    values = golden("06d")
+    exported = load_file(GOLDEN / "arcflux_tiny_adapter" / "diffusion_pytorch_model.safetensors")
+    model = load(LORA, exported)
+    check_mixture(model.student_mixture(*golden_inputs(values)), values)
+    assert json.loads((GOLDEN / "arcflux_tiny_adapter" / "config.json").read_text())["num_gaussians"] == LORA.modes
+
+
+def test_student_starts_as_the_teacher():
+    model = load(LORA)
+    tokens, sigma, conditioning = inputs(CONFIG)
+    model.head.start_from(model.output, jnp.zeros((4, 16)))
+    mixture = model.student_mixture(tokens, sigma, conditioning)
+    mean = mixture.means.mean(2).reshape(tokens.shape)
+    assert relative_error(mean, np.asarray(model.teacher_velocity(tokens, sigma, conditioning))) < 1e-5
+
+
+def test_lora_is_peft():
+    torch, peft, diffusers = map(pytest.importorskip, ("torch", "peft", "diffusers"))
+    torch.manual_seed(0)
+    twin = diffusers.FluxTransformer2DModel(**dataclasses.asdict(CONFIG)).eval()
+    tensors = {name: tensor.numpy().copy() for name, tensor in twin.state_dict().items()}
+    targets = r".*\.(ff\.net\.0\.proj|ff\.net\.2|proj_mlp)|single_transformer_blocks\.\d+\.proj_out"
+    peft.inject_adapter_in_model(peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets), twin)
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    lora = {name.replace(".default", ""): t.numpy() for name, t in twin.state_dict().items() if "lora" in name}
+
+    config = AdapterConfig(
+        modes=1,
+        rank=3,
+        alpha=6,
+        dropout=0.0,
+        targets=("transformer_blocks.ff.*", "single_transformer_blocks.proj_*"),
+    )
+    graphdef, base, state = arc_model.split(nnx.eval_shape(lambda: make(config)))
+    head = {key: value for key, value in nnx.to_flat_state(state) if key[0] == "head"}
+    lora_state = nnx.from_flat_state([(k, v) for k, v in nnx.to_flat_state(state) if k[0] != "head"])
+    lora_state = import_tensors(AdapterTable(table), lora, lora_state)
+    zeros = nnx.from_flat_state([(k, v.replace(jnp.zeros(v.shape))) for k, v in head.items()])
+    base = import_tensors(table, tensors, base)
+    model = nnx.merge(graphdef, base, nnx.merge_state(lora_state, zeros))
+
+    # The student's head on the teacher's output layer is the twin with its adapters on
+    model.head.start_from(model.output, jnp.zeros((1, 16)))
+    tokens, sigma, c = inputs(CONFIG)
+    ours = model.student_mixture(tokens, sigma, c).means.reshape(tokens.shape)
+    with torch.no_grad():
+        theirs = twin(
+            hidden_states=torch.from_numpy(tokens),
+            timestep=torch.from_numpy(sigma),
+            encoder_hidden_states=torch.from_numpy(c.text),
+            pooled_projections=torch.from_numpy(c.pooled),
+            guidance=torch.from_numpy(c.guidance),
+            img_ids=torch.from_numpy(np.array(c.positions)),
+            txt_ids=torch.zeros(c.text.shape[1], 3),
+        ).sample.numpy()
+    assert relative_error(ours, theirs) < 1e-5
+    assert relative_error(model.teacher_velocity(tokens, sigma, c), theirs) > 1e-2
+
+
+def test_gradient_and_dropout_reach_the_adapter_only():
+    model = load(LORA)
+    model.start_student(jax.random.key(0))
+    graphdef, base, adapter = arc_model.split(model)
+    tokens, sigma, conditioning = inputs(CONFIG)
+
+    def loss(adapter, key):
+        mixture = nnx.merge(graphdef, base, adapter).student_mixture(tokens, sigma, conditioning, key)
+        return (mixture.means**2).mean() + (mixture.log_momenta**2).mean()
+
+    grads = jax.grad(loss)(adapter, None)
+    names = {".".join(map(str, path)): np.abs(value[...]).max() for path, value in nnx.to_flat_state(grads)}
+    assert len([name for name in names if name.endswith("lora.b")]) == 8
+    for name, size in names.items():
+        # the update B starts at zero, so that A has no gradient yet
+        expected_zero = name.endswith("lora.a") or "logweights" in name
+        assert (size == 0) == expected_zero, name
+    assert not any(isinstance(v, Base) for _, v in nnx.to_flat_state(adapter))
+
+
+def test_lora_dropout_is_drawn_per_layer_and_from_the_key():
+    config = dataclasses.replace(LORA, dropout=0.5)
+    model = load(config)
+    model.start_student(jax.random.key(0))
+    for path, module in nnx.iter_modules(model):
+        if path and path[-1] == "lora":
+            module.b[...] = jnp.ones_like(module.b[...])
+    args = inputs(CONFIG)
+    a, again, b = (model.student_mixture(*args, jax.random.key(seed)).means for seed in (0, 0, 1))
+    np.testing.assert_array_equal(a, again)
+    assert not np.allclose(a, b)
+    assert not np.allclose(a, model.student_mixture(*args).means)
+
+
+def test_lora_target_that_names_nothing_is_refused():
+    with pytest.raises(UserError, match=r"'transformer_blocks\.mlp\.\*' names no linear layer"):
+        make(dataclasses.replace(LORA, targets=("transformer_blocks.mlp.*",)))
