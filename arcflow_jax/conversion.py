@@ -104,6 +104,8 @@ def convert_model(source: str | Path, out: str | Path, dtype: Any = None) -> Pat
     source, out = Path(source), Path(out).absolute()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists already: name a directory that does not, or remove it first")
+    if file := next((parent for parent in out.parents if parent.is_file()), None):
+        raise UserError(f"cannot write {out}: {file} is not a directory")
     if not source.is_dir():
         raise UserError(f"source folder {source} does not exist")
     pipeline, components = look_at_all(source, dtype)
