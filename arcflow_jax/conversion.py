@@ -55,9 +55,13 @@ class Component:
 def look_at(source: Path, name: str, network: Network, dtype: Any) -> Component:
     """Checks a component's config, tensor names, shapes and dtypes; reads no weights. Raises UserError."""
     tensors = read_folder(source / name)
-    config = read_json(source / name / "config.json")
-    abstract = network.abstract(geometry(network.geometry, config, str(source / name / "config.json")))
-    fills = list(check(network.table, tensors, shapes_of(nnx.state(abstract)), str(source / name)))
+    file = source / name / "config.json"
+    config = read_json(file)
+    try:
+        abstract = nnx.state(network.abstract(geometry(network.geometry, config, str(file))))
+    except (TypeError, ValueError, ArithmeticError) as error:  # null for a number, 3 heads for a width of 10, …
+        raise UserError(f"{file} does not describe a {network.class_name} that can be built: {error}") from error
+    fills = list(check(network.table, tensors, shapes_of(abstract), str(source / name)))
     used = [tensor for _, group in fills for tensor in group]
     dtype = np.dtype(dtype or jnp.result_type(*{tensor.dtype for tensor in used}))
     return Component(

@@ -23,7 +23,7 @@ from flax import nnx
 
 from arcflow_jax.arc_model import AdapterConfig, ArcModel
 from arcflow_jax.components import PIPELINES, Network
-from arcflow_jax.convert.engine import flatten, unflatten
+from arcflow_jax.convert.engine import first_few, flatten, unflatten
 from arcflow_jax.errors import UserError
 from arcflow_jax.geometry import geometry, read_json
 
@@ -67,6 +67,11 @@ def fingerprint(digests: Iterable[tuple[str, bytes]]) -> str:
     return hashlib.sha256(b"".join(part for _, part in sorted(digests))).hexdigest()
 
 
+def shape(arrays: Mapping[str, Any], path: str) -> tuple[int, ...] | None:
+    """Of one array, None if there is no such array."""
+    return tuple(arrays[path].shape) if path in arrays else None
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelDirectory:
     """The reading side; `conversion.py` writes.
@@ -105,6 +110,8 @@ class ModelDirectory:
             raise UserError(f"{path / DESCRIPTION} is damaged: it lacks {', '.join(missing)}")
         if description["pipeline"] not in PIPELINES:
             raise UserError(f"{path} is a {description['pipeline']}, known are {', '.join(PIPELINES)}")
+        if missing := sorted(PIPELINES[description["pipeline"]].keys() - description["components"].keys()):
+            raise UserError(f"{path / DESCRIPTION} is damaged: it lacks {', '.join(missing)}")
         return cls(path, description)
 
     @property
@@ -141,8 +148,13 @@ class ModelDirectory:
 
     def student(self, adapter: AdapterConfig, dtype: Any) -> ArcModel:
         """The transformer with a student's head and LoRA, shapes in place of arrays."""
-        network, config, rngs = self.networks["transformer"], self.geometry("transformer"), nnx.Rngs(0)
-        return nnx.eval_shape(lambda: network.build(config, jax.numpy.dtype(dtype), rngs).attach_student(adapter, rngs))
+        network, config = self.networks["transformer"], self.geometry("transformer")
+
+        def build() -> ArcModel:
+            rngs = nnx.Rngs(0)
+            return network.build(config, jax.numpy.dtype(dtype), rngs).attach_student(adapter, rngs)
+
+        return nnx.eval_shape(build)
 
     def load(
         self, component: str, abstract_state: nnx.State, shardings: nnx.State | jax.sharding.Sharding | None = None
@@ -159,8 +171,6 @@ class ModelDirectory:
         Raises:
           UserError: if the checkpoint is damaged or does not fit the network.
         """
-        where = self.path / component
-        self.check_files(component)
         if shardings is None:
             shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         if isinstance(shardings, jax.sharding.Sharding):
@@ -169,14 +179,20 @@ class ModelDirectory:
         targets = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract_state, shardings
         )
-        wanted = nest({path: variable.get_value() for path, variable in flatten(targets).items()})
+        wanted = {path: variable.get_value() for path, variable in flatten(targets).items()}
+        self.check_files(component)
+        checkpoint = (self.path / component / CHECKPOINT).absolute()
         try:
-            with ocp.StandardCheckpointer() as checkpointer:
-                arrays = unnest(checkpointer.restore((where / CHECKPOINT).absolute(), wanted))
+            stored = unnest(ocp.StandardCheckpointHandler().metadata(checkpoint).tree)
+            # Looked at first, because Orbax leaves unfinished reads behind when one array of many does not fit
+            wrong = [path for path in sorted(wanted | stored) if shape(wanted, path) != shape(stored, path)]
+            if not wrong:
+                with ocp.StandardCheckpointer() as checkpointer:
+                    return unflatten(abstract_state, unnest(checkpointer.restore(checkpoint, nest(wanted))))
         except Exception as error:  # Orbax and TensorStore raise all sorts, down to the bare Exception
             detail = " ".join(str(error).split())[:200]
-            raise UserError(f"{where} is damaged or does not fit the network: {detail}") from error
-        return unflatten(abstract_state, arrays)
+            raise UserError(f"{self.path / component} is damaged: {detail}") from error
+        raise UserError(f"{self.path / component} does not fit the network: {len(wrong)} differ ({first_few(wrong)})")
 
     def check_files(self, component: str) -> None:
         """Raises UserError if a file of a component is gone or has another size than when it was written."""

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
-from source_folder import weights_file, write_source
+from source_folder import CONFIGS, weights_file, write_source
 
 from arcflow_jax import conversion
 from arcflow_jax.cli import main
@@ -119,6 +117,14 @@ DAMAGE = {
     "incomplete config": (
         lambda s: edit(s / "transformer" / "config.json", num_layers=None),
         r"transformer/config.json: missing num_layers",
+    ),
+    "senseless config": (
+        lambda s: edit(s / "transformer" / "config.json", num_layers="two"),
+        r"transformer/config.json does not describe a FluxTransformer2DModel that can be built",
+    ),
+    "config of other widths": (
+        lambda s: edit(s / "transformer" / "config.json", num_attention_heads=4),
+        r"/transformer: \d+ wrong \(x_embedder.weight is \[16, 16\] instead of \[32, 16\]|/transformer: \d+ wrong",
     ),
     "another architecture": (
         lambda s: edit(s / "vae" / "config.json", act_fn="relu"),
@@ -251,13 +257,39 @@ def test_the_script_is_the_same_command(source, tmp_path):
 
 
 def test_ctrl_c(source, tmp_path):
-    out = tmp_path / "out"
-    program = f"from arcflow_jax.cli import main; main(['convert', '--source', {str(source)!r}, '--out', {str(out)!r}])"
-    run = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / ".out.incomplete").exists() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    os.kill(run.pid, signal.SIGINT)
-    run.communicate(timeout=60)
+    program = f"""
+import os, signal
+from arcflow_jax import cli, conversion
+conversion.ocp.partial.finalize = lambda path: os.kill(os.getpid(), signal.SIGINT)
+cli.main(["convert", "--source", {str(source)!r}, "--out", {str(tmp_path / "out")!r}])
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=False)
     assert run.returncode == 130
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_converts_what_diffusers_and_transformers_write(capfd, source, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    transformers = pytest.importorskip("transformers")
+    models = {
+        "transformer": diffusers.FluxTransformer2DModel.from_config(CONFIGS["transformer"]),
+        "vae": diffusers.AutoencoderKL.from_config(
+            CONFIGS["vae"]
+            | {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+            | {"use_quant_conv": False, "use_post_quant_conv": False}
+        ),
+        "text_encoder": transformers.CLIPTextModel(transformers.CLIPTextConfig(**CONFIGS["text_encoder"])),
+        "text_encoder_2": transformers.T5EncoderModel(
+            transformers.T5Config(**CONFIGS["text_encoder_2"], feed_forward_proj="gated-gelu")
+        ),
+    }
+    for name, model in models.items():
+        shutil.rmtree(source / name)
+        model.save_pretrained(source / name, max_shard_size="8KB" if name == "text_encoder_2" else "1GB")
+    assert len(list((source / "text_encoder_2").glob("*.safetensors"))) == 2
+    code, _, stderr = convert(capfd, source, tmp_path / "out")
+    assert (code, stderr.count("error")) == (0, 0)
+    directory = ModelDirectory.open(tmp_path / "out")
+    state = nnx.state(directory.abstract("text_encoder_2"))
+    embedding = directory.load("text_encoder_2", state)["shared"]["embedding"][...]
+    np.testing.assert_array_equal(embedding, models["text_encoder_2"].shared.weight.detach().numpy())
