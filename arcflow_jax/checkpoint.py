@@ -1,7 +1,7 @@
 """Checkpoints of a distillation run: what was trained, never the base, which is named by its fingerprint.
 
-    RUN/adapter.json         format, base fingerprint, adapter geometry, distillation settings
-    RUN/checkpoints/STEP/    Orbax: adapter, ema, optimizer
+RUN/adapter.json         format, base fingerprint, adapter geometry, distillation settings
+RUN/checkpoints/STEP/    Orbax: adapter, ema, optimizer
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class AdapterDescription:
     base: str  # fingerprint of the teacher's transformer
     adapter: AdapterConfig
     distillation: Distillation
+    guidance: float  # scale that the teacher was imitated at
 
     def write(self, run: Path) -> None:
         values = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
@@ -54,6 +55,7 @@ class AdapterDescription:
             base=values["base"],
             adapter=geometry(AdapterConfig, values["adapter"], where),
             distillation=geometry(Distillation, values["distillation"], where),
+            guidance=values["guidance"],
         )
 
     def check_base(self, fingerprint: str, run: Path) -> None:
@@ -65,39 +67,38 @@ class AdapterDescription:
             )
 
 
-def as_dict(state: nnx.State) -> dict[str, Any]:
-    """Nested dicts of arrays with string keys: the file format does not depend on Flax."""
-    return nnx.to_pure_dict(state)
+def is_state(x: Any) -> bool:
+    return isinstance(x, nnx.State)
 
 
-def as_state(abstract: nnx.State, values: dict[str, Any]) -> nnx.State:
-    """`as_dict` undone, for a state of this structure."""
-    state = jax.tree.map(lambda x: x, abstract)
-    nnx.replace_by_pure_dict(state, values)
-    return state
+def to_dicts(tree: Any) -> Any:
+    """A tree with plain dicts of arrays for its NNX states: the file format does not depend on Flax."""
+    return jax.tree.map(lambda x: nnx.to_pure_dict(x) if is_state(x) else x, tree, is_leaf=is_state)
 
 
-def to_items(state: TrainState) -> dict[str, Any]:
-    optimizer = jax.tree.map(as_dict, state.opt_state, is_leaf=lambda x: isinstance(x, nnx.State))
-    return {"step": state.step, "adapter": as_dict(state.adapter), "ema": as_dict(state.ema), "optimizer": optimizer}
+def from_dicts(like: Any, values: Any) -> Any:
+    """`to_dicts` undone, for a tree of the structure of `like`."""
+
+    def one(like: Any, value: Any) -> Any:
+        if not is_state(like):
+            return value
+        state = jax.tree.map(lambda x: x, like)  # a copy, whose arrays are replaced
+        nnx.replace_by_pure_dict(state, value)
+        return state
+
+    return jax.tree.map(one, like, values, is_leaf=is_state)
 
 
-def from_items(like: TrainState, items: dict[str, Any]) -> TrainState:
-    optimizer = jax.tree.map(
-        lambda abstract, values: as_state(abstract, values) if isinstance(abstract, nnx.State) else values,
-        like.opt_state,
-        items["optimizer"],
-        is_leaf=lambda x: isinstance(x, nnx.State),
-    )
-    return TrainState(
-        items["step"], as_state(like.adapter, items["adapter"]), as_state(like.ema, items["ema"]), optimizer
-    )
+def items(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    return {"step": state.step, "adapter": state.adapter, "ema": state.ema, "optimizer": state.opt_state}
 
 
 class Checkpoints:
     """The checkpoints of a run, newest last; saving goes on in the background."""
 
     def __init__(self, run: Path, keep: int = 2):
+        self.run = run
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         self.manager = ocp.CheckpointManager((run / "checkpoints").absolute(), options=options)
 
@@ -115,21 +116,36 @@ class Checkpoints:
     def save(self, state: TrainState) -> None:
         step = int(state.step)
         if self.latest != step:
-            self.manager.save(step, args=ocp.args.PyTreeSave(to_items(state)))
+            self.manager.save(step, args=ocp.args.PyTreeSave(to_dicts(items(state))))
 
     def restore(self, like: TrainState) -> TrainState:
         """The newest checkpoint, in the shapes and shardings of `like`."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, to_items(like))
-        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-        args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args)
-        return from_items(like, self.manager.restore(self.latest, args=args))
+        restored = items(like)
+        for name, value in self._read(to_dicts(restored)).items():
+            restored[name] = from_dicts(restored[name], value)
+        return TrainState(restored["step"], restored["adapter"], restored["ema"], restored["optimizer"])
 
     def restore_ema(self, abstract: nnx.State) -> nnx.State:
         """The averaged adapter alone, for sampling; `abstract` carries shapes and shardings."""
-        wanted = {"ema": as_dict(abstract)}
+        return from_dicts(abstract, self._read({"ema": to_dicts(abstract)})["ema"])
+
+    def _read(self, like: dict[str, Any]) -> dict[str, Any]:
+        """The named parts of the newest checkpoint, with the shapes, dtypes and shardings of `like`."""
+        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(x)), like)
         restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
         args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
-        return as_state(abstract, self.manager.restore(self.latest, args=args)["ema"])
+        try:
+            return self.manager.restore(self.latest, args=args)
+        except Exception as error:  # Orbax and TensorStore raise all sorts
+            raise UserError(f"checkpoint {self.latest} in {self.run} is damaged: {one_line(error)}") from error
+
+
+def sharding_of(x: Any) -> jax.sharding.Sharding:
+    return getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def load_adapter(run: str | Path, fingerprint: str) -> tuple[AdapterDescription, Checkpoints]:

@@ -18,9 +18,7 @@ def linear_layers(module: nnx.Module) -> dict[str, Linear]:
     return dict(sorted(found.items()))
 
 
-def attach_lora(
-    module: nnx.Module, targets: Sequence[str], *, rank: int, alpha: float, dropout: float
-) -> list[str]:
+def attach_lora(module: nnx.Module, targets: Sequence[str], *, rank: int, alpha: float, dropout: float) -> list[str]:
     """Gives every linear layer that a target names a LoRA adapter of its own, and returns their paths.
 
     Args:

@@ -106,9 +106,7 @@ class ArcFlowPipeline:
         self.encode = PROMPTS[directory.description["pipeline"]](directory, dtype, mesh)
 
     @classmethod
-    def from_pretrained(
-        cls, path: str | Path, adapter: str | Path | None = None, dtype: Any = None
-    ) -> ArcFlowPipeline:
+    def from_pretrained(cls, path: str | Path, adapter: str | Path | None = None, dtype: Any = None) -> ArcFlowPipeline:
         """Loads a converted model and, if given, the averaged adapter of a training run.
 
         Args:
@@ -161,7 +159,7 @@ class ArcFlowPipeline:
         *,
         steps: int = 2,
         seed: int = 0,
-        guidance: float = 3.5,
+        guidance: float | None = None,
         height: int | None = None,
         width: int | None = None,
     ) -> list[Image.Image]:
@@ -171,7 +169,8 @@ class ArcFlowPipeline:
           prompts: what the pictures should show.
           steps: network calls; the student was trained for `distillation.nfe` of them.
           seed: of the noise; picture i of a seed starts from the same noise whatever the batch.
-          guidance: scale that the guidance embedding is fed, where there is one.
+          guidance: scale that the guidance embedding is fed, where there is one; by default the one that the
+            student was trained at, or 3.5.
           height, width: in pixels; by default the model's own.
 
         Raises:
@@ -185,7 +184,7 @@ class ArcFlowPipeline:
         *,
         steps: int = 50,
         seed: int = 0,
-        guidance: float = 3.5,
+        guidance: float | None = None,
         height: int | None = None,
         width: int | None = None,
     ) -> list[Image.Image]:
@@ -196,6 +195,8 @@ class ArcFlowPipeline:
         check_prompts(prompts)
         if steps < 1:
             raise UserError(f"steps is {steps}, but has to be at least 1")
+        if guidance is None:
+            guidance = 3.5 if self.description is None else self.description.guidance
         rows, columns = self.grid(height, width)
         conditioning = self.encode(prompts, guidance=guidance, rows=rows, columns=columns)
         latents = latents_of(self.noise(seed, len(prompts), rows, columns), conditioning, steps)

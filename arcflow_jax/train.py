@@ -34,14 +34,15 @@ def train(recipe: Recipe) -> Path:
     """
     directory = ModelDirectory.open(recipe.model)
     mesh = make_mesh(recipe.mesh)
-    if recipe.batch % (mesh.shape["data"] * mesh.shape["fsdp"]):
-        raise UserError(f"batch {recipe.batch} does not divide over the {mesh.shape['data']} × {mesh.shape['fsdp']} mesh")
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if recipe.batch % shards:
+        raise UserError(f"batch {recipe.batch} does not divide by data × fsdp = {shards} of the mesh")
     rows, columns = token_grid(recipe.height, recipe.width, directory.geometry("vae").factor)
     batches = prompt_batches(read_prompts(recipe.prompts), recipe.batch, recipe.seed)
     encode = PROMPTS[directory.description["pipeline"]](directory, recipe.dtype, mesh)
 
     run = Path(recipe.out)
-    describe(run, AdapterDescription(directory.fingerprint, recipe.adapter, recipe.distillation))
+    describe(run, AdapterDescription(directory.fingerprint, recipe.adapter, recipe.distillation, recipe.guidance))
     graphdef, abstract_base, abstract = arc_model.split(directory.student(recipe.adapter, recipe.dtype))
     base = directory.load("transformer", abstract_base, state_shardings(mesh, abstract_base))
     key = jax.random.key(recipe.seed)
@@ -85,7 +86,7 @@ def describe(run: Path, description: AdapterDescription) -> None:
     except OSError as error:
         raise UserError(f"cannot write to {run}: {error.strerror}") from None
     if AdapterDescription.read(run) != description:
-        raise UserError(f"{run} holds a run of other settings or another base: name another directory with --config.out")
+        raise UserError(f"{run} holds a run of other settings or another base: name another --config.out")
 
 
 def start(

@@ -29,7 +29,7 @@ class AdapterTable:
     ALIASES = {"transformer": ""}  # noqa: RUF012
 
     @property
-    def RULES(self) -> tuple[Rule, ...]:  # noqa: N802 (a table's name for it)
+    def RULES(self) -> tuple[Rule, ...]:
         lora = []
         for rule in self.base.RULES:
             if rule.form is LINEAR and rule.target.startswith("trunk."):

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from safetensors.flax import load_file
 
+from arcflow_jax.demo import ASSETS
 from arcflow_jax.demo.pictures import ATTRIBUTES, SIDE
 from arcflow_jax.layers import Conv, GroupNorm, Linear
 
@@ -42,6 +44,14 @@ class Judge(nnx.Module):
     def read(self, pictures: jax.Array) -> jax.Array:
         """The most likely value of each attribute, [B, 5]."""
         return jnp.stack([logits.argmax(-1) for logits in self(pictures)[1]], axis=-1)
+
+
+def load_judge() -> Judge:
+    """The bundled judge."""
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Judge(rngs=nnx.Rngs(0))))
+    saved = load_file(ASSETS / "judge.safetensors")
+    weights = [(path, v.replace(saved[".".join(map(str, path))])) for path, v in nnx.to_flat_state(abstract)]
+    return nnx.merge(graphdef, nnx.from_flat_state(weights))
 
 
 def agreement(read: np.ndarray, asked: np.ndarray) -> dict[str, float]:

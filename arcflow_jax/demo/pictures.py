@@ -10,6 +10,7 @@ stands for a many-sided distribution.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -73,11 +74,14 @@ def all_captions() -> list[Caption]:
     return [Caption(*attributes) for attributes in itertools.product(*named, *optional)]
 
 
-def held_out_prompts(count: int, seed: int = 0) -> list[Caption]:
-    """`count` different captions, the same for a seed: what the demo samples."""
-    captions = all_captions()
-    order = np.random.default_rng(seed).permutation(len(captions))
-    return [captions[i] for i in order[:count]]
+def caption_of(prompt: str) -> Caption:
+    """The caption whose words these are. Raises KeyError for words that are no caption of this world."""
+    return _captions_by_words()[prompt]
+
+
+@functools.cache
+def _captions_by_words() -> dict[str, Caption]:
+    return {str(caption): caption for caption in all_captions()}
 
 
 def complete(key: jax.Array, attributes: jax.Array) -> jax.Array:

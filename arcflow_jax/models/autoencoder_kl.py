@@ -11,6 +11,7 @@ sees them. Attribute names are those of the checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, ClassVar
 
 import jax
@@ -97,7 +98,7 @@ class DownBlock(nnx.Module):
         groups = config.norm_num_groups
         widths = [c_in] + [c_out] * config.layers_per_block
         self.resnets = nnx.List(
-            [ResnetBlock(a, b, groups, dtype=dtype, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)]
+            [ResnetBlock(a, b, groups, dtype=dtype, rngs=rngs) for a, b in itertools.pairwise(widths)]
         )
         # diffusers pads the right and lower edge only before its strided convolution
         self.downsampler = (
@@ -115,7 +116,7 @@ class UpBlock(nnx.Module):
         groups = config.norm_num_groups
         widths = [c_in] + [c_out] * (config.layers_per_block + 1)
         self.resnets = nnx.List(
-            [ResnetBlock(a, b, groups, dtype=dtype, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)]
+            [ResnetBlock(a, b, groups, dtype=dtype, rngs=rngs) for a, b in itertools.pairwise(widths)]
         )
         self.upsampler = None if last else Conv(c_out, c_out, 3, dtype=dtype, rngs=rngs)
 

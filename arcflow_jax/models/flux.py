@@ -124,7 +124,7 @@ class TimeTextEmbedding(nnx.Module):
 
 
 def rotary(positions: jax.Array, axes_dims: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of the rotary angles, each [S, E/2] float32, of positions [S, axes]. Su et al., arXiv 2104.09864."""
+    """Cosine and sine of the rotary angles, each [S, E/2] float32, of positions [S, axes] (arXiv 2104.09864)."""
     angles = []
     for axis, dim in enumerate(axes_dims):
         frequencies = 10_000.0 ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
@@ -262,9 +262,7 @@ class SingleBlock(nnx.Module):
 class Flux(nnx.Module):
     """The trunk. Computes in `dtype`; weights are stored in `param_dtype`."""
 
-    def __init__(
-        self, config: FluxConfig, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: FluxConfig, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.dtype = dtype
         options = {"dtype": param_dtype, "rngs": rngs}

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from arcflow_jax.convert import autoencoder_kl as autoencoder_table
 from arcflow_jax.convert import flux as flux_table
 from arcflow_jax.convert.engine import export_tensors
+from arcflow_jax.demo import pictures
 from arcflow_jax.models.autoencoder_kl import AutoencoderKL
 from tools.tiny_teacher import autoencoder, common, denoiser
 
@@ -47,8 +48,20 @@ def write_component(folder: Path, config: dict[str, Any], table: Any, state: nnx
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
 
+TEST_PROMPTS = 512
+
+
+def write_prompts(work: Path) -> None:
+    """Every caption, shuffled: the last ones are kept from distillation and are what the demo measures with."""
+    captions = [str(caption) for caption in pictures.all_captions()]
+    captions = [captions[i] for i in np.random.default_rng(0).permutation(len(captions))]
+    (work / "prompts-train.txt").write_text("\n".join(captions[:-TEST_PROMPTS]) + "\n")
+    (work / "prompts-test.txt").write_text("\n".join(captions[-TEST_PROMPTS:]) + "\n")
+
+
 def assemble(work: Path) -> None:
     """Writes `work`/tiny-flux: transformer and autoencoder in bfloat16, text encoders as they are."""
+    write_prompts(work)
     out = work / "tiny-flux"
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(work / "text", out)

@@ -142,7 +142,7 @@ def new_model() -> ArcModel:
     return model
 
 
-def make_denoiser(work: Path, steps: int = 9_000, batch: int = 64, peak: float = 2e-3) -> None:
+def make_denoiser(work: Path, steps: int = 6_000, batch: int = 64, peak: float = 2e-3) -> None:
     """Flow matching with 10 % empty captions, guidance embedding fed 1."""
     data = Data.load(work)
     graphdef, state = nnx.split(new_model())

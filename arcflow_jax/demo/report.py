@@ -1,0 +1,182 @@
+"""The demo's report: one labelled picture and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from arcflow_jax.demo.evaluate import Results
+from arcflow_jax.demo.pictures import Caption
+
+LABELS = {
+    "teacher_50": "teacher, 50 steps",
+    "teacher_2": "teacher, 2 steps",
+    "linear_2": "linear student, 2 steps",
+    "arcflow_2": "ArcFlow, 2 steps",
+}
+COLOURS = {"arcflow": "#c2410c", "linear": "#64748b"}
+COLUMNS = 10
+CELL, GAP, LEFT, TOP = 128, 6, 190, 52  # pixels
+
+
+def write(
+    out: Path,
+    metrics: dict[str, object],
+    results: dict[str, Results],
+    captions: Sequence[Caption],
+    logs: dict[str, Path],
+) -> None:
+    """Writes grid.png and index.html under `out`."""
+    grid = draw_grid(results, captions)
+    grid.save(out / "grid.png")
+    encoded = io.BytesIO()
+    grid.save(encoded, "PNG", optimize=True)
+    page = Template(PAGE).substitute(
+        grid=base64.b64encode(encoded.getvalue()).decode(),
+        rows=table_rows(metrics),
+        bars=bar_rows(metrics["bars"]),
+        agreement=agreement_rows(metrics),
+        curves=curves({name: read_losses(path) for name, path in logs.items()}),
+        prompts=metrics["prompts"],
+        iterations=metrics["iterations"],
+        date=metrics["date"],
+        machine=html.escape(metrics["machine"]),
+    )
+    (out / "index.html").write_text(page, encoding="utf-8")
+
+
+def draw_grid(results: dict[str, Results], captions: Sequence[Caption]) -> Image.Image:
+    """A row a sampler, a column a prompt: the first prompts of the list, not the best."""
+    rows, columns = len(results), min(COLUMNS, len(captions))
+    size = (LEFT + columns * (CELL + GAP), TOP + rows * (CELL + GAP))
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    small, large = ImageFont.load_default(11), ImageFont.load_default(15)
+    for column, caption in enumerate(captions[:columns]):
+        text = wrap(str(caption), 22)
+        draw.text((LEFT + column * (CELL + GAP), 4), text, fill="black", font=small)
+    for row, (name, result) in enumerate(results.items()):
+        top = TOP + row * (CELL + GAP)
+        draw.text((8, top + CELL // 2 - 8), LABELS[name], fill="black", font=large)
+        pixels = np.concatenate(result.pixels[: -(-columns // len(result.pixels[0]))])[:columns]
+        for column, picture in enumerate(pixels):
+            cell = Image.fromarray(picture).resize((CELL, CELL), Image.Resampling.NEAREST)
+            canvas.paste(cell, (LEFT + column * (CELL + GAP), top))
+    return canvas
+
+
+def wrap(text: str, width: int) -> str:
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)
+
+
+def read_losses(path: Path) -> list[tuple[int, float]]:
+    """(iteration, loss) of each logged iteration; a resumed run may have logged some twice, the last counts."""
+    lines = (json.loads(line) for line in path.read_text().splitlines())
+    return sorted({line["step"]: line["loss"] for line in lines}.items())
+
+
+def curves(losses: dict[str, list[tuple[int, float]]], width: int = 640, height: int = 220) -> str:
+    """The training losses, on a logarithmic scale, as an SVG."""
+    steps = [step for series in losses.values() for step, _ in series]
+    logs = [np.log10(loss) for series in losses.values() for _, loss in series]
+    low, high = min(logs), max(logs) + 1e-9
+
+    def point(step: int, loss: float) -> str:
+        x = 50 + (width - 60) * step / max(steps)
+        y = 10 + (height - 40) * (high - np.log10(loss)) / (high - low)
+        return f"{x:.1f},{y:.1f}"
+
+    lines = "".join(
+        f'<polyline fill="none" stroke="{COLOURS[name]}" stroke-width="2" '
+        f'points="{" ".join(point(*pair) for pair in series)}"><title>{name}</title></polyline>'
+        f'<text x="{width - 150}" y="{24 + 18 * i}" fill="{COLOURS[name]}">{name} student</text>'
+        for i, (name, series) in enumerate(losses.items())
+    )
+    axis = (
+        f'<text x="2" y="18">{10**high:.3g}</text><text x="2" y="{height - 30}">{10**low:.3g}</text>'
+        f'<text x="50" y="{height - 8}">iteration 0</text><text x="{width - 40}" y="{height - 8}">{max(steps)}</text>'
+    )
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="training loss">{lines}{axis}</svg>'
+
+
+def table_rows(metrics: dict[str, object]) -> str:
+    dense = metrics["teacher_50"]["denoise_seconds_per_image"]
+    rows = []
+    for name, label in LABELS.items():
+        figure = metrics[name]
+        cells = (
+            f"{figure['endpoint_error']:.4f}",
+            f"{figure['frechet_distance']:.2f}",
+            f"{100 * figure['prompt_agreement']:.1f} %",
+            f"{1000 * figure['denoise_seconds_per_image']:.2f}",
+            f"{dense / figure['denoise_seconds_per_image']:.1f} ×",
+            f"{1000 * figure['seconds_per_image']:.2f}",
+            f"{metrics['teacher_50']['seconds_per_image'] / figure['seconds_per_image']:.1f} ×",
+        )
+        rows.append(f"<tr><th>{label}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    return "".join(rows)
+
+
+def agreement_rows(metrics: dict[str, object]) -> str:
+    kinds = metrics["teacher_50"]["prompt_agreement_by_attribute"]
+    head = "<tr><th></th>" + "".join(f"<th>{kind}</th>" for kind in kinds) + "</tr>"
+    rows = [
+        f"<tr><th>{label}</th>"
+        + "".join(f"<td>{100 * metrics[name]['prompt_agreement_by_attribute'][kind]:.1f} %</td>" for kind in kinds)
+        + "</tr>"
+        for name, label in LABELS.items()
+    ]
+    return head + "".join(rows)
+
+
+def bar_rows(bars: Sequence[dict[str, object]]) -> str:
+    return "".join(
+        f"<tr><th>{html.escape(bar['what'])}</th><td>{bar['value']:.3g}</td><td>{html.escape(bar['bar'])}</td>"
+        f"<td>{'reached' if bar['reached'] else '<b>missed</b>'}</td></tr>"
+        for bar in bars
+    )
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>ArcFlow in two steps</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color: #1c1917; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #e7e5e4; text-align: right; }
+th:first-child { text-align: left; font-weight: 600; }
+img, svg { max-width: 100%; } svg { max-width: 640px; font: 12px system-ui, sans-serif; }
+.note { color: #57534e; font-size: .9rem; }
+</style></head><body>
+<h1>A 50-step teacher, answered in two steps</h1>
+<p>Four samplers, the same prompts, the same noise in each column. The prompts are the first of the list; none of them
+was distilled on.</p>
+<img alt="pictures of the four samplers" src="data:image/png;base64,$grid">
+<h2>Figures over $prompts prompts</h2>
+<table><tr><th></th><th>endpoint error</th><th>Fréchet distance</th><th>prompt agreement</th><th>denoising, ms a
+picture</th><th>faster</th><th>whole path, ms a picture</th><th>faster</th></tr>$rows</table>
+<p class="note">Endpoint error: mean square distance of the latents to the teacher's 50-step latents from the same
+noise. Fréchet distance: of a small classifier's features to those of rendered pictures of the same captions. Prompt
+agreement: share of the attributes asked for that the classifier reads in the picture. Times: median over batches of
+16; the whole path goes from prompt to pixels, text encoders and decoder included.</p>
+<h2>What the demo sets out to show</h2>
+<table><tr><th>ArcFlow at 2 steps</th><th>measured</th><th>bar</th><th></th></tr>$bars</table>
+<h2>Prompt agreement by kind of attribute</h2>
+<table>$agreement</table>
+<h2>Training loss, $iterations iterations each</h2>
+$curves
+<p class="note">$date, $machine.</p>
+</body></html>
+"""
