@@ -269,6 +269,7 @@ cli.main(["convert", "--source", {str(source)!r}, "--out", {str(tmp_path / "out"
 
 
 def test_converts_what_diffusers_and_transformers_write(capfd, source, tmp_path):
+    pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     transformers = pytest.importorskip("transformers")
     models = {
