@@ -94,8 +94,8 @@ def look_at_all(source: Path, dtype: Any) -> tuple[str, list[Component]]:
 def convert_model(source: str | Path, out: str | Path, dtype: Any = None) -> Path:
     """Converts the diffusers folder `source` to the model directory `out`.
 
-    Weights pass through one target at a time, so that memory holds no more than the largest stacked array. `out`
-    appears at the end, complete, or not at all.
+    Weights pass through one target at a time, so that memory holds about three times the largest stacked
+    array: itself, and Orbax's copies of it. `out` appears at the end, complete, or not at all.
 
     Args:
       source: a folder with model_index.json and the components' folders.
