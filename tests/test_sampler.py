@@ -91,7 +91,7 @@ def test_networks_are_called_where_the_segments_begin():
         return np.array(seen)
 
     np.testing.assert_allclose(
-        levels(sample, steps=2, final_step_ratio=1.0), np.repeat([[1.0], [16 / 21]], B, axis=1), rtol=1e-6
+        levels(sample, steps=2, final_step_ratio=0.5), np.repeat([[1.0], [8 / 13]], B, axis=1), rtol=1e-6
     )
     np.testing.assert_allclose(levels(euler, steps=4), euler_grid(4, 3.2)[:4, None].repeat(B, 1), rtol=1e-6)
 
