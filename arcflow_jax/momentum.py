@@ -99,7 +99,7 @@ def displacement(
     mixture: Mixture, sigma_src: jax.Array, sigma_a: jax.Array, sigma_b: jax.Array
 ) -> jax.Array:  # [B, N, 4C]
     """∫ v dσ from σ_b up to σ_a, exactly: x at σ_b is x at σ_a less this. Noise levels are [B], or scalars."""
-    *_, a, b = _per_example(mixture, sigma_a, sigma_b)
+    a, b = _per_example(mixture, sigma_a, sigma_b)
     return (a - b)[..., 0] * mean_velocity(mixture, sigma_src, sigma_a, sigma_b)
 
 
