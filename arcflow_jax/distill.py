@@ -233,13 +233,17 @@ def distillation_loss(
     `share` as in `segment_loss`. Also returns what `segment_loss` gives to log, of all segments [nfe].
     """
     bounds = boundaries(settings.nfe, settings.final_step_ratio)
-    x, total, logs = noise.astype(jnp.promote_types(noise.dtype, jnp.float32)), 0.0, []
-    for segment in range(settings.nfe):
-        draw_key, dropout_key = jax.random.split(jax.random.fold_in(key, segment))
-        start, length = bounds[segment], bounds[segment] - bounds[segment + 1]
+    lengths = bounds[:-1] - bounds[1:]
+
+    def segment(x: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple]:
+        index, start, length = inputs
+        draw_key, dropout_key = jax.random.split(jax.random.fold_in(key, index))
         mixture = student(x, jnp.full(x.shape[0], warp(start, settings.shift)), dropout_key)
         draws = Draws.draw(draw_key, x.shape[0], mixture.logits.shape[2], settings.states)
         loss, x, log = segment_loss(mixture, teacher, x, start, length, draws, settings=settings, share=share)
-        total += length * loss
-        logs.append(log)
-    return total, jax.tree.map(lambda *values: jnp.stack(values), *logs)
+        return x, (loss, log)
+
+    # A loop, so that the compiled program holds one copy of both networks however many segments there are.
+    x = noise.astype(jnp.promote_types(noise.dtype, jnp.float32))
+    _, (losses, logs) = jax.lax.scan(segment, x, (jnp.arange(settings.nfe), bounds[:-1], lengths))
+    return (lengths * losses).sum(), logs
