@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -54,6 +56,11 @@ class Recipe:
     optimizer: OptimizerConfig
     ema: EmaConfig
 
+    def __post_init__(self):
+        for name, least in (("batch", 1), ("steps", 0), ("log_every", 1), ("save_every", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}, but has to be at least {least}")
+
     @classmethod
     def of(cls, config: ConfigDict) -> Recipe:
         """Raises UserError if the config lacks a key or has one that no recipe knows."""
@@ -86,8 +93,11 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
         raise UserError(f"config {path} does not exist")
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file("config", flag_values=values)
+    arguments = ["arcflow", f"--config={file}", *overrides]
     try:
-        rest = values(["arcflow", f"--config={file}", *overrides])[1:]
+        # ml_collections looks for the overrides in sys.argv, whatever it is called with
+        with mock.patch.object(sys, "argv", arguments):
+            rest = values(arguments)[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{' '.join(str(error).split())} (overrides have the form --config.key=value)") from None
     if rest:

@@ -43,8 +43,7 @@ def geometry(cls: type[T], config: dict[str, Any], where: str) -> T:
         for name, field in fields.items()
         if field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
     }
-    missing = sorted(fields.keys() - optional - config.keys())
-    if missing:
-        raise UserError(f"{where}: missing {', '.join(missing)}")
     values = {name: config[name] for name in fields if config.get(name) is not None}
+    if missing := sorted(fields.keys() - optional - values.keys()):
+        raise UserError(f"{where}: missing {', '.join(missing)}")
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -41,13 +41,14 @@ def train(recipe: Recipe) -> Path:
     batches = prompt_batches(read_prompts(recipe.prompts), recipe.batch, recipe.seed)
     encode = PROMPTS[directory.description["pipeline"]](directory, recipe.dtype, mesh)
 
+    graphdef, abstract_base, abstract = arc_model.split(directory.student(recipe.adapter, recipe.dtype))
+    optimizer = make_optimizer(recipe.optimizer, abstract)
+
     run = Path(recipe.out)
     describe(run, AdapterDescription(directory.fingerprint, recipe.adapter, recipe.distillation, recipe.guidance))
-    graphdef, abstract_base, abstract = arc_model.split(directory.student(recipe.adapter, recipe.dtype))
     base = directory.load("transformer", abstract_base, state_shardings(mesh, abstract_base))
     key = jax.random.key(recipe.seed)
     with Checkpoints(run) as checkpoints, open(run / "log.jsonl", "a") as log:
-        optimizer = make_optimizer(recipe.optimizer, abstract)
         state = TrainState.create(start(graphdef, base, abstract, key, mesh), optimizer)
         if checkpoints.latest is not None:
             state = checkpoints.restore(state)

@@ -1,0 +1,158 @@
+"""The command line from the outside: what bad input is told, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from arcflow_jax.checkpoint import AdapterDescription
+from arcflow_jax.cli import main
+from arcflow_jax.config import Recipe, read_config
+from arcflow_jax.conversion import convert_model
+from arcflow_jax.demo import ASSETS
+from arcflow_jax.model_directory import ModelDirectory
+from arcflow_jax.train import train
+
+ROOT = Path(__file__).parents[1]
+TINY = str(ROOT / "configs" / "tiny.py")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return convert_model(ASSETS / "tiny-flux", tmp_path_factory.mktemp("model") / "teacher")
+
+
+@pytest.fixture(scope="module")
+def student(model, tmp_path_factory) -> Path:
+    """The adapter before its first iteration."""
+    config = read_config(
+        TINY,
+        [
+            f"--config.model={model}",
+            f"--config.prompts={ASSETS / 'prompts-test.txt'}",
+            f"--config.out={tmp_path_factory.mktemp('run') / 'student'}",
+            "--config.steps=0",
+            "--config.mesh=(1, 1, 1, 1)",
+        ],
+    )
+    return train(Recipe.of(config))
+
+
+def run(capfd, *arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    return caught.value.code or 0, *capfd.readouterr()
+
+
+def assert_refused(capfd, folder: Path, *arguments: object, message: str) -> None:
+    """Exit code 2, one line on stderr that matches, nothing new in `folder`."""
+    before = sorted(folder.rglob("*"))
+    code, _, stderr = run(capfd, *arguments)
+    assert code == 2
+    assert re.fullmatch(r"error: .*\n", stderr), stderr
+    assert re.search(message, stderr), stderr
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["convert", "train", "sample", "demo"])
+def test_help_names_every_option(capfd, command):
+    code, stdout, _ = run(capfd, command, "--help")
+    assert code == 0
+    assert {"sample": "--prompt", "train": "--config"}.get(command, "--out") in stdout
+
+
+def test_tools_are_the_same_entry_points(tmp_path):
+    for tool in ("convert", "train", "sample", "demo"):
+        done = subprocess.run(
+            [sys.executable, ROOT / "tools" / f"{tool}.py", "--help"], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        assert "--help" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.optimiser.lr=1", r"optimiser.*overrides have the form --config\.key=value"),
+        ("--config.steps=many", "steps"),
+        ("--steps=3", r"Unknown command line flag 'steps'"),
+        ("steps=3", r"cannot read steps=3"),
+        ("--config.distillation.nfe=0", "nfe is 0, but has to be at least 1"),
+        ("--config.batch=0", "batch is 0, but has to be at least 1"),
+        ("--config.model=/nowhere", "model directory /nowhere does not exist"),
+    ],
+)
+def test_train_refuses_bad_settings(capfd, tmp_path, override, message):
+    out = f"--config.out={tmp_path / 'run'}"
+    assert_refused(capfd, tmp_path, "train", "--config", TINY, out, override, message=message)
+
+
+def test_train_refuses_bad_recipes(capfd, tmp_path):
+    assert_refused(capfd, tmp_path, "train", "--config", "missing.py", message=r"config missing\.py does not exist")
+    assert_refused(capfd, tmp_path, "train", "--config", f"{TINY}:cubic", message="known are arcflow and linear")
+
+
+def test_train_refuses_bad_inputs(capfd, tmp_path, model):
+    def refused(message: str, *overrides: str) -> None:
+        common = (f"--config.model={model}", f"--config.out={tmp_path / 'run'}", "--config.steps=1")
+        assert_refused(capfd, tmp_path, "train", "--config", TINY, *common, *overrides, message=message)
+
+    prompts = f"--config.prompts={ASSETS / 'prompts-test.txt'}"
+    refused("cannot read prompts from nothing.txt", "--config.prompts=nothing.txt")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n\n")
+    refused("holds no prompts", f"--config.prompts={empty}")
+    refused("image size 60x64: height and width have to be positive multiples of 16", prompts, "--config.height=60")
+    refused("does not have the size of 1 devices", prompts, "--config.mesh=(3, 1, 1, 1)")
+    refused("LoRA target 'mlp' names no linear layer", prompts, "--config.adapter.targets=('mlp',)")
+    file = tmp_path / "file"
+    file.write_text("")
+    refused("cannot write to", prompts, f"--config.out={file / 'run'}")
+
+
+def test_sample_writes_pictures_with_their_settings(capfd, tmp_path, model, student):
+    arguments = ("--model", model, "--adapter", student, "--seed", 5, "--out", tmp_path)
+    code, stdout, stderr = run(capfd, "sample", *arguments, "--prompt", "a red circle", "--prompt", "a blue square")
+    assert code == 0, stderr
+    first, second = map(Path, stdout.split())
+    assert first.name == "0000-seed5-a-red-circle.png"
+    with Image.open(second) as image:
+        assert image.size == (64, 64)
+        assert image.text["prompt"] == "a blue square"
+        assert image.text["seed"] == "5"
+        assert image.text["steps"] == "2"
+
+
+def test_sample_refuses_bad_input(capfd, tmp_path, model, student):
+    def refused(message: str, *arguments: object) -> None:
+        assert_refused(capfd, tmp_path, "sample", "--out", tmp_path / "out", *arguments, message=message)
+
+    whole = ("--model", model, "--adapter", student)
+    refused("a prompt is empty", *whole, "--prompt", " ")
+    refused("positive multiples of 16", *whole, "--prompt", "a ring", "--height", 65)
+    refused("steps is 0", *whole, "--prompt", "a ring", "--steps", 0)
+    refused("name the student with --adapter", "--model", model, "--prompt", "a ring")
+    refused("leave --adapter out", *whole, "--teacher", "--prompt", "a ring")
+    refused("does not exist", "--model", tmp_path / "none", "--teacher", "--prompt", "a ring")
+    refused("run arcflow convert", "--model", ASSETS / "tiny-flux", "--teacher", "--prompt", "a ring")
+    refused("holds no adapter", "--model", model, "--adapter", tmp_path, "--prompt", "a ring")
+    file = tmp_path / "file"
+    file.write_text("")
+    refused("cannot write pictures", *whole, "--prompt", "a ring", "--out", file / "out")
+
+
+def test_sample_refuses_an_adapter_of_another_base(capfd, tmp_path, model, student):
+    description = AdapterDescription.read(student)
+    other = tmp_path / "other"
+    other.mkdir()
+    AdapterDescription("0" * 64, description.adapter, description.distillation, description.guidance).write(other)
+    fingerprint = ModelDirectory.open(model).fingerprint[:12]
+    message = f"was trained on base 000000000000…, this model is {fingerprint}…"
+    arguments = ("--model", model, "--adapter", other, "--prompt", "a ring", "--out", tmp_path / "out")
+    assert_refused(capfd, tmp_path, "sample", *arguments, message=message)
