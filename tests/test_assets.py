@@ -1,0 +1,72 @@
+"""The bundled teacher is a diffusers folder, and our pipeline makes of it what diffusers makes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from arcflow_jax.conversion import convert_model
+from arcflow_jax.demo import ASSETS, pictures
+from arcflow_jax.demo.judge import agreement, load_judge
+from arcflow_jax.demo.pictures import caption_of
+from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.prompts import read_prompts
+
+FOLDER = ASSETS / "tiny-flux"
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> ArcFlowPipeline:
+    return ArcFlowPipeline.from_pretrained(convert_model(FOLDER, tmp_path_factory.mktemp("model") / "teacher"))
+
+
+def test_it_is_at_most_12_megabytes():
+    assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) <= 12e6
+
+
+def test_diffusers_makes_the_same_of_it(pipeline):
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    theirs = diffusers.FluxPipeline.from_pretrained(FOLDER, local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    prompts = ["a red circle on the left", "a large blue ring on a white background"]
+    noise = pipeline.noise(0, 2, 4, 4)
+    with torch.no_grad():
+        images = theirs(
+            prompts,
+            num_inference_steps=3,
+            guidance_scale=2.0,
+            height=64,
+            width=64,
+            max_sequence_length=16,
+            latents=torch.from_numpy(np.array(noise)),
+            output_type="np",
+        ).images
+    conditioning = pipeline.encode(prompts, guidance=2.0, rows=4, columns=4)
+    ours = pipeline.decode(pipeline.teacher_latents(noise, conditioning, 3), 4, 4)
+    assert np.abs(ours / 255 - images).max() < 1.01 / 255  # but for rounding to 8 bits
+
+
+def test_autoencoder_keeps_pictures(pipeline):
+    images, _ = pictures.random_pictures(jax.random.key(99), 64)
+    model = nnx.merge(pipeline.vae_graphdef, pipeline.vae)
+    error = float(jnp.square(model.decode(model.encode(images)) - images).mean())
+    assert 10 * np.log10(4 / error) >= 32
+
+
+@pytest.mark.slow
+def test_fifty_steps_show_what_was_asked(pipeline):
+    captions = [caption_of(prompt) for prompt in read_prompts(str(ASSETS / "prompts-test.txt"))[:192]]
+    judge = load_judge()
+    read = []
+    for i in range(0, len(captions), 64):
+        images = pipeline.teacher([str(caption) for caption in captions[i : i + 64]], seed=i, guidance=2.0)
+        read.append(judge.read(jnp.stack([np.asarray(image) for image in images]) / 127.5 - 1))
+    asked = np.stack([dataclasses.astuple(caption) for caption in captions])
+    shares = agreement(np.concatenate(read), asked)
+    assert shares.pop("mean") >= 0.9
+    assert min(shares.values()) >= 0.85

@@ -1,0 +1,138 @@
+"""The picture world, its judge, the figures and the report of the demo."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+from PIL import Image
+
+from arcflow_jax.demo import ASSETS, pictures, report
+from arcflow_jax.demo.evaluate import Results
+from arcflow_jax.demo.judge import agreement, frechet_distance, load_judge
+from arcflow_jax.demo.pictures import Caption, caption_of
+from arcflow_jax.demo.run import bars
+from arcflow_jax.prompts import read_prompts
+
+
+def test_captions_and_words_are_one_to_one():
+    captions = pictures.all_captions()
+    assert len({str(caption) for caption in captions}) == len(captions)
+    caption = Caption(shape=3, colour=1, position=0, size=1, background=2)
+    assert str(caption) == "a large green ring on the left on a black background"
+    assert caption_of(str(caption)) == caption
+    assert str(Caption(shape=0, colour=0)) == "a red circle"
+
+
+def test_prompt_files_divide_the_captions():
+    train, test = (read_prompts(str(ASSETS / f"prompts-{part}.txt")) for part in ("train", "test"))
+    assert len(test) == 512
+    assert not set(train) & set(test)
+    assert {*train, *test} == {str(caption) for caption in pictures.all_captions()}
+
+
+def test_complete_fills_in_only_what_is_left_out():
+    asked = jnp.array([[2, 1, -1, 0, -1]] * 200)
+    whole = np.asarray(pictures.complete(jax.random.key(0), asked))
+    assert (whole[:, [0, 1, 3]] == [2, 1, 0]).all()
+    assert set(whole[:, 2]) == set(range(5))
+    assert set(whole[:, 4]) == set(range(4))
+
+
+def test_pictures_show_what_was_asked():
+    attributes = jnp.array([[1, 2, 0, 1, 0], [0, 0, 3, 0, 2], [3, 1, 4, 1, 1]])  # square, circle, ring
+    drawn = np.asarray((pictures.render(jax.random.key(1), attributes) + 1) / 2)
+    for picture, (_, colour, _, _, background) in zip(drawn, np.asarray(attributes), strict=True):
+        np.testing.assert_allclose(picture[0, 0], pictures.BACKGROUND_RGB[background], atol=1e-6)
+        shares = np.isclose(picture, pictures.COLOUR_RGB[colour], atol=1e-5).all(-1)
+        assert shares.any()
+    rows, columns = np.nonzero(np.isclose(drawn[0], pictures.COLOUR_RGB[2], atol=1e-5).all(-1))
+    assert columns.mean() < 25  # on the left
+    assert len(rows) == (np.ptp(rows) + 1) * (np.ptp(columns) + 1)  # a square is full
+    ring = np.isclose(drawn[2], pictures.COLOUR_RGB[1], atol=1e-5).all(-1)
+    assert not ring[30:34, 30:34].any()
+    edge = drawn[1].reshape(-1, 3)
+    between = (edge[:, 0] > 0.1) & (edge[:, 0] < 0.8)
+    assert between.sum() > 10  # antialiased
+
+
+def test_judge_reads_real_pictures():
+    images, attributes = jax.jit(pictures.random_pictures, static_argnums=1)(jax.random.key(12), 1024)
+    judge = load_judge()
+    read = np.concatenate([np.asarray(judge.read(images[i : i + 256])) for i in range(0, 1024, 256)])
+    shares = agreement(read, np.asarray(attributes))
+    assert min(shares.values()) >= 0.99, shares
+
+
+def test_agreement_counts_what_was_asked_for():
+    asked = np.array([[0, 1, -1, -1, 2], [1, 1, 3, -1, -1]])
+    read = np.array([[0, 2, 4, 1, 2], [1, 1, 0, 0, 0]])
+    assert agreement(read, asked) == {"shape": 1.0, "colour": 0.5, "position": 0.0, "background": 1.0, "mean": 4 / 6}
+
+
+def test_frechet_distance_is_that_of_the_definition():
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((300, 5)) @ rng.standard_normal((5, 5)) + 1
+    b = rng.standard_normal((200, 5)) @ rng.standard_normal((5, 5))
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = scipy.linalg.sqrtm(cov_a @ cov_b).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(a, a + 2) == pytest.approx(4 * 5)
+
+
+def figure(error: float, agreement: float = 0.95, seconds: float = 0.002) -> dict:
+    kinds = dict.fromkeys(pictures.ATTRIBUTES, agreement)
+    return {
+        "endpoint_error": error,
+        "frechet_distance": 1.0,
+        "prompt_agreement": agreement,
+        "prompt_agreement_by_attribute": kinds,
+        "denoise_seconds_per_image": seconds,
+        "seconds_per_image": seconds + 0.001,
+    }
+
+
+def test_bars_are_reached_or_missed():
+    figures = {
+        "teacher_50": figure(0.0, 0.96, 0.05),
+        "teacher_2": figure(0.4),
+        "linear_2": figure(0.2),
+        "arcflow_2": figure(0.09),
+    }
+    assert [bar["reached"] for bar in bars(figures)] == [True, True, True, True]
+    figures["arcflow_2"] = figure(0.15, 0.9, 0.003)
+    assert [bar["reached"] for bar in bars(figures)] == [False, False, False, False]
+
+
+def test_report_is_one_page_with_everything(tmp_path):
+    rng = np.random.default_rng(0)
+    captions = pictures.all_captions()[:4]
+    results = {
+        name: Results(pixels=[rng.integers(0, 256, (2, 64, 64, 3), np.uint8) for _ in range(2)])
+        for name in report.LABELS
+    }
+    metrics = {name: figure(0.1 * i, seconds=0.05 / (i + 1)) for i, name in enumerate(report.LABELS)}
+    metrics |= {"bars": bars(metrics), "prompts": 4, "iterations": 10, "date": "2026-01-01", "machine": "a <machine>"}
+    logs = {}
+    for name in ("arcflow", "linear"):
+        logs[name] = tmp_path / f"{name}.jsonl"
+        lines = [{"step": step, "loss": 1 / step} for step in (1, 2, 2, 3)]
+        logs[name].write_text("\n".join(map(json.dumps, lines)))
+    report.write(tmp_path, metrics, results, captions, logs)
+
+    page = (tmp_path / "index.html").read_text()
+    assert "$" not in page
+    assert not re.search(r'(src|href)="(?!data:)', page)  # nothing is loaded from elsewhere
+    assert "a &lt;machine&gt;" in page
+    assert all(label in page for label in report.LABELS.values())
+    assert page.count("<polyline") == 2
+    with Image.open(tmp_path / "grid.png") as grid:
+        cell = np.asarray(grid.crop((report.LEFT, report.TOP, report.LEFT + report.CELL, report.TOP + report.CELL)))
+    np.testing.assert_array_equal(cell[::2, ::2], results["teacher_50"].pixels[0][0])
