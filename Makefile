@@ -31,13 +31,14 @@ endif
 	.venv/bin/pip install --quiet --editable . $(addprefix --constraint ,$(PINS))
 	touch $@
 
+# With the PyTorch twins of the parity tests, which the library itself does not need
 .venv/test.installed: .venv/bin/python setup.py $(PINS)
 	.venv/bin/pip install --quiet --editable ".[test,parity]" $(addprefix --constraint ,$(PINS))
 	touch $@
 
-.venv-3.12/test.installed: setup.py
+.venv-3.12/test.installed: setup.py tests/constraints-3.12.txt
 	$(PYTHON312) -m venv .venv-3.12
-	.venv-3.12/bin/pip install --quiet --editable ".[test]"
+	.venv-3.12/bin/pip install --quiet --editable ".[test]" --constraint tests/constraints-3.12.txt
 	touch $@
 
 clean:
