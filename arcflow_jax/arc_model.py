@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from arcflow_jax.layers import STUDENT, TEACHER, Adapter, Base, Reading
-from arcflow_jax.lora import attach_lora, linear_layers
+from arcflow_jax.lora import attach_lora, linear_layers, merge_lora
 from arcflow_jax.models.head import MomentumHead, OutputLayer
 from arcflow_jax.momentum import Mixture
 
@@ -96,3 +96,25 @@ def start_adapter(graphdef: nnx.GraphDef, base: nnx.State, abstract: nnx.State, 
     model = nnx.merge(graphdef, base, zeros)
     model.start_student(key)
     return nnx.state(model, Adapter)
+
+
+def merge_student(graphdef: nnx.GraphDef, base: nnx.State, adapter: nnx.State) -> nnx.State:
+    """The state of a model whose LoRA is folded into its trunk: a student for sampling, no longer a teacher.
+
+    Pure, to be jitted; `merged_graphdef` is the definition that goes with it.
+    """
+    copied = jax.tree.map(lambda x: x, (base, adapter))  # the variables of a merged model are the states' own
+    model = nnx.merge(graphdef, *copied)
+    merge_lora(model.trunk)
+    return nnx.state(model)
+
+
+def merged_graphdef(graphdef: nnx.GraphDef, base: nnx.State, adapter: nnx.State) -> nnx.GraphDef:
+    """The definition that `merge_student`'s state belongs to; states may be abstract."""
+
+    def merged(base: nnx.State, adapter: nnx.State) -> ArcModel:
+        model = nnx.merge(graphdef, base, adapter)
+        merge_lora(model.trunk)
+        return model
+
+    return nnx.graphdef(nnx.eval_shape(merged, base, adapter))

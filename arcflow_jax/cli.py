@@ -87,7 +87,9 @@ def sample(
         Path | None, typer.Option(help="What arcflow train wrote. By default, with the demo's model, its student.")
     ] = None,
     teacher: Annotated[bool, typer.Option("--teacher", help="Sample from the teacher itself.")] = False,
-    steps: Annotated[int | None, typer.Option(help="Network calls: by default 2, for the teacher 50.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Network calls. By default the student's own, for the teacher 50.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale. By default the one that the student was trained at, or 3.5.")
@@ -108,8 +110,7 @@ def sample(
         adapter = DEMO / "arcflow"
     pipeline = ArcFlowPipeline.from_pretrained(model, adapter)
     settings = {"seed": seed, "guidance": guidance, "height": height, "width": width}
-    steps = steps if steps is not None else (50 if teacher else 2)
-    images = (pipeline.teacher if teacher else pipeline)(prompt, steps=steps, **settings)
+    images = pipeline(prompt, steps=steps, **settings)
     for path in save_pictures(images, prompt, out, steps=steps, model=model, adapter=adapter, **settings):
         print(path)
 

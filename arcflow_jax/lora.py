@@ -6,6 +6,7 @@ import fnmatch
 import zlib
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 from flax import nnx
 
 from arcflow_jax.errors import UserError
@@ -38,3 +39,15 @@ def attach_lora(module: nnx.Module, targets: Sequence[str], *, rank: int, alpha:
         layer = layers[path]
         layer.lora = LoRA(layer.kernel, rank, alpha=alpha, dropout=dropout, salt=salt)
     return chosen
+
+
+def merge_lora(module: nnx.Module) -> None:
+    """Folds every adapter into its layer's kernel, rounded to the kernel's dtype, and takes the adapter away.
+
+    The network then costs what the teacher does, and is the student only.
+    """
+    for layer in linear_layers(module).values():
+        if layer.lora is not None:
+            a, b, kernel = (w[...].astype(jnp.float32) for w in (layer.lora.a, layer.lora.b, layer.kernel))
+            layer.kernel[...] = (kernel + a @ b * layer.lora.scale).astype(layer.kernel.dtype)
+            layer.lora = None

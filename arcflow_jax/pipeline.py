@@ -1,4 +1,4 @@
-"""Prompt in, picture out: text encoders, sampler and decoder of a converted model, with or without a student."""
+"""Prompt in, picture out: text encoders, sampler and decoder of a converted model."""
 
 # B pictures, N tokens, C latent channels
 
@@ -28,7 +28,7 @@ from arcflow_jax.sharding import make_mesh, state_shardings
 @functools.partial(jax.jit, static_argnames=("graphdef", "steps"))
 def sample(
     graphdef: nnx.GraphDef,
-    model_state: tuple[nnx.State, nnx.State],
+    model_state: nnx.State,
     latents: jax.Array,
     conditioning: Any,
     shift: jax.Array,
@@ -39,12 +39,12 @@ def sample(
     """The student's latent tokens [B, N, 4C] in `steps` network calls.
 
     Args:
-      graphdef, model_state: the model as `arc_model.split` gives it: (base, adapter).
+      graphdef, model_state: an `ArcModel` with a student, split.
       latents: noise [B, N, 4C].
       conditioning: of the trunk, batch first.
       shift, final_step_ratio: the student's time warp and segments.
     """
-    model = nnx.merge(graphdef, *model_state)
+    model = nnx.merge(graphdef, model_state)
 
     def student(x: jax.Array, sigma: jax.Array) -> Any:
         return model.student_mixture(x, sigma, conditioning)
@@ -54,10 +54,16 @@ def sample(
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "steps"))
 def sample_teacher(
-    graphdef: nnx.GraphDef, base: nnx.State, latents: jax.Array, conditioning: Any, shift: jax.Array, *, steps: int
+    graphdef: nnx.GraphDef,
+    model_state: nnx.State,
+    latents: jax.Array,
+    conditioning: Any,
+    shift: jax.Array,
+    *,
+    steps: int,
 ) -> jax.Array:
     """The teacher's latent tokens [B, N, 4C] in `steps` Euler steps; arguments as for `sample`."""
-    model = nnx.merge(graphdef, base)
+    model = nnx.merge(graphdef, model_state)
 
     def teacher(x: jax.Array, sigma: jax.Array) -> jax.Array:
         return model.teacher_velocity(x, sigma, conditioning)
@@ -79,30 +85,38 @@ def noise(seed: int, count: int, tokens: int, channels: int, first: int = 0) -> 
 
 
 class ArcFlowPipeline:
-    """A converted model with its student, ready to make pictures.
+    """A converted model, ready to make pictures: with an adapter the few-step student, without one the teacher.
 
         pipe = ArcFlowPipeline.from_pretrained("checkpoints/flux", adapter="runs/flux")
         images = pipe(["a red fox in the snow"], steps=2, seed=0)
 
-    Without an adapter there is only the teacher: `pipe.teacher(prompts, steps=50)`.
+    Attributes:
+      directory: the converted model.
+      student: what the adapter says of itself; None for the teacher.
+      encode: prompts to conditioning (see `prompts.FluxPrompts`).
     """
 
     def __init__(self, directory: ModelDirectory, adapter: str | Path | None, dtype: Any):
         self.directory = directory
+        self.student: AdapterDescription | None = None
         mesh = make_mesh((1, 1, 1, 1), jax.devices()[:1])
-        self.description: AdapterDescription | None = None
+
+        def load(component: str, abstract: nnx.State) -> nnx.State:
+            return directory.load(component, abstract, state_shardings(mesh, abstract))
+
         if adapter is None:
             self.graphdef, base = nnx.split(directory.abstract("transformer", dtype))
+            self.state = load("transformer", base)
         else:
-            self.description, checkpoints = load_adapter(adapter, directory.fingerprint)
-            model = directory.student(self.description.adapter, dtype)
-            self.student_graphdef, base, student = arc_model.split(model)
+            self.student, checkpoints = load_adapter(adapter, directory.fingerprint)
+            graphdef, base, trained = arc_model.split(directory.student(self.student.adapter, dtype))
+            self.graphdef = arc_model.merged_graphdef(graphdef, base, trained)
             with checkpoints:
-                self.adapter = checkpoints.restore_ema(student)
-            self.graphdef, _ = nnx.split(directory.abstract("transformer", dtype))
-        self.base = directory.load("transformer", base, state_shardings(mesh, base))
+                trained = checkpoints.restore_ema(trained)
+            merge = jax.jit(arc_model.merge_student, static_argnums=0, donate_argnums=1)
+            self.state = merge(graphdef, load("transformer", base), trained)
         self.vae_graphdef, vae = nnx.split(directory.abstract("vae", dtype))
-        self.vae = directory.load("vae", vae, state_shardings(mesh, vae))
+        self.vae = load("vae", vae)
         self.encode = PROMPTS[directory.description["pipeline"]](directory, dtype, mesh)
 
     @classmethod
@@ -121,33 +135,26 @@ class ArcFlowPipeline:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         return cls(ModelDirectory.open(path), adapter, dtype)
 
-    @property
-    def default_size(self) -> int:
-        """Side of the pictures that the model was made for, in pixels."""
-        return self.directory.config("vae")["sample_size"]
-
-    def grid(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Rows and columns of tokens. Raises UserError on a size that they do not fill."""
-        factor = self.directory.geometry("vae").factor
-        return token_grid(height or self.default_size, width or self.default_size, factor)
+    def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Rows and columns of tokens; the default is the model's own size. Raises UserError on one that they miss."""
+        size = self.directory.config("vae")["sample_size"]
+        return token_grid(height or size, width or size, self.directory.geometry("vae").factor)
 
     def noise(self, seed: int, count: int, rows: int, columns: int, first: int = 0) -> jax.Array:
         """The noise that pictures `first` … of a seed start from, [B, N, 4C]."""
         return noise(seed, count, rows * columns, self.directory.geometry("transformer").in_channels, first)
 
-    def student_latents(self, latents: jax.Array, conditioning: Any, steps: int) -> jax.Array:
-        """See `sample`. Raises UserError if the pipeline has no student."""
-        if self.description is None:
-            raise UserError("no adapter was given: only the teacher can sample")
-        settings = self.description.distillation
-        shift, ratio = jnp.float32(settings.shift), jnp.float32(settings.final_step_ratio)
-        state = (self.base, self.adapter)
-        return sample(self.student_graphdef, state, latents, conditioning, shift, ratio, steps=steps)
+    def denoise(self, latents: jax.Array, conditioning: Any, steps: int) -> jax.Array:
+        """From noise to latent tokens, [B, N, 4C]: the student's segments, or the teacher's Euler steps.
 
-    def teacher_latents(self, latents: jax.Array, conditioning: Any, steps: int) -> jax.Array:
-        """See `sample_teacher`; the time warp is that of the model's scheduler."""
-        shift = jnp.float32(scheduler_shift(self.directory.scheduler, latents.shape[1]))
-        return sample_teacher(self.graphdef, self.base, latents, conditioning, shift, steps=steps)
+        The teacher's time warp is that of the model's scheduler, the student's the one that it was trained with.
+        """
+        if self.student is None:
+            shift = jnp.float32(scheduler_shift(self.directory.scheduler, latents.shape[1]))
+            return sample_teacher(self.graphdef, self.state, latents, conditioning, shift, steps=steps)
+        settings = self.student.distillation
+        shift, ratio = jnp.float32(settings.shift), jnp.float32(settings.final_step_ratio)
+        return sample(self.graphdef, self.state, latents, conditioning, shift, ratio, steps=steps)
 
     def decode(self, tokens: jax.Array, rows: int, columns: int) -> np.ndarray:
         """Pixels [B, H, W, 3], uint8."""
@@ -157,47 +164,33 @@ class ArcFlowPipeline:
         self,
         prompts: Sequence[str],
         *,
-        steps: int = 2,
+        steps: int | None = None,
         seed: int = 0,
         guidance: float | None = None,
         height: int | None = None,
         width: int | None = None,
     ) -> list[Image.Image]:
-        """Pictures from the student, one a prompt.
+        """Pictures, one a prompt.
 
         Args:
           prompts: what the pictures should show.
-          steps: network calls; the student was trained for `distillation.nfe` of them.
+          steps: network calls; by default those that the student was trained for, 50 for the teacher.
           seed: of the noise; picture i of a seed starts from the same noise whatever the batch.
           guidance: scale that the guidance embedding is fed, where there is one; by default the one that the
-            student was trained at, or 3.5.
+            student was trained at, 3.5 for the teacher.
           height, width: in pixels; by default the model's own.
 
         Raises:
           UserError: on an empty prompt or a size that does not fit.
         """
-        return self._pictures(self.student_latents, prompts, steps, seed, guidance, height, width)
-
-    def teacher(
-        self,
-        prompts: Sequence[str],
-        *,
-        steps: int = 50,
-        seed: int = 0,
-        guidance: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-    ) -> list[Image.Image]:
-        """Pictures from the teacher in Euler steps; otherwise as a call of the pipeline."""
-        return self._pictures(self.teacher_latents, prompts, steps, seed, guidance, height, width)
-
-    def _pictures(self, latents_of, prompts, steps, seed, guidance, height, width) -> list[Image.Image]:
         check_prompts(prompts)
+        if steps is None:
+            steps = 50 if self.student is None else self.student.distillation.nfe
         if steps < 1:
             raise UserError(f"steps is {steps}, but has to be at least 1")
         if guidance is None:
-            guidance = 3.5 if self.description is None else self.description.guidance
+            guidance = 3.5 if self.student is None else self.student.guidance
         rows, columns = self.grid(height, width)
         conditioning = self.encode(prompts, guidance=guidance, rows=rows, columns=columns)
-        latents = latents_of(self.noise(seed, len(prompts), rows, columns), conditioning, steps)
+        latents = self.denoise(self.noise(seed, len(prompts), rows, columns), conditioning, steps)
         return [Image.fromarray(pixels) for pixels in self.decode(latents, rows, columns)]

@@ -126,7 +126,7 @@ def test_sample_writes_pictures_with_their_settings(capfd, tmp_path, model, stud
         assert image.size == (64, 64)
         assert image.text["prompt"] == "a blue square"
         assert image.text["seed"] == "5"
-        assert image.text["steps"] == "2"
+        assert image.text["adapter"] == str(student)
 
 
 def test_sample_refuses_bad_input(capfd, tmp_path, model, student):

@@ -63,6 +63,8 @@ def inputs(config: FluxConfig, rows: int = 4, columns: int = 6, length: int = 7)
 
 
 def relative_error(ours, theirs) -> float:
+    """The largest error over the largest value."""
+    theirs = np.asarray(theirs, np.float64)
     return float(np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max())
 
 

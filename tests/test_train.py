@@ -89,7 +89,9 @@ def test_adapter_refuses_another_base(model, tmp_path):
 
 def test_batch_that_does_not_divide_is_refused(model, tmp_path):
     uneven = dataclasses.replace(recipe(model, tmp_path / "run"), batch=3, mesh=(2, 1, 1, 1))
-    with pytest.raises(UserError, match="mesh data 2 × fsdp 1 × tensor 1 × sequence 1 does not have the size of 1 devices"):
+    with pytest.raises(
+        UserError, match="mesh data 2 × fsdp 1 × tensor 1 × sequence 1 does not have the size of 1 devices"
+    ):
         train(uneven)
 
 

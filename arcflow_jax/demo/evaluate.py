@@ -26,15 +26,13 @@ REFERENCES = 8  # rendered pictures a prompt, that the Fréchet distance compare
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """A way to make pictures: a pipeline's student or teacher in so many network calls."""
+    """A way to make pictures: a student or teacher in so many network calls."""
 
     pipeline: ArcFlowPipeline
-    student: bool
     steps: int
 
     def __call__(self, noise: jax.Array, conditioning: object) -> jax.Array:
-        latents_of = self.pipeline.student_latents if self.student else self.pipeline.teacher_latents
-        return latents_of(noise, conditioning, self.steps)
+        return self.pipeline.denoise(noise, conditioning, self.steps)
 
 
 @dataclasses.dataclass
@@ -61,7 +59,7 @@ def run_samplers(samplers: dict[str, Sampler], captions: Sequence[Caption], guid
     results = {name: Results() for name in samplers}
     batches = [list(map(str, captions[i : i + BATCH])) for i in range(0, len(captions), BATCH)]
     shared = next(iter(samplers.values())).pipeline
-    rows, columns = shared.grid(None, None)
+    rows, columns = shared.grid()
 
     def prepare(prompts: list[str]) -> object:
         return shared.encode(prompts, guidance=guidance, rows=rows, columns=columns)

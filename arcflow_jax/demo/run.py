@@ -56,13 +56,13 @@ def demo(out: Path) -> dict[str, object]:
         console.print(f"distilling the {name} student, {each.steps} iterations")
         train(each)
 
-    pipelines = {name: ArcFlowPipeline.from_pretrained(out / "teacher", adapter=out / name) for name in recipes}
-    teacher = pipelines["arcflow"]
+    teacher = ArcFlowPipeline.from_pretrained(out / "teacher")
+    arcflow, linear = (ArcFlowPipeline.from_pretrained(out / "teacher", adapter=out / name) for name in recipes)
     samplers = {
-        "teacher_50": Sampler(teacher, student=False, steps=50),
-        "teacher_2": Sampler(teacher, student=False, steps=2),
-        "linear_2": Sampler(pipelines["linear"], student=True, steps=2),
-        "arcflow_2": Sampler(pipelines["arcflow"], student=True, steps=2),
+        "teacher_50": Sampler(teacher, steps=50),
+        "teacher_2": Sampler(teacher, steps=2),
+        "linear_2": Sampler(linear, steps=2),
+        "arcflow_2": Sampler(arcflow, steps=2),
     }
     captions = [caption_of(prompt) for prompt in read_prompts(str(TEST_PROMPTS))]
     results = run_samplers(samplers, captions, recipes["arcflow"].guidance)

@@ -83,11 +83,12 @@ class FluxConditioning:
 def sinusoid(value: jax.Array, width: int) -> jax.Array:
     """Sinusoidal features of a σ or a guidance scale, [B] → [B, width], cosines first, in float32.
 
-    FLUX feeds 1000 · value to the frequencies of Vaswani et al. 2017 (arXiv 1706.03762). They are rounded from
-    float64: at angles of 1000 radians the last bit of a frequency shows in the result.
+    FLUX feeds 1000 · value to the frequencies of Vaswani et al. 2017 (arXiv 1706.03762). Their exponents are rounded
+    to float32, as in PyTorch: at angles of 1000 radians that rounding shows in the result.
     """
     half = width // 2
-    frequencies = np.exp(-math.log(10_000) * np.arange(half, dtype=np.float64) / half).astype(np.float32)
+    exponents = np.float32(-math.log(10_000)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angle = 1000.0 * value.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 

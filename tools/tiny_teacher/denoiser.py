@@ -175,7 +175,7 @@ def match_flow(
     return common.train(loss, state, steps=steps, peak=peak, ema=ema, seed=seed)
 
 
-def make_guided(work: Path, steps: int = 1_500, batch: int = 64) -> None:
+def make_guided(work: Path, steps: int = 1_200, batch: int = 64) -> None:
     """Teaches the guidance embedding: the answer at scale g is u∅ + g (u − u∅) of the first stage's network."""
     data = Data.load(work)
     model = common.load_state(work / "refined.safetensors", new_model())
