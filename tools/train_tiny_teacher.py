@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.tiny_teacher.assemble import assemble
 from tools.tiny_teacher.autoencoder import make_autoencoder
-from tools.tiny_teacher.denoiser import make_denoiser, make_embeddings, make_guided, make_latents, refine_denoiser
+from tools.tiny_teacher.denoiser import make_denoiser, make_embeddings, make_guided, make_latents
 from tools.tiny_teacher.judge import make_judge
 from tools.tiny_teacher.text import make_text
 
@@ -30,7 +30,6 @@ STAGES = {
     "latents": (make_latents, "latents.safetensors"),
     "embeddings": (make_embeddings, "embeddings.safetensors"),
     "denoiser": (make_denoiser, "denoiser.safetensors"),
-    "refined": (refine_denoiser, "refined.safetensors"),
     "guided": (make_guided, "guided.safetensors"),
     "assemble": (assemble, "tiny-flux"),
 }
