@@ -72,6 +72,9 @@ def train(recipe: Recipe) -> Path:
                 if (i + 1) % recipe.log_every == 0 or i + 1 == recipe.steps:
                     loss = write_log(log, i + 1, values)
                     progress.update(task, completed=i + 1, loss=f"{loss:.4f}")
+                    if not progress.console.is_terminal:  # where no bar can move: a log file, CI
+                        left = progress.tasks[task].time_remaining or 0
+                        print(f"iteration {i + 1} of {recipe.steps}, loss {loss:.4f}, {left:.0f} s left", flush=True)
                 if (i + 1) % recipe.save_every == 0:
                     checkpoints.save(state)
         checkpoints.save(state)

@@ -49,7 +49,7 @@ def get_config(arg: str = "arcflow") -> ConfigDict:
                 "window": 3,
                 "substeps": 128,
                 "mode_dropout": 0.0 if arg == "linear" else 0.1,
-                "decay": 40,
+                "decay": 400,  # so short a run needs the teacher to lead all the way
                 "loss_scale": 30.0,
             },
             "optimizer": {
