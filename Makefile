@@ -18,9 +18,9 @@ demo: .venv/demo.installed
 test: .venv/test.installed $(if $(PYTHON312),.venv-3.12/test.installed)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile
 ifneq ($(PYTHON312),)
-	.venv-3.12/bin/python -m pytest
+	.venv-3.12/bin/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
 endif
 
 .venv/bin/python:
