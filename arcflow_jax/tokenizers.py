@@ -7,6 +7,7 @@ Ids are those that diffusers' FluxPipeline feeds its encoders: cut and padded to
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
       UserError: if the folder is missing or does not hold a whole tokenizer.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
     from transformers import AutoTokenizer  # slow to import, and only prompts need it
 
     if not (folder / "tokenizer_config.json").is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -22,7 +23,8 @@ from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.errors import UserError
 from arcflow_jax.latents import pack, position_ids
 from arcflow_jax.layers import Adapter, Base
-from arcflow_jax.models.flux import Flux, FluxConditioning
+from arcflow_jax.models.flux import Flux, FluxConditioning, FluxConfig
+from configs.flux import get_config
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 CONFIG = dataclasses.replace(TINY, num_single_layers=2)
@@ -230,3 +232,30 @@ def test_merged_student_is_the_student():
 def test_lora_target_that_names_nothing_is_refused():
     with pytest.raises(UserError, match=r"'transformer_blocks\.mlp\.\*' names no linear layer"):
         make(dataclasses.replace(LORA, targets=("transformer_blocks.mlp.*",)))
+
+
+@pytest.mark.parametrize(("recipe", "most"), [("published", 0.0549), ("default", 0.05)])
+def test_trainable_share_of_flux_dev(recipe, most):
+    """Shapes only. The published count is that of the authors' own model, 652 405 884."""
+    config = FluxConfig(
+        in_channels=64,
+        num_layers=19,
+        num_single_layers=38,
+        attention_head_dim=128,
+        num_attention_heads=24,
+        joint_attention_dim=4096,
+        pooled_projection_dim=768,
+        guidance_embeds=True,
+    )
+    adapter = AdapterConfig(**get_config(recipe).adapter)
+
+    def build() -> ArcModel:
+        rngs = nnx.Rngs(0)
+        return ArcModel(Flux(config, rngs=rngs), param_dtype=jnp.bfloat16, rngs=rngs).attach_student(adapter, rngs)
+
+    _, base, trained = arc_model.split(nnx.eval_shape(build))
+    counts = [sum(math.prod(x.shape) for x in jax.tree.leaves(state)) for state in (base, trained)]
+    assert counts[0] == 11_901_408_320
+    assert counts[1] / counts[0] < most
+    if recipe == "published":
+        assert counts[1] == 652_405_884
