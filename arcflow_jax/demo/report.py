@@ -156,6 +156,7 @@ PAGE = """<!doctype html>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color: #1c1917; }
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #e7e5e4; text-align: right; }
+td { white-space: nowrap; }
 th:first-child { text-align: left; font-weight: 600; }
 img, svg { max-width: 100%; } svg { max-width: 640px; font: 12px system-ui, sans-serif; }
 .note { color: #57534e; font-size: .9rem; }
