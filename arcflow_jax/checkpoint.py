@@ -18,7 +18,7 @@ from flax import nnx
 
 from arcflow_jax.arc_model import AdapterConfig
 from arcflow_jax.distill import Distillation
-from arcflow_jax.errors import UserError
+from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.geometry import geometry, read_json
 from arcflow_jax.train_state import TrainState
 
@@ -142,10 +142,6 @@ class Checkpoints:
 
 def sharding_of(x: Any) -> jax.sharding.Sharding:
     return getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def load_adapter(run: str | Path, fingerprint: str) -> tuple[AdapterDescription, Checkpoints]:

@@ -6,3 +6,8 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def one_line(error: Exception) -> str:
+    """What another library's exception says, on one line and cut to a readable length, for a UserError to quote."""
+    return " ".join(str(error).split())[:200]

@@ -24,7 +24,7 @@ from flax import nnx
 from arcflow_jax.arc_model import AdapterConfig, ArcModel
 from arcflow_jax.components import PIPELINES, Network
 from arcflow_jax.convert.engine import first_few, flatten, unflatten
-from arcflow_jax.errors import UserError
+from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.geometry import geometry, read_json
 
 DESCRIPTION = "model.json"
@@ -190,7 +190,7 @@ class ModelDirectory:
                 with ocp.StandardCheckpointer() as checkpointer:
                     return unflatten(abstract_state, unnest(checkpointer.restore(checkpoint, nest(wanted))))
         except Exception as error:  # Orbax and TensorStore raise all sorts, down to the bare Exception
-            detail = " ".join(str(error).split())[:200]
+            detail = one_line(error)
             raise UserError(f"{self.path / component} is damaged: {detail}") from error
         raise UserError(f"{self.path / component} does not fit the network: {len(wrong)} differ ({first_few(wrong)})")
 

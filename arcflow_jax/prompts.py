@@ -18,7 +18,7 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.latents import position_ids
 from arcflow_jax.model_directory import ModelDirectory
 from arcflow_jax.models.flux import FluxConditioning
-from arcflow_jax.sharding import batched, state_shardings
+from arcflow_jax.sharding import batched, replicated, state_shardings
 from arcflow_jax.tokenizers import load_tokenizer, token_length, tokenize
 
 
@@ -82,7 +82,7 @@ class FluxPrompts:
           guidance: scale that the guidance embedding is fed; without effect on a checkpoint that has none.
         """
         split = len(prompts) % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) == 0
-        sharding = batched(self.mesh) if split else jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+        sharding = batched(self.mesh) if split else replicated(self.mesh)
         (_, pooled), _ = self.clip(prompts, sharding)
         text, _ = self.t5(prompts, sharding)
         scales = jax.device_put(np.full(len(prompts), guidance, np.float32), sharding) if self.guided else None

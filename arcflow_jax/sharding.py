@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -67,13 +66,10 @@ def state_shardings(mesh: Mesh, state: nnx.State) -> nnx.State:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batched(mesh: Mesh) -> NamedSharding:
     """Leading dimension split over the data axes."""
     return NamedSharding(mesh, BATCH)
-
-
-def place(tree: Any, sharding: NamedSharding) -> Any:
-    return jax.tree.map(lambda x: jax.device_put(x, sharding), tree)

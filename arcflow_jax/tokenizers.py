@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from arcflow_jax.errors import UserError
+from arcflow_jax.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,10 +42,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         raise UserError(f"{folder} names no pad_token")
     return tokenizer
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def token_length(tokenizer: PreTrainedTokenizerBase, most: int = 512) -> int:

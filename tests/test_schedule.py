@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import golden
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arcflow_jax.schedule import boundaries, euler_grid, unwarp, warp
+from arcflow_jax.schedule import boundaries, euler_grid, scheduler_shift, unwarp, warp
 
 times = st.floats(0, 1, width=32)
 shifts = st.floats(0.25, 8, width=32)
@@ -64,3 +66,10 @@ def test_shift_is_an_argument_of_the_compiled_function():
     for shift in (1.0, 3.2):
         np.testing.assert_allclose(compiled(shift), euler_grid(4, shift), rtol=1e-6)
     assert compiled._cache_size() == 1
+
+
+def test_scheduler_shift_is_constant_or_grows_with_the_picture():
+    assert scheduler_shift({"shift": 3.0}, tokens=4096) == 3.0
+    flux = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}  # FLUX.1-dev's
+    assert scheduler_shift(flux, tokens=256) == pytest.approx(math.exp(0.5))
+    assert scheduler_shift(flux, tokens=4096) == pytest.approx(math.exp(1.15))

@@ -3,8 +3,8 @@
     python tools/train_tiny_teacher.py --work /tmp/tiny            # every stage that is not done yet
     python tools/train_tiny_teacher.py --work /tmp/tiny guided     # one stage again
 
-About an hour and a half on two CPU cores. Everything is seeded, so that a machine of the same kind makes the same
-weights. Each stage reads what the stages before it left in the work folder; copy `tiny-flux/` and
+On two free CPU cores a step of the autoencoder or the denoiser takes 0.17 s, and there are 4 500 and 15 000 of them.
+Everything is seeded. Each stage reads what the stages before it left in the work folder; copy `tiny-flux/` and
 `judge.safetensors` from there to `arcflow_jax/assets/`.
 """
 
