@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, config_flags
 
 from arcflow_jax.arc_model import AdapterConfig
 from arcflow_jax.distill import Distillation
-from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.errors import UserError
 from arcflow_jax.optim import OptimizerConfig
 from arcflow_jax.train_state import EmaConfig
 
@@ -98,8 +98,9 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
         # ml_collections looks for the overrides in sys.argv, whatever it is called with
         with mock.patch.object(sys, "argv", arguments):
             rest = values(arguments)[1:]
+    # Quoted whole: what went wrong in a config file stands at the end
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{one_line(error)} (overrides have the form --config.key=value)") from None
+        raise UserError(f"{' '.join(str(error).split())} (overrides have the form --config.key=value)") from None
     if rest:
         raise UserError(f"cannot read {' '.join(rest)}: overrides have the form --config.key=value")
     return holder.value
