@@ -224,11 +224,6 @@ class Conv(nnx.Module):
         return y + self.bias[...].astype(x.dtype)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Softmax attention of all tokens to all, [B, S, H, E] each; softmax in float32."""
-    return jax.nn.dot_product_attention(q, k, v)
-
-
 def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
     """`layers` copies of a block as one module whose weights are [L, ...]; run it with `scan_blocks`."""
 

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "arcflow_jax"
 LEVELS = [
     {"errors"},
     {"geometry", "schedule", "latents", "momentum", "sharding", "data"},
-    {"layers"},
+    {"layers", "attention"},
     {"lora"},
     {"models."},
     {"arc_model", "convert.", "tokenizers", "images"},

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from arcflow_jax.attention import attention
 from arcflow_jax.layers import Conv, GroupNorm, Linear
 
 
@@ -76,7 +77,7 @@ class AttentionBlock(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
         y = self.group_norm(x).reshape(b, h * w, 1, c)
-        y = jax.nn.dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))
+        y = attention(self.to_q(y), self.to_k(y), self.to_v(y))
         return x + self.to_out(y).reshape(b, h, w, c)
 
 
@@ -88,8 +89,8 @@ class MidBlock(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.resnets[0](x)
-        for attention in self.attentions:
-            x = attention(x)
+        for block in self.attentions:
+            x = block(x)
         return self.resnets[1](x)
 
 

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from arcflow_jax.layers import TEACHER, LayerNorm, Linear, Reading, RMSNorm, attention, scan_blocks, stack
+from arcflow_jax.attention import attention
+from arcflow_jax.layers import TEACHER, LayerNorm, Linear, Reading, RMSNorm, scan_blocks, stack
 
 
 @dataclasses.dataclass(frozen=True)
