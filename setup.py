@@ -14,7 +14,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["arcflow_jax", "arcflow_jax.*"]), "arcflow_jax.configs"],
     package_dir={"arcflow_jax.configs": "configs"},
-    package_data={"arcflow_jax": ["assets/**/*"]},
+    package_data={"arcflow_jax": ["assets/**/*"], "arcflow_jax.configs": ["**/*.json"]},
     install_requires=[
         "absl-py>=2.1",
         "chex>=0.1.90",

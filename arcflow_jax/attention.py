@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from arcflow_jax.sharding import BATCH
 
-# `with attention_kernel("chunked"): …` overrides the choice in everything that is traced inside; part of jit's cache key
+# Overrides the choice in what is traced inside `with attention_kernel("chunked"): …`; part of jit's cache key
 attention_kernel = jax.make_user_context(None)
 
 SHORT = 1024  # tokens up to which all scores at once cost nothing worth saving

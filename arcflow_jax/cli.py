@@ -115,6 +115,35 @@ def sample(
         print(path)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def compile_report(
+    context: typer.Context,
+    config: Annotated[str, typer.Option(help="The recipe: FILE.py, or FILE.py:VARIANT.")],
+    topology: Annotated[list[str], typer.Option(help="E.g. v5p:1x1x1, v6e:2x4. May be given several times.")],
+    mesh: Annotated[
+        list[str], typer.Option(help="DATA,FSDP,TENSOR,SEQUENCE, one -1 takes the rest. May be given several times.")
+    ] = ["1,1,-1,1"],  # noqa: B006
+    batch: Annotated[int, typer.Option(help="Pictures.")] = 1,
+    height: Annotated[int | None, typer.Option(help="In pixels. By default the recipe's.")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels. By default the recipe's.")] = None,
+    limit: Annotated[float, typer.Option(help="Seconds that one compilation may take.")] = 1800,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+) -> None:
+    """Compiles the few-step sampler for TPUs that are not there, and prints memory, work and communication.
+
+    Needs no weights: the recipe's model may also be a diffusers folder of config files alone, as in
+    --config.model=configs/flux.1-dev.
+    """
+    from arcflow_jax.compile_report.report import Case, parse_mesh, report
+
+    sizes = {"height": height, "width": width}
+    overrides = [*context.args, *(f"--config.{name}={size}" for name, size in sizes.items() if size is not None)]
+    cases = [
+        Case("sampler", config, tuple(overrides), name, parse_mesh(grid), batch) for name in topology for grid in mesh
+    ]
+    report(cases, limit, out)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for everything that the demo makes.")] = DEMO,

@@ -21,7 +21,7 @@ LEVELS = [
     {"checkpoint"},
     {"config"},
     {"train", "pipeline"},
-    {"demo."},
+    {"demo.", "compile_report."},
     {"cli", ""},
 ]
 

@@ -1,0 +1,90 @@
+"""Checks cases or compiles one, in a process of its own: a request as JSON on stdin, the answer as JSON on stdout.
+
+A process of its own, because a compilation takes gigabytes that only its end gives back, may never end, and may
+bring the process down.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from arcflow_jax.compile_report.collectives import collectives
+from arcflow_jax.compile_report.programs import Program, sampler
+from arcflow_jax.compile_report.work import flops
+from arcflow_jax.config import Recipe, read_config
+from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.sharding import make_mesh
+
+PROGRAMS = {"sampler": sampler}
+
+
+def describe(topology: str) -> list[Any]:
+    """Its devices. Raises UserError if the compiler does not know it."""
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"topology {topology!r} is refused: {one_line(error)}") from None
+
+
+def build(
+    program: str, config: str, overrides: list[str], topology: str, mesh: list[int], batch: int
+) -> tuple[Mesh, Program]:
+    """The mesh and the program of a case. Raises UserError if recipe, model, topology, mesh or batch do not fit."""
+    grid = make_mesh(mesh, describe(topology))
+    return grid, PROGRAMS[program](Recipe.of(read_config(config, overrides)), grid, batch)
+
+
+def compile_program(mesh: Mesh, program: Program) -> dict[str, Any]:
+    """Compiles for a mesh: sizes in bytes a device, work on all devices, and communication."""
+    start = time.monotonic()
+    with jax.set_mesh(mesh):
+        traced = program.function.trace(*program.arguments, **program.keywords)
+        answer = {"devices": mesh.size, "mesh": list(mesh.devices.shape), "passes": program.passes}
+        answer["flops"] = flops(traced.jaxpr.jaxpr)
+        try:
+            compiled = traced.lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return answer | {"status": "out of memory", "needed": needed(str(error)), "detail": one_line(error)}
+    memory = compiled.memory_analysis()
+    traffic = collectives(compiled.as_text())
+    return answer | {
+        "status": "compiled",
+        "seconds": time.monotonic() - start,
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "peak": memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
+        "collectives": {kind: {"count": t.count, "bytes": t.bytes} for kind, t in traffic.items()},
+    }
+
+
+def needed(message: str) -> float | None:
+    """The bytes that a program would have taken, as the compiler's message "(26.04G) exceeds …" says."""
+    match = re.search(r"\(?(\d+(?:\.\d+)?)([KMGT])\)? exceeds available", message)
+    return float(match.group(1)) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[match.group(2)] if match else None
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    try:
+        programs = [build(**case) for case in request["cases"]]
+        answer: Any = compile_program(*programs[0]) if request["compile"] else {}
+    except UserError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

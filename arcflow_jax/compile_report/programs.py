@@ -1,0 +1,105 @@
+"""The programs to compile: a jitted function and the shapes, dtypes and shardings of its arguments."""
+
+# B batch, N image tokens, T text tokens
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from arcflow_jax import arc_model
+from arcflow_jax.components import PIPELINES
+from arcflow_jax.config import Recipe
+from arcflow_jax.errors import UserError
+from arcflow_jax.geometry import read_json
+from arcflow_jax.latents import token_grid
+from arcflow_jax.model_directory import DESCRIPTION, ModelDirectory
+from arcflow_jax.models.flux import FluxConditioning, FluxConfig
+from arcflow_jax.pipeline import sample
+from arcflow_jax.sharding import BATCH, replicated, state_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What to compile.
+
+    Attributes:
+      function: jitted.
+      arguments: ShapeDtypeStructs with shardings, as positional and keyword arguments.
+      passes: how often it reads all its weights, at the least.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    passes: int
+
+
+def open_model(path: str | Path) -> ModelDirectory:
+    """A converted model, or a diffusers folder, of which only the config files need be there. Raises UserError."""
+    path = Path(path)
+    if (path / DESCRIPTION).is_file() or not (path / "model_index.json").is_file():
+        return ModelDirectory.open(path)
+    pipeline = read_json(path / "model_index.json").get("_class_name")
+    if pipeline not in PIPELINES:
+        raise UserError(f"{path} is a {pipeline}, known are {', '.join(PIPELINES)}")
+    components = {name: {"config": read_json(path / name / "config.json")} for name in ("transformer", "vae")}
+    return ModelDirectory(path, {"pipeline": pipeline, "components": components})
+
+
+def flux_conditioning(
+    directory: ModelDirectory, batch: int, tokens: int, dtype: Any, struct: Callable[..., Any]
+) -> FluxConditioning:
+    """Shapes of what FLUX.1 is conditioned on; `struct` makes one from shape, dtype and partition."""
+    config: FluxConfig = directory.geometry("transformer")
+    tokenizer = directory.path / "tokenizer_2" / "tokenizer_config.json"
+    text = min(int(read_json(tokenizer)["model_max_length"]), 512)
+    return FluxConditioning(
+        text=struct((batch, text, config.joint_attention_dim), dtype, BATCH),
+        pooled=struct((batch, config.pooled_projection_dim), dtype, BATCH),
+        guidance=struct((batch,), jnp.float32, BATCH) if config.guidance_embeds else None,
+        positions=struct((tokens, 3), jnp.float32, PartitionSpec()),
+    )
+
+
+# By the pipeline class that model_index.json names
+CONDITIONING = {"FluxPipeline": flux_conditioning}
+
+
+def sampler(recipe: Recipe, mesh: Mesh, batch: int) -> Program:
+    """The few-step sampler of a recipe's student, its LoRA merged, from noise to latents.
+
+    Raises:
+      UserError: if model, size or batch do not fit.
+    """
+    directory = open_model(recipe.model)
+    rows, columns = token_grid(recipe.height, recipe.width, directory.geometry("vae").factor)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch % shards:
+        raise UserError(f"batch {batch} does not divide by data × fsdp = {shards} of the mesh")
+    dtype = jnp.dtype(recipe.dtype)
+
+    def struct(shape: tuple[int, ...], dtype: Any, partition: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, partition))
+
+    graphdef, base, adapter = arc_model.split(directory.student(recipe.adapter, dtype))
+    merged = jax.eval_shape(functools.partial(arc_model.merge_student, graphdef), base, adapter)
+    state = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        merged,
+        state_shardings(mesh, merged),
+    )
+    channels = directory.geometry("transformer").in_channels
+    latents = struct((batch, rows * columns, channels), jnp.float32, PartitionSpec(BATCH[0], "sequence"))
+    conditioning = CONDITIONING[directory.description["pipeline"]](directory, batch, rows * columns, dtype, struct)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+    steps = recipe.distillation.nfe
+    arguments = (arc_model.merged_graphdef(graphdef, base, adapter), state, latents, conditioning, scalar, scalar)
+    return Program(sample, arguments, {"steps": steps}, passes=steps)

@@ -1,0 +1,58 @@
+"""Floating-point operations of a program, counted from its jaxpr.
+
+XLA's own cost analysis counts a loop's body once and a Pallas kernel as nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+
+def flops(jaxpr: Jaxpr) -> int:
+    """Operations of matrix products and convolutions, two a multiply-add, on all devices together.
+
+    Raises:
+      ValueError: if a loop whose length is not known computes any.
+    """
+    return sum(_flops(eqn) for eqn in jaxpr.eqns)
+
+
+def _flops(eqn: JaxprEqn) -> int:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+        (contracting, _), _ = params["dimension_numbers"]
+        return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[0].aval.shape[i] for i in contracting)
+    if name == "conv_general_dilated":
+        kernel, out_features = eqn.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
+        of_one_output = math.prod(size for i, size in enumerate(kernel) if i != out_features)
+        return 2 * math.prod(eqn.outvars[0].aval.shape) * of_one_output
+    inner = [flops(jaxpr) for jaxpr in _jaxprs(params)]
+    if name == "cond":
+        return max(inner)
+    if name == "while" and any(inner):
+        raise ValueError("a while loop of unknown length holds matrix products: write it as a scan")
+    # The body of a shard_map is one device's part, that of a Pallas kernel one block's
+    times = {
+        "scan": lambda: params["length"],
+        "shard_map": lambda: math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"]),
+        "pallas_call": lambda: math.prod(params["grid_mapping"].grid),
+    }
+    return sum(inner) * times.get(name, lambda: 1)()
+
+
+def _jaxprs(value: Any) -> Iterator[Jaxpr]:
+    """Those among an equation's parameters."""
+    if isinstance(value, ClosedJaxpr):
+        yield value.jaxpr
+    elif isinstance(value, Jaxpr):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _jaxprs(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _jaxprs(each)
