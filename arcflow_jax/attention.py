@@ -6,8 +6,8 @@
     xla        anywhere: all scores at once, for short sequences
 
 The platform is that of the mesh in context (`jax.set_mesh`), which may be one that this machine does not have, or
-else JAX's default. Under a mesh of several devices each computes its own examples, heads (`tensor`) and queries
-(`sequence`) against the keys and values of the whole sequence.
+else JAX's default. Under a mesh of several devices each computes its own examples and heads, or its own queries,
+against the keys and values of the whole sequence.
 """
 
 # B batch, S queries, T keys, H heads, E head dim
@@ -15,12 +15,11 @@ else JAX's default. Under a mesh of several devices each computes its own exampl
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
-
-from arcflow_jax.sharding import BATCH
 
 # Overrides the choice in what is traced inside `with attention_kernel("chunked"): …`; part of jit's cache key
 attention_kernel = jax.make_user_context(None)
@@ -47,7 +46,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     if mesh.size <= 1:
         return kernel(q, k, v)
     batch, sequence, heads = axes(mesh, q.shape)
-    queries, keys = PartitionSpec(batch, sequence, heads), PartitionSpec(batch, None, heads)
+    queries, keys = PartitionSpec(batch, sequence, heads), PartitionSpec(batch, (), heads)
     # Pallas kernels do not say over which mesh axes their results vary
     return jax.shard_map(kernel, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False)(q, k, v)
 
@@ -68,16 +67,22 @@ def choose(platform: str, q: jax.Array) -> str:
     return "splash" if platform == "tpu" and head_dim in (128, 256) else "chunked"
 
 
-def axes(mesh: AbstractMesh, shape: tuple[int, ...]) -> list[str | tuple[str, ...] | None]:
-    """The mesh axes over which examples, queries and heads are split; None where they do not divide."""
+def axes(mesh: AbstractMesh, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
+    """The mesh axes over which examples, queries and heads [B, S, H, ..] are split, as far as they divide.
 
-    def of(names: tuple[str, ...], size: int) -> tuple[str, ...] | None:
-        shards = 1
+    Heads are split over `sequence` too (arXiv 2309.14509), and queries where the heads do not suffice.
+    """
+
+    def split(size: int, *names: str) -> tuple[str, ...]:
+        taken: tuple[str, ...] = ()
         for name in names:
-            shards *= mesh.shape[name]
-        return names if size % shards == 0 else None
+            if size % (math.prod(mesh.shape[each] for each in taken) * mesh.shape[name]) == 0:
+                taken = (*taken, name)
+        return taken
 
-    return [of(BATCH[0], shape[0]), of(("sequence",), shape[1]), of(("tensor",), shape[2])]
+    heads = split(shape[2], "tensor", "sequence")
+    queries = () if "sequence" in heads else split(shape[1], "sequence")
+    return [split(shape[0], "data", "fsdp"), queries, heads]
 
 
 def xla(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -121,8 +121,9 @@ def compile_report(
     config: Annotated[str, typer.Option(help="The recipe: FILE.py, or FILE.py:VARIANT.")],
     topology: Annotated[list[str], typer.Option(help="E.g. v5p:1x1x1, v6e:2x4. May be given several times.")],
     mesh: Annotated[
-        list[str], typer.Option(help="DATA,FSDP,TENSOR,SEQUENCE, one -1 takes the rest. May be given several times.")
-    ] = ["1,1,-1,1"],  # noqa: B006
+        list[str],
+        typer.Option(help="E.g. tensor=4,sequence=2; one -1 takes the rest. May be given several times."),
+    ] = ["tensor=-1"],  # noqa: B006
     batch: Annotated[int, typer.Option(help="Pictures.")] = 1,
     height: Annotated[int | None, typer.Option(help="In pixels. By default the recipe's.")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels. By default the recipe's.")] = None,
@@ -134,12 +135,12 @@ def compile_report(
     Needs no weights: the recipe's model may also be a diffusers folder of config files alone, as in
     --config.model=configs/flux.1-dev.
     """
-    from arcflow_jax.compile_report.report import Case, parse_mesh, report
+    from arcflow_jax.compile_report.report import Case, mesh_sizes, report
 
     sizes = {"height": height, "width": width}
     overrides = [*context.args, *(f"--config.{name}={size}" for name, size in sizes.items() if size is not None)]
     cases = [
-        Case("sampler", config, tuple(overrides), name, parse_mesh(grid), batch) for name in topology for grid in mesh
+        Case("sampler", config, tuple(overrides), name, mesh_sizes(grid), batch) for name in topology for grid in mesh
     ]
     report(cases, limit, out)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import ShapeDtypeStruct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from arcflow_jax import arc_model
@@ -23,7 +24,7 @@ from arcflow_jax.latents import token_grid
 from arcflow_jax.model_directory import DESCRIPTION, ModelDirectory
 from arcflow_jax.models.flux import FluxConditioning, FluxConfig
 from arcflow_jax.pipeline import sample
-from arcflow_jax.sharding import BATCH, replicated, state_shardings
+from arcflow_jax.sharding import batched, replicated, state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,18 +55,17 @@ def open_model(path: str | Path) -> ModelDirectory:
     return ModelDirectory(path, {"pipeline": pipeline, "components": components})
 
 
-def flux_conditioning(
-    directory: ModelDirectory, batch: int, tokens: int, dtype: Any, struct: Callable[..., Any]
-) -> FluxConditioning:
-    """Shapes of what FLUX.1 is conditioned on; `struct` makes one from shape, dtype and partition."""
+def flux_conditioning(directory: ModelDirectory, mesh: Mesh, batch: int, tokens: int, dtype: Any) -> FluxConditioning:
+    """Shapes of what FLUX.1 is conditioned on."""
+    split = batched(mesh)
     config: FluxConfig = directory.geometry("transformer")
     tokenizer = directory.path / "tokenizer_2" / "tokenizer_config.json"
-    text = min(int(read_json(tokenizer)["model_max_length"]), 512)
+    text = int(min(read_json(tokenizer).get("model_max_length", 512), 512))
     return FluxConditioning(
-        text=struct((batch, text, config.joint_attention_dim), dtype, BATCH),
-        pooled=struct((batch, config.pooled_projection_dim), dtype, BATCH),
-        guidance=struct((batch,), jnp.float32, BATCH) if config.guidance_embeds else None,
-        positions=struct((tokens, 3), jnp.float32, PartitionSpec()),
+        text=ShapeDtypeStruct((batch, text, config.joint_attention_dim), dtype, sharding=split),
+        pooled=ShapeDtypeStruct((batch, config.pooled_projection_dim), dtype, sharding=split),
+        guidance=ShapeDtypeStruct((batch,), jnp.float32, sharding=split) if config.guidance_embeds else None,
+        positions=ShapeDtypeStruct((tokens, 3), jnp.float32, sharding=replicated(mesh)),
     )
 
 
@@ -86,20 +86,18 @@ def sampler(recipe: Recipe, mesh: Mesh, batch: int) -> Program:
         raise UserError(f"batch {batch} does not divide by data × fsdp = {shards} of the mesh")
     dtype = jnp.dtype(recipe.dtype)
 
-    def struct(shape: tuple[int, ...], dtype: Any, partition: PartitionSpec) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, partition))
-
     graphdef, base, adapter = arc_model.split(directory.student(recipe.adapter, dtype))
     merged = jax.eval_shape(functools.partial(arc_model.merge_student, graphdef), base, adapter)
     state = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        lambda x, sharding: ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         merged,
         state_shardings(mesh, merged),
     )
     channels = directory.geometry("transformer").in_channels
-    latents = struct((batch, rows * columns, channels), jnp.float32, PartitionSpec(BATCH[0], "sequence"))
-    conditioning = CONDITIONING[directory.description["pipeline"]](directory, batch, rows * columns, dtype, struct)
-    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+    split = NamedSharding(mesh, PartitionSpec(*batched(mesh).spec, "sequence"))
+    latents = ShapeDtypeStruct((batch, rows * columns, channels), jnp.float32, sharding=split)
+    conditioning = CONDITIONING[directory.description["pipeline"]](directory, mesh, batch, rows * columns, dtype)
+    scalar = ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     steps = recipe.distillation.nfe
     arguments = (arc_model.merged_graphdef(graphdef, base, adapter), state, latents, conditioning, scalar, scalar)
     return Program(sample, arguments, {"steps": steps}, passes=steps)

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from rich.table import Table
 import arcflow_jax
 from arcflow_jax.compile_report.chips import GIB, chip
 from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.sharding import MESH_AXES
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -48,13 +50,15 @@ class Case:
     batch: int
 
 
-def parse_mesh(text: str) -> tuple[int, ...]:
-    """Four integers, separated by commas. Raises UserError on anything else."""
-    try:
-        data, fsdp, tensor, sequence = map(int, text.split(","))
-    except ValueError:
-        raise UserError(f"mesh {text!r} has to be four numbers DATA,FSDP,TENSOR,SEQUENCE, e.g. 1,1,-1,1") from None
-    return data, fsdp, tensor, sequence
+def mesh_sizes(text: str) -> tuple[int, ...]:
+    """The sizes of `MESH_AXES` that e.g. "tensor=4,sequence=2" names, the others 1. Raises UserError if it does not."""
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in sizes or not re.fullmatch(r"-1|[1-9]\d*", size):
+            raise UserError(f"mesh {text!r}: {part!r} is not one of {', '.join(MESH_AXES)}, then =, then a size")
+        sizes[name] = int(size)
+    return tuple(sizes.values())
 
 
 def report(cases: Sequence[Case], limit: float, out: Path | None) -> list[dict[str, Any]]:
@@ -133,7 +137,7 @@ def table(rows: Sequence[dict[str, Any]]) -> None:
     for name in ("topology", "mesh", "arguments", "temporaries", "peak", "of", "TFLOP", "roofline s", "collectives"):
         grid.add_column(name, justify="left" if name in ("topology", "mesh", "collectives") else "right")
     for each in rows:
-        mesh = "×".join(map(str, each.get("mesh", ())))
+        mesh = " ".join(f"{name} {size}" for name, size in zip(MESH_AXES, each["mesh"], strict=True) if size != 1)
         capacity = f"{each['capacity'] / GIB:.0f}"
         work = f"{each['flops'] / 1e12:.1f}" if "flops" in each else ""
         if each["status"] == "compiled":
