@@ -20,6 +20,7 @@ setup(
         "chex>=0.1.90",
         "flax>=0.12.8,<0.13",
         "grain>=0.2.10",
+        "huggingface_hub>=1.3",
         "jax>=0.10.0,<0.13",
         "ml_collections>=1.0",
         "ml_dtypes>=0.5",

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from source_folder import CONFIGS, random_state, write_source
 
 from arcflow_jax import conversion
+from arcflow_jax.convert import writer
 from arcflow_jax.convert.engine import flatten
 from arcflow_jax.errors import UserError
-from arcflow_jax.model_directory import ModelDirectory, digest, fingerprint, nest, unnest
+from arcflow_jax.model_directory import Digest, ModelDirectory, digest, fingerprint, nest, unnest
 from arcflow_jax.models.flux import FluxConfig
 from arcflow_jax.sharding import make_mesh, state_shardings
 
@@ -96,8 +97,9 @@ def test_nesting(flat):
     assert unnest(nest(leaves)) == leaves
 
 
-def test_small_writes_make_the_same_model(source, converted, tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion, "WRITE_BYTES", 2**12)
+def test_chunks_and_the_amount_in_flight_make_no_difference(source, converted, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "CHUNK_BYTES", 2**10)
+    monkeypatch.setattr(writer, "IN_FLIGHT_BYTES", 2**8)  # less than the largest layers have
     directory = ModelDirectory.open(conversion.convert_model(source, tmp_path / "out"))
     assert directory.fingerprint == ModelDirectory.open(converted).fingerprint
     jax.tree.map(np.testing.assert_array_equal, load(directory, "transformer"), random_state("transformer"))
@@ -139,6 +141,14 @@ def test_fingerprint_tells_all_differences():
     }
     assert len({part for _, part in others.values()} | {digest("a", array)[1]}) == 6
     assert digest("a", np.asfortranarray(array)) == digest("a", array)
+
+
+def test_digest_in_parts():
+    array = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    parts = Digest("a", array.shape, array.dtype)
+    for layer in array:
+        parts.update(layer)
+    assert parts.finish() == digest("a", array)
 
 
 def test_shardings_one_device(converted):
