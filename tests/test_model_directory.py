@@ -18,11 +18,12 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 from source_folder import CONFIGS, random_state, write_source
 
 from arcflow_jax import conversion
-from arcflow_jax.convert import writer
-from arcflow_jax.convert.engine import flatten
+from arcflow_jax.convert import t5, writer
+from arcflow_jax.convert.engine import export_tensors, flatten
 from arcflow_jax.errors import UserError
 from arcflow_jax.model_directory import Digest, ModelDirectory, digest, fingerprint, nest, unnest
 from arcflow_jax.models.flux import FluxConfig
@@ -120,6 +121,22 @@ def test_dtype(tmp_path, stored, asked, kept):
     assert {leaf.dtype for leaf in jax.tree.leaves(load(directory, "text_encoder", jnp.float32))} == {
         jnp.dtype("float32")
     }
+
+
+def test_shards_of_several_dtypes(source, tmp_path):
+    """float32 holds bfloat16 and float16 exactly, and neither of these the other."""
+    mixed = shutil.copytree(source, tmp_path / "source")
+    expected = {}
+    for shard, dtype in zip(
+        sorted((mixed / "text_encoder_2").glob("*.safetensors")), (ml_dtypes.bfloat16, np.float16), strict=True
+    ):
+        tensors = {name: tensor.astype(dtype) for name, tensor in load_file(shard).items()}
+        save_file(tensors, shard)
+        expected |= {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+    directory = ModelDirectory.open(conversion.convert_model(mixed, tmp_path / "out"))
+    assert directory.dtype("text_encoder_2") == np.float32
+    exported = export_tensors(t5, load(directory, "text_encoder_2"))
+    jax.tree.map(np.testing.assert_array_equal, exported, expected)
 
 
 def test_fingerprint_is_of_the_converted_arrays(converted):
