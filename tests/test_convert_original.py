@@ -15,6 +15,7 @@ from test_convert_autoencoder import FLUX as FLUX_VAE
 from test_convert_flux import FLUX_DEV
 
 from arcflow_jax import components, conversion
+from arcflow_jax.cli import main
 from arcflow_jax.convert import flux, flux_original
 from arcflow_jax.convert.engine import check, export_tensors, fills, import_tensors, part, shapes_of
 from arcflow_jax.errors import UserError
@@ -188,7 +189,11 @@ def test_both_layouts_make_the_same_model(source, tmp_path):
     for component in ("transformer", "vae"):
         weights_file(single, component).unlink()
     files = {"transformer": single / "flux1-tiny.safetensors", "vae": single / "ae.safetensors"}
-    model = ModelDirectory.open(conversion.convert_model(single, tmp_path / "original", files=files))
+    options = [option for component, file in files.items() for option in (f"--{component}", str(file))]
+    with pytest.raises(SystemExit) as caught:
+        main(["convert", "--source", str(single), "--out", str(tmp_path / "original"), *options])
+    assert not caught.value.code
+    model = ModelDirectory.open(tmp_path / "original")
     assert model.fingerprint == expected.fingerprint
     for component in files:
         abstract = nnx.state(model.abstract(component))
