@@ -40,13 +40,27 @@ class Precision(enum.StrEnum):
 @app.command()
 def convert(
     source: Annotated[
-        Path,
+        str,
         typer.Option(
             help="The PyTorch model: a diffusers folder with model_index.json, transformer/, text_encoder/, "
-            "text_encoder_2/, vae/, tokenizer/, tokenizer_2/ and scheduler/, weights as safetensors."
+            "text_encoder_2/, vae/, tokenizer/, tokenizer_2/ and scheduler/, weights as safetensors; or a hub id, "
+            "OWNER/NAME."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The model directory to write. It must not exist yet, or be empty.")],
+    revision: Annotated[
+        str | None, typer.Option(help="Of a hub id: branch, tag or commit. By default the main branch.")
+    ] = None,
+    transformer: Annotated[
+        Path | None,
+        typer.Option(
+            help="A single file, such as flux1-dev.safetensors, with the transformer's weights, in the authors' layout "
+            "or diffusers'. SOURCE then needs only transformer/config.json."
+        ),
+    ] = None,
+    vae: Annotated[
+        Path | None, typer.Option(help="The same for the autoencoder, such as ae.safetensors and vae/config.json.")
+    ] = None,
     dtype: Annotated[
         Precision | None, typer.Option(help="Of the converted weights. By default each component keeps its own.")
     ] = None,
@@ -59,7 +73,8 @@ def convert(
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no arithmetic here: leave an accelerator, if any, to others
     from arcflow_jax.conversion import convert_model
 
-    print(f"converted {source} to {convert_model(source, out, dtype and dtype.value)}")
+    files = {name: file for name, file in {"transformer": transformer, "vae": vae}.items() if file is not None}
+    print(f"converted {source} to {convert_model(source, out, dtype and dtype.value, revision, files)}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

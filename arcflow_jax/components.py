@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from arcflow_jax.arc_model import ArcModel
-from arcflow_jax.convert import autoencoder_kl, clip, flux, t5
+from arcflow_jax.convert import autoencoder_kl, clip, flux, flux_original, t5
 from arcflow_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from arcflow_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
 from arcflow_jax.models.flux import Flux, FluxConfig
@@ -27,12 +27,18 @@ class Network:
       geometry: the dataclass of its config.json.
       build: makes it from (geometry, dtype, rngs).
       table: the rules of its checkpoints.
+      original: makes from a geometry the rules of the layout in which its authors publish it, if that is another.
     """
 
     class_name: str
     geometry: type
     build: Callable[[Any, Any, nnx.Rngs], nnx.Module]
     table: ModuleType
+    original: Callable[[Any], Any] | None = None
+
+    def tables(self, geometry: Any) -> list[Any]:
+        """The rules of all layouts in which its checkpoints occur."""
+        return [self.table] if self.original is None else [self.table, self.original(geometry)]
 
     def abstract(self, geometry: Any, dtype: Any = jnp.float32) -> nnx.Module:
         """The network with shapes in place of arrays."""
@@ -44,7 +50,7 @@ def flux_teacher(config: FluxConfig, dtype: Any, rngs: nnx.Rngs) -> ArcModel:
     return ArcModel(trunk, param_dtype=dtype, rngs=rngs)
 
 
-FLUX = Network("FluxTransformer2DModel", FluxConfig, flux_teacher, flux)
+FLUX = Network("FluxTransformer2DModel", FluxConfig, flux_teacher, flux, original=lambda config: flux_original)
 CLIP = Network(
     "CLIPTextModel", CLIPTextConfig, lambda config, dtype, rngs: CLIPTextEncoder(config, dtype=dtype, rngs=rngs), clip
 )
@@ -54,6 +60,7 @@ VAE = Network(
     AutoencoderKLConfig,
     lambda config, dtype, rngs: AutoencoderKL(config, dtype=dtype, rngs=rngs),
     autoencoder_kl,
+    original=lambda config: autoencoder_kl.Original(len(config.block_out_channels)),
 )
 
 # pipeline → component → network. `transformer` is the one that a student is trained on.

@@ -30,7 +30,7 @@ from arcflow_jax.geometry import geometry, read_json
 DESCRIPTION = "model.json"
 FORMAT = "arcflow_jax model"
 VERSION = 1
-# Where Orbax's incremental writer, which the converter uses, puts a checkpoint within a component's folder
+# Where a component's folder has its checkpoint
 CHECKPOINT = "state"
 
 
@@ -54,12 +54,27 @@ def unnest(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+class Digest:
+    """One tensor's part in a fingerprint: the SHA-256 of its path, shape, dtype and bytes, which may come in parts."""
+
+    def __init__(self, path: str, shape: tuple[int, ...], dtype: np.dtype):
+        self.path = path
+        self.sha = hashlib.sha256(f"{path} {tuple(shape)} {np.dtype(dtype).name}\n".encode())
+
+    def update(self, part: np.ndarray) -> None:
+        """Takes in the next rows."""
+        self.sha.update(np.asarray(part, order="C").reshape(-1).view(np.uint8))
+
+    def finish(self) -> tuple[str, bytes]:
+        """The path and the hash."""
+        return self.path, self.sha.digest()
+
+
 def digest(path: str, array: np.ndarray) -> tuple[str, bytes]:
-    """One tensor's part in a fingerprint: its path, and the SHA-256 of path, shape, dtype and bytes."""
-    head = f"{path} {array.shape} {array.dtype.name}\n".encode()
-    sha = hashlib.sha256(head)
-    sha.update(np.asarray(array, order="C").reshape(-1).view(np.uint8))
-    return path, sha.digest()
+    """The `Digest` of a whole array."""
+    whole = Digest(path, array.shape, array.dtype)
+    whole.update(array)
+    return whole.finish()
 
 
 def fingerprint(digests: Iterable[tuple[str, bytes]]) -> str:

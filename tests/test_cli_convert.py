@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from source_folder import CONFIGS, weights_file, write_source
 
 from arcflow_jax import conversion
 from arcflow_jax.cli import main
+from arcflow_jax.convert import engine
 from arcflow_jax.model_directory import ModelDirectory
 
 ROOT = Path(__file__).parents[1]
@@ -131,7 +133,14 @@ DAMAGE = {
         r"vae/config.json: act_fn is 'relu', only 'silu' is supported",
     ),
     "pickles": (only_pickles, r"pickled weights only \(diffusion_pytorch_model.bin\): unpickling runs whatever code"),
-    "truncated": (lambda s: truncate(weights_file(s, "transformer")), r"is truncated or corrupt"),
+    "truncated": (
+        lambda s: truncate(weights_file(s, "transformer")),
+        r"is truncated or corrupt: it ends before 1 of its tensors \(x_embedder.weight\)$",
+    ),
+    "truncated header": (
+        lambda s: weights_file(s, "vae").write_bytes(weights_file(s, "vae").read_bytes()[:99]),
+        r"is truncated or corrupt",
+    ),
     "empty file": (lambda s: weights_file(s, "transformer").write_bytes(b""), r"is truncated or corrupt"),
     "not safetensors": (lambda s: weights_file(s, "text_encoder").write_bytes(b"x" * 99), r"is truncated or corrupt"),
     "missing shard": (
@@ -194,24 +203,36 @@ def test_no_room(capfd, source, tmp_path, monkeypatch):
     assert_refused(capfd, source, tmp_path / "out", r"cannot write .*: it takes 0\.\d\d GB, and 0\.00 GB are free")
 
 
-def test_the_disk_fills_up_while_writing(capfd, source, tmp_path, monkeypatch):
-    saved = conversion.ocp.partial.save
+def test_the_disk_refuses_a_write(capfd, source, tmp_path):
+    # Small files can be written, and large ones cannot: the operating system's own error, out of TensorStore
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        assert_refused(capfd, source, tmp_path / "out", "cannot write .*: File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    def save(path, tree):
-        saved(path, tree)
-        raise ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28'] [tensorstore_spec=...]")
 
-    monkeypatch.setattr(conversion.ocp.partial, "save", save)
-    assert_refused(capfd, source, tmp_path / "out", "cannot write .*: No space left on device")
+def stopping(stop):
+    """In place of `layers`: reads, until the autoencoder's turn, which is the last."""
+
+    def layers(fill, tensors, dtype, where):
+        for layer in engine.layers(fill, tensors, dtype, where):
+            if where.endswith("vae") and fill.target.endswith("conv_out.bias"):
+                stop()
+            yield layer
+
+    return layers
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_conversion_leaves_nothing(source, tmp_path, monkeypatch, stop):
-    def finalize(path):
-        raise stop
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_conversion_leaves_nothing(source, tmp_path, monkeypatch, error):
+    def stop():
+        assert (tmp_path / ".out.incomplete" / "transformer" / "state" / "manifest.ocdbt").exists()
+        raise error
 
-    monkeypatch.setattr(conversion.ocp.partial, "finalize", finalize)
-    with pytest.raises(stop):
+    monkeypatch.setattr(conversion, "layers", stopping(stop))
+    with pytest.raises(error):
         conversion.convert_model(source, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [source]
 
@@ -258,9 +279,11 @@ def test_the_script_is_the_same_command(source, tmp_path):
 
 def test_ctrl_c(source, tmp_path):
     program = f"""
-import os, signal
+import os, signal, sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
 from arcflow_jax import cli, conversion
-conversion.ocp.partial.finalize = lambda path: os.kill(os.getpid(), signal.SIGINT)
+from test_cli_convert import stopping
+conversion.layers = stopping(lambda: os.kill(os.getpid(), signal.SIGINT))
 cli.main(["convert", "--source", {str(source)!r}, "--out", {str(tmp_path / "out")!r}])
 """
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=False)

@@ -21,13 +21,18 @@ from arcflow_jax.convert.engine import (
     AS_IS,
     CONV,
     LINEAR,
+    POINTWISE,
+    SWAPPED,
+    SWAPPED_LINEAR,
     Form,
     Rule,
     check,
     conv,
     export_tensors,
+    fused,
     import_tensors,
     linear,
+    nearest,
     shapes_of,
 )
 from arcflow_jax.errors import UserError
@@ -118,8 +123,11 @@ def test_layouts_mean_the_same_function():
 @settings(deadline=None)
 @given(hnp.arrays(np.float32, hnp.array_shapes(min_dims=4, max_dims=4, max_side=4)))
 def test_forms_undo_each_other(array):
-    for form, x in ((AS_IS, array), (CONV, array), (LINEAR, array[0, 0])):
+    even = np.concatenate([array[0, 0], array[0, 0] + 1])
+    forms = [(AS_IS, array), (CONV, array), (POINTWISE, array[:, :, :1, :1]), (LINEAR, array[0, 0])]
+    for form, x in (*forms, (SWAPPED, even), (SWAPPED_LINEAR, even)):
         np.testing.assert_array_equal(form.to_theirs(form.to_ours(x)), x)
+    for form, x in ((AS_IS, array), (CONV, array), (LINEAR, array[0, 0]), (POINTWISE, array[0, 0])):
         np.testing.assert_array_equal(form.to_ours(form.to_theirs(x)), x)
 
 
@@ -226,3 +234,64 @@ def test_a_table_must_cover_every_target_once():
     twice = types.SimpleNamespace(RULES=(*TABLE.RULES, Rule("other", "table", Form(np.negative, np.negative))))
     with pytest.raises(ValueError, match=r"^table is the target of 2 rules"):
         import_tensors(twice, source(), ABSTRACT)
+
+
+FUSED = types.SimpleNamespace(
+    RULES=(
+        *fused("blocks.{layer}.qkv", "blocks.q", "blocks.k", "blocks.v"),
+        Rule("last.weight", "last.kernel", SWAPPED_LINEAR),
+        Rule("last.bias", "last.bias", SWAPPED),
+    )
+)
+FUSED_SHAPES = {
+    **{f"blocks.{name}.kernel": (LAYERS, 4, width) for name, width in (("q", 2), ("k", 3), ("v", 5))},
+    **{f"blocks.{name}.bias": (LAYERS, width) for name, width in (("q", 2), ("k", 3), ("v", 5))},
+    "last.kernel": (4, 6),
+    "last.bias": (6,),
+}
+
+
+def fused_source() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes = {f"blocks.{i}.qkv.weight": (10, 4) for i in range(LAYERS)}
+    shapes |= {f"blocks.{i}.qkv.bias": (10,) for i in range(LAYERS)} | {"last.weight": (6, 4), "last.bias": (6,)}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def test_fused_and_swapped():
+    tensors = fused_source()
+    state = import_tensors(FUSED, tensors, state_of(FUSED_SHAPES))
+    arrays = {path: np.asarray(variable[...]) for path, variable in engine.flatten(state).items()}
+    for i in range(LAYERS):
+        weight, bias = tensors[f"blocks.{i}.qkv.weight"], tensors[f"blocks.{i}.qkv.bias"]
+        for name, rows in (("q", slice(0, 2)), ("k", slice(2, 5)), ("v", slice(5, 10))):
+            np.testing.assert_array_equal(arrays[f"blocks.{name}.kernel"][i], weight[rows].T)
+            np.testing.assert_array_equal(arrays[f"blocks.{name}.bias"][i], bias[rows])
+    order = [3, 4, 5, 0, 1, 2]
+    np.testing.assert_array_equal(arrays["last.kernel"], tensors["last.weight"][order].T)
+    np.testing.assert_array_equal(arrays["last.bias"], tensors["last.bias"][order])
+    back = export_tensors(FUSED, state)
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert back[name].flags.c_contiguous
+        np.testing.assert_array_equal(back[name], tensor)
+
+
+def test_a_fused_tensor_is_complained_about_once():
+    tensors = fused_source()
+    del tensors["blocks.0.qkv.bias"]
+    tensors["blocks.1.qkv.weight"] = np.zeros((11, 4), np.float32)
+    with pytest.raises(UserError) as caught:
+        import_tensors(FUSED, tensors, state_of(FUSED_SHAPES))
+    assert str(caught.value) == (
+        "checkpoint: 1 missing (blocks.0.qkv.bias); 1 wrong (blocks.1.qkv.weight is [11, 4] instead of [10, 4])"
+    )
+
+
+def test_the_nearest_table():
+    tables = [TABLE, FUSED]
+    assert nearest(tables, source()) is TABLE
+    assert nearest(tables, fused_source()) is FUSED
+    assert nearest(tables, [f"model.{name}" for name in source()]) is TABLE
+    assert nearest(tables, ["blocks.0.qkv.weight", "unknown", "shared.weightx"]) is FUSED
+    assert nearest(tables, ["unknown"]) is TABLE

@@ -18,12 +18,14 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 from source_folder import CONFIGS, random_state, write_source
 
 from arcflow_jax import conversion
-from arcflow_jax.convert.engine import flatten
+from arcflow_jax.convert import t5, writer
+from arcflow_jax.convert.engine import export_tensors, flatten
 from arcflow_jax.errors import UserError
-from arcflow_jax.model_directory import ModelDirectory, digest, fingerprint, nest, unnest
+from arcflow_jax.model_directory import Digest, ModelDirectory, digest, fingerprint, nest, unnest
 from arcflow_jax.models.flux import FluxConfig
 from arcflow_jax.sharding import make_mesh, state_shardings
 
@@ -96,8 +98,9 @@ def test_nesting(flat):
     assert unnest(nest(leaves)) == leaves
 
 
-def test_small_writes_make_the_same_model(source, converted, tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion, "WRITE_BYTES", 2**12)
+def test_chunks_and_the_amount_in_flight_make_no_difference(source, converted, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "CHUNK_BYTES", 2**10)
+    monkeypatch.setattr(writer, "IN_FLIGHT_BYTES", 2**8)  # less than the largest layers have
     directory = ModelDirectory.open(conversion.convert_model(source, tmp_path / "out"))
     assert directory.fingerprint == ModelDirectory.open(converted).fingerprint
     jax.tree.map(np.testing.assert_array_equal, load(directory, "transformer"), random_state("transformer"))
@@ -120,6 +123,22 @@ def test_dtype(tmp_path, stored, asked, kept):
     }
 
 
+def test_shards_of_several_dtypes(source, tmp_path):
+    """float32 holds bfloat16 and float16 exactly, and neither of these the other."""
+    mixed = shutil.copytree(source, tmp_path / "source")
+    expected = {}
+    for shard, dtype in zip(
+        sorted((mixed / "text_encoder_2").glob("*.safetensors")), (ml_dtypes.bfloat16, np.float16), strict=True
+    ):
+        tensors = {name: tensor.astype(dtype) for name, tensor in load_file(shard).items()}
+        save_file(tensors, shard)
+        expected |= {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+    directory = ModelDirectory.open(conversion.convert_model(mixed, tmp_path / "out"))
+    assert directory.dtype("text_encoder_2") == np.float32
+    exported = export_tensors(t5, load(directory, "text_encoder_2"))
+    jax.tree.map(np.testing.assert_array_equal, exported, expected)
+
+
 def test_fingerprint_is_of_the_converted_arrays(converted):
     directory = ModelDirectory.open(converted)
     arrays = {path: np.asarray(variable[...]) for path, variable in flatten(load(directory, "transformer")).items()}
@@ -139,6 +158,14 @@ def test_fingerprint_tells_all_differences():
     }
     assert len({part for _, part in others.values()} | {digest("a", array)[1]}) == 6
     assert digest("a", np.asfortranarray(array)) == digest("a", array)
+
+
+def test_digest_in_parts():
+    array = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    parts = Digest("a", array.shape, array.dtype)
+    for layer in array:
+        parts.update(layer)
+    assert parts.finish() == digest("a", array)
 
 
 def test_shardings_one_device(converted):

@@ -1,4 +1,4 @@
-"""The tensors of a component folder (transformer/, vae/, …), by name, read from disk one at a time.
+"""The tensors of a component folder (transformer/, vae/, …) or of a single file, by name, read from disk one at a time.
 
 A folder holds one safetensors file or shards with an index, under the names that diffusers and transformers give
 them. Pickled weights are refused.
@@ -22,6 +22,9 @@ from arcflow_jax.geometry import read_json
 
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers, of transformers
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+NO_PICKLES = (
+    "unpickling runs whatever code a file brings, so only safetensors are read; save the model as safetensors first"
+)
 DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -51,6 +54,14 @@ class FileTensor:
     shape: tuple[int, ...]
     dtype: np.dtype
 
+    def __getitem__(self, rows: slice) -> FileTensor:
+        """Part of its first axis, still on disk."""
+        start, stop, _ = rows.indices(self.shape[0])
+        shape = (stop - start, *self.shape[1:])
+        return dataclasses.replace(
+            self, offset=self.offset + start * math.prod(self.shape[1:]) * self.dtype.itemsize, shape=shape
+        )
+
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         size = math.prod(self.shape)
         try:
@@ -75,7 +86,7 @@ def read_header(path: Path) -> dict[str, FileTensor]:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except SafetensorError as error:
-        raise UserError(f"{path} is truncated or corrupt: {error}") from None
+        raise UserError(f"{path} is truncated or corrupt: {cut_short(path) or error}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     header.pop("__metadata__", None)
@@ -86,6 +97,33 @@ def read_header(path: Path) -> dict[str, FileTensor]:
         offset = 8 + length + entry["data_offsets"][0]
         tensors[name] = FileTensor(path, offset, tuple(entry["shape"]), np.dtype(DTYPES[entry["dtype"]]))
     return tensors
+
+
+def cut_short(path: Path) -> str | None:
+    """Which tensors lie beyond the end of the file, if it has a header that says so."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, size)))
+        room = size - 8 - length
+        cut = [name for name, entry in header.items() if name != "__metadata__" and entry["data_offsets"][1] > room]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return f"it ends before {len(cut)} of its tensors ({first_few(cut)})" if cut else None
+
+
+def read_file(path: Path) -> dict[str, FileTensor]:
+    """Name → tensor of one file that the user has named.
+
+    Raises:
+      UserError: if the file is missing or damaged, or holds pickles.
+    """
+    if path.suffix in PICKLES:
+        raise UserError(f"{path} is a pickle: {NO_PICKLES}")
+    if not path.is_file():
+        raise UserError(f"{path} is not a file")
+    return read_header(path)
 
 
 def read_folder(folder: Path) -> dict[str, FileTensor]:
@@ -104,10 +142,7 @@ def read_folder(folder: Path) -> dict[str, FileTensor]:
             return read_shards(folder / f"{stem}.safetensors.index.json")
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
-        raise UserError(
-            f"{folder} holds pickled weights only ({first_few(pickles)}): unpickling runs whatever code a file brings, "
-            "so only safetensors are read; save the model as safetensors first"
-        )
+        raise UserError(f"{folder} holds pickled weights only ({first_few(pickles)}): {NO_PICKLES}")
     expected = " or ".join(f"{stem}.safetensors[.index.json]" for stem in STEMS)
     raise UserError(f"{folder} holds no weights: there is no {expected}")
 

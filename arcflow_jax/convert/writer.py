@@ -1,0 +1,126 @@
+"""Writes arrays larger than the memory to an Orbax checkpoint, layer by layer.
+
+Orbax wants each array whole, and keeps copies of it while it writes. Its `TypeHandler` is the place to do otherwise:
+the leaves here are `Stream`s, and their handler asks Orbax where and how an array is kept, then gives it to
+TensorStore a layer at a time. What comes out is an ordinary checkpoint of NumPy arrays.
+"""
+
+# L stacked layers
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+CHUNK_BYTES = 2**22  # what is read as one: small enough that a sharded restore can skip most of what it does not need
+IN_FLIGHT_BYTES = 2**27  # how much is being written at a time, unless one layer alone is larger
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """An array that comes into being while it is written.
+
+    Attributes:
+      shape: of the array.
+      dtype: of the array.
+      stacked: whether it comes in layers, [L, ...]; otherwise it comes as a whole.
+      read: makes its layers, or the one array, in order.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    stacked: bool
+    read: Callable[[], Iterator[np.ndarray]]
+
+
+async def create(stream: Stream, info: ocp.type_handlers.ParamInfo) -> ts.TensorStore:
+    """The array of a stream, empty, where Orbax wants it."""
+    await info.await_path_creation()
+    spec = ocp.type_handlers.get_json_tspec_write(
+        info,
+        use_ocdbt=info.is_ocdbt_checkpoint,
+        global_shape=stream.shape,
+        # Chunks do not cross layers, or writing a layer would read and write its neighbours again
+        local_shape=(1, *stream.shape[1:]) if stream.stacked else stream.shape,
+        dtype=stream.dtype,
+        process_index=ocp.multihost.process_index(),
+        arg=ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES),
+    )
+    return await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
+
+
+class StreamHandler(ocp.type_handlers.NumpyHandler):
+    """Writes `Stream`s as what `NumpyHandler` reads.
+
+    Attributes:
+      writing: the writes under way and the bytes of each, oldest first.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writing: collections.deque[tuple[ts.Future, int]] = collections.deque()
+
+    async def serialize(
+        self,
+        values: Sequence[Stream],
+        infos: Sequence[ocp.type_handlers.ParamInfo],
+        args: Sequence[ocp.SaveArgs] | None = None,
+    ) -> list[ocp.future.Future]:
+        """Writes the streams one after the other; when it returns, all is written."""
+        # Together, because TensorStore writes its index anew for each that comes alone
+        arrays = await asyncio.gather(*map(create, values, infos))
+        for stream, array in zip(values, arrays, strict=True):
+            for index, layer in enumerate(stream.read()):
+                await self.wait(until=IN_FLIGHT_BYTES - layer.nbytes)
+                view = array[index] if stream.stacked else array
+                written = view.write(layer, can_reference_source_data_indefinitely=True).commit
+                written.force()  # TensorStore otherwise starts when someone waits for it
+                self.writing.append((written, layer.nbytes))
+        await self.wait(until=0)
+        return []
+
+    async def wait(self, until: int) -> None:
+        """Until no more than this many bytes are being written."""
+        while self.writing and sum(size for _, size in self.writing) > until:
+            await self.writing.popleft()[0]
+
+    def settle(self) -> None:
+        """Waits for the writes that a failure has left under way."""
+        while self.writing:
+            with contextlib.suppress(Exception):
+                self.writing.popleft()[0].result()
+
+
+def write_checkpoint(path: Path, streams: Mapping[str, Any]) -> None:
+    """Writes a nested dict of `Stream`s as the Orbax checkpoint `path`.
+
+    Raises:
+      OSError: if the disk is full or cannot be written.
+    """
+    handler = StreamHandler()
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (Stream, handler),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # there are none, but Orbax warns without
+    )
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
+            checkpointer.save(path, args=ocp.args.PyTreeSave(streams))
+    except ValueError as error:  # TensorStore's form of an OSError
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+    finally:
+        handler.settle()

@@ -1,0 +1,198 @@
+"""Models from the hub: huggingface_hub itself, over a transport that answers as the hub does."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants, errors
+from source_folder import write_source
+
+from arcflow_jax import conversion
+from arcflow_jax.cli import main
+from arcflow_jax.convert import hub
+from arcflow_jax.errors import UserError
+from arcflow_jax.model_directory import ModelDirectory
+
+http = sys.modules[errors.HTTPError.__module__.split(".")[0]]  # the HTTP client, whose name depends on the version
+SHA = "0123456789abcdef0123456789abcdef01234567"
+ID = "owner/tiny-flux"
+
+
+class FakeHub:
+    """Serves the files of a folder as the model `ID`; remembers which were fetched."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.fetched: list[str] = []
+        self.refuse: Callable[[Any], Any] = lambda request: None
+
+    def __call__(self, request: Any) -> Any:
+        if (refusal := self.refuse(request)) is not None:
+            return refusal
+        path = request.url.path
+        if path in (f"/api/models/{ID}", f"/api/models/{ID}/revision/main", f"/api/models/{ID}/revision/v1"):
+            return http.Response(200, json={"id": ID, "sha": SHA, "siblings": []}, request=request)
+        if path.startswith(f"/api/models/{ID}/revision/"):
+            return http.Response(404, headers={"X-Error-Code": "RevisionNotFound"}, request=request)
+        if path.startswith(f"/api/models/{ID}/tree/{SHA}"):
+            files = [file for file in sorted(self.folder.rglob("*")) if file.is_file()]
+            entries = [
+                {"type": "file", "path": str(f.relative_to(self.folder)), "size": f.stat().st_size, "oid": "0" * 40}
+                for f in files
+            ]
+            return http.Response(200, json=entries, request=request)
+        if path.startswith(f"/{ID}/resolve/{SHA}/"):
+            name = path.removeprefix(f"/{ID}/resolve/{SHA}/")
+            data = (self.folder / name).read_bytes()
+            # of the name, too: files with the same contents would be fetched once
+            headers = {"X-Repo-Commit": SHA, "ETag": f'"{hashlib.sha256(name.encode() + data).hexdigest()}"'}
+            if request.method == "HEAD":
+                return http.Response(200, headers=headers | {"Content-Length": str(len(data))}, request=request)
+            self.fetched.append(name)
+            return http.Response(200, headers=headers, content=data, request=request)
+        return http.Response(401, headers={"X-Error-Code": "RepoNotFound"}, request=request)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model as repositories hold it: beside the diffusers folder pickles, variants and the authors' single files."""
+    folder = tmp_path_factory.mktemp("hub") / "source"
+    write_source(folder)
+    for name in (
+        "README.md",
+        "flux1-tiny.safetensors",
+        "ae.safetensors",
+        "transformer/diffusion_pytorch_model.bin",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+        "text_encoder/model.fp16.safetensors",
+        "text_encoder/flax_model.msgpack",
+    ):
+        (folder / name).write_bytes(b"not to be fetched")
+    return folder
+
+
+@pytest.fixture
+def fake(folder, tmp_path, monkeypatch):
+    fake = FakeHub(folder)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    huggingface_hub.set_client_factory(lambda: http.Client(transport=http.MockTransport(fake), follow_redirects=True))
+    yield fake
+    huggingface_hub.set_client_factory(huggingface_hub.utils._http.default_client_factory)
+
+
+def test_converts_a_hub_id_and_fetches_what_it_reads(fake, folder, tmp_path, capfd):
+    with pytest.raises(SystemExit) as caught:
+        main(["convert", "--source", ID, "--revision", "v1", "--out", str(tmp_path / "out")])
+    assert not caught.value.code
+    assert capfd.readouterr().out == f"converted {ID} to {tmp_path / 'out'}\n"
+    assert sorted(fake.fetched) == [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "text_encoder_2/config.json",
+        "text_encoder_2/model-00001-of-00002.safetensors",
+        "text_encoder_2/model-00002-of-00002.safetensors",
+        "text_encoder_2/model.safetensors.index.json",
+        "tokenizer/tokenizer_config.json",
+        "tokenizer_2/tokenizer_config.json",
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    expected = conversion.convert_model(folder, tmp_path / "expected")
+    assert ModelDirectory.open(tmp_path / "out").fingerprint == ModelDirectory.open(expected).fingerprint
+
+
+def test_a_component_from_a_file_is_not_fetched(fake, folder, tmp_path):
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    conversion.convert_model(ID, tmp_path / "out", files={"transformer": file})
+    assert "transformer/config.json" in fake.fetched
+    assert not any(name.startswith("transformer/diffusion") for name in fake.fetched)
+
+
+def test_nothing_is_fetched_of_a_pipeline_that_is_not_supported(fake, tmp_path, folder):
+    fake.folder = tmp_path / "other"
+    fake.folder.mkdir()
+    (fake.folder / "model_index.json").write_text('{"_class_name": "PixArtPipeline"}')
+    with pytest.raises(UserError, match="is a PixArtPipeline, supported are FluxPipeline"):
+        conversion.convert_model(ID, tmp_path / "out")
+    assert fake.fetched == ["model_index.json"]
+
+
+def refuse_files(code: int, error_code: str) -> Callable[[Any], Any]:
+    """As the hub does for gated models: their lists of files are public."""
+
+    def refuse(request: Any) -> Any:
+        if "/resolve/" in request.url.path:
+            return http.Response(code, headers={"X-Error-Code": error_code}, request=request)
+        return None
+
+    return refuse
+
+
+def no_network(request: Any) -> Any:
+    raise http.ConnectError("Name or service not known", request=request)
+
+
+@pytest.mark.parametrize(
+    ("source", "revision", "refuse", "message"),
+    [
+        (
+            ID,
+            None,
+            refuse_files(401, "GatedRepo"),
+            rf"^{ID} is gated: accept its licence at https://huggingface.co/{ID}, then log in with `hf auth login`",
+        ),
+        (ID, None, refuse_files(403, "GatedRepo"), rf"^{ID} is gated"),
+        ("owner/other", None, None, r"^the hub has no model owner/other that you may see: .* log in with"),
+        (ID, "v9", None, rf"^{ID} has no revision v9: https://huggingface.co/{ID}/commits lists them$"),
+        (ID, None, no_network, rf"^cannot fetch {ID}: the hub cannot be reached, .*Name or service not known\)$"),
+        (ID, None, lambda request: http.Response(500, request=request), rf"^cannot fetch {ID}: .*500"),
+    ],
+)
+def test_what_the_hub_refuses(fake, tmp_path, monkeypatch, source, revision, refuse, message):
+    if refuse is not None:
+        fake.refuse = refuse
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts
+    with pytest.raises(UserError, match=message) as caught:
+        conversion.convert_model(source, tmp_path / "out", revision=revision)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_fetched_before_needs_no_network(fake, tmp_path):
+    conversion.convert_model(ID, tmp_path / "first")
+    fake.refuse = no_network
+    conversion.convert_model(ID, tmp_path / "second")
+    fingerprints = {ModelDirectory.open(tmp_path / name).fingerprint for name in ("first", "second")}
+    assert len(fingerprints) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "is_id"),
+    [
+        (ID, True),
+        ("black-forest-labs/FLUX.1-dev", True),
+        ("flux", False),
+        ("a/b/c", False),
+        ("/absolute", False),
+        ("./models", False),
+        ("../flux", False),
+        ("owner/", False),
+    ],
+)
+def test_what_is_a_hub_id(source, is_id):
+    assert hub.is_repository(source) == is_id
+
+
+def test_a_folder_has_no_revision(folder, tmp_path):
+    with pytest.raises(UserError, match="is a folder, and only a model on the hub has a revision"):
+        conversion.convert_model(folder, tmp_path / "out", revision="v1")
