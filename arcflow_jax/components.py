@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from arcflow_jax.arc_model import ArcModel
+from arcflow_jax.arc_model import AdapterConfig, ArcModel
 from arcflow_jax.convert import autoencoder_kl, clip, flux, t5
 from arcflow_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from arcflow_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
@@ -37,6 +37,15 @@ class Network:
     def abstract(self, geometry: Any, dtype: Any = jnp.float32) -> nnx.Module:
         """The network with shapes in place of arrays."""
         return nnx.eval_shape(lambda: self.build(geometry, dtype, nnx.Rngs(0)))
+
+    def student(self, geometry: Any, adapter: AdapterConfig, dtype: Any) -> ArcModel:
+        """A transformer with a student's head and LoRA, shapes in place of arrays."""
+
+        def build() -> ArcModel:
+            rngs = nnx.Rngs(0)
+            return self.build(geometry, jnp.dtype(dtype), rngs).attach_student(adapter, rngs)
+
+        return nnx.eval_shape(build)
 
 
 def flux_teacher(config: FluxConfig, dtype: Any, rngs: nnx.Rngs) -> ArcModel:

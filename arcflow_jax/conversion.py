@@ -106,10 +106,7 @@ def convert_model(source: str | Path, out: str | Path, dtype: Any = None) -> Pat
       UserError: if the source is incomplete or wrong, or `out` cannot be written.
     """
     source, out = Path(source), Path(out).absolute()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists already: name a directory that does not, or remove it first")
-    if file := next((parent for parent in out.parents if parent.is_file()), None):
-        raise UserError(f"cannot write {out}: {file} is not a directory")
+    refuse_used(out)
     if not source.is_dir():
         raise UserError(f"source folder {source} does not exist")
     pipeline, components = look_at_all(source, dtype)
@@ -141,6 +138,14 @@ def convert_model(source: str | Path, out: str | Path, dtype: Any = None) -> Pat
         }
         (aside / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
     return out
+
+
+def refuse_used(out: Path) -> None:
+    """Raises UserError unless `out` is a directory that can be made, or is empty."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists already: name a directory that does not, or remove it first")
+    if file := next((parent for parent in out.parents if parent.is_file()), None):
+        raise UserError(f"cannot write {out}: {file} is not a directory")
 
 
 def progress_bar() -> Progress:
