@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from arcflow_jax import arc_model
 from arcflow_jax.arc_model import AdapterConfig
 from arcflow_jax.checkpoint import DESCRIPTION, AdapterDescription, Checkpoints, load_adapter
-from arcflow_jax.components import PIPELINES
+from arcflow_jax.components import TRANSFORMERS
 from arcflow_jax.conversion import refuse_used, writing_aside
 from arcflow_jax.convert.adapter import AdapterTable
 from arcflow_jax.convert.engine import Tensor, fills, flatten, import_tensors, shapes_of, write
@@ -126,22 +126,12 @@ def export_adapter(run: str | Path, out: str | Path, *, raw: bool = False, dtype
     run, out = Path(run), Path(out).absolute()
     refuse_used(out)
     description, checkpoints = load_adapter(run)
+    check_exportable(description, run)
     adapter = description.adapter
+    network = TRANSFORMERS[description.transformer["class"]]
+    trunk = geometry(network.geometry, description.transformer["config"], str(run / DESCRIPTION))
+    _, _, abstract = arc_model.split(network.student(trunk, adapter, jnp.float32))
     with checkpoints:
-        if description.transformer is None:
-            raise UserError(
-                f"{run / DESCRIPTION} says nothing of its base's geometry: go on with its arcflow train once"
-            )
-        if not adapter.targets:
-            raise UserError(f"{run} holds a student without LoRA, which the authors' loader refuses")
-        if adapter.modes == 1:
-            raise UserError(f"{run} holds a linear student, which has no log-momenta: the authors' layout wants them")
-        class_name = description.transformer["class"]
-        network = {pipeline["transformer"].class_name: pipeline["transformer"] for pipeline in PIPELINES.values()}[
-            class_name
-        ]
-        trunk = geometry(network.geometry, description.transformer["config"], str(run / DESCRIPTION))
-        _, _, abstract = arc_model.split(network.student(trunk, adapter, jnp.float32))
         state = checkpoints.restore_raw(abstract) if raw else checkpoints.restore_ema(abstract)
 
     tensors = {}
@@ -152,7 +142,7 @@ def export_adapter(run: str | Path, out: str | Path, *, raw: bool = False, dtype
                 array = array * np.float32(adapter.alpha / adapter.rank)
             tensors[name] = cast(array, jnp.dtype(dtype), f"{run}: {name}")
     config = {
-        "_class_name": f"Arc{class_name}",
+        "_class_name": f"Arc{network.class_name}",
         **dataclasses.asdict(trunk),
         "logweights_channels": HeadConfig.REQUIRED["logweights_channels"],
         "num_gaussians": adapter.modes,
@@ -189,7 +179,7 @@ def check_config(config: Mapping[str, Any], directory: ModelDirectory, source: P
     network = directory.networks["transformer"]
     class_name = f"Arc{network.class_name}"
     if config.get("_class_name") != class_name:
-        raise UserError(f"{source} is a {config.get('_class_name')}, of this base it would be a {class_name}")
+        raise UserError(f"{source} is of class {config.get('_class_name')}, a student of this base is of {class_name}")
     theirs = dataclasses.asdict(geometry(network.geometry, dict(config), f"{source}, {CONFIG}"))
     ours = dataclasses.asdict(directory.geometry("transformer"))
     if different := [f"{name} {theirs[name]} instead of {ours[name]}" for name in ours if theirs[name] != ours[name]]:
@@ -198,6 +188,16 @@ def check_config(config: Mapping[str, Any], directory: ModelDirectory, source: P
     if not isinstance(modes, int) or modes < 2:
         raise UserError(f"{source}, {CONFIG}: num_gaussians is {modes!r}, but has to be a whole number above 1")
     return modes
+
+
+def check_exportable(description: AdapterDescription, run: Path) -> None:
+    """Raises UserError if the student lacks what a student in the authors' layout has."""
+    if description.transformer is None:
+        raise UserError(f"{run / DESCRIPTION} does not say its base's geometry yet: arcflow train adds it on going on")
+    if not description.adapter.targets:
+        raise UserError(f"{run} holds a student without LoRA, which the authors' loader passes over")
+    if description.adapter.modes == 1:
+        raise UserError(f"{run} holds a linear student, which has no log-momenta: the authors' layout wants them")
 
 
 def read_policy(policy: Mapping[str, Any], source: Path) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def load_adapter(run: str | Path, fingerprint: str | None = None) -> tuple[Adapt
     description = AdapterDescription.read(run)
     if fingerprint is not None:
         description.check_base(fingerprint, run)
-    checkpoints = Checkpoints(run)
-    if checkpoints.latest is None:
+    # Looked for first, because the manager would make the directory
+    if not (run / "checkpoints").is_dir() or (checkpoints := Checkpoints(run)).latest is None:
         raise UserError(f"{run} holds no checkpoint yet")
     return description, checkpoints

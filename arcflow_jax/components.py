@@ -69,4 +69,5 @@ VAE = Network(
 PIPELINES: dict[str, dict[str, Network]] = {
     "FluxPipeline": {"transformer": FLUX, "text_encoder": CLIP, "text_encoder_2": T5, "vae": VAE},
 }
+TRANSFORMERS = {pipeline["transformer"].class_name: pipeline["transformer"] for pipeline in PIPELINES.values()}
 TOKENIZERS = ("tokenizer", "tokenizer_2")  # their folders are copied as they are

@@ -323,7 +323,7 @@ DAMAGE = {
     ),
     "another class": (
         lambda f: edit(f, _class_name="ArcQwenImageTransformer2DModel"),
-        r"is a ArcQwenImageTransformer2DModel, of this base it would be a ArcFluxTransformer2DModel",
+        r"is of class ArcQwenImageTransformer2DModel, a student of this base is of ArcFluxTransformer2DModel",
     ),
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
     "truncated": (
@@ -394,7 +394,7 @@ def test_export_refuses_what_is_no_finished_student(capfd, base, tmp_path):
     (tmp_path / "empty").mkdir()
     refuse_export(capfd, tmp_path / "empty", "holds no adapter")
     refuse_export(capfd, base, "holds no adapter")
-    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "begun").mkdir()
     AdapterDescription("0" * 64, LORA, Distillation(), 3.5).write(tmp_path / "begun")
     refuse_export(capfd, tmp_path / "begun", "holds no checkpoint yet")
     ours = convert(capfd, RELEASED, base, tmp_path / "ours")
@@ -438,7 +438,7 @@ def test_a_run_from_before_the_geometry_was_kept(capfd, base, tmp_path):
     write_run(tmp_path / "run", base)
     description = AdapterDescription.read(tmp_path / "run")
     dataclasses.replace(description, transformer=None).write(tmp_path / "run")
-    refuse_export(capfd, tmp_path / "run", "says nothing of its base's geometry: go on with its arcflow train once")
+    refuse_export(capfd, tmp_path / "run", "does not say its base's geometry yet: arcflow train adds it")
     describe(tmp_path / "run", description)  # as a resumed run does
     export(capfd, tmp_path / "run", tmp_path / "out")
 
