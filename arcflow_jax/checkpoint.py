@@ -1,7 +1,7 @@
 """Checkpoints of a distillation run: what was trained, never the base, which is named by its fingerprint.
 
-RUN/adapter.json         format, base fingerprint, adapter geometry, distillation settings
-RUN/checkpoints/STEP/    Orbax: adapter, ema, optimizer
+RUN/adapter.json         format, base fingerprint and geometry, adapter geometry, distillation settings
+RUN/checkpoints/STEP/    Orbax: step, adapter, ema, optimizer; of a student that was trained elsewhere ema alone
 """
 
 from __future__ import annotations
@@ -29,12 +29,21 @@ VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class AdapterDescription:
-    """What RUN/adapter.json says."""
+    """What RUN/adapter.json says.
 
-    base: str  # fingerprint of the teacher's transformer
+    Attributes:
+      base: fingerprint of the teacher's transformer.
+      adapter, distillation: what was trained, and for what.
+      guidance: scale that the teacher was imitated at.
+      transformer: the base's entry in its model.json, class and config, from which an export takes the geometry.
+        A run that was begun before this was kept has none until it goes on. The fingerprint identifies the base.
+    """
+
+    base: str
     adapter: AdapterConfig
     distillation: Distillation
-    guidance: float  # scale that the teacher was imitated at
+    guidance: float
+    transformer: dict[str, Any] | None = dataclasses.field(default=None, compare=False)
 
     def write(self, run: Path) -> None:
         values = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
@@ -56,6 +65,7 @@ class AdapterDescription:
             adapter=geometry(AdapterConfig, values["adapter"], where),
             distillation=geometry(Distillation, values["distillation"], where),
             guidance=values["guidance"],
+            transformer=values.get("transformer"),
         )
 
     def check_base(self, fingerprint: str, run: Path) -> None:
@@ -100,7 +110,8 @@ class Checkpoints:
     def __init__(self, run: Path, keep: int = 2):
         self.run = run
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        self.manager = ocp.CheckpointManager((run / "checkpoints").absolute(), options=options)
+        directory, handler = (run / "checkpoints").absolute(), ocp.PyTreeCheckpointHandler()
+        self.manager = ocp.CheckpointManager(directory, options=options, item_handlers=handler)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -118,6 +129,10 @@ class Checkpoints:
         if self.latest != step:
             self.manager.save(step, args=ocp.args.PyTreeSave(to_dicts(items(state))))
 
+    def save_ema(self, ema: nnx.State) -> None:
+        """A finished student, which has no optimizer to go on with: the averaged adapter alone."""
+        self.manager.save(0, args=ocp.args.PyTreeSave({"ema": to_dicts(ema)}))
+
     def restore(self, like: TrainState) -> TrainState:
         """The newest checkpoint, in the shapes and shardings of `like`."""
         restored = items(like)
@@ -128,6 +143,12 @@ class Checkpoints:
     def restore_ema(self, abstract: nnx.State) -> nnx.State:
         """The averaged adapter alone, for sampling; `abstract` carries shapes and shardings."""
         return from_dicts(abstract, self._read({"ema": to_dicts(abstract)})["ema"])
+
+    def restore_raw(self, abstract: nnx.State) -> nnx.State:
+        """The adapter as the last iteration left it. Raises UserError for a student of which only `ema` was kept."""
+        if "adapter" not in self.manager.item_metadata(self.latest).tree:
+            raise UserError(f"{self.run} holds averaged weights only: leave --raw out")
+        return from_dicts(abstract, self._read({"adapter": to_dicts(abstract)})["adapter"])
 
     def _read(self, like: dict[str, Any]) -> dict[str, Any]:
         """The named parts of the newest checkpoint, with the shapes, dtypes and shardings of `like`."""
@@ -144,12 +165,17 @@ def sharding_of(x: Any) -> jax.sharding.Sharding:
     return getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
-def load_adapter(run: str | Path, fingerprint: str) -> tuple[AdapterDescription, Checkpoints]:
-    """The description of a trained adapter, checked against its base, and its checkpoints. Raises UserError."""
+def load_adapter(run: str | Path, fingerprint: str | None = None) -> tuple[AdapterDescription, Checkpoints]:
+    """The description of a trained adapter, checked against the base if one is named, and its checkpoints.
+
+    Raises:
+      UserError: if `run` holds no adapter, one of another base, or no checkpoint.
+    """
     run = Path(run)
     description = AdapterDescription.read(run)
-    description.check_base(fingerprint, run)
-    checkpoints = Checkpoints(run)
-    if checkpoints.latest is None:
+    if fingerprint is not None:
+        description.check_base(fingerprint, run)
+    # Looked for first, because the manager would make the directory
+    if not (run / "checkpoints").is_dir() or (checkpoints := Checkpoints(run)).latest is None:
         raise UserError(f"{run} holds no checkpoint yet")
     return description, checkpoints

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from arcflow_jax.arc_model import ArcModel
+from arcflow_jax.arc_model import AdapterConfig, ArcModel
 from arcflow_jax.convert import autoencoder_kl, clip, flux, flux_original, t5
 from arcflow_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from arcflow_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
@@ -44,6 +44,15 @@ class Network:
         """The network with shapes in place of arrays."""
         return nnx.eval_shape(lambda: self.build(geometry, dtype, nnx.Rngs(0)))
 
+    def student(self, geometry: Any, adapter: AdapterConfig, dtype: Any) -> ArcModel:
+        """A transformer with a student's head and LoRA, shapes in place of arrays."""
+
+        def build() -> ArcModel:
+            rngs = nnx.Rngs(0)
+            return self.build(geometry, jnp.dtype(dtype), rngs).attach_student(adapter, rngs)
+
+        return nnx.eval_shape(build)
+
 
 def flux_teacher(config: FluxConfig, dtype: Any, rngs: nnx.Rngs) -> ArcModel:
     trunk = Flux(config, dtype=dtype, param_dtype=dtype, rngs=rngs)
@@ -67,4 +76,5 @@ VAE = Network(
 PIPELINES: dict[str, dict[str, Network]] = {
     "FluxPipeline": {"transformer": FLUX, "text_encoder": CLIP, "text_encoder_2": T5, "vae": VAE},
 }
+TRANSFORMERS = {pipeline["transformer"].class_name: pipeline["transformer"] for pipeline in PIPELINES.values()}
 TOKENIZERS = ("tokenizer", "tokenizer_2")  # their folders are copied as they are

@@ -127,10 +127,7 @@ def convert_model(
     """
     folder, out = Path(source), Path(out).absolute()
     files = {name: Path(file) for name, file in (files or {}).items()}
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists already: name a directory that does not, or remove it first")
-    if file := next((parent for parent in out.parents if parent.is_file()), None):
-        raise UserError(f"cannot write {out}: {file} is not a directory")
+    refuse_used(out)
     if folder.is_dir():
         if revision is not None:
             raise UserError(f"{source} is a folder, and only a model on the hub has a revision")
@@ -173,6 +170,14 @@ def convert_model(
         }
         (aside / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
     return out
+
+
+def refuse_used(out: Path) -> None:
+    """Raises UserError unless `out` is a directory that can be made, or is empty."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists already: name a directory that does not, or remove it first")
+    if file := next((parent for parent in out.parents if parent.is_file()), None):
+        raise UserError(f"cannot write {out}: {file} is not a directory")
 
 
 def progress_bar() -> Progress:

@@ -163,13 +163,7 @@ class ModelDirectory:
 
     def student(self, adapter: AdapterConfig, dtype: Any) -> ArcModel:
         """The transformer with a student's head and LoRA, shapes in place of arrays."""
-        network, config = self.networks["transformer"], self.geometry("transformer")
-
-        def build() -> ArcModel:
-            rngs = nnx.Rngs(0)
-            return network.build(config, jax.numpy.dtype(dtype), rngs).attach_student(adapter, rngs)
-
-        return nnx.eval_shape(build)
+        return self.networks["transformer"].student(self.geometry("transformer"), adapter, dtype)
 
     def load(
         self, component: str, abstract_state: nnx.State, shardings: nnx.State | jax.sharding.Sharding | None = None

@@ -45,7 +45,9 @@ def train(recipe: Recipe) -> Path:
     optimizer = make_optimizer(recipe.optimizer, abstract)
 
     run = Path(recipe.out)
-    describe(run, AdapterDescription(directory.fingerprint, recipe.adapter, recipe.distillation, recipe.guidance))
+    transformer = directory.description["components"]["transformer"]
+    settings = (recipe.adapter, recipe.distillation, recipe.guidance)
+    describe(run, AdapterDescription(directory.fingerprint, *settings, transformer))
     base = directory.load("transformer", abstract_base, state_shardings(mesh, abstract_base))
     key = jax.random.key(recipe.seed)
     with Checkpoints(run) as checkpoints, open(run / "log.jsonl", "a") as log:
@@ -85,12 +87,11 @@ def describe(run: Path, description: AdapterDescription) -> None:
     """Makes the run's directory, or checks that the run that is there is the same. Raises UserError."""
     try:
         run.mkdir(parents=True, exist_ok=True)
-        if not (run / DESCRIPTION).exists():
-            description.write(run)
+        if (run / DESCRIPTION).exists() and AdapterDescription.read(run) != description:
+            raise UserError(f"{run} holds a run of other settings or another base: name another --config.out")
+        description.write(run)
     except OSError as error:
         raise UserError(f"cannot write to {run}: {error.strerror}") from None
-    if AdapterDescription.read(run) != description:
-        raise UserError(f"{run} holds a run of other settings or another base: name another --config.out")
 
 
 def start(

@@ -19,7 +19,7 @@ LEVELS = [
     {"model_directory", "optim"},
     {"conversion", "prompts", "train_state"},
     {"checkpoint"},
-    {"config"},
+    {"config", "adapter_formats"},
     {"train", "pipeline"},
     {"demo.", "compile_report."},
     {"cli", ""},

@@ -7,9 +7,11 @@ The LoRA names follow from the teacher's own table: a linear layer `x` there has
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from arcflow_jax.convert.engine import LINEAR, Rule, linear
+from arcflow_jax.convert.engine import LINEAR, Rule, Tensor, canonical, linear, pattern
 
 HEAD = (
     *linear("norm_out.linear", "head.norm_out.linear"),
@@ -37,3 +39,19 @@ class AdapterTable:
                 lora.append(Rule(f"{source}.lora_A.weight", f"{target}.lora.a", LINEAR))
                 lora.append(Rule(f"{source}.lora_B.weight", f"{target}.lora.b", LINEAR))
         return (*HEAD, *lora)
+
+    def lora(self, source: Mapping[str, Tensor], layers: Iterable[str]) -> tuple[int, tuple[str, ...]]:
+        """The rank of an export's LoRA, 0 if it has none, and which of the trunk's linear layers it is of.
+
+        The rank is that of most tensors: `engine.check` names those that have another.
+        """
+        rules = [(rule.target, pattern(rule.source)) for rule in self.RULES if rule.target.endswith(".lora.a")]
+        ranks: Counter[int] = Counter()
+        targets = set()
+        for name, tensor in source.items():
+            for target, regex in rules:
+                if regex.fullmatch(canonical(self, name)):
+                    ranks.update(tensor.shape[:1])
+                    targets.add(target)
+        rank = ranks.most_common(1)[0][0] if ranks else 0
+        return rank, tuple(layer for layer in layers if f"trunk.{layer}.lora.a" in targets)

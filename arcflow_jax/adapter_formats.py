@@ -1,0 +1,232 @@
+"""Students in the layout of the ArcFlow authors' export, which diffusers and PEFT read: import and export.
+
+    FOLDER/config.json                             class, geometry of the teacher's trunk, number of modes
+    FOLDER/diffusion_pytorch_model.safetensors     head, output norm and LoRA; metadata `policy_config`
+
+The layout has no LoRA alpha (the scale is 1) and does not name the base. Of sampling it says what `policy_config`
+says, JSON: {"type": "ArcFlow"} in the published students, and in others what differs from them (`POLICY`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from arcflow_jax import arc_model
+from arcflow_jax.arc_model import AdapterConfig
+from arcflow_jax.checkpoint import DESCRIPTION, AdapterDescription, Checkpoints, load_adapter
+from arcflow_jax.components import TRANSFORMERS
+from arcflow_jax.conversion import refuse_used, writing_aside
+from arcflow_jax.convert.adapter import AdapterTable
+from arcflow_jax.convert.engine import Tensor, fills, flatten, import_tensors, shapes_of, write
+from arcflow_jax.convert.safetensors_source import PICKLES, read_folder, read_header
+from arcflow_jax.distill import Distillation
+from arcflow_jax.errors import UserError
+from arcflow_jax.geometry import geometry, read_json
+from arcflow_jax.lora import linear_layers
+from arcflow_jax.model_directory import ModelDirectory
+
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """What a student was trained for; the defaults are those of the published students."""
+
+    steps: int = 2
+    shift: float = 3.2
+    final_step_ratio: float = 1.0
+    guidance: float = 3.5
+
+
+# Settings under the names of the authors' training configs. `policy_config` holds those that are not as published.
+POLICY = {
+    "steps": "nfe",
+    "shift": "shift",
+    "final_step_ratio": "timestep_ratio",
+    "guidance": "distilled_guidance_scale",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+    """What config.json says beside the trunk's geometry."""
+
+    num_gaussians: int  # K
+
+    REQUIRED: ClassVar[dict[str, Any]] = {"logweights_channels": 4}
+
+
+def import_adapter(source: str | Path, base: str | Path, out: str | Path, **sampling: float | None) -> Path:
+    """Turns a student in the authors' layout into what `arcflow train` leaves, without optimizer. Returns `out`.
+
+    Args:
+      source: the folder, or its safetensors file.
+      base: the converted model that the student was distilled from. The layout does not name it: geometry is
+        checked, and the result names this model's fingerprint.
+      out: a directory that does not exist yet, or is empty. It appears complete, or not at all.
+      sampling: fields of `Sampling` that overrule what the file says; None does not.
+
+    Raises:
+      UserError: if the source is incomplete or wrong, does not fit the base, or `out` cannot be written.
+    """
+    source, out = Path(source), Path(out).absolute()
+    refuse_used(out)
+    directory = ModelDirectory.open(base)
+    config, tensors, policy = read_export(source)
+    modes = check_config(config, directory, source)
+    values = read_policy(policy, source) | {name: value for name, value in sampling.items() if value is not None}
+    settings = Sampling(**values)
+
+    table = AdapterTable(directory.networks["transformer"].table)
+    rank, targets = table.lora(tensors, linear_layers(directory.abstract("transformer").trunk))
+    if not rank:
+        raise UserError(f"{source} holds no LoRA: it has no tensor *.lora_A.weight of a layer that {base} has")
+    description = AdapterDescription(
+        base=directory.fingerprint,
+        adapter=AdapterConfig(modes=modes, rank=rank, alpha=float(rank), dropout=0.0, targets=targets),
+        distillation=Distillation(nfe=settings.steps, shift=settings.shift, final_step_ratio=settings.final_step_ratio),
+        guidance=settings.guidance,
+        transformer=directory.description["components"]["transformer"],
+    )
+    _, _, abstract = arc_model.split(directory.student(description.adapter, jnp.float32))
+    adapter = import_tensors(table, tensors, abstract, np.float32, str(source))
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(adapter))
+    with writing_aside(out, needed) as aside:
+        description.write(aside)
+        with Checkpoints(aside) as checkpoints:
+            checkpoints.save_ema(adapter)
+    return out
+
+
+def export_adapter(run: str | Path, out: str | Path, *, raw: bool = False, dtype: Any = np.float16) -> Path:
+    """Writes a student in the authors' layout, for their PyTorch loader, diffusers and PEFT. Returns `out`.
+
+    Args:
+      run: what `arcflow train` left.
+      out: a directory that does not exist yet, or is empty. It appears complete, or not at all.
+      raw: the weights of the last iteration instead of the averaged ones.
+      dtype: of the tensors: float16, as the authors have it, bfloat16 or float32.
+
+    Raises:
+      UserError: if `run` holds no student that the layout has room for, a value does not fit in `dtype`, or `out`
+        cannot be written.
+    """
+    run, out = Path(run), Path(out).absolute()
+    refuse_used(out)
+    description, checkpoints = load_adapter(run)
+    check_exportable(description, run)
+    adapter = description.adapter
+    network = TRANSFORMERS[description.transformer["class"]]
+    trunk = geometry(network.geometry, description.transformer["config"], str(run / DESCRIPTION))
+    _, _, abstract = arc_model.split(network.student(trunk, adapter, jnp.float32))
+    with checkpoints:
+        state = checkpoints.restore_raw(abstract) if raw else checkpoints.restore_ema(abstract)
+
+    tensors = {}
+    variables = flatten(state)
+    for fill in fills(AdapterTable(network.table), shapes_of(state)):
+        for name, array in write(fill, variables):
+            if name.endswith("lora_B.weight") and adapter.alpha != adapter.rank:
+                array = array * np.float32(adapter.alpha / adapter.rank)
+            tensors[name] = cast(array, jnp.dtype(dtype), f"{run}: {name}")
+    config = {
+        "_class_name": f"Arc{network.class_name}",
+        **dataclasses.asdict(trunk),
+        "logweights_channels": HeadConfig.REQUIRED["logweights_channels"],
+        "num_gaussians": adapter.modes,
+    }
+    with writing_aside(out, sum(tensor.nbytes for tensor in tensors.values())) as aside:
+        (aside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        save_file(tensors, aside / WEIGHTS, metadata={"policy_config": json.dumps(policy_of(description))})
+    return out
+
+
+def read_export(source: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """The config, the tensors, still on disk, and the policy of a folder or its safetensors file. Raises UserError."""
+    if not source.exists():
+        raise UserError(f"adapter {source} does not exist")
+    if source.is_file() and source.suffix in PICKLES:
+        raise UserError(f"{source} is a pickle: unpickling runs whatever code it brings, so only safetensors are read")
+    folder, file = (source, source / WEIGHTS) if source.is_dir() else (source.parent, source)
+    tensors = read_folder(folder) if source.is_dir() else read_header(file)
+    policy: Any = {"type": "ArcFlow"}
+    if file.is_file():
+        with safe_open(file, "np") as opened:
+            text = (opened.metadata() or {}).get("policy_config", json.dumps(policy))
+        try:
+            policy = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}: its metadata policy_config is not valid JSON: {error}") from None
+    if not isinstance(policy, dict) or policy.get("type") != "ArcFlow":
+        raise UserError(f"{file}: its metadata policy_config is {json.dumps(policy)}, which is not of type ArcFlow")
+    return read_json(folder / CONFIG), tensors, policy
+
+
+def check_config(config: Mapping[str, Any], directory: ModelDirectory, source: Path) -> int:
+    """The number of modes; raises UserError if config.json describes a student of another network than the base."""
+    network = directory.networks["transformer"]
+    class_name = f"Arc{network.class_name}"
+    if config.get("_class_name") != class_name:
+        raise UserError(f"{source} is of class {config.get('_class_name')}, a student of this base is of {class_name}")
+    theirs = dataclasses.asdict(geometry(network.geometry, dict(config), f"{source}, {CONFIG}"))
+    ours = dataclasses.asdict(directory.geometry("transformer"))
+    if different := [f"{name} {theirs[name]} instead of {ours[name]}" for name in ours if theirs[name] != ours[name]]:
+        raise UserError(f"{source} was trained on another base than {directory.path}: it has {', '.join(different)}")
+    modes = geometry(HeadConfig, dict(config), f"{source}, {CONFIG}").num_gaussians
+    if not isinstance(modes, int) or modes < 2:
+        raise UserError(f"{source}, {CONFIG}: num_gaussians is {modes!r}, but has to be a whole number above 1")
+    return modes
+
+
+def check_exportable(description: AdapterDescription, run: Path) -> None:
+    """Raises UserError if the student lacks what a student in the authors' layout has."""
+    if description.transformer is None:
+        raise UserError(f"{run / DESCRIPTION} does not say its base's geometry yet: arcflow train adds it on going on")
+    if not description.adapter.targets:
+        raise UserError(f"{run} holds a student without LoRA, which the authors' loader passes over")
+    if description.adapter.modes == 1:
+        raise UserError(f"{run} holds a linear student, which has no log-momenta: the authors' layout wants them")
+
+
+def read_policy(policy: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """The fields of `Sampling` that a policy_config sets. Raises UserError on one that is not a number."""
+    values = {ours: policy[theirs] for ours, theirs in POLICY.items() if theirs in policy}
+    for name, value in values.items():
+        if type(value) is not int and (type(value) is not float or name == "steps"):
+            raise UserError(
+                f"{source}: policy_config has {POLICY[name]} {value!r}, which is not a number that it can be"
+            )
+    return values
+
+
+def policy_of(description: AdapterDescription) -> dict[str, Any]:
+    """The policy_config of a student: `read_policy` undone."""
+    settings = description.distillation
+    sampling = Sampling(settings.nfe, settings.shift, settings.final_step_ratio, description.guidance)
+    published = dataclasses.asdict(Sampling())
+    given = {POLICY[name]: value for name, value in dataclasses.asdict(sampling).items() if value != published[name]}
+    return given | {"type": "ArcFlow"}
+
+
+def cast(array: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
+    """`array` in `dtype`. Raises UserError that names `where` if it holds NaN, or a value becomes infinite."""
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if not np.isfinite(result).all():
+        largest = float(np.abs(array).max())
+        if math.isfinite(largest):
+            raise UserError(f"{where} holds {largest:.3g}, too large for {dtype}: try --dtype bfloat16")
+        raise UserError(f"{where} holds NaN or infinite values: the training diverged")
+    return result
