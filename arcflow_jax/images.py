@@ -65,7 +65,7 @@ def read_latents(path: Path) -> np.ndarray:
         if path.suffix != ".safetensors":
             raise UserError(f"latents {path}: it has to be a .safetensors or a .npy file")
         tensors = load_file(path)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, EOFError, SafetensorError) as error:
         raise UserError(f"cannot read latents from {path}: {one_line(error)}") from None
     if len(tensors) != 1:
         raise UserError(f"latents {path}: it has to hold one tensor, not {len(tensors)}")

@@ -108,8 +108,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """An activation of a jitted function, split over the mesh that `jax.set_mesh` has set.
 
     Only sequence parallelism needs it, and without it, or without a mesh, x is left alone: on the other axes XLA
-    follows weights and batch by itself. (Told as well, XLA of jax 0.10 swaps examples of a batch that is split over
-    data = 2 and fsdp = 2, with tensor = 2.)
+    follows weights and batch by itself. (When it is told as well, XLA of jax 0.10.2 on CPUs mixes up the examples of
+    a batch over data = 2, fsdp = 2 and tensor = 2.)
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["sequence"] == 1:
