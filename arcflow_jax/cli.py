@@ -134,7 +134,10 @@ def train(
 
 @app.command()
 def sample(
-    prompt: Annotated[list[str], typer.Option(help="What the picture should show. May be given several times.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What the picture should show. May be given several times.")
+    ] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="A text file of prompts, one a line.")] = None,
     model: Annotated[Path, typer.Option(help="What arcflow convert wrote. By default what arcflow demo left.")] = DEMO
     / "teacher",
     adapter: Annotated[
@@ -150,11 +153,42 @@ def sample(
     ] = None,
     height: Annotated[int | None, typer.Option(help="In pixels. By default the model's own.")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels. By default the model's own.")] = None,
+    final_step_ratio: Annotated[
+        float | None, typer.Option(help="Length of the last step relative to the others. By default as trained.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="Pictures a prompt, each from noise of its own.")] = 1,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Pictures made at a time. By default 1 for each part that --mesh splits them into."),
+    ] = None,
+    latents: Annotated[
+        Path | None,
+        typer.Option(
+            help="Noise to start from, a .safetensors or .npy file with one array: packed [pictures, tokens, 64] or, "
+            "as PyTorch has it, [pictures, 16, height/8, width/8]."
+        ),
+    ] = None,
+    mesh: Annotated[
+        str,
+        typer.Option(
+            help="Several devices, e.g. tensor=4 or tensor=2,sequence=4: data splits the batch, fsdp batch and "
+            "weights, tensor attention heads and MLPs, sequence image tokens."
+        ),
+    ] = "",
+    offload: Annotated[
+        bool,
+        typer.Option("--offload", help="Keep in host memory what is not running: encoders, transformer or decoder."),
+    ] = False,
+    grid: Annotated[bool, typer.Option("--grid", help="Write grid.png as well, all pictures on one sheet.")] = False,
     out: Annotated[Path, typer.Option(help="Directory for the pictures.")] = Path("pictures"),
 ) -> None:
     """Makes pictures from prompts, one PNG each, with the settings in its metadata."""
-    from arcflow_jax.images import save_pictures
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from arcflow_jax.images import contact_sheet, file_name, make_folder, read_latents, save_picture
     from arcflow_jax.pipeline import ArcFlowPipeline
+    from arcflow_jax.prompts import check_prompts, read_prompts
 
     if teacher and adapter is not None:
         raise UserError("--teacher samples without a student: leave --adapter out")
@@ -162,11 +196,50 @@ def sample(
         if model != DEMO / "teacher":
             raise UserError("name the student with --adapter, or say --teacher for the teacher itself")
         adapter = DEMO / "arcflow"
-    pipeline = ArcFlowPipeline.from_pretrained(model, adapter)
-    settings = {"seed": seed, "guidance": guidance, "height": height, "width": width}
-    images = pipeline(prompt, steps=steps, **settings)
-    for path in save_pictures(images, prompt, out, steps=steps, model=model, adapter=adapter, **settings):
-        print(path)
+    if (prompt is None) == (prompts_file is None):
+        raise UserError("say what the pictures should show: either with --prompt or with --prompts-file")
+    prompts = prompt or read_prompts(str(prompts_file))
+    check_prompts(prompts)
+    noise = None if latents is None else read_latents(latents)
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    # On stderr: stdout has the paths. On a terminal they scroll by above the bar.
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
+        task = bar.add_task("loading", total=len(prompts) * images)
+        pipeline = ArcFlowPipeline.from_pretrained(model, adapter, mesh=mesh, offload=offload)
+        pictures = pipeline.stream(
+            prompts,
+            steps=steps,
+            seed=seed,
+            guidance=guidance,
+            height=height,
+            width=width,
+            final_step_ratio=final_step_ratio,
+            images_per_prompt=images,
+            batch_size=batch_size,
+            latents=noise,
+            progress=lambda activity, done: bar.update(task, description=activity, completed=done),
+        )
+        make_folder(out)
+        for_grid = []
+        for picture in pictures:
+            if latents is not None:
+                picture.info["latents"] = latents
+            save_picture(picture, path := out / file_name(picture))
+            print(path)
+            if grid:
+                for_grid.append(picture)
+        if grid:
+            sheet = contact_sheet(for_grid, columns=images if images > 1 else None)
+            save_picture(sheet, path := out / "grid.png")
+            print(path)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

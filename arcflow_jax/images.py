@@ -1,42 +1,72 @@
-"""Writes pictures to disk."""
+"""Pictures to disk, and latents from it."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, PngImagePlugin
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
-from arcflow_jax.errors import UserError
+from arcflow_jax.errors import UserError, one_line
 
 
-def save_pictures(
-    images: Sequence[Image.Image], prompts: Sequence[str], out: Path, *, seed: int, **settings: object
-) -> list[Path]:
-    """One PNG a picture under `out`, named by number, seed and prompt, its settings in the metadata.
-
-    Raises:
-      UserError: if `out` cannot be written.
-    """
-    paths = []
+def make_folder(path: Path) -> None:
+    """Makes a directory for pictures. Raises UserError if it cannot be."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-            info = PngImagePlugin.PngInfo()
-            for name, value in {"prompt": prompt, "seed": seed, "picture": i, **settings}.items():
-                if value is not None:
-                    info.add_itxt(name, str(value))
-            words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
-            path = out / f"{i:04d}-seed{seed}-{words}.png"
-            aside = path.with_suffix(".tmp")
-            try:
-                image.save(aside, "PNG", pnginfo=info)
-                os.replace(aside, path)
-            finally:
-                aside.unlink(missing_ok=True)
-            paths.append(path)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write pictures to {out}: {error.strerror or error}") from None
-    return paths
+        raise UserError(f"cannot write pictures to {path}: {error.strerror}") from None
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """A PNG with the picture's `info`, the settings that it was made with, as text. Raises UserError."""
+    text = PngImagePlugin.PngInfo()
+    for name, value in image.info.items():
+        text.add_itxt(name, str(value))
+    aside = path.with_suffix(".tmp")
+    try:
+        image.save(aside, "PNG", pnginfo=text)
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"cannot write pictures to {path.parent}: {error.strerror or error}") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def file_name(image: Image.Image) -> str:
+    """The picture's number, its seed unless its noise was given, and what it shows."""
+    seed = f"-seed{image.info['seed']}" if "seed" in image.info else ""
+    words = re.sub(r"\W+", "-", image.info["prompt"].lower()).strip("-")[:60]
+    return f"{image.info['picture']:04d}{seed}-{words}.png"
+
+
+def contact_sheet(images: Sequence[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:
+    """All pictures, of one size, on one white sheet, row by row; by default about as many rows as columns."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    width, height = images[0].width + gap, images[0].height + gap
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def read_latents(path: Path) -> np.ndarray:
+    """The one array in a .safetensors or .npy file. Raises UserError if there is none, or several."""
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, allow_pickle=False)
+        if path.suffix != ".safetensors":
+            raise UserError(f"latents {path}: it has to be a .safetensors or a .npy file")
+        tensors = load_file(path)
+    except (OSError, ValueError, EOFError, SafetensorError) as error:
+        raise UserError(f"cannot read latents from {path}: {one_line(error)}") from None
+    if len(tensors) != 1:
+        raise UserError(f"latents {path}: it has to hold one tensor, not {len(tensors)}")
+    return next(iter(tensors.values()))

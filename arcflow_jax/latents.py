@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -38,6 +40,34 @@ def unpack(tokens: jax.Array, rows: int, columns: int) -> jax.Array:  # [B, N, 4
     x = tokens.reshape(batch, rows, columns, features // PATCH**2, PATCH, PATCH)
     x = x.transpose(0, 1, 4, 2, 5, 3)  # [B, row, dy, column, dx, C]
     return x.reshape(batch, rows * PATCH, columns * PATCH, -1)
+
+
+def as_tokens(latents: Any, count: int, rows: int, columns: int, features: int) -> jax.Array:  # [B, N, 4C] float32
+    """Latents that a user brought, packed [B, N, 4C] or, as PyTorch has a latent image, [B, C, h, w].
+
+    Args:
+      latents: the array.
+      count: B, the number of pictures that they are for.
+      rows, columns: of tokens; N = rows · columns, h = 2 · rows, w = 2 · columns.
+      features: 4C.
+
+    Raises:
+      UserError: if the array has another shape, or holds something else than finite numbers.
+    """
+    packed = (count, rows * columns, features)
+    image = (count, features // PATCH**2, rows * PATCH, columns * PATCH)
+    shape = tuple(latents.shape)
+    if shape not in (packed, image):
+        raise UserError(
+            f"latents are {list(shape)}, {count} pictures of this size need {list(packed)} or {list(image)}"
+        )
+    if not jnp.issubdtype(latents.dtype, jnp.floating):
+        raise UserError(f"latents are of {latents.dtype}, but have to be floating-point numbers")
+    tokens = jnp.asarray(latents, jnp.float32)
+    tokens = pack(tokens.transpose(0, 2, 3, 1)) if shape == image else tokens
+    if not jnp.isfinite(tokens).all():
+        raise UserError("latents hold values that are not finite")
+    return tokens
 
 
 def position_ids(rows: int, columns: int) -> jax.Array:  # [N, 3]

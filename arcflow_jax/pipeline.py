@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from PIL import Image
 
 from arcflow_jax import arc_model, sampler
 from arcflow_jax.checkpoint import AdapterDescription, load_adapter
 from arcflow_jax.errors import UserError
-from arcflow_jax.latents import token_grid, unpack
+from arcflow_jax.latents import as_tokens, token_grid, unpack
 from arcflow_jax.model_directory import ModelDirectory
+from arcflow_jax.offload import Weights
 from arcflow_jax.prompts import PROMPTS, check_prompts
 from arcflow_jax.schedule import scheduler_shift
-from arcflow_jax.sharding import make_mesh, state_shardings
+from arcflow_jax.sharding import constrain, parse_mesh, partition_spec, sharded, state_shardings
+
+# Batches that pass one network before the next takes its place on the device, where weights are offloaded: enough
+# for the copying not to count, few enough for what they leave on the device between the networks not to either.
+OFFLOADED_BATCHES = 32
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "steps"))
@@ -74,14 +82,47 @@ def sample_teacher(
 @functools.partial(jax.jit, static_argnames=("graphdef", "rows", "columns"))
 def decode(graphdef: nnx.GraphDef, vae: nnx.State, tokens: jax.Array, *, rows: int, columns: int) -> jax.Array:
     """Pixels [B, H, W, 3], uint8, of latent tokens [B, N, 4C]."""
+    tokens = constrain(tokens, "batch", None, None)
     pixels = nnx.merge(graphdef, vae).decode(unpack(tokens, rows, columns))
     return jnp.round(jnp.clip(pixels * 0.5 + 0.5, 0.0, 1.0) * 255).astype(jnp.uint8)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "mesh"), donate_argnames="base")
+def merge_student(graphdef: nnx.GraphDef, base: nnx.State, trained: nnx.State, mesh: Mesh) -> nnx.State:
+    """The weights of the student for sampling, split over the mesh; takes the base's memory."""
+    merged = arc_model.merge_student(graphdef, base, trained)
+    return jax.lax.with_sharding_constraint(merged, state_shardings(mesh, merged))
 
 
 def noise(seed: int, count: int, tokens: int, channels: int, first: int = 0) -> jax.Array:
     """Standard normal [B, N, 4C]; picture i of a seed gets the same noise whatever the batch it is made in."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), first + jnp.arange(count))
     return jax.vmap(lambda key: jax.random.normal(key, (tokens, channels)))(keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a picture is made with, apart from its prompt and the weights.
+
+    Attributes:
+      steps: network calls.
+      seed: of the noise; None if the noise is given.
+      guidance: scale that the guidance embedding is fed.
+      rows, columns: of tokens.
+      final_step_ratio: of the student's segments; None for the teacher.
+    """
+
+    steps: int
+    seed: int | None
+    guidance: float
+    rows: int
+    columns: int
+    final_step_ratio: float | None
+
+    def described(self) -> dict[str, int | float]:
+        """By name, as a picture's `info` has it."""
+        values = {name: getattr(self, name) for name in ("steps", "seed", "guidance", "final_step_ratio")}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class ArcFlowPipeline:
@@ -92,48 +133,70 @@ class ArcFlowPipeline:
 
     Attributes:
       directory: the converted model.
+      mesh: of the devices that it runs on.
       student: what the adapter says of itself; None for the teacher.
+      origin: what its pictures say of the weights that made them.
+      transformer, vae: the weights.
       encode: prompts to conditioning (see `prompts.FluxPrompts`).
     """
 
-    def __init__(self, directory: ModelDirectory, adapter: str | Path | None, dtype: Any):
-        self.directory = directory
+    def __init__(
+        self, directory: ModelDirectory, adapter: str | Path | None, dtype: Any, mesh: Mesh, offload: bool = False
+    ):
+        self.directory, self.mesh, self.offload = directory, mesh, offload
         self.student: AdapterDescription | None = None
-        mesh = make_mesh((1, 1, 1, 1), jax.devices()[:1])
+        self.origin = {
+            "model": str(directory.path),
+            "base": directory.fingerprint,
+            "version": f"arcflow_jax {version('arcflow_jax')}",
+        }
 
         def load(component: str, abstract: nnx.State) -> nnx.State:
             return directory.load(component, abstract, state_shardings(mesh, abstract))
 
+        # Each in turn, so that what is offloaded has left the device before the next arrives
+        self.encode = PROMPTS[directory.description["pipeline"]](directory, dtype, mesh, offload)
+        self.vae_graphdef, vae = nnx.split(directory.abstract("vae", dtype))
+        self.vae = Weights(load("vae", vae), offload)
         if adapter is None:
             self.graphdef, base = nnx.split(directory.abstract("transformer", dtype))
-            self.state = load("transformer", base)
+            self.transformer = Weights(load("transformer", base), offload)
         else:
             self.student, checkpoints = load_adapter(adapter, directory.fingerprint)
+            self.origin["adapter"] = str(adapter)
             graphdef, base, trained = arc_model.split(directory.student(self.student.adapter, dtype))
             self.graphdef = arc_model.merged_graphdef(graphdef, base, trained)
             with checkpoints:
-                trained = checkpoints.restore_ema(trained)
-            merge = jax.jit(arc_model.merge_student, static_argnums=0, donate_argnums=1)
-            self.state = merge(graphdef, load("transformer", base), trained)
-        self.vae_graphdef, vae = nnx.split(directory.abstract("vae", dtype))
-        self.vae = load("vae", vae)
-        self.encode = PROMPTS[directory.description["pipeline"]](directory, dtype, mesh)
+                trained = checkpoints.restore_ema(sharded(mesh, trained))
+            self.transformer = Weights(merge_student(graphdef, load("transformer", base), trained, mesh), offload)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, adapter: str | Path | None = None, dtype: Any = None) -> ArcFlowPipeline:
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        adapter: str | Path | None = None,
+        dtype: Any = None,
+        mesh: str = "",
+        offload: bool = False,
+    ) -> ArcFlowPipeline:
         """Loads a converted model and, if given, the averaged adapter of a training run.
 
         Args:
           path: what `arcflow convert` wrote.
           adapter: what `arcflow train` wrote.
           dtype: to compute in; by default bfloat16, but float32 on a CPU, where bfloat16 is slow.
+          mesh: how to run on several devices, e.g. "tensor=4" (attention heads and MLPs are split) or
+            "tensor=2,sequence=4" (image tokens as well), see `sharding.parse_mesh`; by default on one.
+          offload: keeps text encoders, transformer and decoder in host memory, each on the device only while it
+            runs: for a device that holds the transformer, but not all of them.
 
         Raises:
-          UserError: if either is missing or damaged, or the adapter was trained on another base.
+          UserError: if either is missing or damaged, the adapter was trained on another base, or there is no such
+            mesh.
         """
         if dtype is None:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-        return cls(ModelDirectory.open(path), adapter, dtype)
+        return cls(ModelDirectory.open(path), adapter, dtype, parse_mesh(mesh), offload)
 
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Rows and columns of tokens; the default is the model's own size. Raises UserError on one that they miss."""
@@ -144,33 +207,57 @@ class ArcFlowPipeline:
         """The noise that pictures `first` … of a seed start from, [B, N, 4C]."""
         return noise(seed, count, rows * columns, self.directory.geometry("transformer").in_channels, first)
 
-    def denoise(self, latents: jax.Array, conditioning: Any, steps: int) -> jax.Array:
+    def denoise(
+        self, latents: jax.Array, conditioning: Any, steps: int, final_step_ratio: float | None = None
+    ) -> jax.Array:
         """From noise to latent tokens, [B, N, 4C]: the student's segments, or the teacher's Euler steps.
 
-        The teacher's time warp is that of the model's scheduler, the student's the one that it was trained with.
+        The teacher's time warp is that of the model's scheduler, the student's the one that it was trained with, as
+        is by default the ratio of its last segment.
         """
-        if self.student is None:
-            shift = jnp.float32(scheduler_shift(self.directory.scheduler, latents.shape[1]))
-            return sample_teacher(self.graphdef, self.state, latents, conditioning, shift, steps=steps)
-        settings = self.student.distillation
-        shift, ratio = jnp.float32(settings.shift), jnp.float32(settings.final_step_ratio)
-        return sample(self.graphdef, self.state, latents, conditioning, shift, ratio, steps=steps)
+        return self.transformer.run(lambda state: self._denoise(state, latents, conditioning, steps, final_step_ratio))
+
+    def _denoise(
+        self, state: nnx.State, latents: jax.Array, conditioning: Any, steps: int, final_step_ratio: float | None
+    ) -> jax.Array:
+        spec = partition_spec(self.mesh, ("batch", "tokens", None), latents.shape)
+        latents = jax.device_put(latents, NamedSharding(self.mesh, spec))
+        with jax.set_mesh(self.mesh):
+            if self.student is None:
+                shift = jnp.float32(scheduler_shift(self.directory.scheduler, latents.shape[1]))
+                return sample_teacher(self.graphdef, state, latents, conditioning, shift, steps=steps)
+            settings = self.student.distillation
+            shift, ratio = jnp.float32(settings.shift), jnp.float32(final_step_ratio or settings.final_step_ratio)
+            return sample(self.graphdef, state, latents, conditioning, shift, ratio, steps=steps)
 
     def decode(self, tokens: jax.Array, rows: int, columns: int) -> np.ndarray:
         """Pixels [B, H, W, 3], uint8."""
-        return np.asarray(decode(self.vae_graphdef, self.vae, tokens, rows=rows, columns=columns))
+        return self.vae.run(lambda state: self._decode(state, tokens, rows, columns))
 
-    def __call__(
+    def _decode(self, state: nnx.State, tokens: jax.Array, rows: int, columns: int) -> np.ndarray:
+        with jax.set_mesh(self.mesh):
+            return np.asarray(decode(self.vae_graphdef, state, tokens, rows=rows, columns=columns))
+
+    def __call__(self, prompts: str | Sequence[str], **settings: Any) -> list[Image.Image]:
+        """All that `stream` yields, whose arguments it takes."""
+        return list(self.stream(prompts, **settings))
+
+    def stream(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         *,
         steps: int | None = None,
         seed: int = 0,
         guidance: float | None = None,
         height: int | None = None,
         width: int | None = None,
-    ) -> list[Image.Image]:
-        """Pictures, one a prompt.
+        final_step_ratio: float | None = None,
+        images_per_prompt: int = 1,
+        batch_size: int | None = None,
+        latents: np.ndarray | jax.Array | None = None,
+        progress: Callable[[str, int], None] = lambda activity, done: None,
+    ) -> Iterator[Image.Image]:
+        """Pictures, the first prompt's first, as they are made; each has its settings in its `info`.
 
         Args:
           prompts: what the pictures should show.
@@ -179,18 +266,92 @@ class ArcFlowPipeline:
           guidance: scale that the guidance embedding is fed, where there is one; by default the one that the
             student was trained at, 3.5 for the teacher.
           height, width: in pixels; by default the model's own.
+          final_step_ratio: length of the student's last segment relative to the others; by default as trained.
+          images_per_prompt: each from noise of its own.
+          batch_size: pictures made at a time. The last batch is filled up, so that it is the same compiled program.
+            By default 1, on several devices one for each part that the mesh splits a batch into.
+          latents: noise to start from in place of the seed's, a picture each: packed [B, N, 4C] or, as a latent
+            image of PyTorch, [B, C, h, w].
+          progress: told what is going on, and how many pictures are done.
 
         Raises:
-          UserError: on an empty prompt or a size that does not fit.
+          UserError: on an empty prompt, or settings that do not fit.
         """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         check_prompts(prompts)
-        if steps is None:
-            steps = 50 if self.student is None else self.student.distillation.nfe
-        if steps < 1:
-            raise UserError(f"steps is {steps}, but has to be at least 1")
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        batch_size = shards if batch_size is None else batch_size
+        steps = self.default_steps if steps is None else steps
+        for name, value in (("steps", steps), ("images_per_prompt", images_per_prompt), ("batch_size", batch_size)):
+            if value < 1:
+                raise UserError(f"{name} is {value}, but has to be at least 1")
+        if batch_size % shards:
+            raise UserError(f"batch_size {batch_size} does not divide by data × fsdp = {shards} of the mesh")
+        if final_step_ratio is not None and self.student is None:
+            raise UserError("final_step_ratio is of a student's segments: the teacher has none")
+        if final_step_ratio is not None and not final_step_ratio > 0:
+            raise UserError(f"final_step_ratio is {final_step_ratio}, but has to be above 0")
+        if final_step_ratio is None and self.student is not None:
+            final_step_ratio = self.student.distillation.final_step_ratio
         if guidance is None:
             guidance = 3.5 if self.student is None else self.student.guidance
         rows, columns = self.grid(height, width)
-        conditioning = self.encode(prompts, guidance=guidance, rows=rows, columns=columns)
-        latents = self.denoise(self.noise(seed, len(prompts), rows, columns), conditioning, steps)
-        return [Image.fromarray(pixels) for pixels in self.decode(latents, rows, columns)]
+        prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+        if latents is not None:
+            channels = self.directory.geometry("transformer").in_channels
+            latents = as_tokens(latents, len(prompts), rows, columns, channels)
+        settings = Settings(
+            steps=steps,
+            seed=seed if latents is None else None,
+            guidance=guidance,
+            rows=rows,
+            columns=columns,
+            final_step_ratio=final_step_ratio,
+        )
+        return self._make(prompts, settings, latents, batch_size, progress)
+
+    @property
+    def default_steps(self) -> int:
+        """Network calls that the student was trained for, 50 for the teacher."""
+        return 50 if self.student is None else self.student.distillation.nfe
+
+    def _make(
+        self,
+        prompts: Sequence[str],
+        settings: Settings,
+        latents: jax.Array | None,
+        batch_size: int,
+        progress: Callable[[str, int], None],
+    ) -> Iterator[Image.Image]:
+        """A picture a prompt; see `stream`."""
+        rows, columns = settings.rows, settings.columns
+        together = batch_size * (OFFLOADED_BATCHES if self.offload else 1)
+        for first in range(0, len(prompts), together):
+            starts = range(first, min(first + together, len(prompts)), batch_size)
+            # The pictures of each batch; the last batch is filled up with its last picture
+            batches = [np.minimum(np.arange(i, i + batch_size), len(prompts) - 1) for i in starts]
+            progress("encoding", first)
+            texts = [[prompts[i] for i in batch] for batch in batches]
+            conditionings = self.encode.batches(texts, guidance=settings.guidance, rows=rows, columns=columns)
+            if latents is None:
+                noises = [self.noise(settings.seed, batch_size, rows, columns, i) for i in starts]
+            else:
+                noises = [latents[batch] for batch in batches]
+            progress("denoising", first)
+            inputs = list(zip(noises, conditionings, strict=True))
+            tokens = self.transformer.run(
+                lambda state, inputs=inputs: [
+                    self._denoise(state, *each, settings.steps, settings.final_step_ratio) for each in inputs
+                ]
+            )
+            progress("decoding", first)
+            pixels = self.vae.run(
+                lambda state, tokens=tokens: [self._decode(state, each, rows, columns) for each in tokens]
+            )
+            for i, picture in zip(range(first, len(prompts)), np.concatenate(pixels), strict=False):
+                image = Image.fromarray(picture)
+                height, width = picture.shape[:2]
+                image.info = {"prompt": prompts[i], "picture": i, "height": height, "width": width}
+                image.info |= settings.described() | self.origin
+                progress("writing", i + 1)
+                yield image

@@ -18,6 +18,7 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.latents import position_ids
 from arcflow_jax.model_directory import ModelDirectory
 from arcflow_jax.models.flux import FluxConditioning
+from arcflow_jax.offload import Weights
 from arcflow_jax.sharding import batched, replicated, state_shardings
 from arcflow_jax.tokenizers import load_tokenizer, token_length, tokenize
 
@@ -46,18 +47,17 @@ def _apply(graphdef: nnx.GraphDef, state: nnx.State, ids: jax.Array) -> Any:
 
 
 class Encoder:
-    """A frozen text encoder with its tokenizer."""
+    """A frozen text encoder with its tokenizer; the weights are kept elsewhere."""
 
-    def __init__(self, directory: ModelDirectory, component: str, tokenizer: str, dtype: Any, mesh: Mesh):
-        self.graphdef, abstract = nnx.split(directory.abstract(component, dtype))
-        self.state = directory.load(component, abstract, state_shardings(mesh, abstract))
+    def __init__(self, directory: ModelDirectory, component: str, tokenizer: str, dtype: Any):
+        self.graphdef, self.abstract = nnx.split(directory.abstract(component, dtype))
         self.tokenizer = load_tokenizer(directory.path / tokenizer)
         self.length = token_length(self.tokenizer)
 
-    def __call__(self, prompts: Sequence[str], sharding: jax.sharding.Sharding) -> tuple[Any, int]:
+    def __call__(self, state: nnx.State, prompts: Sequence[str], sharding: jax.sharding.Sharding) -> tuple[Any, int]:
         """The encoder's outputs for the prompts, and how many of them were too long and were cut."""
         ids, cut = tokenize(self.tokenizer, prompts, self.length)
-        return _apply(self.graphdef, self.state, jax.device_put(ids, sharding)), cut
+        return _apply(self.graphdef, state, jax.device_put(ids, sharding)), cut
 
 
 class FluxPrompts:
@@ -67,11 +67,19 @@ class FluxPrompts:
       directory: a converted model.
       dtype: that the encoders compute in.
       mesh: over which weights and batch are split.
+      offload: whether the weights leave the device when the prompts are encoded (see `offload.Weights`).
     """
 
-    def __init__(self, directory: ModelDirectory, dtype: Any, mesh: Mesh):
-        self.clip = Encoder(directory, "text_encoder", "tokenizer", dtype, mesh)
-        self.t5 = Encoder(directory, "text_encoder_2", "tokenizer_2", dtype, mesh)
+    def __init__(self, directory: ModelDirectory, dtype: Any, mesh: Mesh, offload: bool = False):
+        self.clip = Encoder(directory, "text_encoder", "tokenizer", dtype)
+        self.t5 = Encoder(directory, "text_encoder_2", "tokenizer_2", dtype)
+        self.weights = Weights(
+            tuple(
+                directory.load(component, encoder.abstract, state_shardings(mesh, encoder.abstract))
+                for component, encoder in (("text_encoder", self.clip), ("text_encoder_2", self.t5))
+            ),
+            offload,
+        )
         self.guided = directory.geometry("transformer").guidance_embeds
         self.mesh = mesh
 
@@ -81,12 +89,23 @@ class FluxPrompts:
         Args:
           guidance: scale that the guidance embedding is fed; without effect on a checkpoint that has none.
         """
-        split = len(prompts) % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) == 0
-        sharding = batched(self.mesh) if split else replicated(self.mesh)
-        (_, pooled), _ = self.clip(prompts, sharding)
-        text, _ = self.t5(prompts, sharding)
-        scales = jax.device_put(np.full(len(prompts), guidance, np.float32), sharding) if self.guided else None
-        return FluxConditioning(text, pooled, scales, jnp.asarray(position_ids(rows, columns)))
+        return self.batches([prompts], guidance=guidance, rows=rows, columns=columns)[0]
+
+    def batches(
+        self, batches: Sequence[Sequence[str]], *, guidance: float, rows: int, columns: int
+    ) -> list[FluxConditioning]:
+        """The same for several batches one after the other."""
+
+        def encode(states: tuple[nnx.State, nnx.State], prompts: Sequence[str]) -> FluxConditioning:
+            clip, t5 = states
+            split = len(prompts) % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) == 0
+            sharding = batched(self.mesh) if split else replicated(self.mesh)
+            (_, pooled), _ = self.clip(clip, prompts, sharding)
+            text, _ = self.t5(t5, prompts, sharding)
+            scales = jax.device_put(np.full(len(prompts), guidance, np.float32), sharding) if self.guided else None
+            return FluxConditioning(text, pooled, scales, jnp.asarray(position_ids(rows, columns)))
+
+        return self.weights.run(lambda states: [encode(states, prompts) for prompts in batches])
 
 
 # By the pipeline class that model_index.json names

@@ -1,32 +1,38 @@
 """Where arrays live: one mesh, and one table from logical axis names to its axes.
 
-A weight names its dimensions where it is declared (`axes` of a variable, see `layers.py`); this table is the only
-place that knows on which mesh axis a name is split. A mesh axis that does not divide a dimension, or that an earlier
-dimension of the same array already uses, leaves it whole.
+A weight names its dimensions where it is declared (`axes` of a variable, see `layers.py`), an activation where it is
+computed (`constrain`); this table is the only place that knows on which mesh axes a name is split. A mesh axis that
+does not divide a dimension, or that an earlier dimension of the same array already uses, leaves it whole.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from arcflow_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
-LOGICAL_AXES: dict[str, str] = {
-    "embed": "fsdp",
-    "heads": "tensor",
-    "mlp": "tensor",
-    "rank": "fsdp",
-    "vocab": "tensor",
+LOGICAL_AXES: dict[str, tuple[str, ...]] = {
+    # of weights
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "rank": ("fsdp",),
+    "vocab": ("tensor",),
+    # of activations
+    "batch": ("data", "fsdp"),  # both kinds of data parallelism split the batch
+    "tokens": ("sequence",),
+    # While tokens attend to one another, a device has all of them and its share of the heads (arXiv 2309.14509)
+    "attending_heads": ("tensor", "sequence"),
 }
-BATCH = PartitionSpec(("data", "fsdp"))  # both kinds of data parallelism split the batch
 
 
 def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -45,14 +51,38 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device] | None = None)
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
 
 
-def partition_spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+def parse_mesh(text: str) -> Mesh:
+    """The mesh that "tensor=4,sequence=2" names: other axes are 1, and so is each of "", the mesh of one device.
+
+    It takes as many devices as it needs, the first ones; with one size of -1, all that there are.
+
+    Raises:
+      UserError: on what is not a mesh, or one of more devices than there are.
+    """
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        if name not in sizes or not re.fullmatch(r"-1|[1-9]\d*", size):
+            raise UserError(f"mesh {text!r}: {part!r} is not one of {', '.join(MESH_AXES)}, then =, then a size")
+        sizes[name] = int(size)
+    if sizes["sequence"] != 1 and sizes["fsdp"] != 1:
+        raise UserError(f"mesh {text!r}: fsdp and sequence do not go together, take data in place of fsdp")
+    devices = jax.devices()
+    wanted = math.prod(sizes.values())
+    return make_mesh(list(sizes.values()), devices[:wanted] if 0 < wanted < len(devices) else devices)
+
+
+def partition_spec(mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
     """How an array is split. `axes` names the trailing dimensions; leading ones (stacked layers) stay whole."""
-    names: list[str | None] = [None] * (len(shape) - len(axes))
-    for axis, size in zip(axes, shape[len(names) :], strict=True):
-        name = LOGICAL_AXES.get(axis or "")
-        free = name is not None and name not in names and size % mesh.shape[name] == 0
-        names.append(name if free else None)
-    return PartitionSpec(*names)
+    split: list[tuple[str, ...]] = [()] * (len(shape) - len(axes))
+    for axis, size in zip(axes, shape[len(split) :], strict=True):
+        names: tuple[str, ...] = ()
+        for name in LOGICAL_AXES.get(axis or "", ()):
+            free = not any(name in used for used in split)
+            if free and size % math.prod(mesh.shape[each] for each in (*names, name)) == 0:
+                names = (*names, name)
+        split.append(names)
+    return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in split))
 
 
 def state_shardings(mesh: Mesh, state: nnx.State) -> nnx.State:
@@ -65,6 +95,28 @@ def state_shardings(mesh: Mesh, state: nnx.State) -> nnx.State:
     return jax.tree.map(of, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
+def sharded(mesh: Mesh, abstract: nnx.State) -> nnx.State:
+    """An abstract state whose shapes carry their shardings: what a checkpoint is to be restored into."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        abstract,
+        state_shardings(mesh, abstract),
+    )
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """An activation of a jitted function, split over the mesh that `jax.set_mesh` has set.
+
+    Only sequence parallelism needs it, and without it, or without a mesh, x is left alone: on the other axes XLA
+    follows weights and batch by itself. (When it is told as well, XLA of jax 0.10.2 on CPUs mixes up the examples of
+    a batch over data = 2, fsdp = 2 and tensor = 2.)
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["sequence"] == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(mesh, axes, x.shape))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -72,4 +124,4 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batched(mesh: Mesh) -> NamedSharding:
     """Leading dimension split over the data axes."""
-    return NamedSharding(mesh, BATCH)
+    return NamedSharding(mesh, PartitionSpec(LOGICAL_AXES["batch"]))

@@ -7,14 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save, save_file
 
 from arcflow_jax.checkpoint import AdapterDescription
 from arcflow_jax.cli import main
 from arcflow_jax.config import Recipe, read_config
 from arcflow_jax.conversion import convert_model
 from arcflow_jax.demo import ASSETS
+from arcflow_jax.errors import UserError
+from arcflow_jax.images import contact_sheet, read_latents
 from arcflow_jax.model_directory import ModelDirectory
 from arcflow_jax.train import train
 
@@ -127,6 +131,69 @@ def test_sample_writes_pictures_with_their_settings(capfd, tmp_path, model, stud
         assert image.text["prompt"] == "a blue square"
         assert image.text["seed"] == "5"
         assert image.text["adapter"] == str(student)
+        assert image.text["base"] == ModelDirectory.open(model).fingerprint
+        assert image.text["steps"] == "2"
+        assert (image.text["height"], image.text["width"]) == ("64", "64")
+
+
+def test_sample_from_files_and_on_one_sheet(capfd, tmp_path, model, student):
+    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue ring\n")
+    noise = np.random.default_rng(0).standard_normal((4, 16, 64), np.float32)
+    save_file({"latents": noise}, tmp_path / "noise.safetensors")
+    np.save(tmp_path / "noise.npy", noise)
+    pictures = []
+    for suffix in ("safetensors", "npy"):
+        out = tmp_path / suffix
+        code, stdout, stderr = run(
+            capfd,
+            *("sample", "--model", model, "--adapter", student, "--out", out, "--images", 2, "--grid"),
+            *("--prompts-file", tmp_path / "prompts.txt", "--latents", tmp_path / f"noise.{suffix}"),
+        )
+        assert code == 0, stderr
+        *paths, grid = map(Path, stdout.split())
+        assert [path.name for path in paths[1:3]] == ["0001-a-red-circle.png", "0002-a-blue-ring.png"]
+        pictures.append([np.asarray(Image.open(path)) for path in paths])
+        with Image.open(paths[3]) as image:
+            assert image.text["latents"] == str(tmp_path / f"noise.{suffix}")
+            assert "seed" not in image.text
+        sheet = np.asarray(Image.open(grid))
+        np.testing.assert_array_equal(sheet[:64, -64:], pictures[-1][1])  # a row a prompt
+        np.testing.assert_array_equal(sheet[-64:, :64], pictures[-1][2])
+        assert sheet.shape == (132, 132, 3)
+    np.testing.assert_array_equal(*pictures)
+
+
+def test_contact_sheet():
+    images = [Image.new("RGB", (6, 4), (i, 0, 0)) for i in range(5)]
+    sheet = np.asarray(contact_sheet(images, gap=1))
+    assert sheet.shape == (9, 20, 3)  # two rows of three
+    assert sheet[0, 14].tolist() == [2, 0, 0]
+    assert sheet[5, 7].tolist() == [4, 0, 0]
+    assert (sheet[5, 14] == 255).all()
+    assert contact_sheet(images[:1]).size == (6, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.safetensors", b"123", "cannot read latents from .*x.safetensors: "),
+        ("x.npy", b"123", "cannot read latents from .*x.npy: "),
+        ("x.pt", b"123", r"has to be a \.safetensors or a \.npy file"),
+        ("x.npy", None, "cannot read latents from .*x.npy: .*No such file"),
+        ("x.safetensors", save({"a": np.zeros(1), "b": np.zeros(1)}), "has to hold one tensor, not 2"),
+    ],
+)
+def test_latents_files_that_do_not_fit(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_latents(tmp_path / name)
+
+
+def test_no_pickle_is_loaded(tmp_path):
+    np.save(tmp_path / "x.npy", np.array([object()]), allow_pickle=True)
+    with pytest.raises(UserError, match="cannot read latents"):
+        read_latents(tmp_path / "x.npy")
 
 
 def test_sample_refuses_bad_input(capfd, tmp_path, model, student):
@@ -138,6 +205,13 @@ def test_sample_refuses_bad_input(capfd, tmp_path, model, student):
     refused("positive multiples of 16", *whole, "--prompt", "a ring", "--height", 65)
     refused("steps is 0", *whole, "--prompt", "a ring", "--steps", 0)
     refused("name the student with --adapter", "--model", model, "--prompt", "a ring")
+    refused("either with --prompt or with --prompts-file", *whole)
+    refused("either with --prompt or with --prompts-file", *whole, "--prompt", "a ring", "--prompts-file", "x.txt")
+    refused("cannot read prompts from nothing.txt", *whole, "--prompts-file", "nothing.txt")
+    refused("has to be a .safetensors or a .npy file", *whole, "--prompt", "a ring", "--latents", "x.bin")
+    refused("'heads=2' is not one of data, fsdp", *whole, "--prompt", "a ring", "--mesh", "heads=2")
+    refused("batch_size is 0", *whole, "--prompt", "a ring", "--batch-size", 0)
+    refused("final_step_ratio is -1.0", *whole, "--prompt", "a ring", "--final-step-ratio", -1)
     refused("leave --adapter out", *whole, "--teacher", "--prompt", "a ring")
     refused("does not exist", "--model", tmp_path / "none", "--teacher", "--prompt", "a ring")
     refused("run arcflow convert", "--model", ASSETS / "tiny-flux", "--teacher", "--prompt", "a ring")

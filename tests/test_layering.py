@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "arcflow_jax"
 # From the ground up. A name with a dot at its end is a subpackage.
 LEVELS = [
     {"errors"},
-    {"geometry", "schedule", "latents", "momentum", "sharding", "data"},
+    {"geometry", "schedule", "latents", "momentum", "sharding", "data", "offload"},
     {"layers", "attention"},
     {"lora"},
     {"models."},

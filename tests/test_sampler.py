@@ -51,7 +51,7 @@ def exponential_student(x, sigma):
     return Mixture(means, logits, jnp.broadcast_to(-RATES[..., None], (B, N, 1, 4)))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
 @pytest.mark.parametrize(("shift", "ratio"), [(1.0, 1.0), (3.2, 1.0), (3.2, 0.3)])
 def test_sampling_is_exact_in_any_number_of_steps(steps, shift, ratio):
     result = sample(exponential_student, NOISE, steps=steps, shift=shift, final_step_ratio=ratio)

@@ -25,6 +25,7 @@ from flax import nnx
 
 from arcflow_jax.attention import attention
 from arcflow_jax.layers import TEACHER, LayerNorm, Linear, Reading, RMSNorm, scan_blocks, stack
+from arcflow_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,8 +177,14 @@ def qkv(
     # Behind the barrier, because XLA for TPUs would fold the heads into the products, and keep a copy of all the
     # stacked weights transposed for that: 2.6 GiB for FLUX.1-dev
     projected = jax.lax.optimization_barrier([linear(x) for linear in (to_q, to_k, to_v)])
-    q, k, v = (y.reshape(*x.shape[:-1], -1, head_dim) for y in projected)
+    heads = (y.reshape(*x.shape[:-1], -1, head_dim) for y in projected)
+    q, k, v = (constrain(y, "batch", None, "attending_heads", None) for y in heads)
     return norm_q(q), norm_k(k), v
+
+
+def attended(out: jax.Array) -> jax.Array:  # [B, S, H, E] -> [B, S, D]
+    """What tokens have gathered from one another, back where the tokens are."""
+    return constrain(out.reshape(*out.shape[:2], -1), "batch", "tokens", "heads")
 
 
 class JointAttention(nnx.Module):
@@ -202,9 +209,8 @@ class JointAttention(nnx.Module):
         of_image = qkv(image, self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k)
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(of_text, of_image, strict=True))  # [B, S, H, E]
         out = attention(rotate(q, rope), rotate(k, rope), v)
-        out = out.reshape(*out.shape[:2], -1)  # [B, S, D]
         length = text.shape[1]
-        return self.to_add_out(out[:, :length]), self.to_out(out[:, length:])
+        return self.to_add_out(attended(out[:, :length])), self.to_out(attended(out[:, length:]))
 
 
 class DoubleBlock(nnx.Module):
@@ -243,8 +249,7 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, rope: Any) -> jax.Array:
         q, k, v = qkv(x, self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k)
-        out = attention(rotate(q, rope), rotate(k, rope), v)
-        return out.reshape(x.shape)
+        return attended(attention(rotate(q, rope), rotate(k, rope), v))
 
 
 class SingleBlock(nnx.Module):
@@ -299,13 +304,16 @@ class Flux(nnx.Module):
         text_positions = jnp.zeros((length, conditioning.positions.shape[1]), conditioning.positions.dtype)
         rope = rotary(jnp.concatenate([text_positions, conditioning.positions]), self.config.axes_dims_rope)
 
+        def split(tokens: jax.Array) -> jax.Array:  # [B, .., D]
+            return constrain(tokens, "batch", "tokens", None)
+
         def double(block: DoubleBlock, carry: Any, reading: Reading) -> Any:
-            return block(*carry, temb, rope, reading)
+            return jax.tree.map(split, block(*carry, temb, rope, reading))
 
         def single(block: SingleBlock, carry: Any, reading: Reading) -> Any:
-            return block(carry, temb, rope, reading)
+            return split(block(carry, temb, rope, reading))
 
-        text, image = scan_blocks(self.transformer_blocks, (text, image), double, reading.fold(1))
-        joined = jnp.concatenate([text, image], axis=1)  # [B, S, D]
+        text, image = scan_blocks(self.transformer_blocks, (split(text), split(image)), double, reading.fold(1))
+        joined = split(jnp.concatenate([text, image], axis=1))  # [B, S, D]
         joined = scan_blocks(self.single_transformer_blocks, joined, single, reading.fold(2))
-        return joined[:, length:], temb
+        return split(joined[:, length:]), temb

@@ -1,0 +1,378 @@
+"""The pipeline on the bundled teacher: batches, sizes, devices, memory, and what is compiled when."""
+
+# B pictures, N tokens, C latent channels
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from arcflow_jax import arc_model, latents, offload, pipeline, prompts
+from arcflow_jax.arc_model import AdapterConfig
+from arcflow_jax.checkpoint import AdapterDescription, Checkpoints, load_adapter
+from arcflow_jax.conversion import convert_model
+from arcflow_jax.demo import ASSETS
+from arcflow_jax.distill import Distillation
+from arcflow_jax.errors import UserError
+from arcflow_jax.model_directory import ModelDirectory
+from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.sharding import MESH_AXES, parse_mesh, partition_spec
+from arcflow_jax.train_state import TrainState
+
+PROMPTS = ["a red circle", "a large green ring", "a blue square on the left"]
+ADAPTER = AdapterConfig(
+    modes=3, rank=2, alpha=4.0, dropout=0.0, targets=("transformer_blocks.ff.*", "single_transformer_blocks.proj_out")
+)
+SIZE = {"height": 32, "width": 64}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return convert_model(ASSETS / "tiny-flux", tmp_path_factory.mktemp("model") / "teacher")
+
+
+def write_adapter(model: Path, run: Path, seed: int) -> Path:
+    """What a training run leaves, of random values."""
+    directory = ModelDirectory.open(model)
+    _, _, abstract = arc_model.split(directory.student(ADAPTER, jnp.float32))
+    rng = np.random.default_rng(seed)
+    adapter = jax.tree.map(lambda x: jnp.asarray(0.05 * rng.standard_normal(x.shape), x.dtype), abstract)
+    run.mkdir()
+    AdapterDescription(directory.fingerprint, ADAPTER, Distillation(shift=1.0), guidance=2.0).write(run)
+    with Checkpoints(run) as checkpoints:
+        checkpoints.save(TrainState.create(adapter, optax.identity()))
+    return run
+
+
+@pytest.fixture(scope="module")
+def student(model) -> Path:
+    return write_adapter(model, model.with_name("student"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def pipe(model, student) -> ArcFlowPipeline:
+    return ArcFlowPipeline.from_pretrained(model, student)
+
+
+def pixels(images) -> np.ndarray:
+    return np.stack([np.asarray(image, np.int32) for image in images])
+
+
+def assert_same_pictures(images, others, levels: int = 1) -> None:
+    """But for rounding: `levels` of 255, which is where a value between two of them may fall."""
+    np.testing.assert_allclose(pixels(images), pixels(others), atol=levels, rtol=0)
+
+
+def compiled() -> dict[str, int]:
+    """How many programs of each kind have been compiled."""
+    functions = (pipeline.sample, pipeline.sample_teacher, pipeline.decode, prompts._apply)
+    return {function.__name__: function._cache_size() for function in functions}
+
+
+def test_batch_size_changes_nothing_but_rounding(pipe):
+    one_by_one = pipe(PROMPTS, seed=3, **SIZE)
+    before = compiled()
+    filled_up = pipe(PROMPTS, seed=3, batch_size=2, **SIZE)
+    assert_same_pictures(one_by_one, filled_up)
+    assert np.abs(pixels(one_by_one)[0] - pixels(one_by_one)[1]).max() > 20
+    after = compiled()
+    assert after["sample"] == before["sample"] + 1  # the last batch is filled up, and needs no program of its own
+    assert after["decode"] == before["decode"] + 1
+
+    rows, columns = pipe.grid(**SIZE)
+    latents = [pipe.noise(3, count, rows, columns, first) for count, first in ((3, 0), (1, 2), (2, 2))]
+    for batch in latents[1:]:
+        np.testing.assert_allclose(batch[0], latents[0][2], rtol=1e-6)
+
+
+def test_pictures_of_a_prompt(pipe):
+    images = pipe(PROMPTS[:2], images_per_prompt=2, **SIZE)
+    assert [image.info["prompt"] for image in images] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
+    assert [image.info["picture"] for image in images] == [0, 1, 2, 3]
+    assert_same_pictures(images, pipe([PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]], **SIZE), levels=0)
+    assert np.abs(pixels(images)[0] - pixels(images)[1]).max() > 20
+
+
+def test_compiles_once_for_a_shape_and_a_number_of_steps(pipe, model):
+    def pictures(pipe=pipe, prompt=PROMPTS[0], **changes) -> np.ndarray:
+        return pixels(pipe(prompt, **{"seed": 0, "guidance": 2.0, **SIZE, **changes}))
+
+    first = pictures()
+    before = compiled()
+    other = ArcFlowPipeline.from_pretrained(model, write_adapter(model, model.with_name("other"), seed=1))
+    changed = {
+        "prompt": pictures(prompt=PROMPTS[1]),
+        "seed": pictures(seed=2**31 - 1),
+        "guidance": pictures(guidance=7.0),
+        "final_step_ratio": pictures(final_step_ratio=0.25),
+        "adapter": pictures(pipe=other),
+    }
+    assert compiled() == before
+    for name, result in changed.items():
+        assert np.abs(result - first).max() > 1, name
+
+    seen = [first]
+    for i, steps in enumerate((1, 8), start=1):
+        seen.append(pictures(steps=steps))
+        assert np.abs(seen[i] - seen[i - 1]).max() > 1
+        pictures(steps=steps, seed=5)
+        assert compiled() == {**before, "sample": before["sample"] + i}
+
+
+def test_lora_apart_and_merged_agree(pipe, model, student):
+    directory = ModelDirectory.open(model)
+    description, checkpoints = load_adapter(student, directory.fingerprint)
+    graphdef, base, trained = arc_model.split(directory.student(description.adapter, jnp.float32))
+    with checkpoints:
+        trained = checkpoints.restore_ema(trained)
+    base = directory.load("transformer", base)
+    rows, columns = pipe.grid(**SIZE)
+    conditioning = pipe.encode(PROMPTS[:2], guidance=2.0, rows=rows, columns=columns)
+    noise = pipe.noise(0, 2, rows, columns)
+
+    def sample(trained: nnx.State) -> np.ndarray:
+        return pipeline.sample(graphdef, nnx.merge_state(base, trained), noise, conditioning, 1.0, 1.0, steps=2)
+
+    merged, apart = pipe.denoise(noise, conditioning, 2), sample(trained)
+    scale = np.abs(merged).max()
+    assert np.abs(merged - apart).max() < 1e-5 * scale
+    flat = nnx.to_flat_state(trained)
+    bare = nnx.from_flat_state([(path, x * 0 if path[-1] == "b" else x) for path, x in flat])
+    assert np.abs(sample(bare) - apart).max() > 1e-3 * scale  # it is the LoRA that is in both
+
+
+def test_given_latents(pipe):
+    rows, columns = pipe.grid(**SIZE)
+    expected = pipe(PROMPTS[:2], seed=7, **SIZE)
+    packed = pipe.noise(7, 2, rows, columns)
+    image = np.asarray(latents.unpack(packed, rows, columns)).transpose(0, 3, 1, 2)
+    assert image.shape == (2, 16, 4, 8)
+    for given in (np.asarray(packed), image):
+        images = pipe(PROMPTS[:2], latents=given, **SIZE)
+        assert_same_pictures(images, expected)
+        assert "seed" not in images[0].info
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (np.zeros((1, 8, 64), np.float32), r"latents are \[1, 8, 64\], 2 pictures .* \[2, 8, 64\] or \[2, 16, 4, 8\]"),
+        (np.zeros((2, 16, 8, 4), np.float32), r"latents are \[2, 16, 8, 4\]"),
+        (np.zeros((2, 4, 8, 16), np.float32), r"latents are \[2, 4, 8, 16\]"),
+        (np.zeros((2, 8, 64), np.int32), "latents are of int32"),
+        (np.full((2, 8, 64), np.nan, np.float32), "not finite"),
+    ],
+)
+def test_latents_that_do_not_fit(pipe, given, message):
+    with pytest.raises(UserError, match=message):
+        pipe(PROMPTS[:2], latents=given, **SIZE)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"images_per_prompt": 0}, "images_per_prompt is 0"),
+        ({"final_step_ratio": 0.0}, r"final_step_ratio is 0\.0"),
+        ({"width": 40}, "32x40: height and width have to be positive multiples of 16"),
+    ],
+)
+def test_settings_that_do_not_fit(pipe, settings, message):
+    with pytest.raises(UserError, match=message):
+        pipe.stream(PROMPTS, **{**SIZE, **settings})  # before the first picture is asked for
+
+
+def test_pictures_know_their_settings(pipe, model, student):
+    image = pipe(PROMPTS[0], seed=5, **SIZE)[0]
+    assert image.size == (64, 32)
+    assert image.info.pop("version").startswith("arcflow_jax ")
+    assert image.info == {
+        "prompt": PROMPTS[0],
+        "picture": 0,
+        "seed": 5,
+        "steps": 2,
+        "guidance": 2.0,
+        "final_step_ratio": 1.0,
+        "height": 32,
+        "width": 64,
+        "model": str(model),
+        "base": ModelDirectory.open(model).fingerprint,
+        "adapter": str(student),
+    }
+
+
+def test_teacher(model):
+    teacher = ArcFlowPipeline.from_pretrained(model)
+    image = teacher(PROMPTS[0], steps=3, **SIZE)[0]
+    assert image.info["steps"] == 3
+    assert "final_step_ratio" not in image.info
+    with pytest.raises(UserError, match="the teacher has none"):
+        teacher(PROMPTS[0], final_step_ratio=0.5)
+
+
+def test_progress(pipe):
+    told = []
+    for _ in pipe.stream(PROMPTS[:2], **SIZE, progress=lambda *what: told.append(what)):
+        told.append("picture")
+    assert [what for what in told if what == "picture" or what[0] == "writing"] == [
+        ("writing", 1),
+        "picture",
+        ("writing", 2),
+        "picture",
+    ]
+    assert [what for what, done in told[:3] if done == 0] == ["encoding", "denoising", "decoding"]
+
+
+# Memory
+
+
+def on_device() -> int:
+    """Bytes of all arrays in the device's own memory."""
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays() if array.sharding.memory_kind == "device")
+
+
+def size(state) -> int:
+    return sum(array.nbytes for array in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("host", ["pinned_host", "a backend has no such memory"])
+def test_offload(pipe, model, student, monkeypatch, host):
+    monkeypatch.setattr(offload, "HOST", host)
+    before = on_device()
+    lean = ArcFlowPipeline.from_pretrained(model, student, offload=True)
+    held = {"loaded": on_device() - before}
+
+    def watch(function):
+        def watched(*args, **kwargs):
+            result = function(*args, **kwargs)
+            name = function.__name__
+            held[name] = max(on_device() - before, held.get(name, 0))
+            return result
+
+        return watched
+
+    for name, what in (("_apply", prompts), ("sample", pipeline), ("decode", pipeline)):
+        monkeypatch.setattr(what, name, watch(getattr(what, name)))
+    images = lean(PROMPTS, seed=3, batch_size=2, **SIZE)
+    held["done"] = on_device() - before
+    monkeypatch.undo()
+
+    activations = 2**20
+    assert held["loaded"] < activations
+    assert held["_apply"] < size(lean.encode.weights.state) + activations
+    assert held["sample"] < size(lean.transformer.state) + activations
+    assert held["decode"] < size(lean.vae.state) + activations
+    assert held["done"] < activations
+    assert size(lean.transformer.state) > 5 * activations
+    assert_same_pictures(images, pipe(PROMPTS, seed=3, batch_size=2, **SIZE), levels=0)
+    assert_same_pictures(images, lean(PROMPTS, seed=3, batch_size=2, **SIZE), levels=0)  # nothing was lost on the way
+
+
+# Several devices
+
+
+def test_eight_devices_make_the_same_pictures(pipe, model, student, tmp_path):
+    """In a process that has eight CPU devices; and no device holds more of the weights than its part."""
+    expected = pipe(PROMPTS[:2], batch_size=2, seed=3, **SIZE)
+    rows, columns = pipe.grid(**SIZE)
+    conditioning = pipe.encode(PROMPTS[:2], guidance=2.0, rows=rows, columns=columns)
+    tokens = pipe.denoise(pipe.noise(3, 2, rows, columns), conditioning, 2)
+    script = f"""
+import json, jax, numpy as np
+from arcflow_jax.pipeline import ArcFlowPipeline
+model, student, out = {str(model)!r}, {str(student)!r}, {str(tmp_path)!r}
+
+def held():
+    bytes = [0] * 8
+    for array in jax.live_arrays():
+        for shard in array.addressable_shards:
+            bytes[shard.device.id] += shard.data.nbytes
+    return bytes
+
+report = {{}}
+for mesh in ("tensor=2,sequence=-1", "data=2,fsdp=2,tensor=2"):
+    pipe = ArcFlowPipeline.from_pretrained(model, student, mesh=mesh)
+    report[mesh] = {{"held": held()}}
+    if mesh == "tensor=2,sequence=-1":
+        conditioning = pipe.encode({PROMPTS[:2]!r}, guidance=2.0, rows=2, columns=4)
+        tokens = pipe.denoise(pipe.noise(3, 2, 2, 4), conditioning, 2)
+        report[mesh]["part"] = tokens.sharding.shard_shape(tokens.shape)
+        np.save(out + "/tokens.npy", tokens)
+        np.save(out + "/pixels.npy", pipe.decode(tokens, 2, 4))
+    else:
+        np.save(out + "/pictures.npy", np.stack(pipe({PROMPTS[:2]!r}, seed=3, height=32, width=64)))
+    del pipe
+print(json.dumps(report))
+"""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+
+    assert np.abs(np.load(tmp_path / "tokens.npy") - tokens).max() < 1e-5 * np.abs(tokens).max()
+    assert_same_pictures(np.load(tmp_path / "pixels.npy"), expected)
+    assert_same_pictures(np.load(tmp_path / "pictures.npy"), expected)
+    assert report["tensor=2,sequence=-1"]["part"] == [2, 2, 64]  # a fourth of the 8 image tokens
+
+    # The decoder is whole everywhere; of the rest what `tensor` and `fsdp` divide between them
+    decoder = size(pipe.vae.state)
+    rest = size(pipe.transformer.state) + size(pipe.encode.weights.state)
+    for mesh, parts in (("tensor=2,sequence=-1", 2), ("data=2,fsdp=2,tensor=2", 4)):
+        for held in report[mesh]["held"]:
+            assert rest / parts < held - decoder < 1.15 * rest / parts, mesh
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tensor=2", "mesh data 1 × fsdp 1 × tensor 2 × sequence 1 does not have the size of 1 devices"),
+        ("heads=1", "'heads=1' is not one of data, fsdp, tensor, sequence"),
+        ("tensor", "'tensor' is not one of"),
+        ("tensor=0", "'tensor=0' is not one of"),
+        ("fsdp=-1,sequence=2", "fsdp and sequence do not go together"),
+    ],
+)
+def test_mesh_that_does_not_fit(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_mesh(text)
+
+
+def test_mesh_of_one_device():
+    for text in ("", "tensor=1", "sequence=-1"):
+        assert parse_mesh(text).devices.ravel().tolist() == jax.devices()[:1]
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "spec"),
+    [
+        (("embed", "heads"), (3072, 3072), ("fsdp", "tensor")),
+        (("embed", "heads"), (38, 3072, 3072), (None, "fsdp", "tensor")),  # stacked layers stay whole
+        (("embed", "heads"), (3071, 3072), (None, "tensor")),
+        (("embed", "rank"), (3072, 256), ("fsdp", None)),  # an axis splits an array once
+        (("batch", "tokens", None), (4, 4096, 64), (("data", "fsdp"), "sequence", None)),
+        (("batch", "tokens", None), (2, 4225, 64), ("data", None, None)),  # as far as it divides
+        (
+            ("batch", None, "attending_heads", None),
+            (4, 4608, 24, 128),
+            (("data", "fsdp"), None, ("tensor", "sequence"), None),
+        ),
+        (("batch", None, "attending_heads", None), (1, 4608, 4, 128), (None, None, "tensor", None)),
+    ],
+)
+def test_partition(axes, shape, spec):
+    mesh = AbstractMesh((2, 2, 4, 2), MESH_AXES)
+    assert partition_spec(mesh, axes, shape) == PartitionSpec(*spec)
