@@ -202,16 +202,19 @@ def sample(
     check_prompts(prompts)
     noise = None if latents is None else read_latents(latents)
 
-    columns = (
+    # On stderr, if that is a terminal: stdout has the paths, which scroll by above the bar where they share one
+    console = Console(stderr=True)
+    with Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-    )
-    # On stderr: stdout has the paths. On a terminal they scroll by above the bar.
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
+        console=console,
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),
+        disable=not console.is_interactive,
+    ) as bar:
         task = bar.add_task("loading", total=len(prompts) * images)
         pipeline = ArcFlowPipeline.from_pretrained(model, adapter, mesh=mesh, offload=offload)
         pictures = pipeline.stream(
