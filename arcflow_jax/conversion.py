@@ -62,12 +62,13 @@ def look_at(source: Path, name: str, network: Network, dtype: Any, file: Path | 
     tensors = read_file(file) if file else read_folder(weights)
     config_file = source / name / "config.json"
     config = read_json(config_file)
-    shape = geometry(network.geometry, config, str(config_file))
+    dimensions = geometry(network.geometry, config, str(config_file))
     try:
-        abstract = nnx.state(network.abstract(shape))
+        abstract = nnx.state(network.abstract(dimensions))
     except (TypeError, ValueError, ArithmeticError) as error:  # null for a number, 3 heads for a width of 10, …
         raise UserError(f"{config_file} does not describe a {network.class_name} that can be built: {error}") from error
-    fills = list(check(nearest(network.tables(shape), tensors), tensors, shapes_of(abstract), str(weights)))
+    table = nearest(network.tables(dimensions), tensors)
+    fills = list(check(table, tensors, shapes_of(abstract), str(weights)))
     used = [tensor for _, group in fills for tensor in group]
     dtype = np.dtype(dtype or jnp.result_type(*{tensor.dtype for tensor in used}))
     size = sum(math.prod(tensor.shape) for tensor in used) * dtype.itemsize
@@ -136,6 +137,8 @@ def convert_model(
     else:
         raise UserError(f"source folder {source} does not exist, and a hub id is owner/name")
     pipeline = look_at_index(folder)
+    if unknown := sorted(files.keys() - PIPELINES[pipeline]):
+        raise UserError(f"a {pipeline} has no {', '.join(unknown)}, only {', '.join(PIPELINES[pipeline])}")
     for name in TOKENIZERS:
         if not (folder / name).is_dir():
             raise UserError(f"component folder {folder / name} is missing")
