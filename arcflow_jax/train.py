@@ -70,7 +70,8 @@ def train(recipe: Recipe) -> Path:
             for i in range(int(state.step), recipe.steps):
                 conditioning = encode(batches[i], guidance=recipe.guidance, rows=rows, columns=columns)
                 one_step = steady if i >= recipe.distillation.decay else mixed
-                state, values = one_step(state, base, conditioning, key)
+                with jax.set_mesh(mesh):  # which fused attention needs to know
+                    state, values = one_step(state, base, conditioning, key)
                 if (i + 1) % recipe.log_every == 0 or i + 1 == recipe.steps:
                     loss = write_log(log, i + 1, values)
                     progress.update(task, completed=i + 1, loss=f"{loss:.4f}")

@@ -59,8 +59,10 @@ def ours(backward: bool) -> dict[str, Callable[[], Any]]:
     rope = rotary(jnp.asarray(positions()), CONFIG.axes_dims_rope)
     temb = jnp.asarray(random(1, WIDTH))
 
-    def timed(block: nnx.Module, *inputs: np.ndarray) -> Callable[[], Any]:
-        graphdef, state = nnx.split(block)
+    def timed(kind: type[nnx.Module], *inputs: np.ndarray) -> Callable[[], Any]:
+        abstract = nnx.eval_shape(lambda: kind(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+        graphdef, state = nnx.split(abstract)
+        state = jax.tree.map(lambda x: jnp.full(x.shape, 1 / WIDTH), state)  # no time depends on the values
 
         def forward(state, *inputs):
             return nnx.merge(graphdef, state)(*inputs, temb, rope, TEACHER)
@@ -72,14 +74,11 @@ def ours(backward: bool) -> dict[str, Callable[[], Any]]:
         call, arrays = jax.jit(gradient if backward else forward), [jnp.asarray(x) for x in inputs]
         return lambda: jax.block_until_ready(call(state, *arrays))
 
-    rngs = nnx.Rngs(0)
     product, x, w = jax.jit(jnp.matmul), jnp.asarray(random(TEXT + IMAGE, WIDTH)), jnp.asarray(random(WIDTH, 4 * WIDTH))
     return {
         "matrix product": lambda: jax.block_until_ready(product(x, w)),
-        "double block": timed(
-            DoubleBlock(CONFIG, dtype=jnp.float32, rngs=rngs), random(1, TEXT, WIDTH), random(1, IMAGE, WIDTH)
-        ),
-        "single block": timed(SingleBlock(CONFIG, dtype=jnp.float32, rngs=rngs), random(1, TEXT + IMAGE, WIDTH)),
+        "double block": timed(DoubleBlock, random(1, TEXT, WIDTH), random(1, IMAGE, WIDTH)),
+        "single block": timed(SingleBlock, random(1, TEXT + IMAGE, WIDTH)),
     }
 
 
@@ -87,8 +86,12 @@ def theirs(backward: bool) -> dict[str, Callable[[], Any]]:
     rope = FluxPosEmbed(theta=10_000, axes_dim=list(CONFIG.axes_dims_rope))(torch.from_numpy(positions()))
     temb = torch.from_numpy(random(1, WIDTH))
 
-    def timed(block: torch.nn.Module, text: np.ndarray, image: np.ndarray) -> Callable[[], Any]:
-        block.requires_grad_(False)
+    def timed(kind: type[torch.nn.Module], text: np.ndarray, image: np.ndarray) -> Callable[[], Any]:
+        with torch.device("meta"):
+            block = kind(WIDTH, HEADS, HEAD_DIM).requires_grad_(False)
+        block.to_empty(device="cpu")
+        for parameter in block.parameters():
+            parameter.fill_(1 / WIDTH)
 
         def call():
             inputs = [torch.from_numpy(x).requires_grad_(backward) for x in (text, image)]
@@ -102,8 +105,8 @@ def theirs(backward: bool) -> dict[str, Callable[[], Any]]:
     inputs = random(1, TEXT, WIDTH), random(1, IMAGE, WIDTH)
     return {
         "matrix product": lambda: x @ w,
-        "double block": timed(FluxTransformerBlock(WIDTH, HEADS, HEAD_DIM), *inputs),
-        "single block": timed(FluxSingleTransformerBlock(WIDTH, HEADS, HEAD_DIM), *inputs),
+        "double block": timed(FluxTransformerBlock, *inputs),
+        "single block": timed(FluxSingleTransformerBlock, *inputs),
     }
 
 

@@ -234,3 +234,10 @@ def test_errors_come_before_any_compilation(capfd, tmp_path, tiny_model, monkeyp
     refused("does not have the size of 4 devices", *good, "--mesh", "tensor=3", model)
     refused("batch 1 does not divide", *good, "--mesh", "data=4", model)
     refused("model directory /nowhere does not exist", *good, "--config.model=/nowhere")
+
+
+def test_tool_is_the_same_entry_point(tmp_path):
+    tool = ROOT / "tools" / "compile_report.py"
+    done = subprocess.run([sys.executable, tool, "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--topology" in done.stdout

@@ -83,9 +83,9 @@ def report(cases: Sequence[Case], limit: float, out: Path | None) -> list[dict[s
     for case in cases:
         with console.status(f"compiling the {case.program} for {case.topology}"):
             rows.append(row(case, ask([case], limit, compiling=True)))
+        if out is not None:
+            write(out, rows)  # after each, because a case can take long
     table(rows)
-    if out is not None:
-        write(out, rows)
     return rows
 
 

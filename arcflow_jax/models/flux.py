@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from arcflow_jax.attention import attention
 from arcflow_jax.layers import TEACHER, LayerNorm, Linear, Reading, RMSNorm, scan_blocks, stack
@@ -152,7 +153,11 @@ class Modulation(nnx.Module):
         self.count = count
 
     def __call__(self, temb: jax.Array) -> list[jax.Array]:
-        return jnp.split(self.linear(jax.nn.silu(temb))[:, None], self.count, axis=-1)
+        y = self.linear(jax.nn.silu(temb))
+        if not jax.sharding.get_abstract_mesh().empty:
+            # Whole on every device of a mesh: split by features, it would split the tokens that it modulates likewise
+            y = jax.lax.with_sharding_constraint(y, PartitionSpec(PartitionSpec.UNCONSTRAINED, None))
+        return jnp.split(y[:, None], self.count, axis=-1)
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
