@@ -28,7 +28,7 @@ from arcflow_jax.checkpoint import DESCRIPTION, AdapterDescription, Checkpoints,
 from arcflow_jax.components import TRANSFORMERS
 from arcflow_jax.conversion import refuse_used, writing_aside
 from arcflow_jax.convert.adapter import AdapterTable
-from arcflow_jax.convert.engine import Tensor, fills, flatten, import_tensors, shapes_of, write
+from arcflow_jax.convert.engine import Tensor, export_tensors, import_tensors
 from arcflow_jax.convert.safetensors_source import PICKLES, read_folder, read_header
 from arcflow_jax.distill import Distillation
 from arcflow_jax.errors import UserError
@@ -135,12 +135,10 @@ def export_adapter(run: str | Path, out: str | Path, *, raw: bool = False, dtype
         state = checkpoints.restore_raw(abstract) if raw else checkpoints.restore_ema(abstract)
 
     tensors = {}
-    variables = flatten(state)
-    for fill in fills(AdapterTable(network.table), shapes_of(state)):
-        for name, array in write(fill, variables):
-            if name.endswith("lora_B.weight") and adapter.alpha != adapter.rank:
-                array = array * np.float32(adapter.alpha / adapter.rank)
-            tensors[name] = cast(array, jnp.dtype(dtype), f"{run}: {name}")
+    for name, array in export_tensors(AdapterTable(network.table), state).items():
+        if name.endswith("lora_B.weight") and adapter.alpha != adapter.rank:
+            array = array * np.float32(adapter.alpha / adapter.rank)
+        tensors[name] = cast(array, jnp.dtype(dtype), f"{run}: {name}")
     config = {
         "_class_name": f"Arc{network.class_name}",
         **dataclasses.asdict(trunk),
