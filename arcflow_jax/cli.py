@@ -265,7 +265,8 @@ def compile_report(
     Needs no weights: the recipe's model may also be a diffusers folder of config files alone, as in
     --config.model=configs/flux.1-dev.
     """
-    from arcflow_jax.compile_report.report import Case, mesh_sizes, report
+    from arcflow_jax.compile_report.report import Case, report
+    from arcflow_jax.sharding import mesh_sizes
 
     sizes = {"height": height, "width": width}
     overrides = [*context.args, *(f"--config.{name}={size}" for name, size in sizes.items() if size is not None)]

@@ -51,13 +51,11 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device] | None = None)
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
 
 
-def parse_mesh(text: str) -> Mesh:
-    """The mesh that "tensor=4,sequence=2" names: other axes are 1, and so is each of "", the mesh of one device.
-
-    It takes as many devices as it needs, the first ones; with one size of -1, all that there are.
+def mesh_sizes(text: str) -> tuple[int, ...]:
+    """The sizes of `MESH_AXES` that e.g. "tensor=4,sequence=2" names; those that it does not are 1.
 
     Raises:
-      UserError: on what is not a mesh, or one of more devices than there are.
+      UserError: on anything else.
     """
     sizes = dict.fromkeys(MESH_AXES, 1)
     for part in filter(None, text.split(",")):
@@ -65,11 +63,24 @@ def parse_mesh(text: str) -> Mesh:
         if name not in sizes or not re.fullmatch(r"-1|[1-9]\d*", size):
             raise UserError(f"mesh {text!r}: {part!r} is not one of {', '.join(MESH_AXES)}, then =, then a size")
         sizes[name] = int(size)
-    if sizes["sequence"] != 1 and sizes["fsdp"] != 1:
+    return tuple(sizes.values())
+
+
+def parse_mesh(text: str) -> Mesh:
+    """The mesh for sampling that e.g. "tensor=4,sequence=2" names; "" is the mesh of one device.
+
+    It takes as many devices as it needs, the first ones; with one size of -1, all that there are.
+
+    Raises:
+      UserError: on what is not a mesh, or one of more devices than there are.
+    """
+    sizes = mesh_sizes(text)
+    _, fsdp, _, sequence = sizes
+    if sequence != 1 and fsdp != 1:
         raise UserError(f"mesh {text!r}: fsdp and sequence do not go together, take data in place of fsdp")
     devices = jax.devices()
-    wanted = math.prod(sizes.values())
-    return make_mesh(list(sizes.values()), devices[:wanted] if 0 < wanted < len(devices) else devices)
+    wanted = math.prod(sizes)
+    return make_mesh(sizes, devices[:wanted] if 0 < wanted < len(devices) else devices)
 
 
 def partition_spec(mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -48,17 +47,6 @@ class Case:
     topology: str
     mesh: tuple[int, ...]
     batch: int
-
-
-def mesh_sizes(text: str) -> tuple[int, ...]:
-    """The sizes of `MESH_AXES` that e.g. "tensor=4,sequence=2" names, the others 1. Raises UserError if it does not."""
-    sizes = dict.fromkeys(MESH_AXES, 1)
-    for part in text.split(","):
-        name, _, size = part.partition("=")
-        if name not in sizes or not re.fullmatch(r"-1|[1-9]\d*", size):
-            raise UserError(f"mesh {text!r}: {part!r} is not one of {', '.join(MESH_AXES)}, then =, then a size")
-        sizes[name] = int(size)
-    return tuple(sizes.values())
 
 
 def report(cases: Sequence[Case], limit: float, out: Path | None) -> list[dict[str, Any]]:
