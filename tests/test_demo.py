@@ -31,34 +31,50 @@ def test_captions_and_words_are_one_to_one():
 
 def test_prompt_files_divide_the_captions():
     train, test = (read_prompts(str(ASSETS / f"prompts-{part}.txt")) for part in ("train", "test"))
-    assert len(test) == 512
+    assert (len(train), len(test)) == (2048, 512)
     assert not set(train) & set(test)
-    assert {*train, *test} == {str(caption) for caption in pictures.all_captions()}
+    assert {*train, *test} <= {str(caption) for caption in pictures.all_captions()}
+    left_out = np.mean([caption_of(prompt).as_array()[2:] < 0 for prompt in test])
+    assert abs(left_out - pictures.LEFT_OUT) < 0.1
 
 
-def test_complete_fills_in_only_what_is_left_out():
-    asked = jnp.array([[2, 1, -1, 0, -1]] * 200)
-    whole = np.asarray(pictures.complete(jax.random.key(0), asked))
-    assert (whole[:, [0, 1, 3]] == [2, 1, 0]).all()
-    assert set(whole[:, 2]) == set(range(5))
-    assert set(whole[:, 4]) == set(range(4))
+def test_random_attributes_leave_out_what_may_be_left_out():
+    drawn = np.asarray(pictures.random_attributes(jax.random.key(0), 2000))
+    for column, values in zip(drawn.T, pictures.ATTRIBUTES.values(), strict=True):
+        assert set(column) - {-1} == set(range(len(values)))
+    left_out = (drawn < 0).mean(0)
+    assert (left_out[:2] == 0).all()
+    np.testing.assert_allclose(left_out[2:], pictures.LEFT_OUT, atol=0.05)
 
 
 def test_pictures_show_what_was_asked():
     attributes = jnp.array([[1, 2, 0, 1, 0], [0, 0, 3, 0, 2], [3, 1, 4, 1, 1]])  # square, circle, ring
     drawn = np.asarray((pictures.render(jax.random.key(1), attributes) + 1) / 2)
     for picture, (_, colour, _, _, background) in zip(drawn, np.asarray(attributes), strict=True):
-        np.testing.assert_allclose(picture[0, 0], pictures.BACKGROUND_RGB[background], atol=1e-6)
-        shares = np.isclose(picture, pictures.COLOUR_RGB[colour], atol=1e-5).all(-1)
-        assert shares.any()
+        low, high = pictures.LIGHTNESS[background]
+        assert ((low <= picture[0, 0]) & (picture[0, 0] <= high)).all()
+        assert np.isclose(picture, pictures.COLOUR_RGB[colour], atol=1e-5).all(-1).any()
     rows, columns = np.nonzero(np.isclose(drawn[0], pictures.COLOUR_RGB[2], atol=1e-5).all(-1))
     assert columns.mean() < 25  # on the left
     assert len(rows) == (np.ptp(rows) + 1) * (np.ptp(columns) + 1)  # a square is full
     ring = np.isclose(drawn[2], pictures.COLOUR_RGB[1], atol=1e-5).all(-1)
     assert not ring[30:34, 30:34].any()
     edge = drawn[1].reshape(-1, 3)
-    between = (edge[:, 0] > 0.1) & (edge[:, 0] < 0.8)
+    between = (edge[:, 0] > 0.2) & (edge[:, 0] < 0.8)
     assert between.sum() > 10  # antialiased
+
+
+def test_what_is_left_out_takes_values_between_the_named_ones():
+    drawn = np.asarray((pictures.render(jax.random.key(2), jnp.array([[0, 0, -1, -1, -1]] * 500)) + 1) / 2)
+    lightness = drawn[:, 0, 0, 0]
+    assert lightness.min() < 0.1 and lightness.max() > 0.92
+    assert ((lightness > 0.2) & (lightness < 0.4)).sum() > 50
+    red = np.isclose(drawn, pictures.COLOUR_RGB[0], atol=1e-5).all(-1)
+    wide = np.sqrt(red.sum((1, 2)) / np.pi)  # radius of a disc of that area
+    assert wide.min() < 11 and wide.max() > 17.5
+    assert ((wide > 13) & (wide < 15.5)).sum() > 50
+    x = (red * np.arange(64)).sum((1, 2)) / red.sum((1, 2))
+    assert ((x > 24) & (x < 29)).sum() > 50
 
 
 def test_judge_reads_real_pictures():

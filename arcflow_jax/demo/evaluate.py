@@ -102,8 +102,7 @@ def measure(results: dict[str, Results], captions: Sequence[Caption], against: s
     asked = np.stack([caption.as_array() for caption in captions])
     references = []
     for i in range(REFERENCES):
-        complete_key, render_key = jax.random.split(jax.random.fold_in(jax.random.key(SEED), i))
-        references.append(pictures.render(render_key, pictures.complete(complete_key, jnp.asarray(asked))))
+        references.append(pictures.render(jax.random.fold_in(jax.random.key(SEED), i), jnp.asarray(asked)))
     reference_features, _ = features_and_reading(references)
     truth = np.concatenate(results[against].latents)
     figures = {}

@@ -1,8 +1,8 @@
 """The picture world of the bundled teacher: one coloured shape on a plain background, and captions for it.
 
 A picture is drawn from five attributes. The caption always names shape and colour; position, size and background
-may be left out, and are then free. Within an attribute the exact place and radius are free too, so that a caption
-stands for a many-sided distribution.
+may be left out. What is left out takes any value there is, those between the named ones too, so that a caption
+stands for a many-sided and continuous distribution.
 """
 
 # B batch, P pixels along a side
@@ -24,7 +24,7 @@ SHAPES = ("circle", "square", "triangle", "ring")
 COLOURS = ("red", "green", "blue", "yellow", "purple")
 POSITIONS = ("left", "right", "top", "bottom", "center")
 SIZES = ("small", "large")
-BACKGROUNDS = ("white", "gray", "black", "pink")
+BACKGROUNDS = ("white", "gray", "black")
 ATTRIBUTES = {
     "shape": SHAPES,
     "colour": COLOURS,
@@ -34,10 +34,14 @@ ATTRIBUTES = {
 }
 
 COLOUR_RGB = np.array([[225, 45, 45], [40, 165, 75], [45, 85, 225], [250, 210, 40], [160, 40, 210]]) / 255
-BACKGROUND_RGB = np.array([[245, 245, 245], [128, 128, 128], [15, 15, 15], [245, 170, 190]]) / 255
-RADIUS = np.array([[10.0, 12.5], [16.0, 18.5]])  # from, to; for each of SIZES
-CENTRE = np.array([[[21, 32], [43, 32], [32, 21], [32, 43], [32, 32]]])[0]  # x, y for each of POSITIONS
-WANDER = 2.0  # the centre moves by up to this many pixels along x and y
+# The least and the greatest value of each number that a picture is drawn with; last, for an attribute left out.
+CENTRE = np.array([[21, 32], [43, 32], [32, 21], [32, 43], [32, 32]], np.float32)  # x, y in pixels
+CENTRE = np.stack([CENTRE - 2, CENTRE + 2], axis=1)  # [POSITIONS, 2, 2]
+CENTRE = np.concatenate([CENTRE, [[CENTRE.min((0, 1)), CENTRE.max((0, 1))]]])
+RADIUS = np.array([[10.0, 12.5], [16.0, 18.5], [10.0, 18.5]], np.float32)  # pixels
+LIGHTNESS = np.array([[0.88, 0.96], [0.46, 0.56], [0.06, 0.14], [0.06, 0.96]], np.float32)  # of the background's gray
+
+LEFT_OUT = 0.5  # probability that a caption leaves out an attribute that it may leave out
 
 POSITION_WORDS = ("on the left", "on the right", "at the top", "at the bottom", "in the center")
 
@@ -84,24 +88,29 @@ def _captions_by_words() -> dict[str, Caption]:
     return {str(caption): caption for caption in all_captions()}
 
 
-def complete(key: jax.Array, attributes: jax.Array) -> jax.Array:
-    """Attributes [B, 5] with every -1 replaced by a value drawn at random."""
+def random_attributes(key: jax.Array, count: int) -> jax.Array:
+    """Attributes [B, 5] of captions drawn at random: every value alike, and -1 with probability LEFT_OUT."""
+    value_key, leave_key = jax.random.split(key)
     counts = jnp.array([len(values) for values in ATTRIBUTES.values()])
-    drawn = jax.random.randint(key, attributes.shape, 0, counts)
-    return jnp.where(attributes < 0, drawn, attributes)
+    drawn = jax.random.randint(value_key, (count, len(ATTRIBUTES)), 0, counts)
+    left_out = jax.random.bernoulli(leave_key, LEFT_OUT, drawn.shape).at[:, :2].set(False)
+    return jnp.where(left_out, -1, drawn)
 
 
 def render(key: jax.Array, attributes: jax.Array) -> jax.Array:
-    """Pictures [B, P, P, 3] in [-1, 1] of complete attributes [B, 5]; `key` draws place and radius.
+    """Pictures [B, P, P, 3] in [-1, 1] for captions with attributes [B, 5]; `key` draws what they leave free.
 
     Antialiased: a pixel's coverage is its signed distance to the outline, clipped to half a pixel on both sides.
     """
     shape, colour, position, size, background = attributes.T
-    place_key, radius_key = jax.random.split(key)
-    wander = jax.random.uniform(place_key, (len(attributes), 2), minval=-WANDER, maxval=WANDER)
-    centre = jnp.asarray(CENTRE, jnp.float32)[position] + wander
-    low, high = jnp.asarray(RADIUS, jnp.float32)[size].T
-    radius = low + (high - low) * jax.random.uniform(radius_key, low.shape)
+
+    def draw(key: jax.Array, ranges: np.ndarray, chosen: jax.Array) -> jax.Array:
+        low, high = jnp.moveaxis(jnp.asarray(ranges)[chosen], 1, 0)  # -1 picks the last
+        return jax.random.uniform(key, low.shape, minval=low, maxval=high)
+
+    keys = jax.random.split(key, 3)
+    centre, radius = draw(keys[0], CENTRE, position), draw(keys[1], RADIUS, size)
+    lightness = draw(keys[2], LIGHTNESS, background)
 
     grid = jnp.arange(SIDE) + 0.5
     x = (grid[None, None, :] - centre[:, 0, None, None]) / radius[:, None, None]  # [B, 1, P], in radii
@@ -116,12 +125,12 @@ def render(key: jax.Array, attributes: jax.Array) -> jax.Array:
     coverage = jnp.clip(0.5 - distance, 0.0, 1.0)[..., None]
 
     front = jnp.asarray(COLOUR_RGB, jnp.float32)[colour][:, None, None]
-    back = jnp.asarray(BACKGROUND_RGB, jnp.float32)[background][:, None, None]
+    back = lightness[:, None, None, None]
     return (coverage * front + (1 - coverage) * back) * 2 - 1
 
 
 def random_pictures(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """`count` pictures [B, P, P, 3] of attributes drawn at random, and the attributes [B, 5]."""
-    complete_key, render_key = jax.random.split(key)
-    attributes = complete(complete_key, jnp.full((count, len(ATTRIBUTES)), -1))
+    """`count` pictures [B, P, P, 3] of captions drawn at random, and the captions' attributes [B, 5]."""
+    caption_key, render_key = jax.random.split(key)
+    attributes = random_attributes(caption_key, count)
     return render(render_key, attributes), attributes

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from flax import nnx
@@ -48,15 +49,21 @@ def write_component(folder: Path, config: dict[str, Any], table: Any, state: nnx
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
 
-TEST_PROMPTS = 512
+HELD_OUT = 0.3  # of the captions: kept from distillation, and what the demo measures with
+TRAIN_PROMPTS, TEST_PROMPTS = 2048, 512
 
 
 def write_prompts(work: Path) -> None:
-    """Every caption, shuffled: the last ones are kept from distillation and are what the demo measures with."""
-    captions = [str(caption) for caption in pictures.all_captions()]
-    captions = [captions[i] for i in np.random.default_rng(0).permutation(len(captions))]
-    (work / "prompts-train.txt").write_text("\n".join(captions[:-TEST_PROMPTS]) + "\n")
-    (work / "prompts-test.txt").write_text("\n".join(captions[-TEST_PROMPTS:]) + "\n")
+    """Prompts as random pictures have them: captions that leave much open come more than once."""
+    captions = pictures.all_captions()
+    order = np.random.default_rng(0).permutation(len(captions))
+    held_out = np.zeros(len(captions), bool)
+    held_out[order[: int(HELD_OUT * len(captions))]] = True
+    for name, count, seed in (("train", TRAIN_PROMPTS, 1), ("test", TEST_PROMPTS, 2)):
+        # Draws far more than are needed, and keeps the first of this side of the division
+        drawn = np.asarray(denoiser.caption_index(pictures.random_attributes(jax.random.key(seed), 20 * count)))
+        lines = [str(captions[i]) for i in drawn if held_out[i] == (name == "test")][:count]
+        (work / f"prompts-{name}.txt").write_text("\n".join(lines) + "\n")
 
 
 def assemble(work: Path) -> None:

@@ -23,7 +23,10 @@ CONFIG = AutoencoderKLConfig(
 
 
 def make_autoencoder(work: Path, steps: int = 4_500, batch: int = 8) -> None:
-    """Mean squared error plus a light KL term, so that the decoder tolerates the denoiser's errors."""
+    """Mean squared error plus a KL term, which keeps detail that no eye sees out of the latents.
+
+    At λ = 1e-3 it costs at most λ/2 of squared error, and the denoiser has smoother latents to learn.
+    """
     graphdef, state = nnx.split(AutoencoderKL(CONFIG, rngs=nnx.Rngs(0)))
 
     def loss(state: nnx.State, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -34,7 +37,7 @@ def make_autoencoder(work: Path, steps: int = 4_500, batch: int = 8) -> None:
         latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(noise_key, mean.shape)
         kl = 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1 - log_variance)
         mse = jnp.mean((model.decode(latents) - images) ** 2)
-        return mse + 1e-4 * kl, {"mse": mse, "kl": kl}
+        return mse + 1e-3 * kl, {"mse": mse, "kl": kl}
 
     @jax.jit
     def held_out(state: nnx.State) -> jax.Array:

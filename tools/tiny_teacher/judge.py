@@ -33,9 +33,10 @@ def make_judge(work: Path, steps: int = 2_500, batch: int = 32) -> None:
         picture_key, spoil_key = jax.random.split(key)
         images, attributes = pictures.random_pictures(picture_key, batch)
         _, logits = nnx.merge(graphdef, state)(spoil(spoil_key, images))
-        losses = [
-            optax.softmax_cross_entropy_with_integer_labels(each, attributes[:, i]) for i, each in enumerate(logits)
-        ]
+        losses = []
+        for i, each in enumerate(logits):
+            loss_of_each = optax.softmax_cross_entropy_with_integer_labels(each, attributes[:, i])
+            losses.append(jnp.where(attributes[:, i] >= 0, loss_of_each, 0.0))
         return sum(losses).mean(), {"cross-entropy": sum(losses).mean()}
 
     @jax.jit

@@ -36,7 +36,7 @@ from tools.tiny_teacher.tokenizers import CLIP_LENGTH, T5_LENGTH, make_clip_toke
 
 WIDTH = 64
 ANSWERS = [len(values) + 1 for values in pictures.ATTRIBUTES.values()]  # of each attribute; the first is "not named"
-EMPTY_PROMPTS = 90  # guidance needs the empty prompt, one among 1800 captions, to be learnt as well
+EMPTY_PROMPTS = 90  # guidance needs the empty prompt, one among all captions, to be learnt as well
 ACCURACY = 0.999
 
 
