@@ -283,6 +283,7 @@ import os, signal, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from arcflow_jax import cli, conversion
 from test_cli_convert import stopping
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 conversion.layers = stopping(lambda: os.kill(os.getpid(), signal.SIGINT))
 cli.main(["convert", "--source", {str(source)!r}, "--out", {str(tmp_path / "out")!r}])
 """
