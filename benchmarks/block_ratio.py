@@ -2,8 +2,8 @@
 
     python benchmarks/block_ratio.py --rounds 3
 
-XLA's matrix products on a CPU are slower than those of PyTorch's library, so the ratio of the two frameworks' plain
-products, measured in the same rounds, stands beside the blocks' ratios. Measurements take turns, because a shared
+The two frameworks' plain matrix products differ in speed on a CPU, so their ratio, measured in the same rounds, stands
+beside the blocks' ratios. Measurements take turns, because a shared
 machine's speed drifts; every figure is the median of its rounds.
 """
 
