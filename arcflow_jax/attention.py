@@ -15,11 +15,12 @@ against the keys and values of the whole sequence.
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
+
+from arcflow_jax.sharding import partition_spec
 
 # Overrides the choice in what is traced inside `with attention_kernel("chunked"): …`; part of jit's cache key
 attention_kernel = jax.make_user_context(None)
@@ -45,8 +46,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     kernel = functools.partial(splash, interpret=platform(mesh) != "tpu") if name == "splash" else kernels[name]
     if mesh.size <= 1:
         return kernel(q, k, v)
-    batch, sequence, heads = axes(mesh, q.shape)
-    queries, keys = PartitionSpec(batch, sequence, heads), PartitionSpec(batch, (), heads)
+    queries = split(mesh, q.shape)
+    keys = PartitionSpec(queries[0], None, queries[2])
     # Pallas kernels do not say over which mesh axes their results vary
     return jax.shard_map(kernel, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False)(q, k, v)
 
@@ -67,22 +68,15 @@ def choose(platform: str, q: jax.Array) -> str:
     return "splash" if platform == "tpu" and head_dim in (128, 256) else "chunked"
 
 
-def axes(mesh: AbstractMesh, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
-    """The mesh axes over which examples, queries and heads [B, S, H, ..] are split, as far as they divide.
+def split(mesh: AbstractMesh, shape: tuple[int, ...]) -> PartitionSpec:
+    """How queries [B, S, H, E] are split over a mesh.
 
     Heads are split over `sequence` too (arXiv 2309.14509), and queries where the heads do not suffice.
     """
-
-    def split(size: int, *names: str) -> tuple[str, ...]:
-        taken: tuple[str, ...] = ()
-        for name in names:
-            if size % (math.prod(mesh.shape[each] for each in taken) * mesh.shape[name]) == 0:
-                taken = (*taken, name)
-        return taken
-
-    heads = split(shape[2], "tensor", "sequence")
-    queries = () if "sequence" in heads else split(shape[1], "sequence")
-    return [split(shape[0], "data", "fsdp"), queries, heads]
+    by_heads = partition_spec(mesh, ("batch", None, "attending_heads", None), shape)
+    if "sequence" in jax.tree.leaves(tuple(by_heads)):
+        return by_heads
+    return partition_spec(mesh, ("batch", "tokens", "heads", None), shape)
 
 
 def xla(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
