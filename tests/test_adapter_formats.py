@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 from source_folder import weights_file, write_source
 from test_arc_model import GOLDEN, LORA, check_mixture, golden, golden_inputs
 from test_cli import assert_refused, run
-from test_flux import inputs, relative_error
+from test_flux import inputs, relative_error, twin_output
 
 from arcflow_jax import arc_model
 from arcflow_jax.arc_model import AdapterConfig, ArcModel
@@ -205,16 +205,7 @@ def test_diffusers_and_peft_read_it(capfd, base, tmp_path):
     tokens, sigma, c = inputs(model.trunk.config)
     mixture = model.student_mixture(tokens, sigma, c)
     ours = jnp.concatenate([part.reshape(*tokens.shape[:2], -1) for part in dataclasses.astuple(mixture)], axis=-1)
-    with torch.no_grad():
-        theirs = twin(
-            hidden_states=torch.from_numpy(tokens),
-            timestep=torch.from_numpy(sigma),
-            encoder_hidden_states=torch.from_numpy(c.text),
-            pooled_projections=torch.from_numpy(c.pooled),
-            guidance=torch.from_numpy(c.guidance),
-            img_ids=torch.from_numpy(np.array(c.positions)),
-            txt_ids=torch.zeros(c.text.shape[1], 3),
-        ).sample.numpy()
+    theirs = twin_output(twin, tokens, sigma, c)
     assert relative_error(ours, theirs) < 1e-5
 
 

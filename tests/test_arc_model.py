@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
-from test_flux import TINY, inputs, relative_error
+from test_flux import TINY, inputs, relative_error, twin_output
 
 from arcflow_jax import arc_model
 from arcflow_jax.arc_model import AdapterConfig, ArcModel
@@ -166,16 +166,7 @@ def test_lora_is_peft():
     model.head.start_from(model.output, jnp.zeros((1, 16)))
     tokens, sigma, c = inputs(CONFIG)
     ours = model.student_mixture(tokens, sigma, c).means.reshape(tokens.shape)
-    with torch.no_grad():
-        theirs = twin(
-            hidden_states=torch.from_numpy(tokens),
-            timestep=torch.from_numpy(sigma),
-            encoder_hidden_states=torch.from_numpy(c.text),
-            pooled_projections=torch.from_numpy(c.pooled),
-            guidance=torch.from_numpy(c.guidance),
-            img_ids=torch.from_numpy(np.array(c.positions)),
-            txt_ids=torch.zeros(c.text.shape[1], 3),
-        ).sample.numpy()
+    theirs = twin_output(twin, tokens, sigma, c)
     assert relative_error(ours, theirs) < 1e-5
     assert relative_error(model.teacher_velocity(tokens, sigma, c), theirs) > 1e-2
 

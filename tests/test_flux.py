@@ -68,6 +68,25 @@ def relative_error(ours, theirs) -> float:
     return float(np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max())
 
 
+def twin_output(twin, tokens, sigma, c: FluxConditioning) -> np.ndarray:
+    """What a FluxTransformer2DModel of diffusers, or one derived from it, makes of our inputs."""
+    import torch
+
+    def as_torch(x):
+        return None if x is None else torch.from_numpy(np.array(x))
+
+    with torch.no_grad():
+        return twin(
+            hidden_states=as_torch(tokens),
+            timestep=as_torch(sigma),
+            encoder_hidden_states=as_torch(c.text),
+            pooled_projections=as_torch(c.pooled),
+            guidance=as_torch(c.guidance),
+            img_ids=as_torch(c.positions),
+            txt_ids=torch.zeros(c.text.shape[1], 3),
+        ).sample.numpy()
+
+
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_teacher_is_diffusers_transformer(geometry):
     torch = pytest.importorskip("torch")
@@ -79,17 +98,7 @@ def test_teacher_is_diffusers_transformer(geometry):
         for parameter in twin.parameters():  # norms and biases too, so that nothing is tested at its default
             parameter.copy_(torch.randn_like(parameter) * 0.3 / max(1, parameter[0].numel()) ** 0.5 + 0.02)
     tokens, sigma, c = inputs(config)
-    as_torch = lambda x: None if x is None else torch.from_numpy(np.array(x))  # noqa: E731
-    with torch.no_grad():
-        theirs = twin(
-            hidden_states=as_torch(tokens),
-            timestep=as_torch(sigma),
-            encoder_hidden_states=as_torch(c.text),
-            pooled_projections=as_torch(c.pooled),
-            guidance=as_torch(c.guidance),
-            img_ids=as_torch(c.positions),
-            txt_ids=torch.zeros(c.text.shape[1], 3),
-        ).sample.numpy()
+    theirs = twin_output(twin, tokens, sigma, c)
     tensors = {name: tensor.numpy() for name, tensor in twin.state_dict().items()}
     with jax.default_matmul_precision("highest"):
         ours = teacher(config, tensors).teacher_velocity(tokens, sigma, c)
