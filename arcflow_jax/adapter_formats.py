@@ -132,7 +132,7 @@ def export_adapter(run: str | Path, out: str | Path, *, raw: bool = False, dtype
     trunk = geometry(network.geometry, description.transformer["config"], str(run / DESCRIPTION))
     _, _, abstract = arc_model.split(network.student(trunk, adapter, jnp.float32))
     with checkpoints:
-        state = checkpoints.restore_raw(abstract) if raw else checkpoints.restore_ema(abstract)
+        state = checkpoints.restore_adapter(abstract, raw)
 
     tensors = {}
     for name, array in export_tensors(AdapterTable(network.table), state).items():

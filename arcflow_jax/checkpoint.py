@@ -1,26 +1,34 @@
 """Checkpoints of a distillation run: what was trained, never the base, which is named by its fingerprint.
 
 RUN/adapter.json         format, base fingerprint and geometry, adapter geometry, distillation settings
-RUN/checkpoints/STEP/    Orbax: step, adapter, ema, optimizer; of a student that was trained elsewhere ema alone
+RUN/checkpoints/STEP/    Orbax: step, adapter, ema, optimizer, skipped; of a student that was trained elsewhere ema
+                         alone; and a checksum of each
+
+Random numbers and the order of the data follow from the recipe's seed and the step, so neither is stored again. A
+checkpoint has its name once it is complete, not before: what a killed save leaves is cleared by the next run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
-import os
+import logging
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from arcflow_jax.arc_model import AdapterConfig
 from arcflow_jax.distill import Distillation
 from arcflow_jax.errors import UserError, one_line
-from arcflow_jax.geometry import geometry, read_json
-from arcflow_jax.train_state import TrainState
+from arcflow_jax.geometry import geometry, read_json, write_json
+from arcflow_jax.train_state import Skipped, TrainState
 
 DESCRIPTION = "adapter.json"
 FORMAT = "arcflow_jax adapter"
@@ -46,10 +54,7 @@ class AdapterDescription:
     transformer: dict[str, Any] | None = dataclasses.field(default=None, compare=False)
 
     def write(self, run: Path) -> None:
-        values = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
-        aside = run / f"{DESCRIPTION}.tmp"
-        aside.write_text(json.dumps(values, indent=2) + "\n")
-        os.replace(aside, run / DESCRIPTION)
+        write_json(run / DESCRIPTION, {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)})
 
     @classmethod
     def read(cls, run: Path) -> AdapterDescription:
@@ -101,23 +106,70 @@ def from_dicts(like: Any, values: Any) -> Any:
 
 def items(state: TrainState) -> dict[str, Any]:
     """What a checkpoint holds."""
-    return {"step": state.step, "adapter": state.adapter, "ema": state.ema, "optimizer": state.opt_state}
+    return {
+        "step": state.step,
+        "adapter": state.adapter,
+        "ema": state.ema,
+        "optimizer": state.opt_state,
+        "skipped": dataclasses.asdict(state.skipped),
+    }
+
+
+@jax.jit
+def checksum(tree: Any) -> jax.Array:
+    """Of all bits of a tree, however it is split: the sum of its words modulo 2³², which a changed bit changes.
+
+    The file format has none over the numbers themselves.
+    """
+
+    def words(x: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+
+    return sum((jnp.sum(words(x), dtype=jnp.uint32) for x in jax.tree.leaves(tree)), jnp.uint32(0))
+
+
+def not_orbax(record: logging.LogRecord) -> bool:
+    """Keeps Orbax from logging an error, with its traceback, that is raised here as well."""
+    return "orbax" not in record.pathname
+
+
+def closed_loop(unraisable: Any) -> None:
+    """Keeps quiet about the reads and writes that Orbax leaves behind when one fails, which is told by itself."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 class Checkpoints:
-    """The checkpoints of a run, newest last; saving goes on in the background."""
+    """The checkpoints of a run, newest last; saving goes on in the background, and is done when the `with` block ends.
 
-    def __init__(self, run: Path, keep: int = 2):
+    Args:
+      run: the run's directory.
+      keep_last: how many of the newest stay.
+      keep_every: those whose number this divides stay as well, if it is not 0.
+      read_only: leaves alone what another process may be writing.
+    """
+
+    def __init__(self, run: Path, keep_last: int = 2, keep_every: int = 0, read_only: bool = False):
         self.run = run
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+        logging.getLogger("absl").addFilter(not_orbax)
+        keep = AnyPreservationPolicy([LatestN(keep_last), *([EveryNSteps(keep_every)] if keep_every else [])])
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep, cleanup_tmp_directories=not read_only, read_only=read_only
+        )
         directory, handler = (run / "checkpoints").absolute(), ocp.PyTreeCheckpointHandler()
-        self.manager = ocp.CheckpointManager(directory, options=options, item_handlers=handler)
+        with self._writing():
+            self.manager = ocp.CheckpointManager(directory, options=options, item_handlers=handler)
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            with self._writing():
+                self.manager.close()
+        except UserError:
+            if kind is None:  # otherwise the first error is the one to be told
+                raise
 
     @property
     def latest(self) -> int | None:
@@ -125,40 +177,106 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def save(self, state: TrainState) -> None:
+        """Raises UserError if this or the last checkpoint cannot be written."""
         step = int(state.step)
         if self.latest != step:
-            self.manager.save(step, args=ocp.args.PyTreeSave(to_dicts(items(state))))
+            self._write(step, items(state))
 
     def save_ema(self, ema: nnx.State) -> None:
-        """A finished student, which has no optimizer to go on with: the averaged adapter alone."""
-        self.manager.save(0, args=ocp.args.PyTreeSave({"ema": to_dicts(ema)}))
+        """A finished student, which has no optimizer to go on with: the averaged adapter alone. Raises as `save`."""
+        self._write(0, {"ema": ema})
 
-    def restore(self, like: TrainState) -> TrainState:
-        """The newest checkpoint, in the shapes and shardings of `like`."""
-        restored = items(like)
-        for name, value in self._read(to_dicts(restored)).items():
-            restored[name] = from_dicts(restored[name], value)
-        return TrainState(restored["step"], restored["adapter"], restored["ema"], restored["optimizer"])
+    def check(self) -> None:
+        """Raises UserError if a save that went on in the background has failed."""
+        with self._writing():
+            self.manager.check_for_errors()
 
-    def restore_ema(self, abstract: nnx.State) -> nnx.State:
-        """The averaged adapter alone, for sampling; `abstract` carries shapes and shardings."""
-        return from_dicts(abstract, self._read({"ema": to_dicts(abstract)})["ema"])
+    def _write(self, step: int, tree: dict[str, Any]) -> None:
+        tree = to_dicts(tree)
+        with self._writing():
+            sums = {name: checksum(value) for name, value in tree.items()}
+            self.manager.save(step, args=ocp.args.PyTreeSave({**tree, "checksum": sums}))
 
-    def restore_raw(self, abstract: nnx.State) -> nnx.State:
-        """The adapter as the last iteration left it. Raises UserError for a student of which only `ema` was kept."""
-        if "adapter" not in self.manager.item_metadata(self.latest).tree:
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns what Orbax and TensorStore raise, now or for what they did in the background, into a UserError."""
+        try:
+            yield
+        except Exception as error:
+            sys.unraisablehook = closed_loop
+            full = "No space left on device" in str(error)
+            reason = "no space left on the device" if full else one_line(error)
+            there = [int(path.name) for path in (self.run / "checkpoints").glob("*") if path.name.isdigit()]
+            kept = f"; checkpoint {max(there)} is intact" if there else ""
+            raise UserError(f"cannot write a checkpoint to {self.run}{kept}: {reason}") from error
+
+    def restore(self, like: TrainState, step: int | None = None) -> TrainState:
+        """A checkpoint, in the shapes and shardings of `like`: the newest, or that of `step`, which deletes newer ones.
+
+        Raises:
+          UserError: if there is no such checkpoint, or it is damaged.
+        """
+        step = self.latest if step is None else step
+        steps = sorted(self.manager.all_steps())
+        if step not in steps:
+            raise UserError(f"{self.run} has no checkpoint {step}; there are {', '.join(map(str, steps))}")
+        wanted = items(like)
+        read = self._read(to_dicts(wanted), step)
+        restored = {name: from_dicts(value, read[name]) for name, value in wanted.items()}
+        for newer in steps[steps.index(step) + 1 :]:  # not before: this one might have been damaged
+            self.manager.delete(newer)
+        return TrainState(
+            restored["step"],
+            restored["adapter"],
+            restored["ema"],
+            restored["optimizer"],
+            Skipped(**restored["skipped"]),
+        )
+
+    def restore_adapter(self, abstract: nnx.State, raw: bool = False) -> nnx.State:
+        """The adapter of the newest checkpoint, for sampling; `abstract` carries shapes and shardings.
+
+        Args:
+          raw: as the last iteration left it, instead of averaged.
+
+        Raises:
+          UserError: if the checkpoint is damaged, or it is of a student of which only the average was kept.
+        """
+        name = "adapter" if raw else "ema"
+        if raw and name not in self._names(self.latest):
             raise UserError(f"{self.run} holds averaged weights only: leave --raw out")
-        return from_dicts(abstract, self._read({"adapter": to_dicts(abstract)})["adapter"])
+        return from_dicts(abstract, self._read({name: to_dicts(abstract)}, self.latest)[name])
 
-    def _read(self, like: dict[str, Any]) -> dict[str, Any]:
-        """The named parts of the newest checkpoint, with the shapes, dtypes and shardings of `like`."""
+    def _names(self, step: int) -> set[str]:
+        """What a checkpoint holds."""
+        with self._reading(step):
+            return set(self.manager.item_metadata(step).tree)
+
+    def _read(self, like: dict[str, Any], step: int) -> dict[str, Any]:
+        """The named parts of a checkpoint, with the shapes, dtypes and shardings of `like`."""
+        names = self._names(step)
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(x)), like)
+        if "checksum" in names:  # older ones have none
+            wanted["checksum"] = dict.fromkeys(like, jax.ShapeDtypeStruct((), jnp.uint32))
         restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
         args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
+        with self._reading(step):
+            read = self.manager.restore(step, args=args)
+            sums = read.pop("checksum", {})
+            if wrong := [name for name, value in sums.items() if int(value) != int(checksum(read[name]))]:
+                raise ValueError(f"the checksum of {', '.join(wrong)} is wrong")
+        return read
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Turns what Orbax and TensorStore raise, all sorts, into a UserError."""
         try:
-            return self.manager.restore(self.latest, args=args)
-        except Exception as error:  # Orbax and TensorStore raise all sorts
-            raise UserError(f"checkpoint {self.latest} in {self.run} is damaged: {one_line(error)}") from error
+            yield
+        except Exception as error:
+            sys.unraisablehook = closed_loop
+            older = [other for other in self.manager.all_steps() if other < step]
+            hint = f"; arcflow train --step {max(older)} goes on from the one before" if older else ""
+            raise UserError(f"checkpoint {step} in {self.run} is damaged{hint}: {one_line(error)}") from error
 
 
 def sharding_of(x: Any) -> jax.sharding.Sharding:
@@ -175,7 +293,6 @@ def load_adapter(run: str | Path, fingerprint: str | None = None) -> tuple[Adapt
     description = AdapterDescription.read(run)
     if fingerprint is not None:
         description.check_base(fingerprint, run)
-    # Looked for first, because the manager would make the directory
-    if not (run / "checkpoints").is_dir() or (checkpoints := Checkpoints(run)).latest is None:
+    if not (run / "checkpoints").is_dir() or (checkpoints := Checkpoints(run, read_only=True)).latest is None:
         raise UserError(f"{run} holds no checkpoint yet")
     return description, checkpoints

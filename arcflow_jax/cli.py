@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from arcflow_jax.errors import UserError
+from arcflow_jax.errors import Preempted, UserError
 
 app = typer.Typer(
     help="ArcFlow in JAX: distils large text-to-image models into 2-step generators.",
@@ -120,16 +120,34 @@ def convert(
 def train(
     context: typer.Context,
     config: Annotated[str, typer.Option(help="The recipe: FILE.py, or FILE.py:VARIANT.")],
+    step: Annotated[
+        int | None,
+        typer.Option(help="Go on from this checkpoint instead of the newest. Newer ones are deleted."),
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(help="A:B, write a JAX trace of iterations A to B, counted from 1, to OUT/profile."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only check everything, and print the recipe, sizes, memory and the mesh."),
+    ] = False,
 ) -> None:
     """Distils a converted teacher into a few-step student.
 
     Any value of the recipe can be overridden: --config.steps=1000 --config.optimizer.learning_rate=1e-4. A run whose
-    directory (--config.out) is there already goes on from its last checkpoint.
+    directory (--config.out) is there already goes on from its last checkpoint. SIGTERM makes it save and end with
+    exit code 0.
     """
     from arcflow_jax.config import Recipe, read_config
+    from arcflow_jax.dry_run import report
     from arcflow_jax.train import train as run
 
-    print(f"the student is in {run(Recipe.of(read_config(config, context.args)))}")
+    recipe = Recipe.of(read_config(config, context.args))
+    if dry_run:
+        print(report(recipe))
+    else:
+        print(f"the student is in {run(recipe, step=step, profile=profile)}")
 
 
 @app.command()
@@ -143,6 +161,9 @@ def sample(
     adapter: Annotated[
         Path | None, typer.Option(help="What arcflow train wrote. By default, with the demo's model, its student.")
     ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="The last iteration's weights instead of the averaged ones.")
+    ] = False,
     teacher: Annotated[bool, typer.Option("--teacher", help="Sample from the teacher itself.")] = False,
     steps: Annotated[
         int | None, typer.Option(help="Network calls. By default the student's own, for the teacher 50.")
@@ -190,8 +211,8 @@ def sample(
     from arcflow_jax.pipeline import ArcFlowPipeline
     from arcflow_jax.prompts import check_prompts, read_prompts
 
-    if teacher and adapter is not None:
-        raise UserError("--teacher samples without a student: leave --adapter out")
+    if teacher and (adapter is not None or raw):
+        raise UserError("--teacher samples without a student: leave --adapter and --raw out")
     if not teacher and adapter is None:
         if model != DEMO / "teacher":
             raise UserError("name the student with --adapter, or say --teacher for the teacher itself")
@@ -216,7 +237,7 @@ def sample(
         disable=not console.is_interactive,
     ) as bar:
         task = bar.add_task("loading", total=len(prompts) * images)
-        pipeline = ArcFlowPipeline.from_pretrained(model, adapter, mesh=mesh, offload=offload)
+        pipeline = ArcFlowPipeline.from_pretrained(model, adapter, mesh=mesh, offload=offload, raw=raw)
         pictures = pipeline.stream(
             prompts,
             steps=steps,
@@ -315,6 +336,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Preempted as told:
+        print(told)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

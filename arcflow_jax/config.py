@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from arcflow_jax.arc_model import AdapterConfig
 from arcflow_jax.distill import Distillation
 from arcflow_jax.errors import UserError
+from arcflow_jax.geometry import read_json, write_json
 from arcflow_jax.optim import OptimizerConfig
 from arcflow_jax.train_state import EmaConfig
 
 T = TypeVar("T")
+SETTINGS = "config.json"  # in the run's directory: the recipe with all overrides
+# What may be changed when a run goes on: where things are, for how long and how often. The rest decides its numbers.
+CHANGEABLE = {
+    *("model", "prompts", "out", "mesh", "steps", "log_every", "save_every", "keep_last", "keep_every"),
+    *("max_skipped", "preview_every", "preview_prompts", "wandb_project"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +45,12 @@ class Recipe:
       dtype: that the networks compute in.
       mesh: sizes of the axes data, fsdp, tensor, sequence; -1 takes what is left.
       log_every, save_every: iterations.
+      keep_last: how many of the newest checkpoints stay.
+      keep_every: checkpoints of iterations that this divides stay for good; 0 keeps none of them.
+      max_skipped: how many iterations in a row may have a loss or gradient that is not finite, before the run stops.
+      preview_every: iterations from one picture of teacher and student to the next; 0 makes none.
+      preview_prompts: what the pictures show.
+      wandb_project: of Weights & Biases, to log there as well; "" does not.
     """
 
     model: str
@@ -51,20 +66,63 @@ class Recipe:
     mesh: tuple[int, ...]
     log_every: int
     save_every: int
+    keep_last: int
+    keep_every: int
+    max_skipped: int
+    preview_every: int
+    preview_prompts: tuple[str, ...]
+    wandb_project: str
     adapter: AdapterConfig
     distillation: Distillation
     optimizer: OptimizerConfig
     ema: EmaConfig
 
     def __post_init__(self):
-        for name, least in (("batch", 1), ("steps", 0), ("log_every", 1), ("save_every", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}, but has to be at least {least}")
+        least = {"batch": 1, "steps": 0, "log_every": 1, "save_every": 1}
+        least |= {"keep_last": 1, "keep_every": 0, "max_skipped": 0, "preview_every": 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise UserError(f"{name} is {getattr(self, name)}, but has to be at least {value}")
+        if self.preview_every and not self.preview_prompts:
+            raise UserError("preview_every asks for pictures, and preview_prompts says nothing of what they show")
 
     @classmethod
     def of(cls, config: ConfigDict) -> Recipe:
         """Raises UserError if the config lacks a key or has one that no recipe knows."""
         return _fill(cls, config.to_dict(), "config")
+
+    def resolved(self) -> dict[str, Any]:
+        """All values, as JSON has them."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def write(self, run: Path) -> None:
+        """Keeps the recipe in a run's directory. Raises UserError if that is not possible."""
+        try:
+            if jax.process_index() == 0:
+                write_json(run / SETTINGS, self.resolved())
+        except OSError as error:
+            raise UserError(f"cannot write to {run}: {error.strerror}") from None
+
+    def check_same(self, run: Path) -> None:
+        """Raises UserError if the run was begun with other values of what decides its numbers."""
+        if not (run / SETTINGS).exists():
+            return
+        before, now = _flat(read_json(run / SETTINGS)), _flat(self.resolved())
+        changed = [
+            f"{name} was {before[name]}, not {now[name]}"
+            for name in sorted(before.keys() & now.keys() - CHANGEABLE)
+            if before[name] != now[name]
+        ]
+        if changed:
+            raise UserError(f"{run} holds a run of other settings: {', '.join(changed)}; name another --config.out")
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    flat = {}
+    for name, value in values.items():
+        flat |= {f"{name}.{key}": x for key, x in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def _fill(cls: type[T], values: dict[str, Any], where: str) -> T:

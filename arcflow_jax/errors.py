@@ -1,10 +1,17 @@
-"""The one exception for what a user can put right."""
+"""The exceptions that the command line knows: what a user can put right, and a run that was told to end."""
 
 
 class UserError(Exception):
     """Bad input: the message is one line that says what was wrong and what would be right.
 
     The command line prints it without a traceback and exits with code 2.
+    """
+
+
+class Preempted(Exception):
+    """A run was told to end (SIGTERM), and has saved itself: the message says where.
+
+    The command line prints it and exits with code 0.
     """
 
 

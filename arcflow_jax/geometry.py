@@ -1,9 +1,10 @@
-"""Reads a network's geometry, a frozen dataclass, from the config.json beside its weights."""
+"""JSON files: their reading and writing, and a network's geometry, a frozen dataclass, from its config.json."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object")
     return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a JSON file, which appears whole or not at all."""
+    aside = path.with_name(f"{path.name}.tmp")
+    try:
+        aside.write_text(json.dumps(value, indent=2) + "\n")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def geometry(cls: type[T], config: dict[str, Any], where: str) -> T:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -54,6 +54,27 @@ def contact_sheet(images: Sequence[Image.Image], columns: int | None = None, gap
     sheet = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
     for i, image in enumerate(images):
         sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def labelled_sheet(columns: Mapping[str, Sequence[Image.Image]], rows: Sequence[str]) -> Image.Image:
+    """Pictures of one size on a white sheet: each column under its name, each row under what it shows.
+
+    Small pictures are enlarged, so that the labels have room.
+    """
+    font, line, gap = ImageFont.load_default(14), 20, 4
+    first = next(iter(columns.values()))[0]
+    times = max(1, math.ceil(192 / first.width))
+    width, height = first.width * times + gap, first.height * times + line
+    sheet = Image.new("RGB", (len(columns) * width - gap, line + len(rows) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (name, pictures) in enumerate(columns.items()):
+        draw.text((i * width, 1), name, "black", font)
+        for j, picture in enumerate(pictures):
+            enlarged = picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (i * width, line + j * height + line))
+    for j, text in enumerate(rows):
+        draw.text((0, line + j * height + 1), text, "black", font)
     return sheet
 
 

@@ -31,6 +31,7 @@ from arcflow_jax.sharding import constrain, parse_mesh, partition_spec, sharded,
 # Batches that pass one network before the next takes its place on the device, where weights are offloaded: enough
 # for the copying not to count, few enough for what they leave on the device between the networks not to either.
 OFFLOADED_BATCHES = 32
+TEACHER_STEPS = 50  # by default
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "steps"))
@@ -141,7 +142,13 @@ class ArcFlowPipeline:
     """
 
     def __init__(
-        self, directory: ModelDirectory, adapter: str | Path | None, dtype: Any, mesh: Mesh, offload: bool = False
+        self,
+        directory: ModelDirectory,
+        adapter: str | Path | None,
+        dtype: Any,
+        mesh: Mesh,
+        offload: bool = False,
+        raw: bool = False,
     ):
         self.directory, self.mesh, self.offload = directory, mesh, offload
         self.student: AdapterDescription | None = None
@@ -163,11 +170,11 @@ class ArcFlowPipeline:
             self.transformer = Weights(load("transformer", base), offload)
         else:
             self.student, checkpoints = load_adapter(adapter, directory.fingerprint)
-            self.origin["adapter"] = str(adapter)
+            self.origin |= {"adapter": str(adapter), "weights": "raw" if raw else "averaged"}
             graphdef, base, trained = arc_model.split(directory.student(self.student.adapter, dtype))
             self.graphdef = arc_model.merged_graphdef(graphdef, base, trained)
             with checkpoints:
-                trained = checkpoints.restore_ema(sharded(mesh, trained))
+                trained = checkpoints.restore_adapter(sharded(mesh, trained), raw)
             self.transformer = Weights(merge_student(graphdef, load("transformer", base), trained, mesh), offload)
 
     @classmethod
@@ -178,8 +185,9 @@ class ArcFlowPipeline:
         dtype: Any = None,
         mesh: str = "",
         offload: bool = False,
+        raw: bool = False,
     ) -> ArcFlowPipeline:
-        """Loads a converted model and, if given, the averaged adapter of a training run.
+        """Loads a converted model and, if given, the adapter of a training run, which may be going on.
 
         Args:
           path: what `arcflow convert` wrote.
@@ -189,6 +197,7 @@ class ArcFlowPipeline:
             "tensor=2,sequence=4" (image tokens as well), see `sharding.parse_mesh`; by default on one.
           offload: keeps text encoders, transformer and decoder in host memory, each on the device only while it
             runs: for a device that holds the transformer, but not all of them.
+          raw: takes the adapter's weights as the last iteration left them instead of averaged.
 
         Raises:
           UserError: if either is missing or damaged, the adapter was trained on another base, or there is no such
@@ -196,7 +205,7 @@ class ArcFlowPipeline:
         """
         if dtype is None:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-        return cls(ModelDirectory.open(path), adapter, dtype, parse_mesh(mesh), offload)
+        return cls(ModelDirectory.open(path), adapter, dtype, parse_mesh(mesh), offload, raw)
 
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Rows and columns of tokens; the default is the model's own size. Raises UserError on one that they miss."""
@@ -313,7 +322,7 @@ class ArcFlowPipeline:
     @property
     def default_steps(self) -> int:
         """Network calls that the student was trained for, 50 for the teacher."""
-        return 50 if self.student is None else self.student.distillation.nfe
+        return TEACHER_STEPS if self.student is None else self.student.distillation.nfe
 
     def _make(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -96,10 +97,15 @@ def partition_spec(mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape:
     return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in split))
 
 
-def state_shardings(mesh: Mesh, state: nnx.State) -> nnx.State:
-    """The sharding of every variable of a (possibly abstract) state, as a state of the same structure."""
+def state_shardings(mesh: Mesh, state: Any) -> Any:
+    """The sharding of every variable of a (possibly abstract) state, as a state of the same structure.
 
-    def of(variable: nnx.Variable) -> nnx.Variable:
+    A tree may hold other things beside its variables, as that of an optimizer does its counters: they are replicated.
+    """
+
+    def of(variable: Any) -> Any:
+        if not isinstance(variable, nnx.Variable):
+            return replicated(mesh)
         spec = partition_spec(mesh, variable.axes, variable.shape)
         return variable.replace(NamedSharding(mesh, spec))
 

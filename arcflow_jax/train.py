@@ -2,95 +2,186 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import json
-import time
+import importlib.util
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+import optax
 from flax import nnx
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from arcflow_jax import arc_model
 from arcflow_jax.checkpoint import DESCRIPTION, AdapterDescription, Checkpoints
 from arcflow_jax.config import Recipe
 from arcflow_jax.data import prompt_batches
-from arcflow_jax.errors import UserError
+from arcflow_jax.errors import Preempted, UserError
 from arcflow_jax.latents import token_grid
 from arcflow_jax.model_directory import ModelDirectory
 from arcflow_jax.optim import make_optimizer
+from arcflow_jax.preemption import Preemption
+from arcflow_jax.preview import Preview
 from arcflow_jax.prompts import PROMPTS, read_prompts
+from arcflow_jax.run_log import RunLog
 from arcflow_jax.sharding import batched, make_mesh, state_shardings
+from arcflow_jax.trace import Trace
 from arcflow_jax.train_state import TrainState, train_step
 
 
-def train(recipe: Recipe) -> Path:
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a recipe comes to before anything large is loaded.
+
+    Attributes:
+      rows, columns: of tokens.
+      graphdef, base, adapter: of the model, split; shapes in place of arrays.
+    """
+
+    directory: ModelDirectory
+    mesh: Mesh
+    prompts: list[str]
+    rows: int
+    columns: int
+    graphdef: nnx.GraphDef
+    base: nnx.State
+    adapter: nnx.State
+    optimizer: optax.GradientTransformation
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Plan:
+        """Raises UserError if the model or the prompts do not fit the recipe, or wandb is asked for and not there."""
+        if recipe.wandb_project and importlib.util.find_spec("wandb") is None:
+            raise UserError("wandb_project asks for Weights & Biases, which is not installed: pip install wandb")
+        directory = ModelDirectory.open(recipe.model)
+        mesh = make_mesh(recipe.mesh)
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        if recipe.batch % shards:
+            raise UserError(f"batch {recipe.batch} does not divide by data × fsdp = {shards} of the mesh")
+        rows, columns = token_grid(recipe.height, recipe.width, directory.geometry("vae").factor)
+        prompts = read_prompts(recipe.prompts)
+        graphdef, base, adapter = arc_model.split(directory.student(recipe.adapter, recipe.dtype))
+        optimizer = make_optimizer(recipe.optimizer, adapter)
+        return cls(directory, mesh, prompts, rows, columns, graphdef, base, adapter, optimizer)
+
+    def header(self) -> str:
+        """How much is trained, and on what."""
+        size = ", ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
+        trained, whole = parameters(self.adapter), parameters(self.base)
+        share = f"{trained / 1e6:.2f} of {whole / 1e6:.2f} million parameters ({100 * trained / whole:.2f} %)"
+        return f"trains {share} on {self.mesh.size} {self.mesh.devices.flat[0].device_kind} devices: {size}"
+
+
+def parameters(state: nnx.State) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(state))
+
+
+def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None) -> Path:
     """Runs a recipe to its end, from where an interrupted run of the same directory stopped; returns the directory.
 
+    Args:
+      step: the checkpoint to go on from; by default the newest. Newer ones are deleted.
+      profile: "A:B" writes a JAX trace of iterations A to B, counted from 1, to the directory's profile/.
+
     Raises:
-      UserError: if the model, the prompts or the directory do not fit the recipe.
+      UserError: if the model, the prompts or the directory do not fit the recipe, the newest checkpoint is damaged,
+        too many iterations in a row were not finite, or something could not be written.
+      Preempted: on SIGTERM, once a checkpoint is written.
     """
-    directory = ModelDirectory.open(recipe.model)
-    mesh = make_mesh(recipe.mesh)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if recipe.batch % shards:
-        raise UserError(f"batch {recipe.batch} does not divide by data × fsdp = {shards} of the mesh")
-    rows, columns = token_grid(recipe.height, recipe.width, directory.geometry("vae").factor)
-    batches = prompt_batches(read_prompts(recipe.prompts), recipe.batch, recipe.seed)
-    encode = PROMPTS[directory.description["pipeline"]](directory, recipe.dtype, mesh)
-
-    graphdef, abstract_base, abstract = arc_model.split(directory.student(recipe.adapter, recipe.dtype))
-    optimizer = make_optimizer(recipe.optimizer, abstract)
-
     run = Path(recipe.out)
-    transformer = directory.description["components"]["transformer"]
-    settings = (recipe.adapter, recipe.distillation, recipe.guidance)
-    describe(run, AdapterDescription(directory.fingerprint, *settings, transformer))
-    base = directory.load("transformer", abstract_base, state_shardings(mesh, abstract_base))
+    trace = Trace(profile, run / "profile")
+    plan = Plan.of(recipe)
+    mesh = plan.mesh
+    batches = prompt_batches(plan.prompts, recipe.batch, recipe.seed)
+    encode = PROMPTS[plan.directory.description["pipeline"]](plan.directory, recipe.dtype, mesh)
+    begin(run, recipe, plan)
+    base = plan.directory.load("transformer", plan.base, state_shardings(mesh, plan.base))
     key = jax.random.key(recipe.seed)
-    with Checkpoints(run) as checkpoints, open(run / "log.jsonl", "a") as log:
-        state = TrainState.create(start(graphdef, base, abstract, key, mesh), optimizer)
-        if checkpoints.latest is not None:
-            state = checkpoints.restore(state)
-        step = functools.partial(
+
+    with Preemption() as preemption, Checkpoints(run, recipe.keep_last, recipe.keep_every) as checkpoints:
+        state = TrainState.create(start(plan.graphdef, base, plan.adapter, key, mesh), plan.optimizer)
+        state = jax.device_put(state, state_shardings(mesh, state))  # counters too, as an iteration leaves them
+        if checkpoints.latest is not None or step is not None:
+            state = checkpoints.restore(state, step)
+        done = int(state.step)
+        trace.check(done, recipe.steps)
+        one_step = functools.partial(
             train_step,
-            graphdef=graphdef,
+            graphdef=plan.graphdef,
             settings=recipe.distillation,
-            optimizer=optimizer,
+            optimizer=plan.optimizer,
             optimizer_config=recipe.optimizer,
             ema=recipe.ema,
             sharding=batched(mesh),
         )
-        mixed, steady = (jax.jit(functools.partial(step, steady=flag), donate_argnums=0) for flag in (False, True))
+        mixed, steady = (jax.jit(functools.partial(one_step, steady=flag), donate_argnums=0) for flag in (False, True))
+        if recipe.preview_every:
+            preview = Preview(
+                recipe, plan.directory, encode, plan.graphdef, base, mesh, rows=plan.rows, columns=plan.columns
+            )
 
-        with progress_bar() as progress:
-            task = progress.add_task("distilling", total=recipe.steps, completed=int(state.step), loss="–")
-            for i in range(int(state.step), recipe.steps):
-                conditioning = encode(batches[i], guidance=recipe.guidance, rows=rows, columns=columns)
+        with RunLog(run, recipe, done) as log, trace:
+            log.say(plan.header() + (f"; goes on after iteration {done}" if done else ""))
+            for i in range(done, recipe.steps):
+                trace.before(i + 1)
+                conditioning = encode(batches[i], guidance=recipe.guidance, rows=plan.rows, columns=plan.columns)
                 one_step = steady if i >= recipe.distillation.decay else mixed
                 with jax.set_mesh(mesh):  # which fused attention needs to know
                     state, values = one_step(state, base, conditioning, key)
-                if (i + 1) % recipe.log_every == 0 or i + 1 == recipe.steps:
-                    loss = write_log(log, i + 1, values)
-                    progress.update(task, completed=i + 1, loss=f"{loss:.4f}")
-                    if not progress.console.is_terminal:  # where no bar can move: a log file, CI
-                        left = progress.tasks[task].time_remaining or 0
-                        print(f"iteration {i + 1} of {recipe.steps}, loss {loss:.4f}, {left:.0f} s left", flush=True)
-                if (i + 1) % recipe.save_every == 0:
+                trace.after(i + 1, values)
+                if due(recipe.log_every, i + 1, recipe):
+                    line = log.iteration(i + 1, values)
+                    if line["skipped_in_row"] > recipe.max_skipped:
+                        checkpoints.save(state)
+                        raise UserError(too_many_skipped(line, run))
+                    checkpoints.check()
+                if due(recipe.preview_every, i + 1, recipe):
+                    log.picture(i + 1, preview.sheet(state))
+                if due(recipe.save_every, i + 1, recipe):
                     checkpoints.save(state)
+                if preemption.reached(i + 1) and i + 1 < recipe.steps:
+                    checkpoints.save(state)
+                    raise Preempted(
+                        f"told to end: {run} keeps iteration {i + 1} of {recipe.steps}, and the same command goes on"
+                    )
         checkpoints.save(state)
     return run
 
 
-def describe(run: Path, description: AdapterDescription) -> None:
+def due(every: int, done: int, recipe: Recipe) -> bool:
+    """Whether something that happens each so many iterations, 0 is never, and at the end happens now."""
+    return every > 0 and (done % every == 0 or done == recipe.steps)
+
+
+def too_many_skipped(line: dict[str, Any], run: Path) -> str:
+    """What a run says that stops because of it, with the last line of its log."""
+    return (
+        f"stopped: the loss or gradient of the last {line['skipped_in_row']} iterations was not finite; {run} keeps "
+        f"checkpoint {line['step']}, as it was before them: a lower learning rate may help, or --step and an older one"
+    )
+
+
+def begin(run: Path, recipe: Recipe, plan: Plan) -> None:
     """Makes the run's directory, or checks that the run that is there is the same. Raises UserError."""
+    transformer = plan.directory.description["components"]["transformer"]
+    settings = (recipe.adapter, recipe.distillation, recipe.guidance)
+    recipe.check_same(run)
+    describe(run, AdapterDescription(plan.directory.fingerprint, *settings, transformer))
+    recipe.write(run)
+    if jax.process_count() > 1:  # until all have looked and the first has written
+        multihost_utils.sync_global_devices("the run's directory")
+
+
+def describe(run: Path, description: AdapterDescription) -> None:
+    """Makes the run's directory, or checks that its adapter is the same. Raises UserError."""
     try:
-        run.mkdir(parents=True, exist_ok=True)
         if (run / DESCRIPTION).exists() and AdapterDescription.read(run) != description:
             raise UserError(f"{run} holds a run of other settings or another base: name another --config.out")
-        description.write(run)
+        if jax.process_index() == 0:
+            run.mkdir(parents=True, exist_ok=True)
+            description.write(run)
     except OSError as error:
         raise UserError(f"cannot write to {run}: {error.strerror}") from None
 
@@ -104,24 +195,3 @@ def start(
         return arc_model.start_adapter(graphdef, base, abstract, key)
 
     return jax.jit(make, out_shardings=state_shardings(mesh, abstract))(base)
-
-
-def progress_bar() -> Progress:
-    """Bar, iterations, time spent and left, and the loss."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]}"),
-    )
-
-
-def write_log(log: IO[str], step: int, values: dict[str, jax.Array]) -> float:
-    """One JSON line of what an iteration logged; returns its loss. This waits for the device."""
-    line = {"step": step, "time": time.time(), **{name: jnp.asarray(value).tolist() for name, value in values.items()}}
-    log.write(json.dumps(line) + "\n")
-    log.flush()
-    return line["loss"]

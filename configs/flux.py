@@ -5,6 +5,15 @@
 
 `configs/flux.py` trains rank 224, 4.8 % of the teacher; `configs/flux.py:published` is the paper's recipe, rank 256
 and 5.5 %. Both are 10 000 iterations at batch 16 and 1024 × 1024 pixels.
+
+Hardware: weights, adapter, optimizer and batch are split over all devices (`mesh`), whose number has to divide the
+batch. `--dry-run` says what each has to hold; four TPU v5p or four GPUs of 80 GB have room.
+
+Cost, estimated and not measured: one pass of the teacher over 4096 + 512 tokens is 74 TFLOP (6.45 billion weights a
+token, and attention); a segment takes seven passes, the student forward, once more, and backward, and the teacher at
+four states; so 2 segments × batch 16 × 10 000 iterations are 1.7e20 FLOP. At half of the peak that is 200 hours of a
+v5p (459 TFLOP/s), 50 on four of them, or 94 hours of an H100 (989 TFLOP/s). Pictures, each 500 iterations, add
+less than 1 %.
 """
 
 from ml_collections import ConfigDict
@@ -29,6 +38,17 @@ def get_config(arg: str = "default") -> ConfigDict:
             "mesh": (1, -1, 1, 1),
             "log_every": 10,
             "save_every": 500,
+            "keep_last": 2,
+            "keep_every": 2000,
+            "max_skipped": 20,
+            "preview_every": 500,
+            "preview_prompts": (
+                "a red fox in the snow",
+                "a street market at night in the rain, neon signs",
+                "an old fisherman, portrait photograph",
+                "a wooden sign that says OPEN",
+            ),
+            "wandb_project": "",
             "adapter": {
                 "modes": 16,
                 "rank": ranks[arg],

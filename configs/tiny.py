@@ -3,8 +3,8 @@
     arcflow convert --source arcflow_jax/assets/tiny-flux --out checkpoints/tiny-flux
     arcflow train --config configs/tiny.py
 
-A few minutes on two CPU cores. `configs/tiny.py:linear` is the same run for a linear student, one constant velocity
-a segment: what the momentum mixture is compared with.
+Hardware: two CPU cores. Cost: a few minutes. `configs/tiny.py:linear` is the same run for a linear student, one
+constant velocity a segment: what the momentum mixture is compared with.
 """
 
 from ml_collections import ConfigDict
@@ -28,6 +28,17 @@ def get_config(arg: str = "arcflow") -> ConfigDict:
             "mesh": (-1, 1, 1, 1),
             "log_every": 10,
             "save_every": 200,
+            "keep_last": 2,
+            "keep_every": 0,
+            "max_skipped": 20,
+            "preview_every": 200,
+            "preview_prompts": (
+                "a large red circle on the left",
+                "a small blue square",
+                "a green ring",
+                "a yellow triangle on a black background",
+            ),
+            "wandb_project": "",
             "adapter": {
                 "modes": 1 if arg == "linear" else 16,
                 "rank": 32,

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from full_disk import disk_for_files_up_to
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -39,7 +40,7 @@ from arcflow_jax.distill import Distillation
 from arcflow_jax.model_directory import ModelDirectory
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.train import describe
-from arcflow_jax.train_state import TrainState
+from arcflow_jax.train_state import Skipped, TrainState
 
 ROOT = Path(__file__).parents[1]
 RELEASED = GOLDEN / "arcflux_tiny_adapter"
@@ -83,7 +84,7 @@ def write_run(
     describe(path, AdapterDescription(directory.fingerprint, adapter, settings, guidance, transformer))
     raw, averaged = random_student(directory, adapter, 1), ema(random_student(directory, adapter, 2))
     with Checkpoints(path) as checkpoints:
-        checkpoints.save(TrainState(jnp.int32(7), raw, averaged, (jnp.zeros(3),)))
+        checkpoints.save(TrainState(jnp.int32(7), raw, averaged, (jnp.zeros(3),), Skipped(jnp.int32(0), jnp.int32(0))))
     return raw, averaged
 
 
@@ -121,7 +122,7 @@ def student(base: Path, adapter: Path) -> ArcModel:
     description = AdapterDescription.read(adapter)
     graphdef, frozen, trained = arc_model.split(directory.student(description.adapter, jnp.float32))
     with Checkpoints(adapter) as checkpoints:
-        return nnx.merge(graphdef, directory.load("transformer", frozen), checkpoints.restore_ema(trained))
+        return nnx.merge(graphdef, directory.load("transformer", frozen), checkpoints.restore_adapter(trained))
 
 
 def test_the_authors_file_there_and_back(capfd, base, tmp_path):
@@ -378,6 +379,14 @@ def test_a_converted_student_refuses_another_base(capfd, base, tmp_path):
 def refuse_export(capfd, run: Path, message: str, *options: object) -> None:
     arguments = ("export", "--adapter", run, "--out", run.parent / "out", *options)
     assert_refused(capfd, run.parent, *arguments, message=message)
+
+
+def test_full_disk_under_a_converted_student_leaves_nothing(capfd, base, tmp_path):
+    arguments = ("convert", "--adapter", RELEASED, "--base", base, "--out", tmp_path / "ours")
+    with disk_for_files_up_to(4096):
+        assert_refused(capfd, tmp_path, *arguments, message="cannot write a checkpoint to .*: ")
+    with disk_for_files_up_to(100):
+        assert_refused(capfd, tmp_path, *arguments, message="cannot write .*/ours: File too large")
 
 
 def test_export_refuses_what_is_no_finished_student(capfd, base, tmp_path):

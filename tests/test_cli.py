@@ -41,6 +41,7 @@ def student(model, tmp_path_factory) -> Path:
             f"--config.prompts={ASSETS / 'prompts-test.txt'}",
             f"--config.out={tmp_path_factory.mktemp('run') / 'student'}",
             "--config.steps=0",
+            "--config.preview_every=0",
             "--config.mesh=(1, 1, 1, 1)",
         ],
     )

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "arcflow_jax"
 # From the ground up. A name with a dot at its end is a subpackage.
 LEVELS = [
     {"errors"},
-    {"geometry", "schedule", "latents", "momentum", "sharding", "data", "offload"},
+    {"geometry", "schedule", "latents", "momentum", "sharding", "data", "offload", "preemption", "trace"},
     {"layers", "attention"},
     {"lora"},
     {"models."},
@@ -20,7 +20,10 @@ LEVELS = [
     {"conversion", "prompts", "train_state"},
     {"checkpoint"},
     {"config", "adapter_formats"},
-    {"train", "pipeline"},
+    {"run_log", "pipeline"},
+    {"preview"},
+    {"train"},
+    {"dry_run"},
     {"demo.", "compile_report."},
     {"cli", ""},
 ]

@@ -136,7 +136,7 @@ def test_lora_apart_and_merged_agree(pipe, model, student):
     description, checkpoints = load_adapter(student, directory.fingerprint)
     graphdef, base, trained = arc_model.split(directory.student(description.adapter, jnp.float32))
     with checkpoints:
-        trained = checkpoints.restore_ema(trained)
+        trained = checkpoints.restore_adapter(trained)
     base = directory.load("transformer", base)
     rows, columns = pipe.grid(**SIZE)
     conditioning = pipe.encode(PROMPTS[:2], guidance=2.0, rows=rows, columns=columns)

@@ -18,7 +18,7 @@ from arcflow_jax.config import Recipe, read_config
 from arcflow_jax.conversion import convert_model
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
-from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.pipeline import ArcFlowPipeline, sample
 from arcflow_jax.train import train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -37,7 +37,7 @@ def recipe(model: Path, out: Path, **changes) -> Recipe:
     prompts.write_text("\n".join(PROMPTS))
     with config.unlocked():
         config.update(model=str(model), prompts=str(prompts), out=str(out), height=32, width=32, batch=8, steps=4)
-        config.update(log_every=1, save_every=2, mesh=(1, 1, 1, 1))
+        config.update(log_every=1, save_every=2, mesh=(1, 1, 1, 1), preview_every=0)
         config.adapter.update(modes=3, rank=2, dropout=0.1)
         config.distillation.update(decay=3, states=2)
         config.update(changes)
@@ -68,8 +68,13 @@ def test_interrupted_run_goes_on_bit_for_bit(model, tmp_path):
         np.testing.assert_array_equal(one[name], two[name], err_msg=name)
 
     # what it left can be sampled from, and only with its own base
-    images = ArcFlowPipeline.from_pretrained(model, adapter=straight)(PROMPTS[:2], height=32, width=48, seed=3)
+    pipeline = ArcFlowPipeline.from_pretrained(model, adapter=straight)
+    images = pipeline(PROMPTS[:2], height=32, width=48, seed=3)
     assert [image.size for image in images] == [(48, 32)] * 2
+    compiled = sample._cache_size()
+    others = pipeline(PROMPTS[2:], height=32, width=48, seed=4, guidance=1.5)
+    assert sample._cache_size() == compiled  # nothing of a request is in the program
+    assert np.any(np.asarray(others[0]) != np.asarray(images[0]))
 
 
 def test_run_of_other_settings_is_refused(model, tmp_path):
@@ -87,8 +92,8 @@ def test_adapter_refuses_another_base(model, tmp_path):
         ArcFlowPipeline.from_pretrained(model, adapter=run)
 
 
-def test_batch_that_does_not_divide_is_refused(model, tmp_path):
-    uneven = dataclasses.replace(recipe(model, tmp_path / "run"), batch=3, mesh=(2, 1, 1, 1))
+def test_mesh_of_another_size_is_refused(model, tmp_path):
+    uneven = dataclasses.replace(recipe(model, tmp_path / "run"), mesh=(2, 1, 1, 1))
     with pytest.raises(
         UserError, match="mesh data 2 × fsdp 1 × tensor 1 × sequence 1 does not have the size of 1 devices"
     ):
@@ -99,8 +104,11 @@ def test_eight_devices_train_as_one(model, tmp_path):
     """Data parallel, sharded and tensor parallel, in a process that has eight CPU devices."""
     one = train(recipe(model, tmp_path / "one"))
     script = (
-        "import sys, dataclasses; from pathlib import Path; from test_train import recipe, train\n"
+        "import sys, dataclasses; from pathlib import Path; from test_train import UserError, recipe, train\n"
         "model, out = map(Path, sys.argv[1:])\n"
+        "try: train(recipe(model, out, mesh=(2, 4, 1, 1), batch=12))\n"
+        "except UserError as error: assert 'batch 12 does not divide by data × fsdp = 8' in str(error)\n"
+        "else: raise AssertionError('an uneven batch was taken')\n"
         "train(recipe(model, out, mesh=(2, 2, 2, 1)))\n"
     )
     env = {

@@ -83,9 +83,9 @@ def wrap(text: str, width: int) -> str:
 
 
 def read_losses(path: Path) -> list[tuple[int, float]]:
-    """(iteration, loss) of each logged iteration; a resumed run may have logged some twice, the last counts."""
+    """(iteration, loss) of each logged iteration but those that were skipped, whose loss is no number."""
     lines = (json.loads(line) for line in path.read_text().splitlines())
-    return sorted({line["step"]: line["loss"] for line in lines}.items())
+    return [(line["step"], line["loss"]) for line in lines if line["loss"] is not None]
 
 
 def curves(losses: dict[str, list[tuple[int, float]]], width: int = 640, height: int = 220) -> str:

@@ -32,6 +32,7 @@ def recipe(arg: str, out: Path) -> Recipe:
     """The recipe configs/tiny.py:ARG, for a run under `out`."""
     config = importlib.import_module("arcflow_jax.configs.tiny").get_config(arg)
     config.model, config.prompts, config.out = str(out / "teacher"), str(TRAIN_PROMPTS), str(out / arg)
+    config.preview_every = 0  # the demo ends with pictures of its own
     return Recipe.of(config)
 
 

@@ -1,0 +1,82 @@
+"""Pictures while a run goes on: fixed prompts and noises, the teacher beside the student, raw and averaged."""
+
+# B pictures, N tokens, C latent channels
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from arcflow_jax.config import Recipe
+from arcflow_jax.images import labelled_sheet
+from arcflow_jax.model_directory import ModelDirectory
+from arcflow_jax.pipeline import TEACHER_STEPS, decode, noise, sample, sample_teacher
+from arcflow_jax.schedule import scheduler_shift
+from arcflow_jax.sharding import batched, replicated, state_shardings
+from arcflow_jax.train_state import TrainState
+
+
+class Preview:
+    """Draws sheets of a recipe's preview prompts, a row a prompt.
+
+    Args:
+      encode: prompts to conditioning.
+      graphdef, base: of the model, and the teacher's weights.
+      rows, columns: of tokens.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        directory: ModelDirectory,
+        encode: Any,
+        graphdef: nnx.GraphDef,
+        base: nnx.State,
+        mesh: jax.sharding.Mesh,
+        rows: int,
+        columns: int,
+    ):
+        self.prompts, self.settings = recipe.preview_prompts, recipe.distillation
+        self.graphdef, self.base, self.mesh = graphdef, base, mesh
+        self.rows, self.columns = rows, columns
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        # Filled up with the last, so that each device draws its share
+        prompts = [*self.prompts, *self.prompts[-1:] * (-len(self.prompts) % shards)]
+        self.conditioning = encode(prompts, guidance=recipe.guidance, rows=rows, columns=columns)
+        channels = directory.geometry("transformer").in_channels
+        drawn = noise(recipe.seed, len(prompts), rows * columns, channels)
+        self.noise = jax.device_put(np.asarray(drawn), batched(mesh))
+        self.shift = jnp.float32(scheduler_shift(directory.scheduler, rows * columns))
+        self.vae_graphdef, vae = nnx.split(directory.abstract("vae", recipe.dtype))
+        self.vae = directory.load("vae", vae, state_shardings(mesh, vae))
+        self.teacher: list[Image.Image] | None = None
+
+    def sheet(self, state: TrainState) -> Image.Image:
+        """The pictures of a state, labelled."""
+        if self.teacher is None:  # its pictures stay the same
+            self.teacher = self._pictures(state.adapter, teacher=True)
+        columns = {
+            f"teacher, {TEACHER_STEPS} steps": self.teacher,
+            f"student, {self.settings.nfe} steps": self._pictures(state.adapter),
+            f"averaged, {self.settings.nfe} steps": self._pictures(state.ema),
+        }
+        return labelled_sheet(columns, self.prompts)
+
+    def _pictures(self, adapter: nnx.State, teacher: bool = False) -> list[Image.Image]:
+        """What the student makes with an adapter, or the teacher, who passes it over."""
+        model, settings = nnx.merge_state(self.base, adapter), self.settings
+        with jax.set_mesh(self.mesh):
+            inputs = (self.graphdef, model, self.noise, self.conditioning)
+            if teacher:
+                tokens = sample_teacher(*inputs, self.shift, steps=TEACHER_STEPS)
+            else:
+                shift, ratio = jnp.float32(settings.shift), jnp.float32(settings.final_step_ratio)
+                tokens = sample(*inputs, shift, ratio, steps=settings.nfe)
+            pixels = decode(self.vae_graphdef, self.vae, tokens, rows=self.rows, columns=self.columns)
+        whole = jax.device_put(pixels, replicated(self.mesh))  # of several processes each has its part
+        return [Image.fromarray(picture) for picture in np.asarray(whole)[: len(self.prompts)]]
