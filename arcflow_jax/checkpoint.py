@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,8 +151,10 @@ class Checkpoints:
     """
 
     def __init__(self, run: Path, keep_last: int = 2, keep_every: int = 0, read_only: bool = False):
-        self.run = run
+        self.run, self.read_only = run, read_only
         logging.getLogger("absl").addFilter(not_orbax)
+        if sys.unraisablehook is sys.__unraisablehook__:
+            sys.unraisablehook = closed_loop
         keep = AnyPreservationPolicy([LatestN(keep_last), *([EveryNSteps(keep_every)] if keep_every else [])])
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep, cleanup_tmp_directories=not read_only, read_only=read_only
@@ -170,6 +173,10 @@ class Checkpoints:
         except UserError:
             if kind is None:  # otherwise the first error is the one to be told
                 raise
+        finally:
+            if not self.read_only and jax.process_index() == 0:
+                for failed in (self.run / "checkpoints").glob("*.orbax-checkpoint-tmp"):  # they may fill the disk
+                    shutil.rmtree(failed, ignore_errors=True)
 
     @property
     def latest(self) -> int | None:
@@ -203,7 +210,6 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            sys.unraisablehook = closed_loop
             full = "No space left on device" in str(error)
             reason = "no space left on the device" if full else one_line(error)
             there = [int(path.name) for path in (self.run / "checkpoints").glob("*") if path.name.isdigit()]
@@ -273,10 +279,10 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            sys.unraisablehook = closed_loop
             older = [other for other in self.manager.all_steps() if other < step]
             hint = f"; arcflow train --step {max(older)} goes on from the one before" if older else ""
-            raise UserError(f"checkpoint {step} in {self.run} is damaged{hint}: {one_line(error)}") from error
+            reason = one_line(error).partition(" See full TensorStore details")[0]
+            raise UserError(f"checkpoint {step} in {self.run} is damaged{hint}: {reason}") from error
 
 
 def sharding_of(x: Any) -> jax.sharding.Sharding:

@@ -306,6 +306,7 @@ def test_full_disk_is_told_in_one_line_and_leaves_older_checkpoints(tmp_path, wh
     with disk_for_files_up_to(4096), pytest.raises(UserError, match=message):
         fill_up(tmp_path, size, when)
     assert capfd.readouterr().err == ""
+    assert os.listdir(tmp_path / "checkpoints") == ["1"]
     with Checkpoints(tmp_path) as checkpoints:
         assert_is(checkpoints.restore(state(0, size)), state(1, size))
 
