@@ -47,7 +47,8 @@ class Recipe:
       log_every, save_every: iterations.
       keep_last: how many of the newest checkpoints stay.
       keep_every: checkpoints of iterations that this divides stay for good; 0 keeps none of them.
-      max_skipped: how many iterations in a row may have a loss or gradient that is not finite, before the run stops.
+      max_skipped: how many iterations in a row may have a loss or gradient that is not finite. With more the run
+        stops, where it logs.
       preview_every: iterations from one picture of teacher and student to the next; 0 makes none.
       preview_prompts: what the pictures show.
       wandb_project: of Weights & Biases, to log there as well; "" does not.

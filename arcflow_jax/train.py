@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,16 +108,9 @@ def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None
             state = checkpoints.restore(state, step)
         done = int(state.step)
         trace.check(done, recipe.steps)
-        one_step = functools.partial(
-            train_step,
-            graphdef=plan.graphdef,
-            settings=recipe.distillation,
-            optimizer=plan.optimizer,
-            optimizer_config=recipe.optimizer,
-            ema=recipe.ema,
-            sharding=batched(mesh),
+        mixed, steady = (
+            jitted_step(recipe, plan.graphdef, plan.optimizer, mesh, steady=flag) for flag in (False, True)
         )
-        mixed, steady = (jax.jit(functools.partial(one_step, steady=flag), donate_argnums=0) for flag in (False, True))
         if recipe.preview_every:
             preview = Preview(
                 recipe, plan.directory, encode, plan.graphdef, base, mesh, rows=plan.rows, columns=plan.columns
@@ -148,6 +142,26 @@ def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None
                     )
         checkpoints.save(state)
     return run
+
+
+def jitted_step(
+    recipe: Recipe, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh, *, steady: bool
+) -> Callable[..., Any]:
+    """`train_step` of a recipe, compiled for a mesh; `steady` once the teacher's share has reached zero.
+
+    It takes the state's memory, and puts the next state where the last one was.
+    """
+    step = functools.partial(
+        train_step,
+        graphdef=graphdef,
+        settings=recipe.distillation,
+        optimizer=optimizer,
+        optimizer_config=recipe.optimizer,
+        ema=recipe.ema,
+        sharding=batched(mesh),
+        steady=steady,
+    )
+    return jax.jit(step, donate_argnums=0)
 
 
 def due(every: int, done: int, recipe: Recipe) -> bool:
