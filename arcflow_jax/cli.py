@@ -212,7 +212,8 @@ def sample(
     from arcflow_jax.prompts import check_prompts, read_prompts
 
     if teacher and (adapter is not None or raw):
-        raise UserError("--teacher samples without a student: leave --adapter and --raw out")
+        superfluous = "--adapter" if adapter is not None else "--raw"
+        raise UserError(f"--teacher samples without a student: leave {superfluous} out")
     if not teacher and adapter is None:
         if model != DEMO / "teacher":
             raise UserError("name the student with --adapter, or say --teacher for the teacher itself")

@@ -94,10 +94,10 @@ class RunLog:
             return line
         text = f"{in_words(line)}, {rate:.3g} it/s, {left(self.recipe.steps - step, rate)} left"
         self.progress.update(self.task, completed=step, text=text)
-        if not self.progress.console.is_terminal:  # where no bar can move: a log file, CI
-            print(f"iteration {step} of {self.recipe.steps}: {text}", flush=True)
         scalars = flat(line)
         with self._writing():
+            if not self.progress.console.is_terminal:  # where no bar can move: a log file, CI
+                print(f"iteration {step} of {self.recipe.steps}: {text}", flush=True)
             self.lines.write(json.dumps(finite(line)) + "\n")
             self.lines.flush()
             for name, value in scalars.items():

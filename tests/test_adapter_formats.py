@@ -385,7 +385,7 @@ def test_full_disk_under_a_converted_student_leaves_nothing(capfd, base, tmp_pat
     arguments = ("convert", "--adapter", RELEASED, "--base", base, "--out", tmp_path / "ours")
     with disk_for_files_up_to(4096):
         assert_refused(capfd, tmp_path, *arguments, message="cannot write a checkpoint to .*: ")
-    with disk_for_files_up_to(100):
+    with disk_for_files_up_to(512):
         assert_refused(capfd, tmp_path, *arguments, message="cannot write .*/ours: File too large")
 
 

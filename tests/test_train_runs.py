@@ -162,17 +162,21 @@ def exit_code(arguments: list[str]) -> int:
     return 0
 
 
-def test_full_disk_under_the_log(model, tmp_path, capfd):
+def test_full_disk_under_the_log(model, tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
-    (run / "wandb.json").write_text("{}")
-    limited = disk_for_files_up_to(0)
-    with (
-        limited,
-        pytest.raises(UserError, match=r"^cannot write to .*/run, its checkpoints are intact: File too large$"),
-    ):
-        RunLog(run, recipe(model, run), 0)
-    assert capfd.readouterr().err == ""
+    settings = recipe(model, run)
+    numbers = ("loss", "gradient_norm", "learning_rate", "teacher_share", "skipped", "skipped_in_row")
+    values = {"segment_loss": jnp.ones(2), **dict.fromkeys(numbers, jnp.ones(()))}
+
+    def write_a_line() -> None:
+        with RunLog(run, settings, 0) as log:
+            log.iteration(1, values)
+
+    message = r"^cannot write to .*/run, its checkpoints are intact: File too large$"
+    with disk_for_files_up_to(0), pytest.raises(UserError, match=message):
+        write_a_line()
+    assert capsys.readouterr().err == ""
 
 
 def poison(monkeypatch, iterations: set[int]) -> None:
