@@ -215,7 +215,9 @@ class ArcFlowPipeline:
 
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Rows and columns of tokens; the default is the model's own size. Raises UserError on one that they miss."""
-        size = self.directory.config("vae")["sample_size"]
+        size = self.directory.config("vae").get("sample_size")
+        if size is None and None in (height, width):
+            raise UserError(f"{self.directory.path} does not say how large its pictures are: name height and width")
         return token_grid(height or size, width or size, self.directory.geometry("vae").factor)
 
     def noise(self, seed: int, count: int, rows: int, columns: int, first: int = 0) -> jax.Array:

@@ -198,6 +198,14 @@ def test_settings_that_do_not_fit(pipe, settings, message):
         pipe.stream(PROMPTS, **{**SIZE, **settings})  # before the first picture is asked for
 
 
+def test_a_model_that_does_not_name_a_size(pipe, monkeypatch):
+    assert pipe.grid() == (4, 4)
+    monkeypatch.delitem(pipe.directory.config("vae"), "sample_size")
+    assert pipe.grid(**SIZE) == (2, 4)
+    with pytest.raises(UserError, match="does not say how large its pictures are: name height and width"):
+        pipe(PROMPTS[0], height=32)
+
+
 def test_pictures_know_their_settings(pipe, model, student):
     image = pipe(PROMPTS[0], seed=5, **SIZE)[0]
     assert image.size == (64, 32)
