@@ -1,5 +1,7 @@
 """Students in the layout of the ArcFlow authors' export, which diffusers and PEFT read: import and export.
 
+They may be on the hub.
+
     FOLDER/config.json                             class, geometry of the teacher's trunk, number of modes
     FOLDER/diffusion_pytorch_model.safetensors     head, output norm and LoRA; metadata `policy_config`
 
@@ -12,13 +14,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -27,6 +31,7 @@ from arcflow_jax.arc_model import AdapterConfig
 from arcflow_jax.checkpoint import DESCRIPTION, AdapterDescription, Checkpoints, load_adapter
 from arcflow_jax.components import TRANSFORMERS
 from arcflow_jax.conversion import refuse_used, writing_aside
+from arcflow_jax.convert import hub
 from arcflow_jax.convert.adapter import AdapterTable
 from arcflow_jax.convert.engine import Tensor, export_tensors, import_tensors
 from arcflow_jax.convert.safetensors_source import PICKLES, read_folder, read_header
@@ -68,22 +73,99 @@ class HeadConfig:
     REQUIRED: ClassVar[dict[str, Any]] = {"logweights_channels": 4}
 
 
-def import_adapter(source: str | Path, base: str | Path, out: str | Path, **sampling: float | None) -> Path:
+def import_adapter(
+    source: str | Path, base: str | Path, out: str | Path, revision: str | None = None, **sampling: float | None
+) -> Path:
     """Turns a student in the authors' layout into what `arcflow train` leaves, without optimizer. Returns `out`.
 
     Args:
-      source: the folder, or its safetensors file.
+      source: the folder, or its safetensors file, or a hub id (see `find`).
       base: the converted model that the student was distilled from. The layout does not name it: geometry is
         checked, and the result names this model's fingerprint.
       out: a directory that does not exist yet, or is empty. It appears complete, or not at all.
+      revision: of a hub id: branch, tag or commit; by default the main branch.
       sampling: fields of `Sampling` that overrule what the file says; None does not.
 
     Raises:
       UserError: if the source is incomplete or wrong, does not fit the base, or `out` cannot be written.
     """
-    source, out = Path(source), Path(out).absolute()
+    out = Path(out).absolute()
     refuse_used(out)
     directory = ModelDirectory.open(base)
+    description, adapter = read_student(find(source, revision), directory, **sampling)
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(adapter))
+    with writing_aside(out, needed) as aside:
+        description.write(aside)
+        with Checkpoints(aside) as checkpoints:
+            checkpoints.save_ema(adapter)
+    return out
+
+
+def open_student(
+    source: str | Path, directory: ModelDirectory
+) -> tuple[AdapterDescription, Callable[[nnx.State, bool], nnx.State]]:
+    """A student to sample from: a training run's, or one in the authors' layout; on disk or on the hub (see `find`).
+
+    Returns:
+      What it says of itself, and a function that reads its weights to where an abstract adapter's shardings say:
+      averaged or, if its second argument is true, as the last iteration left them.
+
+    Raises:
+      UserError: if there is none, it is incomplete or wrong, or not of this base.
+    """
+    found = find(source)
+    if found.is_file() or ((found / CONFIG).is_file() and not (found / DESCRIPTION).is_file()):
+        description, adapter = read_student(found, directory)
+
+        def place(abstract: nnx.State, raw: bool) -> nnx.State:
+            if raw:
+                raise UserError(f"{source} holds averaged weights only: leave --raw out")
+            return jax.tree.map(lambda x, at: jax.device_put(x, at.sharding), adapter, abstract)
+
+        return description, place
+    description, checkpoints = load_adapter(found, directory.fingerprint)
+
+    def restore(abstract: nnx.State, raw: bool) -> nnx.State:
+        with checkpoints:
+            return checkpoints.restore_adapter(abstract, raw)
+
+    return description, restore
+
+
+def find(source: str | Path, revision: str | None = None) -> Path:
+    """A student's folder or file, which is `source` itself, or is fetched from the hub.
+
+    Args:
+      source: a path or, if there is nothing, a hub id: owner/name or, of a folder in that repository,
+        owner/name/folder.
+      revision: of a hub id: branch, tag or commit; by default the main branch.
+
+    Raises:
+      UserError: if there is neither, or the hub does not give it.
+    """
+    path = Path(source)
+    if path.exists():
+        if revision is not None:
+            raise UserError(f"{source} is not on the hub, and only a student there has a revision")
+        return path
+    named = hub.split_folder(source)
+    if named is None:
+        raise UserError(f"adapter {source} does not exist, and a hub id is owner/name or owner/name/folder")
+    repository, folder = named
+    files = [f"{folder}/{file}".lstrip("/") for file in (CONFIG, DESCRIPTION, "checkpoints/*")]
+    try:
+        found = hub.fetch(repository, revision, [*files, *hub.weights_of(folder)]) / folder
+    except UserError as error:
+        raise UserError(f"adapter {source} does not exist on this machine, and {error}") from error
+    if not found.is_dir():
+        raise UserError(f"{source} on the hub holds no student's files")
+    return found
+
+
+def read_student(
+    source: Path, directory: ModelDirectory, **sampling: float | None
+) -> tuple[AdapterDescription, nnx.State]:
+    """Description and weights, NumPy arrays in float32, of a student in the authors' layout; see `import_adapter`."""
     config, tensors, policy = read_export(source)
     modes = check_config(config, directory, source)
     values = read_policy(policy, source) | {name: value for name, value in sampling.items() if value is not None}
@@ -92,7 +174,9 @@ def import_adapter(source: str | Path, base: str | Path, out: str | Path, **samp
     table = AdapterTable(directory.networks["transformer"].table)
     rank, targets = table.lora(tensors, linear_layers(directory.abstract("transformer").trunk))
     if not rank:
-        raise UserError(f"{source} holds no LoRA: it has no tensor *.lora_A.weight of a layer that {base} has")
+        raise UserError(
+            f"{source} holds no LoRA: it has no tensor *.lora_A.weight of a layer that {directory.path} has"
+        )
     description = AdapterDescription(
         base=directory.fingerprint,
         adapter=AdapterConfig(modes=modes, rank=rank, alpha=float(rank), dropout=0.0, targets=targets),
@@ -101,13 +185,7 @@ def import_adapter(source: str | Path, base: str | Path, out: str | Path, **samp
         transformer=directory.description["components"]["transformer"],
     )
     _, _, abstract = arc_model.split(directory.student(description.adapter, jnp.float32))
-    adapter = import_tensors(table, tensors, abstract, np.float32, str(source))
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(adapter))
-    with writing_aside(out, needed) as aside:
-        description.write(aside)
-        with Checkpoints(aside) as checkpoints:
-            checkpoints.save_ema(adapter)
-    return out
+    return description, import_tensors(table, tensors, abstract, np.float32, str(source))
 
 
 def export_adapter(run: str | Path, out: str | Path, *, raw: bool = False, dtype: Any = np.float16) -> Path:
@@ -148,13 +226,12 @@ def export_adapter(run: str | Path, out: str | Path, *, raw: bool = False, dtype
     with writing_aside(out, sum(tensor.nbytes for tensor in tensors.values())) as aside:
         (aside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         save_file(tensors, aside / WEIGHTS, metadata={"policy_config": json.dumps(policy_of(description))})
+        shutil.copymode(aside / CONFIG, aside / WEIGHTS)  # safetensors makes files that only their owner may read
     return out
 
 
 def read_export(source: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
     """The config, the tensors, still on disk, and the policy of a folder or its safetensors file. Raises UserError."""
-    if not source.exists():
-        raise UserError(f"adapter {source} does not exist")
     if source.is_file() and source.suffix in PICKLES:
         raise UserError(f"{source} is a pickle: unpickling runs whatever code it brings, so only safetensors are read")
     folder, file = (source, source / WEIGHTS) if source.is_dir() else (source.parent, source)

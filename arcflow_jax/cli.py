@@ -71,10 +71,11 @@ def convert(
         Precision | None, typer.Option(help="Of the converted weights. By default each component keeps its own.")
     ] = None,
     adapter: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Instead of --source, a released student: a folder with config.json and "
-            "diffusion_pytorch_model.safetensors, or that file. With --base."
+            "diffusion_pytorch_model.safetensors, or that file; or a hub id, OWNER/NAME or OWNER/NAME/FOLDER. With "
+            "--base."
         ),
     ] = None,
     base: Annotated[
@@ -100,11 +101,11 @@ def convert(
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no arithmetic here: leave an accelerator, if any, to others
     sampling = {"steps": steps, "shift": shift, "final_step_ratio": final_step_ratio, "guidance": guidance}
     if adapter is not None:
-        if base is None or any(value is not None for value in (source, revision, transformer, vae, dtype)):
+        if base is None or any(value is not None for value in (source, transformer, vae, dtype)):
             raise UserError("a released student, --adapter, is converted with --base, and without a model's options")
         from arcflow_jax.adapter_formats import import_adapter
 
-        print(f"converted {adapter} to {import_adapter(adapter, base, out, **sampling)}")
+        print(f"converted {adapter} to {import_adapter(adapter, base, out, revision, **sampling)}")
         return
     if source is None:
         raise UserError("name the model to convert with --source, or a released student with --adapter")
@@ -159,7 +160,11 @@ def sample(
     model: Annotated[Path, typer.Option(help="What arcflow convert wrote. By default what arcflow demo left.")] = DEMO
     / "teacher",
     adapter: Annotated[
-        Path | None, typer.Option(help="What arcflow train wrote. By default, with the demo's model, its student.")
+        str | None,
+        typer.Option(
+            help="What arcflow train wrote, or a released student; also a hub id, OWNER/NAME or OWNER/NAME/FOLDER. By "
+            "default, with the demo's model, its student."
+        ),
     ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="The last iteration's weights instead of the averaged ones.")
@@ -217,7 +222,7 @@ def sample(
     if not teacher and adapter is None:
         if model != DEMO / "teacher":
             raise UserError("name the student with --adapter, or say --teacher for the teacher itself")
-        adapter = DEMO / "arcflow"
+        adapter = str(DEMO / "arcflow")
     if (prompt is None) == (prompts_file is None):
         raise UserError("say what the pictures should show: either with --prompt or with --prompts-file")
     prompts = prompt or read_prompts(str(prompts_file))

@@ -18,3 +18,8 @@ class Preempted(Exception):
 def one_line(error: Exception) -> str:
     """What another library's exception says, on one line and cut to a readable length, for a UserError to quote."""
     return " ".join(str(error).split())[:200]
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether a device's full memory is behind an exception, in XLA's words."""
+    return error is not None and ("RESOURCE_EXHAUSTED" in str(error) or out_of_memory(error.__cause__))

@@ -6,6 +6,7 @@ import fnmatch
 import zlib
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -48,6 +49,22 @@ def merge_lora(module: nnx.Module) -> None:
     """
     for layer in linear_layers(module).values():
         if layer.lora is not None:
-            a, b, kernel = (w[...].astype(jnp.float32) for w in (layer.lora.a, layer.lora.b, layer.kernel))
-            layer.kernel[...] = (kernel + a @ b * layer.lora.scale).astype(layer.kernel.dtype)
+            layer.kernel[...] = merged_kernel(layer.kernel[...], layer.lora.a[...], layer.lora.b[...], layer.lora.scale)
             layer.lora = None
+
+
+def merged_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """kernel [.., d_in, d_out] + a [.., d_in, r] b [.., r, d_out] · scale, in float32, rounded to the kernel's dtype.
+
+    A stacked kernel is merged in place and a layer at a time: the float32 of all its layers would take far more
+    memory than the kernel does.
+    """
+    if kernel.ndim > 2:
+
+        def one(layer: int, stacked: jax.Array) -> jax.Array:
+            merged = merged_kernel(stacked[layer], a[layer], b[layer], scale)
+            return jax.lax.dynamic_update_index_in_dim(stacked, merged, layer, 0)  # in place, which a scatter is not
+
+        return jax.lax.fori_loop(0, len(kernel), one, kernel)
+    update = a.astype(jnp.float32) @ b.astype(jnp.float32) * scale
+    return (kernel.astype(jnp.float32) + update).astype(kernel.dtype)

@@ -10,11 +10,12 @@ The transformer's fingerprint names the base that an adapter was trained on.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -24,9 +25,10 @@ from flax import nnx
 from arcflow_jax.arc_model import AdapterConfig, ArcModel
 from arcflow_jax.components import PIPELINES, Network
 from arcflow_jax.convert.engine import first_few, flatten, unflatten
-from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.errors import UserError, one_line, out_of_memory
 from arcflow_jax.geometry import geometry, read_json
 
+T = TypeVar("T")
 DESCRIPTION = "model.json"
 FORMAT = "arcflow_jax model"
 VERSION = 1
@@ -85,6 +87,41 @@ def fingerprint(digests: Iterable[tuple[str, bytes]]) -> str:
 def shape(arrays: Mapping[str, Any], path: str) -> tuple[int, ...] | None:
     """Of one array, None if there is no such array."""
     return tuple(arrays[path].shape) if path in arrays else None
+
+
+async def settled(reading: Coroutine[Any, Any, T]) -> T:
+    """What `reading` returns; where it fails, its other reads have come to an end when it does.
+
+    Orbax gives up at the first read that fails. The others would outlive the event loop that they report to, and
+    print tracebacks that nobody can catch.
+    """
+    before = asyncio.all_tasks()
+    try:
+        return await reading
+    except Exception:
+        if others := asyncio.all_tasks() - before:
+            await asyncio.wait(others)
+        raise
+
+
+class ArrayReader(ocp.type_handlers.ArrayHandler):
+    """Reads arrays to devices."""
+
+    async def deserialize(self, *args: Any) -> Any:
+        return await settled(super().deserialize(*args))
+
+
+class MetadataReader(ocp.type_handlers.NumpyHandler):
+    """Reads shapes of what the converter has written, which are NumPy arrays."""
+
+    async def metadata(self, *args: Any) -> Any:
+        return await settled(super().metadata(*args))
+
+
+def reader() -> ocp.PyTreeCheckpointHandler:
+    """Orbax's handler of a component's checkpoint."""
+    handlers = ((jax.Array, ArrayReader()), (np.ndarray, MetadataReader()))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=ocp.type_handlers.create_type_handler_registry(*handlers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +203,11 @@ class ModelDirectory:
         return self.networks["transformer"].student(self.geometry("transformer"), adapter, dtype)
 
     def load(
-        self, component: str, abstract_state: nnx.State, shardings: nnx.State | jax.sharding.Sharding | None = None
+        self,
+        component: str,
+        abstract_state: nnx.State,
+        shardings: nnx.State | jax.sharding.Sharding | None = None,
+        part: str = "",
     ) -> nnx.State:
         """The weights of a component, read straight to where they are to live: no host holds them all.
 
@@ -176,6 +217,7 @@ class ModelDirectory:
             the weights.
           shardings: a sharding a variable, as `sharding.state_shardings` gives, or one for all; by default the
             first device.
+          part: the module that alone is read, e.g. "decoder", where `abstract_state` has nothing but that.
 
         Raises:
           UserError: if the checkpoint is damaged or does not fit the network.
@@ -192,15 +234,21 @@ class ModelDirectory:
         self.check_files(component)
         checkpoint = (self.path / component / CHECKPOINT).absolute()
         try:
-            stored = unnest(ocp.StandardCheckpointHandler().metadata(checkpoint).tree)
+            stored = unnest(reader().metadata(checkpoint).tree)
+            stored = {path: array for path, array in stored.items() if not part or path.startswith(f"{part}.")}
             # Looked at first, because Orbax leaves unfinished reads behind when one array of many does not fit
             wrong = [path for path in sorted(wanted | stored) if shape(wanted, path) != shape(stored, path)]
             if not wrong:
-                with ocp.StandardCheckpointer() as checkpointer:
-                    return unflatten(abstract_state, unnest(checkpointer.restore(checkpoint, nest(wanted))))
+                targets = nest(wanted)
+                restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
+                args = ocp.args.PyTreeRestore(targets, restore_args=restore_args, partial_restore=bool(part))
+                with ocp.Checkpointer(reader()) as checkpointer:
+                    return unflatten(abstract_state, unnest(checkpointer.restore(checkpoint, args=args)))
         except Exception as error:  # Orbax and TensorStore raise all sorts, down to the bare Exception
-            detail = one_line(error)
-            raise UserError(f"{self.path / component} is damaged: {detail}") from error
+            if out_of_memory(error):
+                raise
+            detail = one_line(error.__cause__ or error)
+            raise UserError(f"{self.path / component} is damaged: {detail}; convert the model again") from error
         raise UserError(f"{self.path / component} does not fit the network: {len(wrong)} differ ({first_few(wrong)})")
 
     def check_files(self, component: str) -> None:

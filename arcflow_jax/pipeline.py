@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +20,9 @@ from jax.sharding import Mesh, NamedSharding
 from PIL import Image
 
 from arcflow_jax import arc_model, sampler
-from arcflow_jax.checkpoint import AdapterDescription, load_adapter
-from arcflow_jax.errors import UserError
+from arcflow_jax.adapter_formats import open_student
+from arcflow_jax.checkpoint import AdapterDescription
+from arcflow_jax.errors import UserError, one_line, out_of_memory
 from arcflow_jax.latents import as_tokens, token_grid, unpack
 from arcflow_jax.model_directory import ModelDirectory
 from arcflow_jax.offload import Weights
@@ -82,7 +84,7 @@ def sample_teacher(
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "rows", "columns"))
 def decode(graphdef: nnx.GraphDef, vae: nnx.State, tokens: jax.Array, *, rows: int, columns: int) -> jax.Array:
-    """Pixels [B, H, W, 3], uint8, of latent tokens [B, N, 4C]."""
+    """Pixels [B, H, W, 3], uint8, of latent tokens [B, N, 4C]; `vae` needs no encoder."""
     tokens = constrain(tokens, "batch", None, None)
     pixels = nnx.merge(graphdef, vae).decode(unpack(tokens, rows, columns))
     return jnp.round(jnp.clip(pixels * 0.5 + 0.5, 0.0, 1.0) * 255).astype(jnp.uint8)
@@ -99,6 +101,18 @@ def noise(seed: int, count: int, tokens: int, channels: int, first: int = 0) -> 
     """Standard normal [B, N, 4C]; picture i of a seed gets the same noise whatever the batch it is made in."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), first + jnp.arange(count))
     return jax.vmap(lambda key: jax.random.normal(key, (tokens, channels)))(keys)
+
+
+@contextlib.contextmanager
+def memory_watched(offload: bool) -> Iterator[None]:
+    """Raises UserError, with what to try, where a device's memory does not suffice."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        ways = ["smaller pictures or batches", "more devices (mesh)", *([] if offload else ["offload"])]
+        raise UserError(f"out of memory, try {', '.join(ways)}: {one_line(error)}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +151,7 @@ class ArcFlowPipeline:
       mesh: of the devices that it runs on.
       student: what the adapter says of itself; None for the teacher.
       origin: what its pictures say of the weights that made them.
-      transformer, vae: the weights.
+      transformer, vae: the weights; of the autoencoder its decoder's alone.
       encode: prompts to conditioning (see `prompts.FluxPrompts`).
     """
 
@@ -158,23 +172,22 @@ class ArcFlowPipeline:
             "version": f"arcflow_jax {version('arcflow_jax')}",
         }
 
-        def load(component: str, abstract: nnx.State) -> nnx.State:
-            return directory.load(component, abstract, state_shardings(mesh, abstract))
+        def load(component: str, abstract: nnx.State, part: str = "") -> nnx.State:
+            return directory.load(component, abstract, state_shardings(mesh, abstract), part)
 
         # Each in turn, so that what is offloaded has left the device before the next arrives
         self.encode = PROMPTS[directory.description["pipeline"]](directory, dtype, mesh, offload)
-        self.vae_graphdef, vae = nnx.split(directory.abstract("vae", dtype))
-        self.vae = Weights(load("vae", vae), offload)
+        self.vae_graphdef, decoder = nnx.split(directory.abstract("vae", dtype).decoder_alone())
+        self.vae = Weights(load("vae", decoder, part="decoder"), offload)
         if adapter is None:
             self.graphdef, base = nnx.split(directory.abstract("transformer", dtype))
             self.transformer = Weights(load("transformer", base), offload)
         else:
-            self.student, checkpoints = load_adapter(adapter, directory.fingerprint)
+            self.student, restore = open_student(adapter, directory)
             self.origin |= {"adapter": str(adapter), "weights": "raw" if raw else "averaged"}
             graphdef, base, trained = arc_model.split(directory.student(self.student.adapter, dtype))
             self.graphdef = arc_model.merged_graphdef(graphdef, base, trained)
-            with checkpoints:
-                trained = checkpoints.restore_adapter(sharded(mesh, trained), raw)
+            trained = restore(sharded(mesh, trained), raw)
             self.transformer = Weights(merge_student(graphdef, load("transformer", base), trained, mesh), offload)
 
     @classmethod
@@ -187,11 +200,12 @@ class ArcFlowPipeline:
         offload: bool = False,
         raw: bool = False,
     ) -> ArcFlowPipeline:
-        """Loads a converted model and, if given, the adapter of a training run, which may be going on.
+        """Loads a converted model and, if given, a student of it: of a run, which may be going on, the averaged one.
 
         Args:
           path: what `arcflow convert` wrote.
-          adapter: what `arcflow train` wrote.
+          adapter: what `arcflow train` wrote, or a student in the ArcFlow authors' layout; also on the hub, as
+            owner/name or owner/name/folder.
           dtype: to compute in; by default bfloat16, but float32 on a CPU, where bfloat16 is slow.
           mesh: how to run on several devices, e.g. "tensor=4" (attention heads and MLPs are split) or
             "tensor=2,sequence=4" (image tokens as well), see `sharding.parse_mesh`; by default on one.
@@ -200,16 +214,19 @@ class ArcFlowPipeline:
           raw: takes the adapter's weights as the last iteration left them instead of averaged.
 
         Raises:
-          UserError: if either is missing or damaged, the adapter was trained on another base, or there is no such
-            mesh.
+          UserError: if either is missing or damaged, the adapter was trained on another base, there is no such
+            mesh, or the memory does not suffice.
         """
         if dtype is None:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-        return cls(ModelDirectory.open(path), adapter, dtype, parse_mesh(mesh), offload, raw)
+        with memory_watched(offload):
+            return cls(ModelDirectory.open(path), adapter, dtype, parse_mesh(mesh), offload, raw)
 
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Rows and columns of tokens; the default is the model's own size. Raises UserError on one that they miss."""
-        size = self.directory.config("vae")["sample_size"]
+        size = self.directory.config("vae").get("sample_size")
+        if size is None and None in (height, width):
+            raise UserError(f"{self.directory.path} does not say how large its pictures are: name height and width")
         return token_grid(height or size, width or size, self.directory.geometry("vae").factor)
 
     def noise(self, seed: int, count: int, rows: int, columns: int, first: int = 0) -> jax.Array:
@@ -284,7 +301,8 @@ class ArcFlowPipeline:
           progress: told what is going on, and how many pictures are done.
 
         Raises:
-          UserError: on an empty prompt, or settings that do not fit.
+          UserError: on an empty prompt, or settings that do not fit; from the iterator, if the memory does not
+            suffice.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         check_prompts(prompts)
@@ -317,12 +335,16 @@ class ArcFlowPipeline:
             columns=columns,
             final_step_ratio=final_step_ratio,
         )
-        return self._make(prompts, settings, latents, batch_size, progress)
+        return self._watched(self._make(prompts, settings, latents, batch_size, progress))
 
     @property
     def default_steps(self) -> int:
         """Network calls that the student was trained for, 50 for the teacher."""
         return TEACHER_STEPS if self.student is None else self.student.distillation.nfe
+
+    def _watched(self, pictures: Iterator[Image.Image]) -> Iterator[Image.Image]:
+        with memory_watched(self.offload):
+            yield from pictures
 
     def _make(
         self,

@@ -76,9 +76,6 @@ def parse_mesh(text: str) -> Mesh:
       UserError: on what is not a mesh, or one of more devices than there are.
     """
     sizes = mesh_sizes(text)
-    _, fsdp, _, sequence = sizes
-    if sequence != 1 and fsdp != 1:
-        raise UserError(f"mesh {text!r}: fsdp and sequence do not go together, take data in place of fsdp")
     devices = jax.devices()
     wanted = math.prod(sizes)
     return make_mesh(sizes, devices[:wanted] if 0 < wanted < len(devices) else devices)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from fake_hub import ID, serving
 from flax import nnx
 from full_disk import disk_for_files_up_to
 from PIL import Image
@@ -28,6 +31,7 @@ from test_cli import assert_refused, run
 from test_flux import inputs, relative_error, twin_output
 
 from arcflow_jax import arc_model
+from arcflow_jax.adapter_formats import import_adapter, open_student
 from arcflow_jax.arc_model import AdapterConfig, ArcModel
 from arcflow_jax.checkpoint import AdapterDescription, Checkpoints
 from arcflow_jax.conversion import convert_model
@@ -37,8 +41,10 @@ from arcflow_jax.convert.engine import export_tensors
 from arcflow_jax.convert.safetensors_source import read_header
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.distill import Distillation
+from arcflow_jax.errors import UserError
 from arcflow_jax.model_directory import ModelDirectory
 from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.sharding import parse_mesh, sharded
 from arcflow_jax.train import describe
 from arcflow_jax.train_state import Skipped, TrainState
 
@@ -226,6 +232,16 @@ def test_sampling_settings_travel(capfd, base, tmp_path):
     assert description.guidance == 5.0
 
 
+def test_export_follows_the_umask(capfd, base, tmp_path):
+    write_run(tmp_path / "run", base)
+    former = os.umask(0o027)
+    try:
+        out = export(capfd, tmp_path / "run", tmp_path / "out")
+    finally:
+        os.umask(former)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in out.iterdir()} == {0o640}
+
+
 def test_a_converted_student_makes_the_same_pictures(capfd, tmp_path):
     base = convert_model(ASSETS / "tiny-flux", tmp_path / "base")
     write_run(tmp_path / "run", base)
@@ -239,6 +255,54 @@ def test_a_converted_student_makes_the_same_pictures(capfd, tmp_path):
     pipeline = ArcFlowPipeline.from_pretrained(base, adapter=tmp_path / "run")
     np.testing.assert_array_equal(pixels, np.asarray(pipeline(["a red circle"], height=32, width=32)[0]))
     assert pixels.std() > 0
+    for released in (out, out / WEIGHTS):  # and as it is
+        pipeline = ArcFlowPipeline.from_pretrained(base, released)
+        np.testing.assert_array_equal(pixels, np.asarray(pipeline(["a red circle"], height=32, width=32)[0]))
+
+
+def test_students_on_the_hub(capfd, base, tmp_path, monkeypatch):
+    """At the root of a repository or in a folder, as the authors keep theirs; a run as well as an export."""
+    shutil.copytree(RELEASED, tmp_path / "repository")
+    shutil.copytree(RELEASED, tmp_path / "repository" / "2steps")
+    write_run(tmp_path / "repository" / "run", base)
+    (tmp_path / "repository" / "2steps" / "pytorch_model.bin").write_bytes(b"not to be fetched")
+    whole = ("--base", base)
+    with serving(tmp_path / "repository", tmp_path / "cache", monkeypatch) as fake:
+
+        def fetched(source: str, name: str, *options: object) -> list[str]:
+            fake.fetched.clear()
+            arguments = ("--adapter", source, *whole, "--out", tmp_path / name, *options)
+            code, stdout, _ = run(capfd, "convert", *arguments)
+            assert (code, stdout) == (0, f"converted {source} to {tmp_path / name}\n")
+            return sorted(fake.fetched)
+
+        assert fetched(f"{ID}/2steps", "in_folder", "--revision", "v1") == ["2steps/config.json", f"2steps/{WEIGHTS}"]
+        assert fetched(ID, "at_root") == ["config.json", WEIGHTS]
+
+        def refused(message: str, *arguments: object) -> None:
+            command = ("convert", "--out", tmp_path / "out", *whole, *arguments)
+            assert_refused(capfd, tmp_path / "repository", *command, message=message)
+
+        refused("the hub has no model owner/other that you may see", "--adapter", "owner/other")
+        refused(f"{ID} has no revision v9", "--adapter", ID, "--revision", "v9")
+        refused("is not on the hub, and only a student there has a revision", "--adapter", RELEASED, "--revision", "v1")
+        refused("does not exist, and a hub id is owner/name or owner/name/folder", "--adapter", "nowhere")
+        with pytest.raises(UserError, match=f"^{ID}/nowhere on the hub holds no student's files$"):
+            import_adapter(f"{ID}/nowhere", base, tmp_path / "out")
+
+        directory = ModelDirectory.open(base)
+        local = {"2steps": RELEASED, "run": tmp_path / "repository" / "run"}
+        for name, path in local.items():
+            (description, restore), (expected, restore_expected) = (
+                open_student(where, directory) for where in (f"{ID}/{name}", path)
+            )
+            assert description == expected
+            _, _, abstract = arc_model.split(directory.student(description.adapter, jnp.float32))
+            abstract = sharded(parse_mesh(""), abstract)
+            jax.tree.map(np.testing.assert_array_equal, restore(abstract), restore_expected(abstract))
+    capfd.readouterr()  # huggingface_hub's progress
+    back = export(capfd, tmp_path / "in_folder", tmp_path / "back")
+    assert_same_tensors(read_weights(back), read_weights(RELEASED))
 
 
 def change(folder: Path, **tensors: np.ndarray | None) -> None:

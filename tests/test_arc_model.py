@@ -23,6 +23,7 @@ from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.errors import UserError
 from arcflow_jax.latents import pack, position_ids
 from arcflow_jax.layers import Adapter, Base
+from arcflow_jax.lora import merged_kernel
 from arcflow_jax.models.flux import Flux, FluxConditioning, FluxConfig
 from configs.flux import get_config
 
@@ -218,6 +219,19 @@ def test_merged_student_is_the_student():
     assert relative_error(merged.student_mixture(*args).means, np.asarray(expected.means)) < 1e-5
     # and without its adapters the student would be another
     assert relative_error(model.teacher_velocity(*args), np.asarray(merged.teacher_velocity(*args))) > 1e-3
+
+
+@pytest.mark.parametrize(("dtype", "step"), [(jnp.float32, 2**-23), (jnp.bfloat16, 2**-7)])
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_merged_kernel_against_float64(lead, dtype, step):
+    rng = np.random.default_rng(0)
+    kernel, a, b = (rng.standard_normal((*lead, *shape)) for shape in ((24, 40), (24, 5), (5, 40)))
+    kernel, a, b = jnp.asarray(kernel, dtype), jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+    merged = jax.jit(merged_kernel)(kernel, a, b, 0.5)
+    exact = np.float64(kernel) + np.float64(a) @ np.float64(b) * 0.5
+    assert merged.dtype == dtype
+    # Half a step of the result, and what float32 loses in sums of numbers of the size of one
+    np.testing.assert_allclose(np.float64(merged), exact, rtol=step / 2, atol=1e-5)
 
 
 def test_lora_target_that_names_nothing_is_refused():

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
-from huggingface_hub import constants, errors
+from fake_hub import ID, http, serving
 from source_folder import write_source
 
 from arcflow_jax import conversion
@@ -18,45 +15,6 @@ from arcflow_jax.cli import main
 from arcflow_jax.convert import hub
 from arcflow_jax.errors import UserError
 from arcflow_jax.model_directory import ModelDirectory
-
-http = sys.modules[errors.HTTPError.__module__.split(".")[0]]  # the HTTP client, whose name depends on the version
-SHA = "0123456789abcdef0123456789abcdef01234567"
-ID = "owner/tiny-flux"
-
-
-class FakeHub:
-    """Serves the files of a folder as the model `ID`; remembers which were fetched."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.fetched: list[str] = []
-        self.refuse: Callable[[Any], Any] = lambda request: None
-
-    def __call__(self, request: Any) -> Any:
-        if (refusal := self.refuse(request)) is not None:
-            return refusal
-        path = request.url.path
-        if path in (f"/api/models/{ID}", f"/api/models/{ID}/revision/main", f"/api/models/{ID}/revision/v1"):
-            return http.Response(200, json={"id": ID, "sha": SHA, "siblings": []}, request=request)
-        if path.startswith(f"/api/models/{ID}/revision/"):
-            return http.Response(404, headers={"X-Error-Code": "RevisionNotFound"}, request=request)
-        if path.startswith(f"/api/models/{ID}/tree/{SHA}"):
-            files = [file for file in sorted(self.folder.rglob("*")) if file.is_file()]
-            entries = [
-                {"type": "file", "path": str(f.relative_to(self.folder)), "size": f.stat().st_size, "oid": "0" * 40}
-                for f in files
-            ]
-            return http.Response(200, json=entries, request=request)
-        if path.startswith(f"/{ID}/resolve/{SHA}/"):
-            name = path.removeprefix(f"/{ID}/resolve/{SHA}/")
-            data = (self.folder / name).read_bytes()
-            # of the name, too: files with the same contents would be fetched once
-            headers = {"X-Repo-Commit": SHA, "ETag": f'"{hashlib.sha256(name.encode() + data).hexdigest()}"'}
-            if request.method == "HEAD":
-                return http.Response(200, headers=headers | {"Content-Length": str(len(data))}, request=request)
-            self.fetched.append(name)
-            return http.Response(200, headers=headers, content=data, request=request)
-        return http.Response(401, headers={"X-Error-Code": "RepoNotFound"}, request=request)
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +37,8 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def fake(folder, tmp_path, monkeypatch):
-    fake = FakeHub(folder)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    huggingface_hub.set_client_factory(lambda: http.Client(transport=http.MockTransport(fake), follow_redirects=True))
-    yield fake
-    huggingface_hub.set_client_factory(huggingface_hub.utils._http.default_client_factory)
+    with serving(folder, tmp_path / "cache", monkeypatch) as fake:
+        yield fake
 
 
 def test_converts_a_hub_id_and_fetches_what_it_reads(fake, folder, tmp_path, capfd):
@@ -191,6 +146,22 @@ def test_what_was_fetched_before_needs_no_network(fake, tmp_path):
 )
 def test_what_is_a_hub_id(source, is_id):
     assert hub.is_repository(source) == is_id
+
+
+@pytest.mark.parametrize(
+    ("source", "parts"),
+    [
+        (ID, (ID, "")),
+        ("owner/name/2steps", ("owner/name", "2steps")),
+        ("owner/name/a/b.c", ("owner/name", "a/b.c")),
+        ("owner", None),
+        ("owner/name/", None),
+        ("owner/name/../up", None),
+        ("/owner/name/folder", None),
+    ],
+)
+def test_what_is_a_hub_id_with_a_folder(source, parts):
+    assert hub.split_folder(source) == parts
 
 
 def test_a_folder_has_no_revision(folder, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,6 +67,20 @@ def test_weights_come_back(converted, component):
     for path, variable in flatten(loaded).items():  # logical axes and kinds are the network's, not the file's
         assert type(variable) is type(flatten(original)[path])
         assert variable.axes == flatten(original)[path].axes
+
+
+def test_a_part_comes_back_alone(converted):
+    directory = ModelDirectory.open(converted)
+    decoder = nnx.state(directory.abstract("vae").decoder_alone())
+    loaded = flatten(directory.load("vae", decoder, part="decoder"))
+    whole = {path: x for path, x in flatten(random_state("vae")).items() if path.startswith("decoder.")}
+    assert loaded.keys() == whole.keys()
+    for path, variable in loaded.items():
+        np.testing.assert_array_equal(variable[...], whole[path][...])
+    with pytest.raises(UserError, match=r"/vae does not fit the network: .* differ \(encoder"):
+        directory.load("vae", decoder)  # unless it is asked for, nothing is left out
+    with pytest.raises(UserError, match=r"/vae does not fit the network: .* differ \(decoder"):
+        directory.load("vae", decoder, part="encoder")
 
 
 def test_a_network_runs_on_loaded_weights(converted):
@@ -248,12 +263,42 @@ def test_a_damaged_checkpoint_is_refused(copy, damage, message):
     load(directory, "text_encoder")  # the others are whole
 
 
-def test_overwritten_bytes_are_refused(copy):
-    manifest = copy / "vae" / "state" / "manifest.ocdbt"
-    manifest.write_bytes(bytes(manifest.stat().st_size))
-    with pytest.raises(UserError, match="/vae is damaged: ") as caught:
-        load(ModelDirectory.open(copy), "vae")
-    assert "\n" not in str(caught.value)
+def overwrite(file: Path) -> None:
+    """Other bytes in the middle, as many as there were."""
+    data = bytearray(file.read_bytes())
+    third = len(data) // 3
+    data[third : 2 * third] = bytes(byte ^ 0x5A for byte in data[third : 2 * third])
+    file.write_bytes(data)
+
+
+def test_overwritten_bytes_are_refused(converted, tmp_path):
+    """Of each kind of file that a checkpoint has; and nothing but our one line is printed."""
+    program = """
+import sys
+from flax import nnx
+from arcflow_jax.errors import UserError
+from arcflow_jax.model_directory import ModelDirectory
+for path in sys.argv[1:]:
+    directory = ModelDirectory.open(path)
+    try:
+        directory.load("vae", nnx.state(directory.abstract("vae")))
+        print("loaded")
+    except UserError as error:
+        print(error)
+"""
+    state = converted / "vae" / "state"
+    values, index = (
+        max((state / folder).iterdir(), key=lambda file: file.stat().st_size) for folder in ("ocdbt.process_0/d", "d")
+    )
+    damaged = []
+    for file in (values, index, state / "manifest.ocdbt", state / "_METADATA"):
+        damaged.append(shutil.copytree(converted, tmp_path / str(len(damaged))))
+        overwrite(damaged[-1] / file.relative_to(converted))
+    done = subprocess.run([sys.executable, "-c", program, *damaged], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    for line, path in zip(lines, damaged, strict=True):
+        assert re.fullmatch(rf"{path}/vae is damaged: .*; convert the model again", line)
 
 
 @pytest.mark.parametrize("layers", [1, 5])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arcflow_jax.demo import pictures
+from arcflow_jax.demo import ASSETS, pictures
 from arcflow_jax.errors import UserError
 from arcflow_jax.tokenizers import load_tokenizer, token_length, tokenize
 from tools.tiny_teacher.tokenizers import make_clip_tokenizer, make_t5_tokenizer
@@ -68,7 +68,24 @@ def test_every_caption_word_is_one_token(folders):
 def test_other_words_fall_back(folders):
     clip, t5 = load_tokenizer(folders / "tokenizer"), load_tokenizer(folders / "tokenizer_2")
     assert clip.decode(clip("naïve 中 zebra").input_ids, skip_special_tokens=True) == "naïve 中 zebra"
-    assert t5.decode(t5("Zebra #7!").input_ids, skip_special_tokens=True) == "Zebra #7!"
+    assert t5.decode(t5("zebra #7!").input_ids, skip_special_tokens=True) == "zebra #7!"
+
+
+def test_capitals_make_no_difference(folders):
+    small = "a large green ring, zebra xyz"
+    for prompt in ("A Large GREEN ring, zebra XYZ", small.upper()):
+        for tokenizer in map(load_tokenizer, (folders / "tokenizer", folders / "tokenizer_2")):
+            assert tokenizer(prompt).input_ids == tokenizer(small).input_ids
+
+
+def test_the_bundled_teacher_has_these_tokenizers(folders):
+    for file in sorted(file for file in folders.rglob("*") if file.is_file()):
+        bundled = ASSETS / "tiny-flux" / file.relative_to(folders)
+        assert (
+            json.loads(bundled.read_text()) == json.loads(file.read_text())
+            if file.suffix == ".json"
+            else (bundled.read_text() == file.read_text())
+        )
 
 
 def test_vocabulary_and_merges_alone(folders, tmp_path):

@@ -20,7 +20,7 @@ from arcflow_jax.compile_report.collectives import collectives
 from arcflow_jax.compile_report.programs import Program, sampler
 from arcflow_jax.compile_report.work import flops
 from arcflow_jax.config import Recipe, read_config
-from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.errors import UserError, one_line, out_of_memory
 from arcflow_jax.sharding import make_mesh
 
 PROGRAMS = {"sampler": sampler}
@@ -52,7 +52,7 @@ def compile_program(mesh: Mesh, program: Program) -> dict[str, Any]:
         try:
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not out_of_memory(error):
                 raise
             return answer | {"status": "out of memory", "needed": needed(str(error)), "detail": one_line(error)}
     memory = compiled.memory_analysis()

@@ -18,10 +18,16 @@ def is_repository(source: str | Path) -> bool:
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)) is not None
 
 
-def weights_of(component: str) -> list[str]:
-    """The hub's patterns for a component's weights: neither pickles nor variants such as model.fp16.safetensors."""
+def split_folder(source: str | Path) -> tuple[str, str] | None:
+    """The hub id and the folder in it ("" for none) of a source of the form owner/name or owner/name/folder."""
+    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)((?:/\w[\w.-]*)*)", str(source))
+    return (match[1], match[2].removeprefix("/")) if match else None
+
+
+def weights_of(folder: str) -> list[str]:
+    """The hub's patterns for the weights in a folder: neither pickles nor variants such as model.fp16.safetensors."""
     endings = (".safetensors", "-*.safetensors", ".safetensors.index.json")
-    return [f"{component}/{stem}{ending}" for stem in STEMS for ending in endings]
+    return [f"{folder}/{stem}{ending}".lstrip("/") for stem in STEMS for ending in endings]
 
 
 def fetch(repository: str, revision: str | None, patterns: Iterable[str]) -> Path:

@@ -1,6 +1,6 @@
 """The tiny teacher's two tokenizers, made from the words of its captions in the file layout of FLUX.1-dev's.
 
-Each caption word is one token; anything else falls back to bytes (CLIP) or characters (T5).
+Each caption word is one token, in capitals too; anything else falls back to bytes (CLIP) or characters (T5).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer, T5TokenizerFast, TokenizersBackend
 
@@ -65,6 +66,26 @@ def make_clip_tokenizer(folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
 
 
+def lowercase_map() -> bytes:
+    """SentencePiece's form of a normalisation, of A … Z to a … z: the only kind that T5's class takes from a file.
+
+    Size of a trie in bytes, the trie, the replacements, each ended by a zero. The trie is a double array as in
+    darts-clone: the unit of a node has its character as label, and its children lie at its place ^ offset ^ character;
+    the child 0 of a node that ends a word is a leaf, whose unit is the replacement's place.
+    """
+    trie = np.zeros(512, np.uint32)
+
+    def node(label: int, offset: int, ends_word: bool) -> int:
+        return offset << 10 | ends_word << 8 | label
+
+    trie[0] = node(0, 256, False)
+    for i, character in enumerate(string.ascii_uppercase.encode()):
+        trie[256 ^ character] = node(character, 256, True)
+        trie[character] = 1 << 31 | 2 * i
+    replacements = b"".join(bytes([character, 0]) for character in string.ascii_lowercase.encode())
+    return np.uint32(trie.nbytes).astype("<u4").tobytes() + trie.astype("<u4").tobytes() + replacements
+
+
 def make_t5_tokenizer(folder: Path) -> None:
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}  # ids 0, 1, 2
     characters = ["▁", *string.digits, *string.ascii_letters, *string.punctuation]
@@ -73,6 +94,6 @@ def make_t5_tokenizer(folder: Path) -> None:
         *((f"▁{word}", WORD_SCORE) for word in caption_words()),
         *((character, CHARACTER_SCORE) for character in characters),
     ]
-    tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0, **special)
+    tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0, _spm_precompiled_charsmap=lowercase_map(), **special)
     config = {"tokenizer_class": "T5Tokenizer", "model_max_length": T5_LENGTH, "extra_ids": 0}
     write(folder, tokenizer, config, special)

@@ -1,0 +1,65 @@
+"""huggingface_hub's other end: a transport that answers as the hub does."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants, errors
+
+http = sys.modules[errors.HTTPError.__module__.split(".")[0]]  # the HTTP client, whose name depends on the version
+SHA = "0123456789abcdef0123456789abcdef01234567"
+ID = "owner/tiny-flux"
+
+
+class FakeHub:
+    """Serves the files of a folder as the model `ID`; remembers which were fetched."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.fetched: list[str] = []
+        self.refuse: Callable[[Any], Any] = lambda request: None
+
+    def __call__(self, request: Any) -> Any:
+        if (refusal := self.refuse(request)) is not None:
+            return refusal
+        path = request.url.path
+        if path in (f"/api/models/{ID}", f"/api/models/{ID}/revision/main", f"/api/models/{ID}/revision/v1"):
+            return http.Response(200, json={"id": ID, "sha": SHA, "siblings": []}, request=request)
+        if path.startswith(f"/api/models/{ID}/revision/"):
+            return http.Response(404, headers={"X-Error-Code": "RevisionNotFound"}, request=request)
+        if path.startswith(f"/api/models/{ID}/tree/{SHA}"):
+            files = [file for file in sorted(self.folder.rglob("*")) if file.is_file()]
+            entries = [
+                {"type": "file", "path": str(f.relative_to(self.folder)), "size": f.stat().st_size, "oid": "0" * 40}
+                for f in files
+            ]
+            return http.Response(200, json=entries, request=request)
+        if path.startswith(f"/{ID}/resolve/{SHA}/"):
+            name = path.removeprefix(f"/{ID}/resolve/{SHA}/")
+            data = (self.folder / name).read_bytes()
+            # of the name, too: files with the same contents would be fetched once
+            headers = {"X-Repo-Commit": SHA, "ETag": f'"{hashlib.sha256(name.encode() + data).hexdigest()}"'}
+            if request.method == "HEAD":
+                return http.Response(200, headers=headers | {"Content-Length": str(len(data))}, request=request)
+            self.fetched.append(name)
+            return http.Response(200, headers=headers, content=data, request=request)
+        return http.Response(401, headers={"X-Error-Code": "RepoNotFound"}, request=request)
+
+
+@contextlib.contextmanager
+def serving(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """The hub is `FakeHub(folder)`, with an empty local cache."""
+    fake = FakeHub(folder)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    huggingface_hub.set_client_factory(lambda: http.Client(transport=http.MockTransport(fake), follow_redirects=True))
+    try:
+        yield fake
+    finally:
+        huggingface_hub.set_client_factory(huggingface_hub.utils._http.default_client_factory)
