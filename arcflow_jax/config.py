@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,10 +28,13 @@ class Recipe:
 
     Attributes:
       model: the converted teacher's directory.
-      prompts: a text file, one prompt a line.
+      prompts: a .txt, .jsonl or .parquet file, a folder of them, or a data set's hub id (see `prompt_sources`).
+      prompts_field: the field or column that has the prompt.
+      embeddings: a cache that `arcflow embed-prompts` wrote; "" encodes the prompts as they come.
       out: the run's directory; a run that is there already goes on.
       seed: of everything that is drawn.
-      height, width: of the pictures, in pixels.
+      resolutions: (height, width) in pixels, one or several; each iteration's pictures have one of them, all equally
+        often. One that is listed twice comes twice as often.
       guidance: scale that the teacher is imitated at.
       batch, steps: examples an iteration, and iterations.
       dtype: that the networks compute in.
@@ -40,10 +44,11 @@ class Recipe:
 
     model: str
     prompts: str
+    prompts_field: str
+    embeddings: str
     out: str
     seed: int
-    height: int
-    width: int
+    resolutions: tuple[tuple[int, int], ...]
     guidance: float
     batch: int
     steps: int
@@ -60,11 +65,25 @@ class Recipe:
         for name, least in (("batch", 1), ("steps", 0), ("log_every", 1), ("save_every", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}, but has to be at least {least}")
+        if not self.resolutions or not all(map(is_size, self.resolutions)):
+            raise UserError(
+                f"resolutions is {self.resolutions}, but has to list sizes as (height, width), e.g. ((1024, 1024),)"
+            )
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """The (height, width) of most pixels, which takes most memory."""
+        return max(self.resolutions, key=math.prod)
 
     @classmethod
     def of(cls, config: ConfigDict) -> Recipe:
         """Raises UserError if the config lacks a key or has one that no recipe knows."""
         return _fill(cls, config.to_dict(), "config")
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value is a pair of whole numbers."""
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(side, int) for side in value)
 
 
 def _fill(cls: type[T], values: dict[str, Any], where: str) -> T:

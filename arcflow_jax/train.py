@@ -16,12 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from arcflow_jax import arc_model
 from arcflow_jax.checkpoint import DESCRIPTION, AdapterDescription, Checkpoints
 from arcflow_jax.config import Recipe
-from arcflow_jax.data import prompt_batches
+from arcflow_jax.data import prompt_batches, resolution_stream
+from arcflow_jax.embeddings import CachedPrompts
 from arcflow_jax.errors import UserError
 from arcflow_jax.latents import token_grid
 from arcflow_jax.model_directory import ModelDirectory
 from arcflow_jax.optim import make_optimizer
-from arcflow_jax.prompts import PROMPTS, read_prompts
+from arcflow_jax.prompt_sources import read_prompts
+from arcflow_jax.prompts import PROMPTS
 from arcflow_jax.sharding import batched, make_mesh, state_shardings
 from arcflow_jax.train_state import TrainState, train_step
 
@@ -37,9 +39,16 @@ def train(recipe: Recipe) -> Path:
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if recipe.batch % shards:
         raise UserError(f"batch {recipe.batch} does not divide by data × fsdp = {shards} of the mesh")
-    rows, columns = token_grid(recipe.height, recipe.width, directory.geometry("vae").factor)
-    batches = prompt_batches(read_prompts(recipe.prompts), recipe.batch, recipe.seed)
-    encode = PROMPTS[directory.description["pipeline"]](directory, recipe.dtype, mesh)
+    factor = directory.geometry("vae").factor
+    grids = {resolution: token_grid(*resolution, factor) for resolution in recipe.resolutions}
+    prompts = read_prompts(recipe.prompts, recipe.prompts_field)
+    print(prompts, flush=True)
+    batches = prompt_batches(prompts.texts, recipe.batch, recipe.seed)
+    resolutions = resolution_stream(recipe.resolutions, recipe.seed)
+    if recipe.embeddings:
+        encode = CachedPrompts(recipe.embeddings, directory, recipe.dtype, mesh, prompts.texts)
+    else:
+        encode = PROMPTS[directory.description["pipeline"]](directory, recipe.dtype, mesh)
 
     graphdef, abstract_base, abstract = arc_model.split(directory.student(recipe.adapter, recipe.dtype))
     optimizer = make_optimizer(recipe.optimizer, abstract)
@@ -68,12 +77,13 @@ def train(recipe: Recipe) -> Path:
         with progress_bar() as progress:
             task = progress.add_task("distilling", total=recipe.steps, completed=int(state.step), loss="–")
             for i in range(int(state.step), recipe.steps):
+                rows, columns = grids[resolutions[i]]
                 conditioning = encode(batches[i], guidance=recipe.guidance, rows=rows, columns=columns)
                 one_step = steady if i >= recipe.distillation.decay else mixed
                 with jax.set_mesh(mesh):  # which fused attention needs to know
                     state, values = one_step(state, base, conditioning, key)
                 if (i + 1) % recipe.log_every == 0 or i + 1 == recipe.steps:
-                    loss = write_log(log, i + 1, values)
+                    loss = write_log(log, i + 1, values | {"prompts_cut": encode.cut})
                     progress.update(task, completed=i + 1, loss=f"{loss:.4f}")
                     if not progress.console.is_terminal:  # where no bar can move: a log file, CI
                         left = progress.tasks[task].time_remaining or 0
@@ -81,6 +91,8 @@ def train(recipe: Recipe) -> Path:
                 if (i + 1) % recipe.save_every == 0:
                     checkpoints.save(state)
         checkpoints.save(state)
+    if encode.cut:
+        print(f"{encode.cut} prompts had more tokens than the encoder takes, and were cut", flush=True)
     return run
 
 

@@ -112,7 +112,11 @@ def test_train_refuses_bad_inputs(capfd, tmp_path, model):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n\n")
     refused("holds no prompts", f"--config.prompts={empty}")
-    refused("image size 60x64: height and width have to be positive multiples of 16", prompts, "--config.height=60")
+    refused(
+        "image size 60x64: height and width have to be positive multiples of 16",
+        prompts,
+        "--config.resolutions=((60, 64),)",
+    )
     refused("does not have the size of 1 devices", prompts, "--config.mesh=(3, 1, 1, 1)")
     refused("LoRA target 'mlp' names no linear layer", prompts, "--config.adapter.targets=('mlp',)")
     file = tmp_path / "file"
