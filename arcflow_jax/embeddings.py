@@ -32,7 +32,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from arcflow_jax.config import Recipe
 from arcflow_jax.conversion import refuse_used
@@ -173,7 +173,7 @@ def embed_shard(encode: Any, prompts: Sequence[str], batch: int) -> dict[str, np
 
 def write_shard(path: Path, arrays: dict[str, np.ndarray]) -> None:
     aside = path.with_suffix(".tmp")
-    save_file(arrays, aside)
+    aside.write_bytes(save(arrays))  # its save_file tells of a full disk in an error of its own
     os.replace(aside, path)
 
 
