@@ -33,8 +33,8 @@ class Recipe:
       embeddings: a cache that `arcflow embed-prompts` wrote; "" encodes the prompts as they come.
       out: the run's directory; a run that is there already goes on.
       seed: of everything that is drawn.
-      resolutions: (height, width) in pixels, one or several; each iteration's pictures have one of them, all equally
-        often. One that is listed twice comes twice as often.
+      resolutions: (height, width) in pixels, one or several; an iteration's pictures have one of them, each as likely
+        as the others; one that is listed twice is twice as likely.
       guidance: scale that the teacher is imitated at.
       batch, steps: examples an iteration, and iterations.
       dtype: that the networks compute in.
@@ -62,7 +62,7 @@ class Recipe:
     ema: EmaConfig
 
     def __post_init__(self):
-        for name, least in (("batch", 1), ("steps", 0), ("log_every", 1), ("save_every", 1)):
+        for name, least in (("seed", 0), ("batch", 1), ("steps", 0), ("log_every", 1), ("save_every", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}, but has to be at least {least}")
         if not self.resolutions or not all(map(is_size, self.resolutions)):

@@ -1,7 +1,6 @@
-"""The streams that a run is trained on, its prompts and its resolutions.
+"""What an iteration is trained on, its prompts and its resolution: functions of the seed and of the iteration's number.
 
-Both are without end, shuffled anew each time round, and indexed by the iteration: they need no state to go on where a
-run stopped.
+So a run that stopped needs no state of theirs to go on.
 """
 
 from __future__ import annotations
@@ -9,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import grain
+import numpy as np
 
 from arcflow_jax.errors import UserError
 
 
 def prompt_batches(prompts: Sequence[str], batch: int, seed: int, part: tuple[int, int] = (0, 1)) -> grain.MapDataset:
-    """Batches of prompts, as lists: item i is one process' part of the batch of iteration i.
+    """Batches of prompts, shuffled anew each time round, without end: item i is one process' part of iteration i's.
 
     The whole batch does not depend on how many parts there are.
 
@@ -34,6 +34,8 @@ def prompt_batches(prompts: Sequence[str], batch: int, seed: int, part: tuple[in
     return shuffled.batch(batch, batch_fn=lambda texts: list(texts[rows]))
 
 
-def resolution_stream(resolutions: Sequence[tuple[int, int]], seed: int) -> grain.MapDataset:
-    """Item i is the (height, width) of iteration i. Each comes as often as the others, or as it is listed."""
-    return grain.MapDataset.source(resolutions).seed(seed).shuffle().repeat()
+def draw_resolution(resolutions: Sequence[tuple[int, int]], seed: int, iteration: int) -> tuple[int, int]:
+    """The (height, width) of an iteration, each as likely as the others."""
+    # Whose bits NumPy promises never to change, as it does not for its generators' integers
+    (bits,) = np.random.SeedSequence((seed, iteration)).generate_state(1)
+    return resolutions[int(bits) % len(resolutions)]

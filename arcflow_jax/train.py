@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from arcflow_jax import arc_model
 from arcflow_jax.checkpoint import DESCRIPTION, AdapterDescription, Checkpoints
 from arcflow_jax.config import Recipe
-from arcflow_jax.data import prompt_batches, resolution_stream
+from arcflow_jax.data import draw_resolution, prompt_batches
 from arcflow_jax.embeddings import CachedPrompts
 from arcflow_jax.errors import UserError
 from arcflow_jax.latents import token_grid
@@ -44,7 +44,6 @@ def train(recipe: Recipe) -> Path:
     prompts = read_prompts(recipe.prompts, recipe.prompts_field)
     print(prompts, flush=True)
     batches = prompt_batches(prompts.texts, recipe.batch, recipe.seed)
-    resolutions = resolution_stream(recipe.resolutions, recipe.seed)
     if recipe.embeddings:
         encode = CachedPrompts(recipe.embeddings, directory, recipe.dtype, mesh, prompts.texts)
     else:
@@ -77,7 +76,7 @@ def train(recipe: Recipe) -> Path:
         with progress_bar() as progress:
             task = progress.add_task("distilling", total=recipe.steps, completed=int(state.step), loss="–")
             for i in range(int(state.step), recipe.steps):
-                rows, columns = grids[resolutions[i]]
+                rows, columns = grids[draw_resolution(recipe.resolutions, recipe.seed, i)]
                 conditioning = encode(batches[i], guidance=recipe.guidance, rows=rows, columns=columns)
                 one_step = steady if i >= recipe.distillation.decay else mixed
                 with jax.set_mesh(mesh):  # which fused attention needs to know

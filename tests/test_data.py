@@ -6,7 +6,7 @@ import collections
 
 import pytest
 
-from arcflow_jax.data import prompt_batches, resolution_stream
+from arcflow_jax.data import draw_resolution, prompt_batches
 from arcflow_jax.errors import UserError
 
 PROMPTS = [f"prompt {i}" for i in range(24)]
@@ -47,12 +47,14 @@ def test_parts_that_do_not_divide_the_batch():
 
 
 def test_resolutions_are_drawn_from_seed_and_iteration():
-    stream, again, other = (resolution_stream(SIZES, seed) for seed in (0, 0, 1))
-    drawn = [stream[i] for i in range(60)]
-    assert [again[i] for i in range(59, -1, -1)] == drawn[::-1]
-    assert [other[i] for i in range(60)] != drawn
-    assert collections.Counter(drawn) == dict.fromkeys(SIZES, 20)
-    assert len({tuple(drawn[i : i + 3]) for i in range(0, 60, 3)}) > 3  # in many orders
-    assert [resolution_stream(SIZES[:1], 0)[i] for i in (0, 5)] == [(64, 64)] * 2
-    twice = resolution_stream((*SIZES, SIZES[0]), 0)
-    assert collections.Counter(twice[i] for i in range(8))[SIZES[0]] == 4
+    def drawn(seed: int, iterations: range) -> list[tuple[int, int]]:
+        return [draw_resolution(SIZES, seed, i) for i in iterations]
+
+    first = drawn(0, range(3000))
+    assert drawn(0, range(2999, -1, -1)) == first[::-1]
+    assert drawn(1, range(3000)) != first
+    assert all(abs(count - 1000) < 5 * 26 for count in collections.Counter(first).values())  # five deviations
+    pairs = collections.Counter(zip(first[::2], first[1::2], strict=True))
+    assert len(pairs) == 9
+    assert all(abs(count - 1500 / 9) < 5 * 13 for count in pairs.values())  # one says nothing of the next
+    assert draw_resolution(SIZES[:1], 0, 5) == (64, 64)
