@@ -4,8 +4,8 @@ It is for machines that the encoders do not fit on; where they do, encoding on t
 a training step, and no disk. FLUX.1's embeddings of one prompt are 4.2 MB in bfloat16, because its transformer reads
 T5's states at the padding, too.
 
-    DIR/embeddings.json             format, fingerprint of encoders and tokenizers, dtype, number of prompts, of those
-                                    that were cut, prompts a shard, SHA-256 of the list of prompts
+    DIR/embeddings.json             format, fingerprint of encoders and tokenizers, dtype, number of prompts, prompts a
+                                    shard, SHA-256 of the list of prompts
     DIR/shard-00000.safetensors     of up to `SHARD` prompts:
         text, pooled, …             what the encoders gave, [prompts, ...], in the dtype that the recipe computes in
         cut                         which prompts had more tokens than the encoder takes, [prompts] bool
@@ -24,7 +24,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.geometry import read_json
 from arcflow_jax.model_directory import ModelDirectory
 from arcflow_jax.prompt_sources import read_prompts
-from arcflow_jax.prompts import PROMPTS, put_rows
+from arcflow_jax.prompts import PROMPTS, from_part
 from arcflow_jax.sharding import make_mesh
 
 DESCRIPTION = "embeddings.json"
@@ -65,7 +65,8 @@ def encoders_fingerprint(directory: ModelDirectory) -> str:
             raise UserError(f"{directory.path} keeps no fingerprint of its {component}: convert the model again")
         sha.update(f"{component} {weights}\n".encode())
         for file in sorted((directory.path / tokenizer).iterdir()):
-            sha.update(f"{tokenizer}/{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+            if file.is_file():
+                sha.update(f"{tokenizer}/{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return sha.hexdigest()
 
 
@@ -99,27 +100,16 @@ def embed_prompts(recipe: Recipe, out: Path) -> Path:
         "shard": SHARD,
         "list": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
     }
+    shards = [prompts[i : i + SHARD] for i in range(0, len(prompts), SHARD)]
     aside = out.with_name(f".{out.name}.incomplete")
+    paths = [shard_path(aside, i) for i in range(len(shards))]
     try:
         start(aside, description)
-        starts = range(0, len(prompts), SHARD)
-        missing = [i for i in range(len(starts)) if not shard_path(aside, i).exists()]
+        missing = {path: shard for path, shard in zip(paths, shards, strict=True) if not path.exists()}
         if missing:
             encode = PROMPTS[directory.description["pipeline"]](directory, recipe.dtype, mesh)
-            with progress_bar() as progress:
-                done = len(prompts) - sum(len(prompts[starts[i] : starts[i] + SHARD]) for i in missing)
-                task = progress.add_task("embedding", total=len(prompts), completed=done)
-                for i in missing:
-                    arrays = embed_shard(encode, prompts[starts[i] : starts[i] + SHARD], recipe.batch)
-                    if i == missing[0]:
-                        check_room(aside, len(missing) * sum(array.nbytes for array in arrays.values()))
-                    write_shard(shard_path(aside, i), arrays)
-                    done += len(arrays["cut"])
-                    progress.update(task, completed=done)
-                    if not progress.console.is_terminal:  # where no bar can move
-                        print(f"embedded {done} of {len(prompts)} prompts", flush=True)
-        cut = sum(int(np.asarray(read_header(shard_path(aside, i))["cut"]).sum()) for i in range(len(starts)))
-        write_description(aside, description | {"cut": cut})
+            write_shards(missing, encode, recipe.batch, total=len(prompts))
+        cut = sum(int(np.asarray(read_header(path)["cut"]).sum()) for path in paths)
         if out.exists():  # an empty directory
             out.rmdir()
         os.replace(aside, out)
@@ -133,21 +123,35 @@ def embed_prompts(recipe: Recipe, out: Path) -> Path:
 def start(aside: Path, description: dict[str, Any]) -> None:
     """Makes the directory that a cache is written to, or checks that the unfinished one that is there is the same."""
     if (aside / DESCRIPTION).exists():
-        there = read_json(aside / DESCRIPTION)
-        there.pop("cut", None)
-        if there != description:
+        if read_json(aside / DESCRIPTION) != description:
             raise UserError(
                 f"{aside} is an unfinished cache of other prompts or encoders: remove it, or name another --out"
             )
         return
     aside.mkdir(parents=True, exist_ok=True)
-    write_description(aside, description)
+    half = aside / f"{DESCRIPTION}.tmp"
+    half.write_text(json.dumps(description, indent=2) + "\n")
+    os.replace(half, aside / DESCRIPTION)
 
 
-def write_description(folder: Path, description: dict[str, Any]) -> None:
-    aside = folder / f"{DESCRIPTION}.tmp"
-    aside.write_text(json.dumps(description, indent=2) + "\n")
-    os.replace(aside, folder / DESCRIPTION)
+def write_shards(shards: Mapping[Path, Sequence[str]], encode: Any, batch: int, total: int) -> None:
+    """Writes the shards of these prompts, out of `total`, one after the other.
+
+    Raises:
+      UserError: before the first is written, if the disk has no room for all.
+    """
+    done = total - sum(map(len, shards.values()))
+    with progress_bar() as progress:
+        task = progress.add_task("embedding", total=total, completed=done)
+        for i, (path, prompts) in enumerate(shards.items()):
+            arrays = embed_shard(encode, prompts, batch)
+            if i == 0:
+                check_room(path.parent, len(shards) * sum(array.nbytes for array in arrays.values()))
+            write_shard(path, arrays)
+            done += len(prompts)
+            progress.update(task, completed=done)
+            if not progress.console.is_terminal:  # where no bar can move
+                print(f"embedded {done} of {total} prompts", flush=True)
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -238,7 +242,7 @@ class CachedPrompts:
         self.cut += sum(int(self.shards[shard]["cut"][row]) for shard, row in places)
         names = self.shards[0].keys() - {"cut"}
         embedded = {
-            name: put_rows(self.mesh, np.concatenate([self.shards[i][name][row : row + 1] for i, row in places]))
+            name: from_part(np.concatenate([self.shards[i][name][row : row + 1] for i, row in places]), self.mesh)
             for name in names
         }
         conditioning = PROMPTS[self.directory.description["pipeline"]].conditioning

@@ -39,7 +39,7 @@ def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     return replicated(mesh) if rows % (mesh.shape["data"] * mesh.shape["fsdp"]) else batched(mesh)
 
 
-def put_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:  # [B, ...]
+def from_part(rows: np.ndarray, mesh: Mesh) -> jax.Array:  # [B, ...]
     """A batch on the devices, as `row_sharding` says."""
     return jax.device_put(rows, row_sharding(mesh, len(rows)))
 
@@ -55,7 +55,7 @@ class Encoder:
     def __call__(self, state: nnx.State, prompts: Sequence[str], mesh: Mesh) -> tuple[Any, np.ndarray]:
         """The encoder's outputs for the prompts, and which of them were too long and were cut, [B]."""
         ids, cut = tokenize(self.tokenizer, prompts, self.length)
-        return _apply(self.graphdef, state, put_rows(mesh, ids)), cut
+        return _apply(self.graphdef, state, from_part(ids, mesh)), cut
 
 
 class FluxPrompts:

@@ -59,7 +59,10 @@ def train(recipe: Recipe) -> Path:
     base = directory.load("transformer", abstract_base, state_shardings(mesh, abstract_base))
     key = jax.random.key(recipe.seed)
     with Checkpoints(run) as checkpoints, open(run / "log.jsonl", "a") as log:
-        state = TrainState.create(start(graphdef, base, abstract, key, mesh), optimizer)
+        # Jitted, so that it is on the mesh like the states that follow, or the first would be compiled for by itself
+        state = jax.jit(functools.partial(TrainState.create, optimizer=optimizer))(
+            start(graphdef, base, abstract, key, mesh)
+        )
         if checkpoints.latest is not None:
             state = checkpoints.restore(state)
         step = functools.partial(
