@@ -228,16 +228,21 @@ class CachedPrompts:
             shard, texts = read_shard(shard_path(self.folder, i))
             self.shards.append(shard)
             self.rows |= {text: (i, row) for row, text in enumerate(texts)}
+        self.check(prompts)
+        self.cut = 0
+
+    def check(self, prompts: Iterable[str]) -> None:
+        """Raises UserError unless the cache has all these prompts."""
         missing = [prompt for prompt in prompts if prompt not in self.rows]
         if missing:
             raise UserError(
-                f"the embeddings in {folder} lack {len(missing)} of the prompts, the first is {missing[0][:60]!r}: "
-                "run arcflow embed-prompts on them"
+                f"the embeddings in {self.folder} lack {len(missing)} of the prompts, the first is "
+                f"{missing[0][:60]!r}: run arcflow embed-prompts on them"
             )
-        self.cut = 0
 
     def __call__(self, prompts: Sequence[str], *, guidance: float, rows: int, columns: int) -> Any:
-        """Conditioning of B prompts for pictures of rows × columns tokens."""
+        """Conditioning of B prompts for pictures of rows × columns tokens. Raises UserError if the cache lacks one."""
+        self.check(prompts)
         places = [self.rows[prompt] for prompt in prompts]
         self.cut += sum(int(self.shards[shard]["cut"][row]) for shard, row in places)
         names = self.shards[0].keys() - {"cut"}

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -80,6 +81,19 @@ def test_training_from_a_cache_is_training_on_the_fly(model, cache, tmp_path, mo
     assert cut[0] == cut[1] == sorted(cut[0])
     assert cut[0][-1] in (3, 4)
     assert f"{cut[0][-1]} prompts had more tokens than the encoder takes, and were cut" in out
+
+
+def test_conditioning_is_that_of_the_encoders(model, cache):
+    directory, mesh = ModelDirectory.open(model), make_mesh((1, 1, 1, 1))
+    prompts = ["a ring", LONG.strip(), "a red circle", "a ring"]
+    fly, cached = FluxPrompts(directory, "float32", mesh), CachedPrompts(cache, directory, "float32", mesh, prompts)
+    settings = {"guidance": 2.0, "rows": 2, "columns": 3}
+    ours, theirs = cached(prompts, **settings), fly(prompts, **settings)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    assert (cached.cut, fly.cut) == (1, 1)
 
 
 class Encoders:
@@ -166,7 +180,9 @@ def test_the_door(model, cache, tmp_path):
     def damaged(name: str) -> Path:
         return Path(shutil.copytree(cache, tmp_path / name))
 
-    CachedPrompts(cache, directory, "float32", mesh, PROMPTS[::-1])
+    encode = CachedPrompts(cache, directory, "float32", mesh, PROMPTS[::-1])
+    with pytest.raises(UserError, match="lack 1 of the prompts, the first is 'a fox'"):
+        encode(["a ring", "a fox"], guidance=2.0, rows=2, columns=2)
     refused("lack 2 of the prompts, the first is 'a fox': run arcflow embed-prompts", prompts=["a ring", "a fox", "b"])
     refused("are float32, the recipe computes in bfloat16: embed the prompts again", dtype="bfloat16")
     refused(r"holds no embeddings: it has no embeddings\.json", tmp_path)
