@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,19 @@ T = TypeVar("T")
 SETTINGS = "config.json"  # in the run's directory: the recipe with all overrides
 # What may be changed when a run goes on: where things are, for how long and how often. The rest decides its numbers.
 CHANGEABLE = {
-    *("model", "prompts", "out", "mesh", "steps", "log_every", "save_every", "keep_last", "keep_every"),
+    *(
+        "model",
+        "prompts",
+        "prompts_field",
+        "embeddings",
+        "out",
+        "mesh",
+        "steps",
+        "log_every",
+        "save_every",
+        "keep_last",
+        "keep_every",
+    ),
     *("max_skipped", "preview_every", "preview_prompts", "wandb_project"),
 }
 
@@ -36,10 +49,13 @@ class Recipe:
 
     Attributes:
       model: the converted teacher's directory.
-      prompts: a text file, one prompt a line.
+      prompts: a .txt, .jsonl or .parquet file, a folder of them, or a data set's hub id (see `prompt_sources`).
+      prompts_field: the field or column that has the prompt.
+      embeddings: a cache that `arcflow embed-prompts` wrote; "" encodes the prompts as they come.
       out: the run's directory; a run that is there already goes on.
       seed: of everything that is drawn.
-      height, width: of the pictures, in pixels.
+      resolutions: (height, width) in pixels, one or several; an iteration's pictures have one of them, each as likely
+        as the others; one that is listed twice is twice as likely.
       guidance: scale that the teacher is imitated at.
       batch, steps: examples an iteration, and iterations.
       dtype: that the networks compute in.
@@ -56,10 +72,11 @@ class Recipe:
 
     model: str
     prompts: str
+    prompts_field: str
+    embeddings: str
     out: str
     seed: int
-    height: int
-    width: int
+    resolutions: tuple[tuple[int, int], ...]
     guidance: float
     batch: int
     steps: int
@@ -79,13 +96,22 @@ class Recipe:
     ema: EmaConfig
 
     def __post_init__(self):
-        least = {"batch": 1, "steps": 0, "log_every": 1, "save_every": 1}
+        least = {"seed": 0, "batch": 1, "steps": 0, "log_every": 1, "save_every": 1}
         least |= {"keep_last": 1, "keep_every": 0, "max_skipped": 0, "preview_every": 0}
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise UserError(f"{name} is {getattr(self, name)}, but has to be at least {value}")
         if self.preview_every and not self.preview_prompts:
             raise UserError("preview_every asks for pictures, and preview_prompts says nothing of what they show")
+        if not self.resolutions or not all(map(is_size, self.resolutions)):
+            raise UserError(
+                f"resolutions is {self.resolutions}, but has to list sizes as (height, width), e.g. ((1024, 1024),)"
+            )
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """The (height, width) of most pixels, which takes most memory."""
+        return max(self.resolutions, key=math.prod)
 
     @classmethod
     def of(cls, config: ConfigDict) -> Recipe:
@@ -124,6 +150,11 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         flat |= {f"{name}.{key}": x for key, x in value.items()} if isinstance(value, dict) else {name: value}
     return flat
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value is a pair of whole numbers."""
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(side, int) for side in value)
 
 
 def _fill(cls: type[T], values: dict[str, Any], where: str) -> T:

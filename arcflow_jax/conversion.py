@@ -160,6 +160,7 @@ def convert_model(
                     "class": component.network.class_name,
                     "dtype": component.dtype.name,
                     "config": component.config,
+                    "fingerprint": fingerprint(digests[component.name]),
                 }
                 for component in components
             },

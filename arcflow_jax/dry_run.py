@@ -38,13 +38,14 @@ def report(recipe: Recipe) -> str:
         "text encoders": encoders,
     }
     sizes = {name: bytes_per_device(plan.mesh, state) for name, state in parts.items()}
+    tokens = ", ".join(f"{rows} × {columns}" for rows, columns in plan.grids.values())
     memory = [*sizes.items(), ("together", sum(sizes.values()))]
     return "\n".join(
         [
             json.dumps(recipe.resolved(), indent=2),
             "",
             f"parameters  teacher {whole:,}, trained {trained:,}: {100 * trained / whole:.2f} %",
-            f"prompts     {len(plan.prompts):,}; {recipe.batch} an iteration of {plan.rows} × {plan.columns} tokens",
+            f"prompts     {plan.prompts}; {recipe.batch} an iteration of {tokens} tokens",
             f"mesh        {', '.join(f'{name} {size}' for name, size in plan.mesh.shape.items())}: "
             f"{plan.mesh.size} × {plan.mesh.devices.flat[0].device_kind}",
             "memory of one device, from shapes and how they are split:",

@@ -15,8 +15,8 @@ class Preempted(Exception):
     """
 
 
-def one_line(error: Exception) -> str:
-    """What another library's exception says, on one line and cut to a readable length, for a UserError to quote."""
+def one_line(error: object) -> str:
+    """What another library's exception (or a value) says, on one line and cut short, for a UserError to quote."""
     return " ".join(str(error).split())[:200]
 
 

@@ -1,7 +1,7 @@
 """A converted model: one directory that holds everything a pipeline needs.
 
-    model.json                  format, pipeline, each component's class, config and dtype, scheduler, fingerprint,
-                                and the size of every file
+    model.json                  format, pipeline, each component's class, config, dtype and fingerprint, scheduler,
+                                the transformer's fingerprint, and the size of every file
     transformer/, vae/, …       an Orbax checkpoint a component: a nested dict, its keys the parts of a variable's path
     tokenizer/, tokenizer_2/    as they came
 

@@ -5,14 +5,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from arcflow_jax.errors import UserError
 from arcflow_jax.latents import position_ids
@@ -21,18 +21,6 @@ from arcflow_jax.models.flux import FluxConditioning
 from arcflow_jax.offload import Weights
 from arcflow_jax.sharding import batched, replicated, state_shardings
 from arcflow_jax.tokenizers import load_tokenizer, token_length, tokenize
-
-
-def read_prompts(path: str) -> list[str]:
-    """The prompts of a text file, one a line; blank lines do not count. Raises UserError if there are none."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            prompts = [line.strip() for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read prompts from {path}: {error}") from None
-    if not prompts:
-        raise UserError(f"{path} holds no prompts: it has to have one a line")
-    return prompts
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
@@ -46,6 +34,16 @@ def _apply(graphdef: nnx.GraphDef, state: nnx.State, ids: jax.Array) -> Any:
     return nnx.merge(graphdef, state)(ids)
 
 
+def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """Of a batch: split over the data axes or, where they do not divide it, whole on each device."""
+    return replicated(mesh) if rows % (mesh.shape["data"] * mesh.shape["fsdp"]) else batched(mesh)
+
+
+def from_part(rows: np.ndarray, mesh: Mesh) -> jax.Array:  # [B, ...]
+    """A batch on the devices, as `row_sharding` says."""
+    return jax.device_put(rows, row_sharding(mesh, len(rows)))
+
+
 class Encoder:
     """A frozen text encoder with its tokenizer; the weights are kept elsewhere."""
 
@@ -54,10 +52,10 @@ class Encoder:
         self.tokenizer = load_tokenizer(directory.path / tokenizer)
         self.length = token_length(self.tokenizer)
 
-    def __call__(self, state: nnx.State, prompts: Sequence[str], sharding: jax.sharding.Sharding) -> tuple[Any, int]:
-        """The encoder's outputs for the prompts, and how many of them were too long and were cut."""
+    def __call__(self, state: nnx.State, prompts: Sequence[str], mesh: Mesh) -> tuple[Any, np.ndarray]:
+        """The encoder's outputs for the prompts, and which of them were too long and were cut, [B]."""
         ids, cut = tokenize(self.tokenizer, prompts, self.length)
-        return _apply(self.graphdef, state, jax.device_put(ids, sharding)), cut
+        return _apply(self.graphdef, state, from_part(ids, mesh)), cut
 
 
 class FluxPrompts:
@@ -68,20 +66,25 @@ class FluxPrompts:
       dtype: that the encoders compute in.
       mesh: over which weights and batch are split.
       offload: whether the weights leave the device when the prompts are encoded (see `offload.Weights`).
+
+    Attributes:
+      cut: how many of the prompts so far had more tokens than T5 takes, and were cut. (CLIP takes 77 only, for a
+        summary of what T5 reads in full.)
     """
 
+    ENCODERS: ClassVar = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
     def __init__(self, directory: ModelDirectory, dtype: Any, mesh: Mesh, offload: bool = False):
-        self.clip = Encoder(directory, "text_encoder", "tokenizer", dtype)
-        self.t5 = Encoder(directory, "text_encoder_2", "tokenizer_2", dtype)
+        self.directory, self.mesh = directory, mesh
+        self.clip, self.t5 = (Encoder(directory, *names, dtype) for names in self.ENCODERS.items())
         self.weights = Weights(
             tuple(
                 directory.load(component, encoder.abstract, state_shardings(mesh, encoder.abstract))
-                for component, encoder in (("text_encoder", self.clip), ("text_encoder_2", self.t5))
+                for component, encoder in zip(self.ENCODERS, (self.clip, self.t5), strict=True)
             ),
             offload,
         )
-        self.guided = directory.geometry("transformer").guidance_embeds
-        self.mesh = mesh
+        self.cut = 0
 
     def __call__(self, prompts: Sequence[str], *, guidance: float, rows: int, columns: int) -> FluxConditioning:
         """Conditioning of B prompts for pictures of rows × columns tokens.
@@ -95,17 +98,39 @@ class FluxPrompts:
         self, batches: Sequence[Sequence[str]], *, guidance: float, rows: int, columns: int
     ) -> list[FluxConditioning]:
         """The same for several batches one after the other."""
+        embedded = self.weights.run(lambda states: [self._embed(states, prompts)[0] for prompts in batches])
+        settings = {"guidance": guidance, "rows": rows, "columns": columns}
+        return [self.conditioning(self.directory, self.mesh, each, **settings) for each in embedded]
 
-        def encode(states: tuple[nnx.State, nnx.State], prompts: Sequence[str]) -> FluxConditioning:
-            clip, t5 = states
-            split = len(prompts) % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) == 0
-            sharding = batched(self.mesh) if split else replicated(self.mesh)
-            (_, pooled), _ = self.clip(clip, prompts, sharding)
-            text, _ = self.t5(t5, prompts, sharding)
-            scales = jax.device_put(np.full(len(prompts), guidance, np.float32), sharding) if self.guided else None
-            return FluxConditioning(text, pooled, scales, jnp.asarray(position_ids(rows, columns)))
+    def embed(self, prompts: Sequence[str]) -> tuple[dict[str, jax.Array], np.ndarray]:
+        """What the encoders make of B prompts, each array [B, ...], and which prompts were cut, [B]."""
+        return self.weights.run(lambda states: self._embed(states, prompts))
 
-        return self.weights.run(lambda states: [encode(states, prompts) for prompts in batches])
+    def _embed(
+        self, states: tuple[nnx.State, nnx.State], prompts: Sequence[str]
+    ) -> tuple[dict[str, jax.Array], np.ndarray]:
+        clip, t5 = states
+        (_, pooled), _ = self.clip(clip, prompts, self.mesh)
+        text, cut = self.t5(t5, prompts, self.mesh)
+        self.cut += int(cut.sum())
+        return {"text": text, "pooled": pooled}, cut
+
+    @staticmethod
+    def conditioning(
+        directory: ModelDirectory,
+        mesh: Mesh,
+        embedded: Mapping[str, jax.Array],
+        *,
+        guidance: float,
+        rows: int,
+        columns: int,
+    ) -> FluxConditioning:
+        """Conditioning from what `embed` gave, now or when a cache was written."""
+        guided = directory.geometry("transformer").guidance_embeds
+        batch = len(embedded["text"])
+        scales = jnp.full(batch, guidance, jnp.float32, device=row_sharding(mesh, batch)) if guided else None
+        positions = jnp.asarray(position_ids(rows, columns))
+        return FluxConditioning(embedded["text"], embedded["pooled"], scales, positions)
 
 
 # By the pipeline class that model_index.json names

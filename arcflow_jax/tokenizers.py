@@ -51,8 +51,8 @@ def token_length(tokenizer: PreTrainedTokenizerBase, most: int = 512) -> int:
 
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int
-) -> tuple[np.ndarray, int]:  # [B, N = length] int32
-    """The prompts' ids, cut and padded to `length` with special tokens included, and how many prompts were cut."""
+) -> tuple[np.ndarray, np.ndarray]:  # [B, N = length] int32, [B] bool
+    """The prompts' ids, cut and padded to `length` with special tokens included, and which prompts were cut."""
     whole = tokenizer(list(prompts), verbose=False).input_ids
     cut = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True).input_ids
-    return np.array(cut, np.int32).reshape(-1, length), sum(len(ids) > length for ids in whole)
+    return np.array(cut, np.int32).reshape(-1, length), np.array([len(ids) > length for ids in whole], bool)

@@ -18,14 +18,16 @@ from jax.sharding import Mesh
 from arcflow_jax import arc_model
 from arcflow_jax.checkpoint import DESCRIPTION, AdapterDescription, Checkpoints
 from arcflow_jax.config import Recipe
-from arcflow_jax.data import prompt_batches
+from arcflow_jax.data import draw_resolution, prompt_batches
+from arcflow_jax.embeddings import CachedPrompts
 from arcflow_jax.errors import Preempted, UserError
 from arcflow_jax.latents import token_grid
 from arcflow_jax.model_directory import ModelDirectory
 from arcflow_jax.optim import make_optimizer
 from arcflow_jax.preemption import Preemption
 from arcflow_jax.preview import Preview
-from arcflow_jax.prompts import PROMPTS, read_prompts
+from arcflow_jax.prompt_sources import Prompts, read_prompts
+from arcflow_jax.prompts import PROMPTS
 from arcflow_jax.run_log import RunLog
 from arcflow_jax.sharding import batched, make_mesh, state_shardings
 from arcflow_jax.trace import Trace
@@ -37,15 +39,14 @@ class Plan:
     """What a recipe comes to before anything large is loaded.
 
     Attributes:
-      rows, columns: of tokens.
+      grids: rows and columns of tokens, by resolution.
       graphdef, base, adapter: of the model, split; shapes in place of arrays.
     """
 
     directory: ModelDirectory
     mesh: Mesh
-    prompts: list[str]
-    rows: int
-    columns: int
+    prompts: Prompts
+    grids: dict[tuple[int, int], tuple[int, int]]
     graphdef: nnx.GraphDef
     base: nnx.State
     adapter: nnx.State
@@ -61,11 +62,12 @@ class Plan:
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         if recipe.batch % shards:
             raise UserError(f"batch {recipe.batch} does not divide by data × fsdp = {shards} of the mesh")
-        rows, columns = token_grid(recipe.height, recipe.width, directory.geometry("vae").factor)
-        prompts = read_prompts(recipe.prompts)
+        factor = directory.geometry("vae").factor
+        grids = {resolution: token_grid(*resolution, factor) for resolution in recipe.resolutions}
+        prompts = read_prompts(recipe.prompts, recipe.prompts_field)
         graphdef, base, adapter = arc_model.split(directory.student(recipe.adapter, recipe.dtype))
         optimizer = make_optimizer(recipe.optimizer, adapter)
-        return cls(directory, mesh, prompts, rows, columns, graphdef, base, adapter, optimizer)
+        return cls(directory, mesh, prompts, grids, graphdef, base, adapter, optimizer)
 
     def header(self) -> str:
         """How much is trained, and on what."""
@@ -95,8 +97,11 @@ def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None
     trace = Trace(profile, run / "profile")
     plan = Plan.of(recipe)
     mesh = plan.mesh
-    batches = prompt_batches(plan.prompts, recipe.batch, recipe.seed)
-    encode = PROMPTS[plan.directory.description["pipeline"]](plan.directory, recipe.dtype, mesh)
+    batches = prompt_batches(plan.prompts.texts, recipe.batch, recipe.seed)
+    if recipe.embeddings:
+        encode = CachedPrompts(recipe.embeddings, plan.directory, recipe.dtype, mesh, plan.prompts.texts)
+    else:
+        encode = PROMPTS[plan.directory.description["pipeline"]](plan.directory, recipe.dtype, mesh)
     begin(run, recipe, plan)
     base = plan.directory.load("transformer", plan.base, state_shardings(mesh, plan.base))
     key = jax.random.key(recipe.seed)
@@ -112,21 +117,22 @@ def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None
             jitted_step(recipe, plan.graphdef, plan.optimizer, mesh, steady=flag) for flag in (False, True)
         )
         if recipe.preview_every:
-            preview = Preview(
-                recipe, plan.directory, encode, plan.graphdef, base, mesh, rows=plan.rows, columns=plan.columns
-            )
+            rows, columns = plan.grids[recipe.largest]
+            preview = Preview(recipe, plan.directory, encode, plan.graphdef, base, mesh, rows=rows, columns=columns)
 
         with RunLog(run, recipe, done) as log, trace:
+            log.say(str(plan.prompts))
             log.say(plan.header() + (f"; goes on after iteration {done}" if done else ""))
             for i in range(done, recipe.steps):
                 trace.before(i + 1)
-                conditioning = encode(batches[i], guidance=recipe.guidance, rows=plan.rows, columns=plan.columns)
+                rows, columns = plan.grids[draw_resolution(recipe.resolutions, recipe.seed, i)]
+                conditioning = encode(batches[i], guidance=recipe.guidance, rows=rows, columns=columns)
                 one_step = steady if i >= recipe.distillation.decay else mixed
                 with jax.set_mesh(mesh):  # which fused attention needs to know
                     state, values = one_step(state, base, conditioning, key)
                 trace.after(i + 1, values)
                 if due(recipe.log_every, i + 1, recipe):
-                    line = log.iteration(i + 1, values)
+                    line = log.iteration(i + 1, values | {"prompts_cut": encode.cut})
                     if line["skipped_in_row"] > recipe.max_skipped:
                         checkpoints.save(state)
                         raise UserError(too_many_skipped(line, run))
@@ -141,6 +147,8 @@ def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None
                         f"told to end: {run} keeps iteration {i + 1} of {recipe.steps}, and the same command goes on"
                     )
         checkpoints.save(state)
+    if encode.cut:
+        print(f"{encode.cut} prompts had more tokens than the encoder takes, and were cut", flush=True)
     return run
 
 

@@ -4,10 +4,11 @@
     arcflow train --config configs/flux.py --config.prompts=prompts.txt
 
 `configs/flux.py` trains rank 224, 4.8 % of the teacher; `configs/flux.py:published` is the paper's recipe, rank 256
-and 5.5 %. Both are 10 000 iterations at batch 16 and 1024 × 1024 pixels.
+and 5.5 %. Both are 10 000 iterations at batch 16 and 1024 × 1024 pixels. Several resolutions in one run, each compiled
+once: --config.resolutions="((1024, 1024), (832, 1216), (1216, 832))".
 
 Hardware: weights, adapter, optimizer and batch are split over all devices (`mesh`), whose number has to divide the
-batch. `--dry-run` says what each has to hold; four TPU v5p or four GPUs of 80 GB have room.
+batch. `--dry-run` says what each has to hold.
 
 Cost, estimated and not measured: one pass of the teacher over 4096 + 512 tokens is 74 TFLOP (6.45 billion weights a
 token, and attention); a segment takes seven passes, the student forward, once more, and backward, and the teacher at
@@ -27,10 +28,11 @@ def get_config(arg: str = "default") -> ConfigDict:
         {
             "model": "checkpoints/flux",
             "prompts": "prompts.txt",
+            "prompts_field": "prompt",
+            "embeddings": "",
             "out": f"runs/flux-{arg}",
             "seed": 0,
-            "height": 1024,
-            "width": 1024,
+            "resolutions": ((1024, 1024),),
             "guidance": 3.5,
             "batch": 16,
             "steps": 10_000,

@@ -17,10 +17,11 @@ def get_config(arg: str = "arcflow") -> ConfigDict:
         {
             "model": "checkpoints/tiny-flux",
             "prompts": "arcflow_jax/assets/prompts-train.txt",
+            "prompts_field": "prompt",
+            "embeddings": "",
             "out": f"runs/tiny-{arg}",
             "seed": 0,
-            "height": 64,
-            "width": 64,
+            "resolutions": ((64, 64),),
             "guidance": 2.0,
             "batch": 32,
             "steps": 400,

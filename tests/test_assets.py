@@ -15,7 +15,7 @@ from arcflow_jax.demo import ASSETS, pictures
 from arcflow_jax.demo.judge import agreement, load_judge
 from arcflow_jax.demo.pictures import caption_of
 from arcflow_jax.pipeline import ArcFlowPipeline
-from arcflow_jax.prompts import read_prompts
+from arcflow_jax.prompt_sources import read_prompts
 
 FOLDER = ASSETS / "tiny-flux"
 
@@ -61,7 +61,7 @@ def test_autoencoder_keeps_pictures(pipeline):
 
 @pytest.mark.slow
 def test_fifty_steps_show_what_was_asked(pipeline):
-    captions = [caption_of(prompt) for prompt in read_prompts(str(ASSETS / "prompts-test.txt"))[:192]]
+    captions = [caption_of(prompt) for prompt in read_prompts(ASSETS / "prompts-test.txt").texts[:192]]
     judge = load_judge()
     read = []
     for i in range(0, len(captions), 64):

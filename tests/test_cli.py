@@ -65,7 +65,7 @@ def assert_refused(capfd, folder: Path, *arguments: object, message: str) -> Non
     assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("command", ["convert", "train", "sample", "demo"])
+@pytest.mark.parametrize("command", ["convert", "train", "embed-prompts", "sample", "demo"])
 def test_help_names_every_option(capfd, command):
     code, stdout, _ = run(capfd, command, "--help")
     assert code == 0
@@ -73,7 +73,7 @@ def test_help_names_every_option(capfd, command):
 
 
 def test_tools_are_the_same_entry_points(tmp_path):
-    for tool in ("convert", "train", "sample", "demo"):
+    for tool in ("convert", "train", "embed_prompts", "sample", "demo"):
         done = subprocess.run(
             [sys.executable, ROOT / "tools" / f"{tool}.py", "--help"], capture_output=True, text=True, cwd=tmp_path
         )
@@ -90,6 +90,9 @@ def test_tools_are_the_same_entry_points(tmp_path):
         ("steps=3", r"cannot read steps=3"),
         ("--config.distillation.nfe=0", "nfe is 0, but has to be at least 1"),
         ("--config.batch=0", "batch is 0, but has to be at least 1"),
+        ("--config.seed=-1", "seed is -1, but has to be at least 0"),
+        ("--config.resolutions=(64, 64)", r"resolutions is \(64, 64\), but has to list sizes as \(height, width\)"),
+        ("--config.resolutions=()", r"resolutions is \(\), but has to list sizes"),
         ("--config.model=/nowhere", "model directory /nowhere does not exist"),
     ],
 )
@@ -113,12 +116,31 @@ def test_train_refuses_bad_inputs(capfd, tmp_path, model):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n\n")
     refused("holds no prompts", f"--config.prompts={empty}")
-    refused("image size 60x64: height and width have to be positive multiples of 16", prompts, "--config.height=60")
+    refused(
+        "image size 60x64: height and width have to be positive multiples of 16",
+        prompts,
+        "--config.resolutions=((60, 64),)",
+    )
     refused("does not have the size of 1 devices", prompts, "--config.mesh=(3, 1, 1, 1)")
+    refused("nowhere holds no embeddings", prompts, "--config.embeddings=nowhere")
     refused("LoRA target 'mlp' names no linear layer", prompts, "--config.adapter.targets=('mlp',)")
     file = tmp_path / "file"
     file.write_text("")
     refused("cannot write to", prompts, f"--config.out={file / 'run'}")
+
+
+def test_embed_prompts_refuses_bad_inputs(capfd, tmp_path, model):
+    common = ("embed-prompts", "--config", TINY, f"--config.model={model}")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+
+    def refused(message: str, *arguments: object) -> None:
+        assert_refused(capfd, tmp_path, *common, *arguments, message=message)
+
+    refused("full exists already", "--out", tmp_path / "full")
+    refused("is not a directory", "--out", tmp_path / "full" / "file" / "out")
+    refused("cannot read prompts from nothing.txt", "--out", tmp_path / "out", "--config.prompts=nothing.txt")
+    refused("model directory /nowhere does not exist", "--out", tmp_path / "out", "--config.model=/nowhere")
 
 
 def test_sample_writes_pictures_with_their_settings(capfd, tmp_path, model, student):

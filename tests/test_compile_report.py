@@ -223,6 +223,7 @@ def test_errors_come_before_any_compilation(capfd, tmp_path, tiny_model, monkeyp
 
     model = f"--config.model={tiny_model}"
     refused("mesh '4': '4' is not one of data, fsdp, tensor, sequence", "--topology", "v5e:2x2", "--mesh", "4", model)
+    refused("--height and --width go together", "--topology", "v5e:2x2", "--height", 512, model)
     with monkeypatch.context() as patched:
         patched.setattr(report.importlib.util, "find_spec", lambda name: None)
         refused("libtpu, the compiler for TPUs, is not installed", "--topology", "v5e:2x2", model)

@@ -17,7 +17,7 @@ from arcflow_jax.demo.evaluate import Results
 from arcflow_jax.demo.judge import agreement, frechet_distance, load_judge
 from arcflow_jax.demo.pictures import Caption, caption_of
 from arcflow_jax.demo.run import bars
-from arcflow_jax.prompts import read_prompts
+from arcflow_jax.prompt_sources import read_prompts
 
 
 def test_captions_and_words_are_one_to_one():
@@ -30,7 +30,7 @@ def test_captions_and_words_are_one_to_one():
 
 
 def test_prompt_files_divide_the_captions():
-    train, test = (read_prompts(str(ASSETS / f"prompts-{part}.txt")) for part in ("train", "test"))
+    train, test = (read_prompts(ASSETS / f"prompts-{part}.txt").texts for part in ("train", "test"))
     assert (len(train), len(test)) == (2048, 512)
     assert not set(train) & set(test)
     assert {*train, *test} <= {str(caption) for caption in pictures.all_captions()}

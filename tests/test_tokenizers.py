@@ -38,7 +38,8 @@ def test_ids_are_those_of_diffusers(folders, name):
         ids, cut = tokenize(tokenizer, prompts, length)
         assert ids.dtype == np.int32
         np.testing.assert_array_equal(ids, expected)
-        assert cut == sum(len(theirs(prompt).input_ids) > length for prompt in prompts) > 0
+        assert cut.tolist() == [len(theirs(prompt).input_ids) > length for prompt in prompts]
+        assert cut.any()
 
 
 def test_lengths(folders):
@@ -47,7 +48,7 @@ def test_lengths(folders):
     t5.model_max_length = int(1e30)  # what transformers says when tokenizer_config.json says nothing
     assert token_length(t5) == 512
     ids, cut = tokenize(clip, ["a ring", "a ring " * 16], 32)
-    assert cut == 1
+    assert cut.tolist() == [False, True]
     start, end = clip.convert_tokens_to_ids(["<|startoftext|>", "<|endoftext|>"])
     assert ids[0].tolist() == [start, *clip.convert_tokens_to_ids(["a</w>", "ring</w>"]), *[end] * 29]
     assert ids[1, -1] == end  # the end token survives the cut
@@ -58,7 +59,7 @@ def test_every_caption_word_is_one_token(folders):
     for name, specials in (("tokenizer", 2), ("tokenizer_2", 1)):
         tokenizer = load_tokenizer(folders / name)
         ids, cut = tokenize(tokenizer, captions, token_length(tokenizer))
-        assert cut == 0
+        assert not cut.any()
         words = np.array([len(caption.split()) for caption in captions])
         padding_and_end = ids == tokenizer.pad_token_id if name == "tokenizer" else ids <= tokenizer.eos_token_id
         np.testing.assert_array_equal((~padding_and_end).sum(1), words + specials - 1)

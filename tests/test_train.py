@@ -36,7 +36,7 @@ def recipe(model: Path, out: Path, **changes) -> Recipe:
     prompts = out.parent / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
     with config.unlocked():
-        config.update(model=str(model), prompts=str(prompts), out=str(out), height=32, width=32, batch=8, steps=4)
+        config.update(model=str(model), prompts=str(prompts), out=str(out), resolutions=((32, 32),), batch=8, steps=4)
         config.update(log_every=1, save_every=2, mesh=(1, 1, 1, 1), preview_every=0)
         config.adapter.update(modes=3, rank=2, dropout=0.1)
         config.distillation.update(decay=3, states=2)

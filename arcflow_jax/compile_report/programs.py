@@ -80,7 +80,7 @@ def sampler(recipe: Recipe, mesh: Mesh, batch: int) -> Program:
       UserError: if model, size or batch do not fit.
     """
     directory = open_model(recipe.model)
-    rows, columns = token_grid(recipe.height, recipe.width, directory.geometry("vae").factor)
+    rows, columns = token_grid(*recipe.largest, directory.geometry("vae").factor)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch % shards:
         raise UserError(f"batch {batch} does not divide by data × fsdp = {shards} of the mesh")

@@ -20,7 +20,7 @@ from arcflow_jax.demo.pictures import caption_of
 from arcflow_jax.errors import UserError
 from arcflow_jax.model_directory import DESCRIPTION, ModelDirectory
 from arcflow_jax.pipeline import ArcFlowPipeline
-from arcflow_jax.prompts import read_prompts
+from arcflow_jax.prompt_sources import read_prompts
 from arcflow_jax.train import train
 
 SOURCE = ASSETS / "tiny-flux"
@@ -65,7 +65,7 @@ def demo(out: Path) -> dict[str, object]:
         "linear_2": Sampler(linear, steps=2),
         "arcflow_2": Sampler(arcflow, steps=2),
     }
-    captions = [caption_of(prompt) for prompt in read_prompts(str(TEST_PROMPTS))]
+    captions = [caption_of(prompt) for prompt in read_prompts(TEST_PROMPTS).texts]
     results = run_samplers(samplers, captions, recipes["arcflow"].guidance)
     figures = measure(results, captions, against="teacher_50")
     metrics = {

@@ -1,0 +1,274 @@
+"""A cache of text embeddings: what the encoders of a model make of a list of prompts.
+
+It is for machines that the encoders do not fit on; where they do, encoding on the fly costs less than a hundredth of
+a training step, and no disk. FLUX.1's embeddings of one prompt are 4.2 MB in bfloat16, because its transformer reads
+T5's states at the padding, too.
+
+    DIR/embeddings.json             format, fingerprint of encoders and tokenizers, dtype, number of prompts, prompts a
+                                    shard, SHA-256 of the list of prompts
+    DIR/shard-00000.safetensors     of up to `SHARD` prompts:
+        text, pooled, …             what the encoders gave, [prompts, ...], in the dtype that the recipe computes in
+        cut                         which prompts had more tokens than the encoder takes, [prompts] bool
+        prompts, prompt_ends        the prompts in UTF-8, one after the other, uint8, and where each ends, int64
+
+The arrays are stored as the encoders gave them: a cache is as good as encoding on the fly, and one of another dtype
+than the recipe's is refused rather than rounded.
+"""
+
+# B prompts of a batch, P prompts of a shard
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.numpy import save
+
+from arcflow_jax.config import Recipe
+from arcflow_jax.conversion import refuse_used
+from arcflow_jax.convert.safetensors_source import FileTensor, read_header
+from arcflow_jax.errors import UserError
+from arcflow_jax.geometry import read_json
+from arcflow_jax.model_directory import ModelDirectory
+from arcflow_jax.prompt_sources import read_prompts
+from arcflow_jax.prompts import PROMPTS, from_part
+from arcflow_jax.sharding import make_mesh
+
+DESCRIPTION = "embeddings.json"
+FORMAT = "arcflow_jax embeddings"
+VERSION = 1
+SHARD = 256  # prompts: a gigabyte of FLUX.1's embeddings
+# What a shard has beside the encoders' arrays
+OWN = ("cut", "prompts", "prompt_ends")
+
+
+def encoders_fingerprint(directory: ModelDirectory) -> str:
+    """SHA-256 over weights and tokenizers of a model's text side.
+
+    Raises:
+      UserError: if the model was converted before fingerprints of all components were kept.
+    """
+    sha = hashlib.sha256()
+    for component, tokenizer in PROMPTS[directory.description["pipeline"]].ENCODERS.items():
+        weights = directory.description["components"][component].get("fingerprint")
+        if weights is None:
+            raise UserError(f"{directory.path} keeps no fingerprint of its {component}: convert the model again")
+        sha.update(f"{component} {weights}\n".encode())
+        for file in sorted((directory.path / tokenizer).iterdir()):
+            if file.is_file():
+                sha.update(f"{tokenizer}/{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return sha.hexdigest()
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    return folder / f"shard-{index:05d}.safetensors"
+
+
+def embed_prompts(recipe: Recipe, out: Path) -> Path:
+    """Writes the embeddings of a recipe's prompts, each once, to the directory `out`.
+
+    What a run that was interrupted has written is in a directory beside `out`, and the next goes on from there. `out`
+    appears at the end, complete, or not at all.
+
+    Raises:
+      UserError: if the prompts or the model do not fit the recipe, or `out` exists or cannot be written; if what is
+        there already is of other prompts or encoders.
+    """
+    out = out.absolute()
+    refuse_used(out)
+    directory = ModelDirectory.open(recipe.model)
+    mesh = make_mesh(recipe.mesh)
+    found = read_prompts(recipe.prompts, recipe.prompts_field)
+    print(found, flush=True)
+    prompts = list(dict.fromkeys(found.texts))
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "encoders": encoders_fingerprint(directory),
+        "dtype": recipe.dtype,
+        "prompts": len(prompts),
+        "shard": SHARD,
+        "list": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+    }
+    shards = [prompts[i : i + SHARD] for i in range(0, len(prompts), SHARD)]
+    aside = out.with_name(f".{out.name}.incomplete")
+    paths = [shard_path(aside, i) for i in range(len(shards))]
+    try:
+        start(aside, description)
+        missing = {path: shard for path, shard in zip(paths, shards, strict=True) if not path.exists()}
+        if missing:
+            encode = PROMPTS[directory.description["pipeline"]](directory, recipe.dtype, mesh)
+            write_shards(missing, encode, recipe.batch, total=len(prompts))
+        cut = sum(int(np.asarray(read_header(path)["cut"]).sum()) for path in paths)
+        if out.exists():  # an empty directory
+            out.rmdir()
+        os.replace(aside, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    if cut:
+        print(f"{cut} prompts had more tokens than the encoder takes, and were cut", flush=True)
+    return out
+
+
+def start(aside: Path, description: dict[str, Any]) -> None:
+    """Makes the directory that a cache is written to, or checks that the unfinished one that is there is the same."""
+    if (aside / DESCRIPTION).exists():
+        if read_json(aside / DESCRIPTION) != description:
+            raise UserError(
+                f"{aside} is an unfinished cache of other prompts or encoders: remove it, or name another --out"
+            )
+        return
+    aside.mkdir(parents=True, exist_ok=True)
+    half = aside / f"{DESCRIPTION}.tmp"
+    half.write_text(json.dumps(description, indent=2) + "\n")
+    os.replace(half, aside / DESCRIPTION)
+
+
+def write_shards(shards: Mapping[Path, Sequence[str]], encode: Any, batch: int, total: int) -> None:
+    """Writes the shards of these prompts, out of `total`, one after the other.
+
+    Raises:
+      UserError: before the first is written, if the disk has no room for all.
+    """
+    done = total - sum(map(len, shards.values()))
+    with progress_bar() as progress:
+        task = progress.add_task("embedding", total=total, completed=done)
+        for i, (path, prompts) in enumerate(shards.items()):
+            arrays = embed_shard(encode, prompts, batch)
+            if i == 0:
+                check_room(path.parent, len(shards) * sum(array.nbytes for array in arrays.values()))
+            write_shard(path, arrays)
+            done += len(prompts)
+            progress.update(task, completed=done)
+            if not progress.console.is_terminal:  # where no bar can move
+                print(f"embedded {done} of {total} prompts", flush=True)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises UserError if the disk has no room for `needed` bytes more."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(f"cannot write {folder}: it takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
+
+
+def embed_shard(encode: Any, prompts: Sequence[str], batch: int) -> dict[str, np.ndarray]:
+    """The arrays of a shard, [P, ...], made in batches of one size, so that the encoders are compiled once."""
+    parts = []
+    for first in range(0, len(prompts), batch):
+        some = list(prompts[first : first + batch])
+        embedded, cut = encode.embed(some + some[-1:] * (batch - len(some)))
+        parts.append({name: np.asarray(x)[: len(some)] for name, x in (embedded | {"cut": cut}).items()})
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    texts = [prompt.encode() for prompt in prompts]
+    arrays["prompts"] = np.frombuffer(b"".join(texts), np.uint8)
+    arrays["prompt_ends"] = np.cumsum([len(text) for text in texts], dtype=np.int64)
+    return arrays
+
+
+def write_shard(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    aside = path.with_suffix(".tmp")
+    aside.write_bytes(save(arrays))  # its save_file tells of a full disk in an error of its own
+    os.replace(aside, path)
+
+
+def progress_bar() -> Progress:
+    """Prompts, time spent and left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+class CachedPrompts:
+    """Prompts to conditioning as `prompts.FluxPrompts` does it, with embeddings from a cache in place of encoders.
+
+    Args:
+      folder: the cache.
+      directory: the model.
+      dtype: that the recipe computes in.
+      mesh: over which the batch is split.
+      prompts: that will be asked for.
+
+    Attributes:
+      cut: how many of the prompts so far had more tokens than the encoder takes, and were cut.
+
+    Raises:
+      UserError: if the cache is missing, unfinished or damaged, was made by other encoders or in another dtype, or
+        lacks a prompt.
+    """
+
+    def __init__(self, folder: str | Path, directory: ModelDirectory, dtype: str, mesh: Mesh, prompts: Iterable[str]):
+        self.folder, self.directory, self.mesh = Path(folder), directory, mesh
+        description = read_description(self.folder)
+        if description["encoders"] != encoders_fingerprint(directory):
+            raise UserError(f"the embeddings in {folder} are of other encoders than those of {directory.path}")
+        if description["dtype"] != dtype:
+            raise UserError(
+                f"the embeddings in {folder} are {description['dtype']}, the recipe computes in {dtype}: embed the "
+                f"prompts again with --config.dtype={dtype}"
+            )
+        self.shards = []
+        self.rows: dict[str, tuple[int, int]] = {}  # of each prompt, shard and row
+        for i in range(-(-description["prompts"] // description["shard"])):
+            shard, texts = read_shard(shard_path(self.folder, i))
+            self.shards.append(shard)
+            self.rows |= {text: (i, row) for row, text in enumerate(texts)}
+        self.check(prompts)
+        self.cut = 0
+
+    def check(self, prompts: Iterable[str]) -> None:
+        """Raises UserError unless the cache has all these prompts."""
+        missing = [prompt for prompt in prompts if prompt not in self.rows]
+        if missing:
+            raise UserError(
+                f"the embeddings in {self.folder} lack {len(missing)} of the prompts, the first is "
+                f"{missing[0][:60]!r}: run arcflow embed-prompts on them"
+            )
+
+    def __call__(self, prompts: Sequence[str], *, guidance: float, rows: int, columns: int) -> Any:
+        """Conditioning of B prompts for pictures of rows × columns tokens. Raises UserError if the cache lacks one."""
+        self.check(prompts)
+        places = [self.rows[prompt] for prompt in prompts]
+        self.cut += sum(int(self.shards[shard]["cut"][row]) for shard, row in places)
+        names = self.shards[0].keys() - {"cut"}
+        embedded = {
+            name: from_part(np.concatenate([self.shards[i][name][row : row + 1] for i, row in places]), self.mesh)
+            for name in names
+        }
+        conditioning = PROMPTS[self.directory.description["pipeline"]].conditioning
+        return conditioning(self.directory, self.mesh, embedded, guidance=guidance, rows=rows, columns=columns)
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """What embeddings.json says. Raises UserError if there is no finished cache of this version."""
+    if not (folder / DESCRIPTION).is_file():
+        raise UserError(f"{folder} holds no embeddings: it has no {DESCRIPTION}; arcflow embed-prompts writes one")
+    description = read_json(folder / DESCRIPTION)
+    if (description.get("format"), description.get("version")) != (FORMAT, VERSION):
+        raise UserError(f"{folder / DESCRIPTION} is not of {FORMAT} version {VERSION}")
+    return description
+
+
+def read_shard(path: Path) -> tuple[dict[str, FileTensor | np.ndarray], list[str]]:
+    """The arrays of a shard, the encoders' left on disk, and its prompts. Raises UserError if it is damaged."""
+    tensors = read_header(path)
+    if missing := sorted(set(OWN) - tensors.keys()):
+        raise UserError(f"{path} is not a shard of embeddings: it lacks {', '.join(missing)}")
+    text, ends = (np.asarray(tensors.pop(name)) for name in ("prompts", "prompt_ends"))
+    texts = [text[first:last].tobytes().decode() for first, last in itertools.pairwise([0, *ends])]
+    return tensors | {"cut": np.asarray(tensors["cut"])}, texts
