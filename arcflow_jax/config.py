@@ -28,6 +28,8 @@ class Recipe:
     Attributes:
       model: the converted teacher's directory.
       prompts: a text file, one prompt a line.
+      images: a folder of real pictures to start from, with captions, which take the place of `prompts` (see
+        `pictures.read_pictures`); "" starts from noise, without data.
       out: the run's directory; a run that is there already goes on.
       seed: of everything that is drawn.
       height, width: of the pictures, in pixels.
@@ -40,6 +42,7 @@ class Recipe:
 
     model: str
     prompts: str
+    images: str
     out: str
     seed: int
     height: int
@@ -60,6 +63,8 @@ class Recipe:
         for name, least in (("batch", 1), ("steps", 0), ("log_every", 1), ("save_every", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}, but has to be at least {least}")
+        if self.distillation.data_weight and not self.images:
+            raise UserError("distillation.data_weight is of a term on real pictures: name a folder of them as images")
 
     @classmethod
     def of(cls, config: ConfigDict) -> Recipe:

@@ -14,12 +14,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from arcflow_jax.distributed import from_part
 from arcflow_jax.errors import UserError
 from arcflow_jax.latents import position_ids
 from arcflow_jax.model_directory import ModelDirectory
 from arcflow_jax.models.flux import FluxConditioning
 from arcflow_jax.offload import Weights
-from arcflow_jax.sharding import batched, replicated, state_shardings
+from arcflow_jax.sharding import state_shardings
 from arcflow_jax.tokenizers import load_tokenizer, token_length, tokenize
 
 
@@ -54,10 +55,10 @@ class Encoder:
         self.tokenizer = load_tokenizer(directory.path / tokenizer)
         self.length = token_length(self.tokenizer)
 
-    def __call__(self, state: nnx.State, prompts: Sequence[str], sharding: jax.sharding.Sharding) -> tuple[Any, int]:
-        """The encoder's outputs for the prompts, and how many of them were too long and were cut."""
+    def __call__(self, state: nnx.State, prompts: Sequence[str], mesh: Mesh) -> tuple[Any, int]:
+        """The encoder's outputs for the prompts of all processes, and how many of this one's were too long and cut."""
         ids, cut = tokenize(self.tokenizer, prompts, self.length)
-        return _apply(self.graphdef, state, jax.device_put(ids, sharding)), cut
+        return _apply(self.graphdef, state, from_part(ids, mesh)), cut
 
 
 class FluxPrompts:
@@ -87,6 +88,7 @@ class FluxPrompts:
         """Conditioning of B prompts for pictures of rows × columns tokens.
 
         Args:
+          prompts: on several processes, each one's own (see `distributed.local_part`); B counts all.
           guidance: scale that the guidance embedding is fed; without effect on a checkpoint that has none.
         """
         return self.batches([prompts], guidance=guidance, rows=rows, columns=columns)[0]
@@ -98,11 +100,9 @@ class FluxPrompts:
 
         def encode(states: tuple[nnx.State, nnx.State], prompts: Sequence[str]) -> FluxConditioning:
             clip, t5 = states
-            split = len(prompts) % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) == 0
-            sharding = batched(self.mesh) if split else replicated(self.mesh)
-            (_, pooled), _ = self.clip(clip, prompts, sharding)
-            text, _ = self.t5(t5, prompts, sharding)
-            scales = jax.device_put(np.full(len(prompts), guidance, np.float32), sharding) if self.guided else None
+            (_, pooled), _ = self.clip(clip, prompts, self.mesh)
+            text, _ = self.t5(t5, prompts, self.mesh)
+            scales = from_part(np.full(len(prompts), guidance, np.float32), self.mesh) if self.guided else None
             return FluxConditioning(text, pooled, scales, jnp.asarray(position_ids(rows, columns)))
 
         return self.weights.run(lambda states: [encode(states, prompts) for prompts in batches])

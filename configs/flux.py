@@ -18,6 +18,7 @@ def get_config(arg: str = "default") -> ConfigDict:
         {
             "model": "checkpoints/flux",
             "prompts": "prompts.txt",
+            "images": "",
             "out": f"runs/flux-{arg}",
             "seed": 0,
             "height": 1024,
@@ -52,6 +53,10 @@ def get_config(arg: str = "default") -> ConfigDict:
                 "mode_dropout": 0.1,
                 "decay": 2000,
                 "loss_scale": 30.0,
+                "state_weight": 0.0,
+                "data_weight": 0.0,
+                "teacher_guidance": "embedded",
+                "negative_prompt": "",
             },
             "optimizer": {
                 "learning_rate": 1e-4,

@@ -17,6 +17,7 @@ def get_config(arg: str = "arcflow") -> ConfigDict:
         {
             "model": "checkpoints/tiny-flux",
             "prompts": "arcflow_jax/assets/prompts-train.txt",
+            "images": "",
             "out": f"runs/tiny-{arg}",
             "seed": 0,
             "height": 64,
@@ -51,6 +52,10 @@ def get_config(arg: str = "arcflow") -> ConfigDict:
                 "mode_dropout": 0.0 if arg == "linear" else 0.1,
                 "decay": 400,  # so short a run needs the teacher to lead all the way
                 "loss_scale": 30.0,
+                "state_weight": 0.0,
+                "data_weight": 0.0,
+                "teacher_guidance": "embedded",
+                "negative_prompt": "",
             },
             "optimizer": {
                 "learning_rate": 2e-3,

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from arcflow_jax.checkpoint import Checkpoints
 from arcflow_jax.config import Recipe, read_config
@@ -95,19 +93,25 @@ def test_batch_that_does_not_divide_is_refused(model, tmp_path):
         train(uneven)
 
 
-def test_eight_devices_train_as_one(model, tmp_path):
-    """Data parallel, sharded and tensor parallel, in a process that has eight CPU devices."""
-    one = train(recipe(model, tmp_path / "one"))
-    script = (
-        "import sys, dataclasses; from pathlib import Path; from test_train import recipe, train\n"
-        "model, out = map(Path, sys.argv[1:])\n"
-        "train(recipe(model, out, mesh=(2, 2, 2, 1)))\n"
-    )
-    env = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": os.pathsep.join([str(CONFIGS.parent), str(Path(__file__).parent)]),
-    }
-    out = tmp_path / "eight"
-    subprocess.run([sys.executable, "-c", script, str(model), str(out)], env=env, check=True, timeout=300)
-    np.testing.assert_allclose(losses(out), losses(one), rtol=1e-4)
+def test_with_pictures_and_true_guidance(model, tmp_path):
+    """Every optional term at once: each is in the log and changes the loss."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, prompt in enumerate(PROMPTS):
+        noise = np.random.default_rng(i).integers(0, 255, (40, 50, 3), np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(prompt)
+    settings = {"images": str(folder), "prompts": "", "batch": 4, "steps": 2}
+    plain = losses(train(recipe(model, tmp_path / "plain", **settings)))
+    guided = {"teacher_guidance": "cfg", "negative_prompt": "a blue square"}
+    guided = losses(train(recipe(model, tmp_path / "cfg", **settings, distillation=guided)))
+    run = train(recipe(model, tmp_path / "data", **settings, distillation={"data_weight": 0.5, "state_weight": 2.0}))
+    assert np.isfinite([plain, guided, losses(run)]).all()
+    assert abs(guided[0] / plain[0] - 1) > 1e-3
+    assert losses(run)[0] > plain[0]
+    assert len(json.loads((run / "log.jsonl").read_text().splitlines()[0])["reconstruction"]) == 1
+
+
+def test_term_on_pictures_without_pictures_is_refused(model, tmp_path):
+    with pytest.raises(UserError, match="data_weight is of a term on real pictures"):
+        recipe(model, tmp_path / "run", distillation={"data_weight": 0.5})
