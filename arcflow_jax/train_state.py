@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from arcflow_jax import optim
 from arcflow_jax.distill import Distillation, distil, teacher_share
-from arcflow_jax.sharding import batched, state_shardings
+from arcflow_jax.sharding import batched, replicated, state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,4 +108,5 @@ def train_step(
         "teacher_share": jnp.zeros(()) if steady else share,
     }
     state = TrainState(state.step + 1, adapter, average, opt_state)
-    return jax.lax.with_sharding_constraint(state, shardings), log
+    # Every process reads the log
+    return jax.lax.with_sharding_constraint((state, log), (shardings, jax.tree.map(lambda _: replicated(mesh), log)))

@@ -103,6 +103,7 @@ def ours(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
     model.attach_student(AdapterConfig(size.modes, size.rank, float(size.rank), 0.0, TARGETS), nnx.Rngs(0))
     model.start_student(key)
     graphdef, base, adapter = arc_model.split(model)
+    adapter = jax.tree.map(jnp.copy, adapter)  # the head starts with arrays of the base, and is donated
 
     rng = np.random.default_rng(0)
     conditioning = FluxConditioning(

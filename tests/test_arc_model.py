@@ -117,13 +117,12 @@ def test_true_guidance_is_both_calls_in_one():
     model = load(LORA)
     tokens, sigma, positive = golden_inputs(values)
     _, _, negative = golden_inputs(values, prefix="neg_")
-    u, away = (
-        model.teacher_velocity(tokens, sigma, dataclasses.replace(c, guidance=jnp.ones(len(tokens))))
-        for c in (positive, negative)
-    )
-    guided = model.guided_velocity(tokens, sigma, positive, negative, 4.0)
+    unguided = (dataclasses.replace(c, guidance=jnp.ones(len(tokens))) for c in (positive, negative))
+    teacher = jax.jit(model.teacher_velocity)
+    u, away = (teacher(tokens, sigma, c) for c in unguided)
+    guided = jax.jit(model.guided_velocity)(tokens, sigma, positive, negative, 4.0)
     assert relative_error(guided, away + 4 * (u - away)) < 1e-5
-    assert relative_error(model.guided_velocity(tokens, sigma, positive, negative, 1.0), u) < 1e-5
+    assert relative_error(u, away) > 0.1
 
 
 def test_golden_06c_student_without_lora():

@@ -11,6 +11,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import few_iterations
 import numpy as np
 import pytest
 from test_train import CONFIGS, losses, recipe, train
@@ -20,33 +21,29 @@ from arcflow_jax.conversion import convert_model
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 
-STEPS = 5
-
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return convert_model(ASSETS / "tiny-flux", tmp_path_factory.mktemp("model") / "teacher")
+def one_device() -> list[float]:
+    found, *_ = few_iterations.few_iterations((1, 1, 1, 1))
+    assert np.isfinite(found).all()
+    assert len(set(found)) == few_iterations.STEPS
+    return found
 
 
-@pytest.fixture(scope="module")
-def straight(model, tmp_path_factory) -> Path:
-    """Five iterations on one device, of which two in the steady phase."""
-    return train(recipe(model, tmp_path_factory.mktemp("straight") / "run", steps=STEPS))
-
-
-def start(devices: int, script: str, *arguments: object) -> subprocess.Popen:
-    """A process with so many CPU devices, that runs a script."""
+def start(devices: int, *command: object) -> subprocess.Popen:
+    """Python in a process with so many CPU devices."""
     env = {
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join([str(CONFIGS.parent), str(Path(__file__).parent)]),
     }
-    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finish(process: subprocess.Popen) -> str:
-    stdout, stderr = process.communicate(timeout=600)
+    stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
     return stdout
 
@@ -57,24 +54,21 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-TRAIN = """
-    import json, sys
-    from pathlib import Path
-    from test_train import recipe, train
-    model, out, meshes, steps = sys.argv[1:]
-    for mesh in json.loads(meshes):
-        run = Path(out) / "-".join(map(str, mesh))
-        run.parent.mkdir(exist_ok=True)
-        train(recipe(Path(model), run, mesh=mesh, steps=int(steps)))
-"""
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)]
 
 
-def test_eight_devices_train_as_one(model, straight, tmp_path):
-    finish(start(8, TRAIN, model, tmp_path, json.dumps(MESHES), STEPS))
-    for mesh in MESHES:
-        run = tmp_path / "-".join(map(str, mesh))
-        np.testing.assert_allclose(losses(run), losses(straight), rtol=1e-4, err_msg=str(mesh))
+def test_eight_devices_train_as_one(one_device):
+    found = json.loads(finish(start(8, few_iterations.__file__, json.dumps(MESHES))).splitlines()[-1])
+    for mesh, of_mesh in zip(MESHES, found, strict=True):
+        np.testing.assert_allclose(of_mesh, one_device, rtol=1e-4, err_msg=str(mesh))
+
+
+def test_two_processes_train_as_one_device(one_device):
+    address, meshes = free_address(), json.dumps([(2, 2, 2, 1)])
+    processes = [start(4, few_iterations.__file__, meshes, address, i) for i in (0, 1)]
+    for process in processes:
+        (found,) = json.loads(finish(process).splitlines()[-1])
+        np.testing.assert_allclose(found, one_device, rtol=1e-4)
 
 
 ENDLESS = """
@@ -88,19 +82,21 @@ ENDLESS = """
 """
 
 
-def test_two_processes_train_as_one_and_one_goes_on_when_they_are_killed(model, tmp_path):
+@pytest.mark.slow
+def test_run_of_two_processes_is_killed_and_goes_on_in_one(tmp_path):
     """They save every two iterations; one device goes on in the mesh that it has."""
+    model = convert_model(ASSETS / "tiny-flux", tmp_path / "model")
     run, address = tmp_path / "two" / "run", free_address()
     run.parent.mkdir()
-    processes = [start(4, ENDLESS, model, run, address, i) for i in (0, 1)]
-    deadline = time.monotonic() + 600
-    while not ((run / "checkpoints" / "4").is_dir() and len(losses(run)) >= STEPS):
-        assert all(process.poll() is None for process in processes), processes[0].communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    for process in processes:
-        process.kill()
-        process.wait()
+    processes = [start(4, "-c", textwrap.dedent(ENDLESS), model, run, address, i) for i in (0, 1)]
+    try:
+        while not ((run / "checkpoints" / "4").is_dir() and len(losses(run)) >= 5):
+            assert all(process.poll() is None for process in processes), "ended by itself"
+            time.sleep(0.2)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
     two = {line["step"]: line["loss"] for line in map(json.loads, (run / "log.jsonl").read_text().splitlines())}
     assert list(two) == list(range(1, len(two) + 1))  # written by one of them
 
@@ -143,7 +139,7 @@ PARTS = """
 
 def test_each_process_brings_its_part_of_a_batch():
     address = free_address()
-    processes = [start(4, PARTS, address, i) for i in (0, 1)]
+    processes = [start(4, "-c", textwrap.dedent(PARTS), address, i) for i in (0, 1)]
     first, second = (finish(process).strip() for process in processes)
     assert first == "[(0, 2), (0, 2), (0, 2), (0, 1), (0, 1)]"
     assert second == "[(1, 2), (1, 2), (1, 2), (0, 1), (0, 1)]"
