@@ -92,13 +92,13 @@ def test_flops_of_flux_sampling():
 @pytest.mark.parametrize("steady", [False, True])
 def test_flops_of_flux_training(steady):
     """FLUX.1-dev at 1024²: in each segment the teacher four times, the student once, once more to recompute, and its
-    gradient, which costs little more than that because the base needs none."""
+    gradient, which costs less than two more because the base needs none."""
     config = read_config(f"{ROOT / 'configs' / 'flux.py'}:published", [f"--config.model={FLUX_DEV}"])
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES)
     program = train_step(Recipe.of(config), mesh, 1, steady=steady)
     counted = flops(program.function.trace(*program.arguments, **program.keywords).jaxpr.jaxpr)
     teacher, student = 74.4e12, 79.1e12
-    assert 2 * (4 * teacher + 2.9 * student) < counted < 2 * (4 * teacher + 3.5 * student)
+    assert 2 * (4 * teacher + 3 * student) < counted < 2 * (4 * teacher + 3.8 * student)
 
 
 ON_8_DEVICES = """
