@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from arcflow_jax.arc_model import ArcModel
 from arcflow_jax.checkpoint import Checkpoints
 from arcflow_jax.config import Recipe, read_config
 from arcflow_jax.conversion import convert_model
@@ -93,23 +94,32 @@ def test_batch_that_does_not_divide_is_refused(model, tmp_path):
         train(uneven)
 
 
-def test_with_pictures_and_true_guidance(model, tmp_path):
-    """Every optional term at once: each is in the log and changes the loss."""
+def test_with_pictures_and_true_guidance(model, tmp_path, monkeypatch):
+    """From a folder to the log, with every optional term."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i, prompt in enumerate(PROMPTS):
         noise = np.random.default_rng(i).integers(0, 255, (40, 50, 3), np.uint8)
         Image.fromarray(noise).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(prompt)
-    settings = {"images": str(folder), "prompts": "", "batch": 4, "steps": 2}
-    plain = losses(train(recipe(model, tmp_path / "plain", **settings)))
-    guided = {"teacher_guidance": "cfg", "negative_prompt": "a blue square"}
-    guided = losses(train(recipe(model, tmp_path / "cfg", **settings, distillation=guided)))
-    run = train(recipe(model, tmp_path / "data", **settings, distillation={"data_weight": 0.5, "state_weight": 2.0}))
-    assert np.isfinite([plain, guided, losses(run)]).all()
-    assert abs(guided[0] / plain[0] - 1) > 1e-3
-    assert losses(run)[0] > plain[0]
-    assert len(json.loads((run / "log.jsonl").read_text().splitlines()[0])["reconstruction"]) == 1
+    scales = []
+
+    def watched(self, tokens, sigma, conditioning, negative, scale):
+        scales.append(scale)
+        assert negative.text.shape == conditioning.text.shape
+        return guided(self, tokens, sigma, conditioning, negative, scale)
+
+    guided = ArcModel.guided_velocity
+    monkeypatch.setattr(ArcModel, "guided_velocity", watched)
+    terms = {"data_weight": 0.5, "state_weight": 2.0, "decay": 9}
+    guidance = {"teacher_guidance": "cfg", "negative_prompt": "a blue square"}
+    settings = {"images": str(folder), "prompts": "", "batch": 4, "steps": 2, "guidance": 3.0}
+    run = train(recipe(model, tmp_path / "run", **settings, distillation=terms | guidance))
+    assert set(scales) == {3.0}
+    first, second = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    assert np.isfinite([first["loss"], second["loss"]]).all()
+    assert len(first["reconstruction"]) == len(first["segment_loss"]) == 1
+    assert first["reconstruction"] != second["reconstruction"]
 
 
 def test_term_on_pictures_without_pictures_is_refused(model, tmp_path):
