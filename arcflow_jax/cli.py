@@ -43,6 +43,12 @@ class ExportPrecision(enum.StrEnum):
     float32 = enum.auto()
 
 
+class Program(enum.StrEnum):
+    sampler = "sampler"
+    train = "train"
+    train_steady = "train-steady"
+
+
 @app.command()
 def convert(
     out: Annotated[Path, typer.Option(help="The directory to write. It must not exist yet, or be empty.")],
@@ -133,22 +139,34 @@ def train(
         bool,
         typer.Option("--dry-run", help="Only check everything, and print the recipe, sizes, memory and the mesh."),
     ] = False,
+    coordinator: Annotated[
+        str | None, typer.Option(help="HOST:PORT on the first of several machines, where the others find it.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(help="How many machines run this command.")] = None,
+    process_id: Annotated[int | None, typer.Option(help="Which of them this is, from 0.")] = None,
 ) -> None:
     """Distils a converted teacher into a few-step student.
 
     Any value of the recipe can be overridden: --config.steps=1000 --config.optimizer.learning_rate=1e-4. A run whose
     directory (--config.out) is there already goes on from its last checkpoint. SIGTERM makes it save and end with
     exit code 0.
+
+    On several machines the same command runs on each. On TPU pods and under SLURM they find one another; elsewhere
+    --coordinator, --processes and --process-id tell them.
     """
     from arcflow_jax.config import Recipe, read_config
+    from arcflow_jax.distributed import initialize, is_main
     from arcflow_jax.dry_run import report
     from arcflow_jax.train import train as run
 
     recipe = Recipe.of(read_config(config, context.args))
+    initialize(coordinator, processes, process_id)
     if dry_run:
         print(report(recipe))
-    else:
-        print(f"the student is in {run(recipe, step=step, profile=profile)}")
+        return
+    out = run(recipe, step=step, profile=profile)
+    if is_main():
+        print(f"the student is in {out}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -297,12 +315,19 @@ def sample(
 def compile_report(
     context: typer.Context,
     config: Annotated[str, typer.Option(help="The recipe: FILE.py, or FILE.py:VARIANT.")],
-    topology: Annotated[list[str], typer.Option(help="E.g. v5p:1x1x1, v6e:2x4. May be given several times.")],
+    topology: Annotated[
+        list[str],
+        typer.Option(help="E.g. v5p:1x1x1, v6e:2x4, v6e:2x4*2 for two such slices. May be given several times."),
+    ],
     mesh: Annotated[
         list[str],
         typer.Option(help="E.g. tensor=4,sequence=2; one -1 takes the rest. May be given several times."),
     ] = ["tensor=-1"],  # noqa: B006
-    batch: Annotated[int, typer.Option(help="Pictures.")] = 1,
+    program: Annotated[
+        Program,
+        typer.Option(help="The few-step sampler, or an iteration of distillation: while the teacher leads, or after."),
+    ] = Program.sampler,
+    batch: Annotated[int, typer.Option(help="Pictures, on all devices together.")] = 1,
     height: Annotated[
         int | None, typer.Option(help="In pixels, with --width. By default the recipe's largest resolution.")
     ] = None,
@@ -310,7 +335,7 @@ def compile_report(
     limit: Annotated[float, typer.Option(help="Seconds that one compilation may take.")] = 1800,
     out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
 ) -> None:
-    """Compiles the few-step sampler for TPUs that are not there, and prints memory, work and communication.
+    """Compiles a program for TPUs that are not there, and prints memory, work and communication.
 
     Needs no weights: the recipe's model may also be a diffusers folder of config files alone, as in
     --config.model=configs/flux.1-dev.
@@ -322,7 +347,9 @@ def compile_report(
         raise UserError("--height and --width go together")
     overrides = [*context.args, *([] if height is None else [f"--config.resolutions=(({height}, {width}),)"])]
     cases = [
-        Case("sampler", config, tuple(overrides), name, mesh_sizes(grid), batch) for name in topology for grid in mesh
+        Case(program.value, config, tuple(overrides), name, mesh_sizes(grid), batch)
+        for name in topology
+        for grid in mesh
     ]
     report(cases, limit, out)
 

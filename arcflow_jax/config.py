@@ -52,6 +52,8 @@ class Recipe:
       prompts: a .txt, .jsonl or .parquet file, a folder of them, or a data set's hub id (see `prompt_sources`).
       prompts_field: the field or column that has the prompt.
       embeddings: a cache that `arcflow embed-prompts` wrote; "" encodes the prompts as they come.
+      images: a folder of real pictures to start from, with captions, which take the place of `prompts` (see
+        `pictures.read_pictures`); "" starts from noise, without data.
       out: the run's directory; a run that is there already goes on.
       seed: of everything that is drawn.
       resolutions: (height, width) in pixels, one or several; an iteration's pictures have one of them, each as likely
@@ -74,6 +76,7 @@ class Recipe:
     prompts: str
     prompts_field: str
     embeddings: str
+    images: str
     out: str
     seed: int
     resolutions: tuple[tuple[int, int], ...]
@@ -107,6 +110,8 @@ class Recipe:
             raise UserError(
                 f"resolutions is {self.resolutions}, but has to list sizes as (height, width), e.g. ((1024, 1024),)"
             )
+        if self.distillation.data_weight and not self.images:
+            raise UserError("distillation.data_weight is of a term on real pictures: name a folder of them as images")
 
     @property
     def largest(self) -> tuple[int, int]:

@@ -6,6 +6,7 @@ So a run that stopped needs no state of theirs to go on.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -13,12 +14,13 @@ import numpy as np
 from arcflow_jax.errors import UserError
 
 
-def prompt_batches(prompts: Sequence[str], batch: int, seed: int, part: tuple[int, int] = (0, 1)) -> grain.MapDataset:
+def prompt_batches(prompts: Sequence[Any], batch: int, seed: int, part: tuple[int, int] = (0, 1)) -> grain.MapDataset:
     """Batches of prompts, shuffled anew each time round, without end: item i is one process' part of iteration i's.
 
     The whole batch does not depend on how many parts there are.
 
     Args:
+      prompts: or other examples.
       batch: prompts an iteration, of all parts together.
       part: (index, count): rows index · batch / count up to (index + 1) · batch / count of each batch.
 

@@ -1,10 +1,13 @@
-"""Data-free distillation: what the student is trained to do, as pure functions (arXiv 2602.09014).
+"""Distillation: what the student is trained to do, as pure functions (arXiv 2602.09014).
 
 A segment begins with one call of the student, which predicts a mixture. A *mixed trajectory* then visits M states
 of the segment, carried there partly by the student, in closed form, and partly by the teacher's own Euler steps.
 At each of them the student's mean velocity from there on is matched to the teacher's velocity. The trajectory's
 end starts the next segment. The trajectory and the targets are constants to the gradient: it reaches the student
-through its mean velocities only.
+through its mixtures only, one segment at a time.
+
+The first segment begins in noise. Where there are real latents, each example is one segment, drawn by chance, that
+begins in a latent with noise instead.
 
 Student and teacher are callables; states and velocities are float32 here, whatever dtype the networks compute in.
 """
@@ -15,16 +18,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from arcflow_jax.errors import UserError
-from arcflow_jax.momentum import Mixture, displacement, drop_modes, mean_velocity
+from arcflow_jax.momentum import Mixture, displacement, drop_modes, mean_velocity, velocity
 from arcflow_jax.schedule import boundaries, warp
 
-# (states [B, N, D], σ [B], key of the dropout) -> mixture
-Student = Callable[[jax.Array, jax.Array, jax.Array], Mixture]
+Trained = TypeVar("Trained")
+# (what is trained, states [B, N, D], σ [B], key of the dropout) -> mixture
+Student = Callable[[Trained, jax.Array, jax.Array, jax.Array], Mixture]
 # (states [m·B, N, D], σ [m·B]) -> velocity [m·B, N, D]. m is 1 or M: rows b·m … b·m + m − 1 belong to example b,
 # so conditioning [B, …] has to be repeated m times, `jnp.repeat(c, m, axis=0)`.
 Teacher = Callable[[jax.Array, jax.Array], jax.Array]
@@ -44,6 +49,13 @@ class Distillation:
       mode_dropout: chance of a mode to be left out where the student carries the trajectory.
       decay: iterations over which the teacher's share of the trajectory falls from 1 to 0.
       loss_scale: the loss is loss_scale · ½ · mean square.
+      state_weight: of a second term, ½ · mean square of the integrated states less the teacher's (see `integrate`);
+        0 leaves it out.
+      data_weight: of flow matching (Lipman et al. 2023, arXiv 2210.02747) on real latents, ½ · mean square of the
+        student's velocity where a segment starts less noise − latent; 0 leaves it out.
+      teacher_guidance: "embedded", the scale is fed to the teacher's guidance embedding; or "cfg", true
+        classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), with 1 for a guidance embedding.
+      negative_prompt: that "cfg" guides away from.
     """
 
     nfe: int = 2
@@ -55,6 +67,10 @@ class Distillation:
     mode_dropout: float = 0.1
     decay: int = 2000
     loss_scale: float = 30.0
+    state_weight: float = 0.0
+    data_weight: float = 0.0
+    teacher_guidance: str = "embedded"
+    negative_prompt: str = ""
 
     def __post_init__(self):
         for name in ("nfe", "states", "substeps"):
@@ -65,6 +81,11 @@ class Distillation:
                 raise UserError(f"{name} is {getattr(self, name)}, but has to be above 0")
         if not 0 <= self.mode_dropout < 1:
             raise UserError(f"mode_dropout is {self.mode_dropout}, but has to be at least 0 and below 1")
+        for name in ("state_weight", "data_weight"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}, but has to be at least 0")
+        if self.teacher_guidance not in ("embedded", "cfg"):
+            raise UserError(f"teacher_guidance is {self.teacher_guidance!r}, but has to be 'embedded' or 'cfg'")
 
     def window_length(self, length: jax.Array) -> jax.Array:
         """The window in a segment of this length: whole substeps, evenly dividing the segment."""
@@ -171,19 +192,39 @@ def visit(
     return Visits(states=states, arrive=arrive, leave=leave, targets=targets, end=end)
 
 
-def predict(
-    mixture: Mixture, visits: Visits, start: jax.Array, length: jax.Array, *, settings: Distillation
-) -> jax.Array:  # [M, B, N, D]
-    """What is matched to the targets: the student's mean velocity from arrival to one window after leaving.
+def matched_span(
+    visits: Visits, length: jax.Array, *, settings: Distillation
+) -> tuple[jax.Array, jax.Array]:  # [M, B] each
+    """σ on arrival, and σ one window after leaving: between them the student is matched to the teacher.
 
-    Over less than two substeps it is the velocity on arrival.
+    Over less than two substeps the span is empty.
     """
     until = visits.leave - settings.window_length(length)
     short = jnp.round((visits.arrive - until) * settings.substeps) < 2
     sigma_a = warp(visits.arrive, settings.shift)
-    sigma_b = jnp.where(short, sigma_a, warp(until, settings.shift))
+    return sigma_a, jnp.where(short, sigma_a, warp(until, settings.shift))
+
+
+def predict(
+    mixture: Mixture, visits: Visits, start: jax.Array, length: jax.Array, *, settings: Distillation
+) -> jax.Array:  # [M, B, N, D]
+    """What is matched to the targets: the student's mean velocity over the span, where that is empty its velocity."""
     sigma_src = warp(start, settings.shift)
-    return jax.vmap(lambda a, b: mean_velocity(mixture, sigma_src, a, b))(sigma_a, sigma_b)
+    span = matched_span(visits, length, settings=settings)
+    return jax.vmap(lambda a, b: mean_velocity(mixture, sigma_src, a, b))(*span)
+
+
+def integrate(
+    mixture: Mixture, visits: Visits, x: jax.Array, start: jax.Array, length: jax.Array, *, settings: Distillation
+) -> tuple[jax.Array, jax.Array]:  # [M, B, N, D] each
+    """The states at the spans' ends: the student's, integrated from the segment's first state x, and the teacher's.
+
+    The teacher's is the visited state, carried on by its velocity there.
+    """
+    sigma_src = warp(start, settings.shift)
+    sigma_a, sigma_b = matched_span(visits, length, settings=settings)
+    students = x - jax.vmap(lambda b: displacement(mixture, sigma_src, sigma_src, b))(sigma_b)
+    return students, visits.states + (sigma_b - sigma_a)[..., None, None] * visits.targets
 
 
 def segment_loss(
@@ -197,7 +238,7 @@ def segment_loss(
     settings: Distillation,
     share: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """The loss of one segment: loss_scale · ½ · mean square of predicted less target velocity.
+    """The loss of one segment: loss_scale · ½ · mean square of predicted less target velocity, and the state term.
 
     Args:
       mixture: what the student predicted at x; the gradient's only way to the student.
@@ -210,40 +251,73 @@ def segment_loss(
       The loss; the detached state [B, N, D] at the segment's end; `loss` and `velocity_error`, the squared error
       of the velocities relative to the targets' square, to log.
     """
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = jax.lax.stop_gradient(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
     start, length = (jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1]) for t in (start, length))
     visits = visit(mixture, teacher, x, start, length, draws, settings=settings, share=share)
     error = jnp.square(predict(mixture, visits, start, length, settings=settings) - visits.targets).mean()
     loss = settings.loss_scale * 0.5 * error
+    if settings.state_weight:
+        students, teachers = integrate(mixture, visits, x, start, length, settings=settings)
+        loss += settings.state_weight * 0.5 * jnp.square(students - teachers).mean()
     log = {"loss": loss, "velocity_error": error / jnp.square(visits.targets).mean()}
     return loss, visits.end, jax.lax.stop_gradient(log)
 
 
-def distillation_loss(
+def distil(
     student: Student,
+    trained: Trained,
     teacher: Teacher,
     noise: jax.Array,
     key: jax.Array,
     *,
     settings: Distillation,
     share: jax.Array | None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of a whole few-step trajectory from noise [B, N, D]: the segments' losses, weighted by length.
+    latents: jax.Array | None = None,
+) -> tuple[jax.Array, Trained, dict[str, jax.Array]]:
+    """The loss of an iteration, its gradient by what is trained, and what to log.
 
-    `share` as in `segment_loss`. Also returns what `segment_loss` gives to log, of all segments [nfe].
+    From noise [B, N, D], a whole few-step trajectory: the segments' losses, weighted by length. From real latents
+    [B, N, D], with noise for each: one segment an example, drawn with a chance equal to its length.
+
+    The gradient of a segment is taken where the segment is, and added up: the next one needs nothing of it, so the
+    networks' activations are kept for one segment at a time.
+
+    Args:
+      share: as in `segment_loss`, of which also comes what to log, a row for each segment.
     """
     bounds = boundaries(settings.nfe, settings.final_step_ratio)
     lengths = bounds[:-1] - bounds[1:]
+    noise = noise.astype(jnp.promote_types(noise.dtype, jnp.float32))
 
-    def segment(x: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple]:
-        index, start, length = inputs
-        draw_key, dropout_key = jax.random.split(jax.random.fold_in(key, index))
-        mixture = student(x, jnp.full(x.shape[0], warp(start, settings.shift)), dropout_key)
+    def segment(trained, x, start, length, weight, key, straight=None):
+        draw_key, dropout_key = jax.random.split(key)
+        sigma = jnp.broadcast_to(warp(start, settings.shift), x.shape[:1])
+        mixture = student(trained, x, sigma, dropout_key)
         draws = Draws.draw(draw_key, x.shape[0], mixture.logits.shape[2], settings.states)
-        loss, x, log = segment_loss(mixture, teacher, x, start, length, draws, settings=settings, share=share)
-        return x, (loss, log)
+        loss, end, log = segment_loss(mixture, teacher, x, start, length, draws, settings=settings, share=share)
+        if straight is not None and settings.data_weight:
+            reconstruction = 0.5 * jnp.square(velocity(mixture, sigma, sigma) - straight).mean()
+            loss += settings.data_weight * reconstruction
+            log |= {"reconstruction": jax.lax.stop_gradient(reconstruction)}
+        return weight * loss, (end, log)
+
+    differentiated = jax.value_and_grad(segment, has_aux=True)
+    if latents is not None:
+        index_key, key = jax.random.split(key)
+        index = jax.random.categorical(index_key, jnp.log(lengths), shape=noise.shape[:1])
+        start, length = bounds[index], lengths[index]
+        sigma = warp(start, settings.shift)[:, None, None]
+        x = (1 - sigma) * latents + sigma * noise
+        (loss, (_, log)), gradient = differentiated(trained, x, start, length, 1.0, key, noise - latents)
+        return loss, gradient, jax.tree.map(lambda value: value[None], log)
+
+    def step(carry: tuple, inputs: tuple[jax.Array, ...]) -> tuple[tuple, tuple]:
+        x, gradient = carry
+        index, start, length = inputs
+        (loss, (x, log)), part = differentiated(trained, x, start, length, length, jax.random.fold_in(key, index))
+        return (x, jax.tree.map(jnp.add, gradient, part)), (loss, log)
 
     # A loop, so that the compiled program holds one copy of both networks however many segments there are.
-    x = noise.astype(jnp.promote_types(noise.dtype, jnp.float32))
-    _, (losses, logs) = jax.lax.scan(segment, x, (jnp.arange(settings.nfe), bounds[:-1], lengths))
-    return (lengths * losses).sum(), logs
+    carry = (noise, jax.tree.map(jnp.zeros_like, trained))
+    (_, gradient), (losses, logs) = jax.lax.scan(step, carry, (jnp.arange(settings.nfe), bounds[:-1], lengths))
+    return losses.sum(), gradient, logs

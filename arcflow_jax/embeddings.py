@@ -37,11 +37,13 @@ from safetensors.numpy import save
 from arcflow_jax.config import Recipe
 from arcflow_jax.conversion import refuse_used
 from arcflow_jax.convert.safetensors_source import FileTensor, read_header
+from arcflow_jax.distributed import from_part
 from arcflow_jax.errors import UserError
 from arcflow_jax.geometry import read_json
 from arcflow_jax.model_directory import ModelDirectory
+from arcflow_jax.pictures import captions
 from arcflow_jax.prompt_sources import read_prompts
-from arcflow_jax.prompts import PROMPTS, from_part
+from arcflow_jax.prompts import PROMPTS
 from arcflow_jax.sharding import make_mesh
 
 DESCRIPTION = "embeddings.json"
@@ -75,7 +77,7 @@ def shard_path(folder: Path, index: int) -> Path:
 
 
 def embed_prompts(recipe: Recipe, out: Path) -> Path:
-    """Writes the embeddings of a recipe's prompts, each once, to the directory `out`.
+    """Writes the embeddings of all prompts that a recipe's run encodes, each once, to the directory `out`.
 
     What a run that was interrupted has written is in a directory beside `out`, and the next goes on from there. `out`
     appears at the end, complete, or not at all.
@@ -88,9 +90,12 @@ def embed_prompts(recipe: Recipe, out: Path) -> Path:
     refuse_used(out)
     directory = ModelDirectory.open(recipe.model)
     mesh = make_mesh(recipe.mesh)
-    found = read_prompts(recipe.prompts, recipe.prompts_field)
+    found = captions(recipe.images) if recipe.images else read_prompts(recipe.prompts, recipe.prompts_field)
     print(found, flush=True)
-    prompts = list(dict.fromkeys(found.texts))
+    others = [*(recipe.preview_prompts if recipe.preview_every else ())]
+    if recipe.distillation.teacher_guidance == "cfg":
+        others.append(recipe.distillation.negative_prompt)
+    prompts = list(dict.fromkeys([*found.texts, *others]))
     description = {
         "format": FORMAT,
         "version": VERSION,

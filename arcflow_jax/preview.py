@@ -13,11 +13,12 @@ from flax import nnx
 from PIL import Image
 
 from arcflow_jax.config import Recipe
+from arcflow_jax.distributed import from_part, local_part
 from arcflow_jax.images import labelled_sheet
 from arcflow_jax.model_directory import ModelDirectory
 from arcflow_jax.pipeline import TEACHER_STEPS, decode, noise, sample, sample_teacher
 from arcflow_jax.schedule import scheduler_shift
-from arcflow_jax.sharding import batched, replicated, state_shardings
+from arcflow_jax.sharding import replicated, state_shardings
 from arcflow_jax.train_state import TrainState
 
 
@@ -47,10 +48,12 @@ class Preview:
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         # Filled up with the last, so that each device draws its share
         prompts = [*self.prompts, *self.prompts[-1:] * (-len(self.prompts) % shards)]
-        self.conditioning = encode(prompts, guidance=recipe.guidance, rows=rows, columns=columns)
+        index, count = local_part(mesh)
+        own = slice(index * len(prompts) // count, (index + 1) * len(prompts) // count)
+        self.conditioning = encode(prompts[own], guidance=recipe.guidance, rows=rows, columns=columns)
         channels = directory.geometry("transformer").in_channels
         drawn = noise(recipe.seed, len(prompts), rows * columns, channels)
-        self.noise = jax.device_put(np.asarray(drawn), batched(mesh))
+        self.noise = from_part(np.asarray(drawn)[own], mesh)
         self.shift = jnp.float32(scheduler_shift(directory.scheduler, rows * columns))
         self.vae_graphdef, vae = nnx.split(directory.abstract("vae", recipe.dtype))
         self.vae = directory.load("vae", vae, state_shardings(mesh, vae))

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from arcflow_jax.distributed import from_part
 from arcflow_jax.errors import UserError
 from arcflow_jax.latents import position_ids
 from arcflow_jax.model_directory import ModelDirectory
@@ -37,11 +38,6 @@ def _apply(graphdef: nnx.GraphDef, state: nnx.State, ids: jax.Array) -> Any:
 def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     """Of a batch: split over the data axes or, where they do not divide it, whole on each device."""
     return replicated(mesh) if rows % (mesh.shape["data"] * mesh.shape["fsdp"]) else batched(mesh)
-
-
-def from_part(rows: np.ndarray, mesh: Mesh) -> jax.Array:  # [B, ...]
-    """A batch on the devices, as `row_sharding` says."""
-    return jax.device_put(rows, row_sharding(mesh, len(rows)))
 
 
 class Encoder:
@@ -90,6 +86,7 @@ class FluxPrompts:
         """Conditioning of B prompts for pictures of rows × columns tokens.
 
         Args:
+          prompts: on several processes, each one's own (see `distributed.local_part`); B counts all.
           guidance: scale that the guidance embedding is fed; without effect on a checkpoint that has none.
         """
         return self.batches([prompts], guidance=guidance, rows=rows, columns=columns)[0]

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from arcflow_jax.errors import UserError
@@ -40,7 +41,8 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device] | None = None)
     """A mesh with axes `MESH_AXES` over all devices; one size may be -1, and takes what the others leave.
 
     Raises:
-      UserError: sizes that do not multiply to the number of devices.
+      UserError: sizes that do not multiply to the number of devices, or that split over several slices of TPUs
+        something else than the data.
     """
     devices = jax.devices() if devices is None else devices
     sizes = list(sizes)
@@ -49,7 +51,25 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device] | None = None)
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
         shape = " × ".join(f"{name} {size}" for name, size in zip(MESH_AXES, sizes, strict=True))
         raise UserError(f"mesh {shape} does not have the size of {len(devices)} devices")
-    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
+    return Mesh(arrange(sizes, devices), MESH_AXES)
+
+
+def arrange(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices in the shape of a mesh, neighbours of which are neighbours in the TPUs' network.
+
+    Raises:
+      UserError: of several slices, whose network between them is slow, if `data` alone cannot be split over them.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if sizes[0] % slices:
+        raise UserError(
+            f"data {sizes[0]} of the mesh is not a multiple of the {slices} slices, which split nothing else"
+        )
+    within = (sizes[0] // slices, *sizes[1:])
+    between = (slices, 1, 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
 def mesh_sizes(text: str) -> tuple[int, ...]:
@@ -109,7 +129,7 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
     return jax.tree.map(of, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def sharded(mesh: Mesh, abstract: nnx.State) -> nnx.State:
+def sharded(mesh: Mesh, abstract: Any) -> Any:
     """An abstract state whose shapes carry their shardings: what a checkpoint is to be restored into."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

@@ -19,17 +19,19 @@ from arcflow_jax import arc_model
 from arcflow_jax.checkpoint import DESCRIPTION, AdapterDescription, Checkpoints
 from arcflow_jax.config import Recipe
 from arcflow_jax.data import draw_resolution, prompt_batches
+from arcflow_jax.distributed import is_main, local_part
 from arcflow_jax.embeddings import CachedPrompts
 from arcflow_jax.errors import Preempted, UserError
 from arcflow_jax.latents import token_grid
 from arcflow_jax.model_directory import ModelDirectory
 from arcflow_jax.optim import make_optimizer
+from arcflow_jax.pictures import LatentEncoder, Picture, captions, read_pictures
 from arcflow_jax.preemption import Preemption
 from arcflow_jax.preview import Preview
 from arcflow_jax.prompt_sources import Prompts, read_prompts
 from arcflow_jax.prompts import PROMPTS
 from arcflow_jax.run_log import RunLog
-from arcflow_jax.sharding import batched, make_mesh, state_shardings
+from arcflow_jax.sharding import make_mesh, state_shardings
 from arcflow_jax.trace import Trace
 from arcflow_jax.train_state import TrainState, train_step
 
@@ -39,6 +41,8 @@ class Plan:
     """What a recipe comes to before anything large is loaded.
 
     Attributes:
+      prompts: or the captions of the pictures.
+      pictures: that the run starts from, if it does.
       grids: rows and columns of tokens, by resolution.
       graphdef, base, adapter: of the model, split; shapes in place of arrays.
     """
@@ -46,6 +50,7 @@ class Plan:
     directory: ModelDirectory
     mesh: Mesh
     prompts: Prompts
+    pictures: list[Picture] | None
     grids: dict[tuple[int, int], tuple[int, int]]
     graphdef: nnx.GraphDef
     base: nnx.State
@@ -64,10 +69,11 @@ class Plan:
             raise UserError(f"batch {recipe.batch} does not divide by data × fsdp = {shards} of the mesh")
         factor = directory.geometry("vae").factor
         grids = {resolution: token_grid(*resolution, factor) for resolution in recipe.resolutions}
-        prompts = read_prompts(recipe.prompts, recipe.prompts_field)
+        pictures = read_pictures(recipe.images) if recipe.images else None
+        prompts = captions(recipe.images) if pictures else read_prompts(recipe.prompts, recipe.prompts_field)
         graphdef, base, adapter = arc_model.split(directory.student(recipe.adapter, recipe.dtype))
         optimizer = make_optimizer(recipe.optimizer, adapter)
-        return cls(directory, mesh, prompts, grids, graphdef, base, adapter, optimizer)
+        return cls(directory, mesh, prompts, pictures, grids, graphdef, base, adapter, optimizer)
 
     def header(self) -> str:
         """How much is trained, and on what."""
@@ -97,7 +103,8 @@ def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None
     trace = Trace(profile, run / "profile")
     plan = Plan.of(recipe)
     mesh = plan.mesh
-    batches = prompt_batches(plan.prompts.texts, recipe.batch, recipe.seed)
+    batches = prompt_batches(plan.pictures or plan.prompts.texts, recipe.batch, recipe.seed, local_part(mesh))
+    to_latents = LatentEncoder(plan.directory, recipe.dtype, mesh) if plan.pictures else None
     if recipe.embeddings:
         encode = CachedPrompts(recipe.embeddings, plan.directory, recipe.dtype, mesh, plan.prompts.texts)
     else:
@@ -107,8 +114,7 @@ def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None
     key = jax.random.key(recipe.seed)
 
     with Preemption() as preemption, Checkpoints(run, recipe.keep_last, recipe.keep_every) as checkpoints:
-        state = TrainState.create(start(plan.graphdef, base, plan.adapter, key, mesh), plan.optimizer)
-        state = jax.device_put(state, state_shardings(mesh, state))  # counters too, as an iteration leaves them
+        state = start(plan.graphdef, base, plan.adapter, key, mesh, plan.optimizer)
         if checkpoints.latest is not None or step is not None:
             state = checkpoints.restore(state, step)
         done = int(state.step)
@@ -119,17 +125,26 @@ def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None
         if recipe.preview_every:
             rows, columns = plan.grids[recipe.largest]
             preview = Preview(recipe, plan.directory, encode, plan.graphdef, base, mesh, rows=rows, columns=columns)
+        negative = latents = None
+        if recipe.distillation.teacher_guidance == "cfg":
+            rows, columns = plan.grids[recipe.largest]  # of which it takes only the text
+            prompts = [recipe.distillation.negative_prompt] * len(batches[0])
+            negative = encode(prompts, guidance=recipe.guidance, rows=rows, columns=columns)
 
         with RunLog(run, recipe, done) as log, trace:
             log.say(str(plan.prompts))
             log.say(plan.header() + (f"; goes on after iteration {done}" if done else ""))
             for i in range(done, recipe.steps):
                 trace.before(i + 1)
-                rows, columns = plan.grids[draw_resolution(recipe.resolutions, recipe.seed, i)]
-                conditioning = encode(batches[i], guidance=recipe.guidance, rows=rows, columns=columns)
+                prompts, resolution = batches[i], draw_resolution(recipe.resolutions, recipe.seed, i)
+                if to_latents is not None:
+                    latents = to_latents(prompts, *resolution)
+                    prompts = [picture.caption for picture in prompts]
+                rows, columns = plan.grids[resolution]
+                conditioning = encode(prompts, guidance=recipe.guidance, rows=rows, columns=columns)
                 one_step = steady if i >= recipe.distillation.decay else mixed
                 with jax.set_mesh(mesh):  # which fused attention needs to know
-                    state, values = one_step(state, base, conditioning, key)
+                    state, values = one_step(state, base, conditioning, key, negative, latents)
                 trace.after(i + 1, values)
                 if due(recipe.log_every, i + 1, recipe):
                     line = log.iteration(i + 1, values | {"prompts_cut": encode.cut})
@@ -163,10 +178,11 @@ def jitted_step(
         train_step,
         graphdef=graphdef,
         settings=recipe.distillation,
+        guidance=recipe.guidance,
         optimizer=optimizer,
         optimizer_config=recipe.optimizer,
         ema=recipe.ema,
-        sharding=batched(mesh),
+        mesh=mesh,
         steady=steady,
     )
     return jax.jit(step, donate_argnums=0)
@@ -201,7 +217,7 @@ def describe(run: Path, description: AdapterDescription) -> None:
     try:
         if (run / DESCRIPTION).exists() and AdapterDescription.read(run) != description:
             raise UserError(f"{run} holds a run of other settings or another base: name another --config.out")
-        if jax.process_index() == 0:
+        if is_main():
             run.mkdir(parents=True, exist_ok=True)
             description.write(run)
     except OSError as error:
@@ -209,11 +225,17 @@ def describe(run: Path, description: AdapterDescription) -> None:
 
 
 def start(
-    graphdef: nnx.GraphDef, base: nnx.State, abstract: nnx.State, key: jax.Array, mesh: jax.sharding.Mesh
-) -> nnx.State:
-    """The adapter that a run begins with, made in its sharding."""
+    graphdef: nnx.GraphDef,
+    base: nnx.State,
+    abstract: nnx.State,
+    key: jax.Array,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+) -> TrainState:
+    """The state that a run begins with, made in its sharding; `abstract` is the adapter's structure."""
 
-    def make(base: nnx.State) -> nnx.State:
-        return arc_model.start_adapter(graphdef, base, abstract, key)
+    def make(base: nnx.State) -> TrainState:
+        return TrainState.create(arc_model.start_adapter(graphdef, base, abstract, key), optimizer)
 
-    return jax.jit(make, out_shardings=state_shardings(mesh, abstract))(base)
+    shapes = jax.eval_shape(lambda adapter: TrainState.create(adapter, optimizer), abstract)
+    return jax.jit(make, out_shardings=state_shardings(mesh, shapes))(base)

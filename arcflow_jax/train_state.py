@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from arcflow_jax import optim
-from arcflow_jax.distill import Distillation, distillation_loss, teacher_share
+from arcflow_jax.distill import Distillation, distil, teacher_share
+from arcflow_jax.sharding import batched, replicated, state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,47 +67,57 @@ def train_step(
     base: nnx.State,
     conditioning: Any,
     key: jax.Array,
+    negative: Any = None,
+    latents: jax.Array | None = None,
     *,
     graphdef: nnx.GraphDef,
     settings: Distillation,
+    guidance: float,
     optimizer: optax.GradientTransformation,
     optimizer_config: optim.OptimizerConfig,
     ema: EmaConfig,
     steady: bool,
-    sharding: jax.sharding.NamedSharding,
+    mesh: Mesh,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One iteration of data-free distillation on the prompts of `conditioning`, batch first.
+    """One iteration of distillation on the prompts of `conditioning`, batch first.
 
     If the loss or its gradient is not finite, the iteration is skipped: it counts, and changes nothing else.
 
     Args:
       base: the teacher's weights.
       key: of the run; the step's own is folded from it, so that a resumed run draws the same numbers.
-      sharding: of the batch over the mesh.
+      negative: conditioning of the negative prompt, as large a batch, where the teacher is guided by "cfg".
+      latents: of real pictures [B, N, 4C], one a prompt; without them the iteration starts in noise.
+      guidance: scale of "cfg".
+      mesh: over which the batch and the state are split.
       steady: whether the teacher's share has reached zero, which batches its calls (see `distill`). Static.
 
     Returns:
-      The next state, and what to log: loss, loss and velocity error a segment, gradient norm, learning rate, teacher
-      share, and how many iterations were skipped, in all and the last ones in a row.
+      The next state, and what to log: loss, of each segment loss and velocity error, gradient norm, learning rate,
+      teacher share, and how many iterations were skipped, in all and the last ones in a row.
     """
     noise_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
     batch, tokens = conditioning.batch_size, conditioning.positions.shape[0]
     share = None if steady else teacher_share(state.step, settings.decay)
+    shardings = state_shardings(mesh, state)
+    model = nnx.merge(graphdef, base, state.adapter)
+    noise = jax.random.normal(noise_key, (batch, tokens, model.trunk.config.in_channels))
+    noise = jax.lax.with_sharding_constraint(noise, batched(mesh))
 
-    def loss_of(adapter: nnx.State) -> tuple[jax.Array, dict[str, jax.Array]]:
-        model = nnx.merge(graphdef, base, adapter)
-        noise = jax.random.normal(noise_key, (batch, tokens, model.trunk.config.in_channels))
-        noise = jax.lax.with_sharding_constraint(noise, sharding)
+    def student(adapter, x, sigma, dropout_key):
+        # The gradient is split as the adapter is, where it arises
+        adapter = jax.lax.with_sharding_constraint(adapter, shardings.adapter)
+        return nnx.merge(graphdef, base, adapter).student_mixture(x, sigma, conditioning, dropout_key)
 
-        def student(x, sigma, dropout_key):
-            return model.student_mixture(x, sigma, conditioning, dropout_key)
+    def teacher(x, sigma):
+        times = len(x) // batch
+        if negative is None:
+            return model.teacher_velocity(x, sigma, conditioning.repeat(times))
+        return model.guided_velocity(x, sigma, conditioning.repeat(times), negative.repeat(times), guidance)
 
-        def teacher(x, sigma):
-            return model.teacher_velocity(x, sigma, conditioning.repeat(len(x) // batch))
-
-        return distillation_loss(student, teacher, noise, loss_key, settings=settings, share=share)
-
-    (loss, log), grads = jax.value_and_grad(loss_of, has_aux=True)(state.adapter)
+    loss, grads, log = distil(
+        student, state.adapter, teacher, noise, loss_key, settings=settings, share=share, latents=latents
+    )
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.adapter)
@@ -119,13 +131,15 @@ def train_step(
     )
     skipped = state.skipped.after(finite)
     log = {
-        "loss": loss,
+        **log,
         "segment_loss": log["loss"],
-        "velocity_error": log["velocity_error"],
+        "loss": loss,
         "gradient_norm": norm,
         "learning_rate": optim.learning_rate(optimizer_config, state.updates),
         "teacher_share": jnp.zeros(()) if steady else share,
         "skipped": skipped.total,
         "skipped_in_row": skipped.in_row,
     }
-    return TrainState(state.step + 1, adapter, average, opt_state, skipped), log
+    state = TrainState(state.step + 1, adapter, average, opt_state, skipped)
+    # Every process reads the log
+    return jax.lax.with_sharding_constraint((state, log), (shardings, jax.tree.map(lambda _: replicated(mesh), log)))

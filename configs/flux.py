@@ -30,6 +30,7 @@ def get_config(arg: str = "default") -> ConfigDict:
             "prompts": "prompts.txt",
             "prompts_field": "prompt",
             "embeddings": "",
+            "images": "",
             "out": f"runs/flux-{arg}",
             "seed": 0,
             "resolutions": ((1024, 1024),),
@@ -74,6 +75,10 @@ def get_config(arg: str = "default") -> ConfigDict:
                 "mode_dropout": 0.1,
                 "decay": 2000,
                 "loss_scale": 30.0,
+                "state_weight": 0.0,
+                "data_weight": 0.0,
+                "teacher_guidance": "embedded",
+                "negative_prompt": "",
             },
             "optimizer": {
                 "learning_rate": 1e-4,

@@ -19,6 +19,7 @@ def get_config(arg: str = "arcflow") -> ConfigDict:
             "prompts": "arcflow_jax/assets/prompts-train.txt",
             "prompts_field": "prompt",
             "embeddings": "",
+            "images": "",
             "out": f"runs/tiny-{arg}",
             "seed": 0,
             "resolutions": ((64, 64),),
@@ -63,6 +64,10 @@ def get_config(arg: str = "arcflow") -> ConfigDict:
                 "mode_dropout": 0.0 if arg == "linear" else 0.1,
                 "decay": 400,  # so short a run needs the teacher to lead all the way
                 "loss_scale": 30.0,
+                "state_weight": 0.0,
+                "data_weight": 0.0,
+                "teacher_guidance": "embedded",
+                "negative_prompt": "",
             },
             "optimizer": {
                 "learning_rate": 2e-3,

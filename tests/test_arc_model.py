@@ -112,6 +112,20 @@ def test_golden_06b_teacher_velocity():
     assert relative_error(guided, as_tokens(values["outputs/u_cfg4"])) < 2e-5
 
 
+def test_true_guidance_is_both_calls_in_one():
+    """An example with its own negative; the guidance embedding is fed 1."""
+    values = golden("06b")
+    model = load(LORA)
+    tokens, sigma, positive = golden_inputs(values)
+    _, _, negative = golden_inputs(values, prefix="neg_")
+    unguided = (dataclasses.replace(c, guidance=jnp.ones(len(tokens))) for c in (positive, negative))
+    teacher = jax.jit(model.teacher_velocity)
+    u, away = (teacher(tokens, sigma, c) for c in unguided)
+    guided = jax.jit(model.guided_velocity)(tokens, sigma, positive, negative, 4.0)
+    assert relative_error(guided, away + 4 * (u - away)) < 1e-5
+    assert relative_error(u, away) > 0.1
+
+
 def test_golden_06c_student_without_lora():
     values = golden("06c")
     model = load(HEAD_ONLY, load_file(GOLDEN / "06c_head.safetensors"))

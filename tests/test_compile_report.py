@@ -21,7 +21,7 @@ from arcflow_jax.cli import main
 from arcflow_jax.compile_report import report
 from arcflow_jax.compile_report.child import needed
 from arcflow_jax.compile_report.collectives import Traffic, collectives
-from arcflow_jax.compile_report.programs import sampler
+from arcflow_jax.compile_report.programs import sampler, train_step
 from arcflow_jax.compile_report.work import flops
 from arcflow_jax.config import Recipe, read_config
 from arcflow_jax.sharding import MESH_AXES
@@ -87,6 +87,18 @@ def test_flops_of_flux_sampling():
     scores = (19 + 38) * 2 * (n + t) ** 2 * d
     assert counted == 2 * 2 * (double + single + embeddings + head + scores)
     assert counted / 2 == pytest.approx(74.4e12, rel=0.01)
+
+
+@pytest.mark.parametrize("steady", [False, True])
+def test_flops_of_flux_training(steady):
+    """FLUX.1-dev at 1024²: in each segment the teacher four times, the student once, once more to recompute, and its
+    gradient, which costs less than two more because the base needs none."""
+    config = read_config(f"{ROOT / 'configs' / 'flux.py'}:published", [f"--config.model={FLUX_DEV}"])
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES)
+    program = train_step(Recipe.of(config), mesh, 1, steady=steady)
+    counted = flops(program.function.trace(*program.arguments, **program.keywords).jaxpr.jaxpr)
+    teacher, student = 74.4e12, 79.1e12
+    assert 2 * (4 * teacher + 3 * student) < counted < 2 * (4 * teacher + 3.8 * student)
 
 
 ON_8_DEVICES = """
@@ -203,6 +215,22 @@ def test_report_of_a_tiny_model(capfd, tmp_path, tiny_model):
     assert row["roofline"]["seconds"] >= row["flops"] / 4 / 197e12
 
 
+def test_report_of_training_on_two_slices(capfd, tmp_path, tiny_model):
+    pytest.importorskip("libtpu")
+    out = tmp_path / "report.json"
+    common = (f"--config.model={tiny_model}", "--height", 256, "--width", 256, "--out", out, "--program", "train")
+    code, stdout, stderr = run(
+        capfd, "--topology", "v5e:2x2*2", "--mesh", "data=2,fsdp=4", "--batch", 8, "--config.adapter.rank=8", *common
+    )
+    assert code == 0, stderr
+    assert "s at 50 %" in stdout
+    (row,) = json.loads(out.read_text())
+    assert row["status"] == "compiled"
+    assert row["devices"] == 8
+    assert row["roofline"]["half_peak"] == pytest.approx(2 * row["flops"] / 8 / 197e12)
+    assert "all-gather" in row["collectives"]
+
+
 def test_out_of_memory_is_a_row(capfd, tmp_path, tiny_model):
     pytest.importorskip("libtpu")
     out = tmp_path / "report.json"
@@ -233,6 +261,9 @@ def test_errors_come_before_any_compilation(capfd, tmp_path, tiny_model, monkeyp
     good = ("--topology", "v5e:2x2")
     refused("topology 'v6e:3x3' is refused", *good, "--topology", "v6e:3x3", model)
     refused("does not have the size of 4 devices", *good, "--mesh", "tensor=3", model)
+    refused(
+        "data 1 of the mesh is not a multiple of the 2 slices", "--topology", "v5e:2x2*2", "--mesh", "fsdp=8", model
+    )
     refused("batch 1 does not divide", *good, "--mesh", "data=4", model)
     refused("model directory /nowhere does not exist", *good, "--config.model=/nowhere")
 

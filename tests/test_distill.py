@@ -18,7 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from arcflow_jax import distill, momentum
-from arcflow_jax.distill import Distillation, Draws, distillation_loss, segment_loss, teacher_share, visit_times
+from arcflow_jax.distill import Distillation, Draws, distil, segment_loss, teacher_share, visit_times
 from arcflow_jax.errors import UserError
 from arcflow_jax.momentum import Mixture
 from arcflow_jax.schedule import warp
@@ -157,23 +157,26 @@ PLAIN = dataclasses.replace(SETTINGS, final_step_ratio=0.5, mode_dropout=0.0)
 
 
 @functools.partial(jax.jit, static_argnames="settings")
-def total_loss(weight, key, share, settings=PLAIN):
-    def weighted(x, sigma, key):
-        return student(weight, x, sigma)
+def iteration(weight, key, share, settings=PLAIN, latents=None):
+    """(loss, gradient, log)"""
+    return distil(keyed, weight, teacher, NOISE, key, settings=settings, share=share, latents=latents)
 
-    return distillation_loss(weighted, teacher, NOISE, key, settings=settings, share=share)
+
+def keyed(weight, x, sigma, key):
+    return student(weight, x, sigma)
 
 
 def watched_loss(key, share):
     """((loss, log), calls): the calls of the student, (x, σ, key) each. Uncompiled, so that they can be seen."""
     calls = []
 
-    def watched(x, sigma, key):
+    def watched(weight, x, sigma, key):
         calls.append((np.array(x), float(sigma[0]), np.array(jax.random.key_data(key))))
-        return student(WEIGHT, x, sigma)
+        return student(weight, x, sigma)
 
     with jax.disable_jit():
-        return distillation_loss(watched, teacher, NOISE, key, settings=PLAIN, share=share), calls
+        loss, _, log = distil(watched, WEIGHT, teacher, NOISE, key, settings=PLAIN, share=share)
+    return (loss, log), calls
 
 
 KEY = jax.random.key(5)
@@ -181,12 +184,8 @@ HALF = jnp.float32(0.5)
 
 
 def test_steady_phase_is_the_general_one_at_share_zero():
-    def loss(weight, share):
-        return total_loss(weight, KEY, share, settings=SETTINGS)
-
-    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (general, log), gradient = run(WEIGHT, jnp.zeros(()))
-    (steady, steady_log), steady_gradient = run(WEIGHT, None)
+    general, gradient, log = iteration(WEIGHT, KEY, jnp.zeros(()), settings=SETTINGS)
+    steady, steady_gradient, steady_log = iteration(WEIGHT, KEY, None, settings=SETTINGS)
     assert steady == pytest.approx(float(general), rel=1e-6)
     assert_close(steady_gradient, gradient)
     assert_close(steady_log["loss"], log["loss"])
@@ -202,19 +201,22 @@ def test_teacher_is_called_once_when_steady():
         batches.append((x.shape, sigma.shape))
         return teacher(x, sigma)
 
-    jax.eval_shape(
-        lambda: distillation_loss(
-            lambda x, sigma, key: student(WEIGHT, x, sigma), counted, NOISE, KEY, settings=SETTINGS, share=None
-        )
-    )
+    jax.eval_shape(lambda: distil(keyed, WEIGHT, counted, NOISE, KEY, settings=SETTINGS, share=None))
     assert set(batches) == {((4 * B, N, D), (4 * B,))}
 
 
 def test_share_is_traced():
-    before = total_loss._cache_size()
-    losses = {float(total_loss(WEIGHT, KEY, jnp.float32(share))[0]) for share in (1.0, 0.5, 0.0)}
+    before = iteration._cache_size()
+    losses = {float(iteration(WEIGHT, KEY, jnp.float32(share))[0]) for share in (1.0, 0.5, 0.0)}
     assert len(losses) == 3
-    assert total_loss._cache_size() <= before + 1
+    assert iteration._cache_size() <= before + 1
+
+
+def test_gradient_is_that_of_the_whole_loss():
+    """Though it is taken segment by segment."""
+    _, gradient, _ = iteration(WEIGHT, KEY, HALF)
+    whole = jax.jit(jax.grad(lambda weight: iteration(weight, KEY, HALF)[0]))(WEIGHT)
+    assert_close(gradient, whole)
 
 
 @pytest.mark.parametrize("share", [HALF, None])
@@ -283,8 +285,9 @@ def test_student_that_knows_the_teacher_has_no_loss(share):
             logits=random_mixture().logits,
             log_momenta=jnp.zeros((B, N, K - 1, 4)),
         )
-        return distillation_loss(
+        return distil(
             lambda *_: mixture,
+            (),
             lambda x, sigma: jnp.repeat(c, len(x) // B, 0),
             NOISE,
             KEY,
@@ -292,10 +295,10 @@ def test_student_that_knows_the_teacher_has_no_loss(share):
             share=share,
         )
 
-    total, log = loss(0.0)
+    total, _, log = loss(0.0)
     assert total < 1e-10
     assert log["velocity_error"].max() < 1e-10
-    total, log = loss(0.1)
+    total, _, log = loss(0.1)
     np.testing.assert_allclose([total, *log["loss"]], 30 / 2 * 0.1**2, rtol=1e-4)
     np.testing.assert_allclose(log["velocity_error"], 0.1**2 / ((0.7**2 + 1.3**2) / 2), rtol=1e-4)
 
@@ -322,7 +325,7 @@ def test_border_is_float32():
     """Networks may compute in bfloat16: what they are given, and what becomes of what they give, is float32."""
     given = []
 
-    def half_student(x, sigma, key):
+    def half_student(_, x, sigma, key):
         given.extend([x.dtype, sigma.dtype])
         return random_mixture(dtype=jnp.bfloat16)
 
@@ -331,12 +334,87 @@ def test_border_is_float32():
         return x.astype(jnp.bfloat16)
 
     for share in (HALF, None):
-        loss, log = jax.eval_shape(
-            functools.partial(distillation_loss, half_student, half_teacher, settings=SETTINGS, share=share),
+        loss, _, log = jax.eval_shape(
+            functools.partial(distil, half_student, (), half_teacher, settings=SETTINGS, share=share),
             jnp.asarray(NOISE, jnp.bfloat16),
             KEY,
         )
         assert {loss.dtype, *(leaf.dtype for leaf in log.values()), *given} == {jnp.dtype(jnp.float32)}
+
+
+# Optional terms, and real latents
+
+
+@pytest.mark.parametrize("share", [HALF, None])
+def test_state_term(share):
+    """Modes that are `off` too fast: after a span of σ, the student's state is off by off · σ from a straight path."""
+    c = jnp.array([[[0.7]], [[-1.3]]]) * jnp.ones((B, N, D))
+    settings = dataclasses.replace(SETTINGS, nfe=1, loss_scale=0.0, mode_dropout=0.0, state_weight=3.0)
+
+    def straight(x, sigma):
+        return jnp.repeat(c, len(x) // B, 0)
+
+    def loss(off):
+        mixture = Mixture((c + off).reshape(B, N, 1, D // 4, 4), jnp.zeros((B, N, 1, 4)), jnp.zeros((B, N, 0, 4)))
+        draws = Draws.draw(KEY, B, 1, 4)
+        x, start, length = NOISE, jnp.ones(B), jnp.ones(B)
+        visits = distill.visit(mixture, straight, x, start, length, draws, settings=settings, share=share)
+        total, *_ = segment_loss(mixture, straight, x, start, length, draws, settings=settings, share=share)
+        return total, visits, distill.matched_span(visits, length, settings=settings)
+
+    loss = jax.jit(loss)
+    assert loss(0.0)[0] < 1e-10
+    total, visits, (_, until) = loss(0.1)
+    # From the segment's start: where the student led there, its own error is in the visited state as well
+    travelled = np.asarray((NOISE - visits.states)[..., 0, 0]) / np.asarray(c[:, 0, 0])  # [M, B] by the teacher's c
+    sigma_a = np.asarray(warp(visits.arrive, settings.shift))
+    target = NOISE - travelled[..., None, None] * np.asarray(c) - (sigma_a - until)[..., None, None] * np.asarray(c)
+    students = NOISE - (1 - np.asarray(until))[..., None, None] * (np.asarray(c) + 0.1)
+    assert total == pytest.approx(3 / 2 * np.square(students - target).mean(), rel=1e-4)
+    assert total > 1e-6
+
+
+def test_state_term_has_a_gradient_and_is_off_by_default():
+    settings = dataclasses.replace(PLAIN, state_weight=2.0)
+    (loss, gradient, _), (more, other, _) = (iteration(WEIGHT, KEY, HALF, settings=s) for s in (PLAIN, settings))
+    assert more > loss
+    assert np.abs(other - gradient).max() > 1e-4
+
+
+LATENTS = np.random.default_rng(7).standard_normal((B, N, D)).astype(np.float32)
+
+
+def test_with_data_each_example_is_one_segment_from_its_latent():
+    noise, latents = np.random.default_rng(8).standard_normal((2, 64, N, D)).astype(np.float32)
+    seen = []
+
+    def still(_, x, sigma, key):
+        seen.append((np.array(x), np.array(sigma)))
+        return Mixture(jnp.zeros((64, N, 1, D // 4, 4)), jnp.zeros((64, N, 1, 4)), jnp.zeros((64, N, 0, 4)))
+
+    with jax.disable_jit():
+        options = {"settings": PLAIN, "share": None, "latents": latents}
+        *_, log = distil(still, (), lambda x, sigma: x, jnp.asarray(noise), KEY, **options)
+    assert log["loss"].shape == (1,)
+    ((x, sigma),) = seen
+    first, second = (np.isclose(sigma, warp(start, 3.2)) for start in (1.0, 1 / 3))
+    assert (first ^ second).all()
+    assert 0.4 < first.mean() < 0.9  # two thirds of the raw time are the first segment's
+    np.testing.assert_allclose(x, latents + sigma[:, None, None] * (noise - latents), atol=1e-5)
+
+
+def test_flow_matching_term():
+    """Of a student whose velocity is constant, by hand; its gradient is that of both terms."""
+    settings = dataclasses.replace(PLAIN, data_weight=2.0)
+    run = functools.partial(iteration, WEIGHT, KEY, None, latents=LATENTS)
+    (loss, gradient, _), (more, other, log) = run(), run(settings=settings)
+    assert more == pytest.approx(float(loss + 2.0 * log["reconstruction"][0]), rel=1e-6)
+    assert np.abs(other - gradient).max() > 1e-4
+
+    constant = Mixture(jnp.full((B, N, 1, D // 4, 4), 0.3), jnp.zeros((B, N, 1, 4)), jnp.zeros((B, N, 0, 4)))
+    options = {"settings": settings, "share": None, "latents": LATENTS}
+    *_, log = jax.jit(lambda: distil(lambda *_: constant, (), teacher, NOISE, KEY, **options))()
+    assert log["reconstruction"][0] == pytest.approx(0.5 * np.square(0.3 - (NOISE - LATENTS)).mean(), rel=1e-5)
 
 
 # Times and draws
@@ -398,7 +476,17 @@ def test_teacher_share_falls_to_zero():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("nfe", 0), ("states", 0), ("substeps", 0), ("shift", 0.0), ("final_step_ratio", -1.0), ("mode_dropout", 1.0)],
+    [
+        ("nfe", 0),
+        ("states", 0),
+        ("substeps", 0),
+        ("shift", 0.0),
+        ("final_step_ratio", -1.0),
+        ("mode_dropout", 1.0),
+        ("state_weight", -1.0),
+        ("data_weight", -1.0),
+        ("teacher_guidance", "none"),
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(name, value):
     with pytest.raises(UserError, match=name):

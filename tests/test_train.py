@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+from arcflow_jax.arc_model import ArcModel
 from arcflow_jax.checkpoint import Checkpoints
 from arcflow_jax.config import Recipe, read_config
 from arcflow_jax.conversion import convert_model
@@ -100,22 +99,34 @@ def test_mesh_of_another_size_is_refused(model, tmp_path):
         train(uneven)
 
 
-def test_eight_devices_train_as_one(model, tmp_path):
-    """Data parallel, sharded and tensor parallel, in a process that has eight CPU devices."""
-    one = train(recipe(model, tmp_path / "one"))
-    script = (
-        "import sys, dataclasses; from pathlib import Path; from test_train import UserError, recipe, train\n"
-        "model, out = map(Path, sys.argv[1:])\n"
-        "try: train(recipe(model, out, mesh=(2, 4, 1, 1), batch=12))\n"
-        "except UserError as error: assert 'batch 12 does not divide by data × fsdp = 8' in str(error)\n"
-        "else: raise AssertionError('an uneven batch was taken')\n"
-        "train(recipe(model, out, mesh=(2, 2, 2, 1)))\n"
-    )
-    env = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": os.pathsep.join([str(CONFIGS.parent), str(Path(__file__).parent)]),
-    }
-    out = tmp_path / "eight"
-    subprocess.run([sys.executable, "-c", script, str(model), str(out)], env=env, check=True, timeout=300)
-    np.testing.assert_allclose(losses(out), losses(one), rtol=1e-4)
+def test_with_pictures_and_true_guidance(model, tmp_path, monkeypatch):
+    """From a folder to the log, with every optional term."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, prompt in enumerate(PROMPTS):
+        noise = np.random.default_rng(i).integers(0, 255, (40, 50, 3), np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(prompt)
+    scales = []
+
+    def watched(self, tokens, sigma, conditioning, negative, scale):
+        scales.append(scale)
+        assert negative.text.shape == conditioning.text.shape
+        return guided(self, tokens, sigma, conditioning, negative, scale)
+
+    guided = ArcModel.guided_velocity
+    monkeypatch.setattr(ArcModel, "guided_velocity", watched)
+    terms = {"data_weight": 0.5, "state_weight": 2.0, "decay": 9}
+    guidance = {"teacher_guidance": "cfg", "negative_prompt": "a blue square"}
+    settings = {"images": str(folder), "prompts": "", "batch": 4, "steps": 2, "guidance": 3.0}
+    run = train(recipe(model, tmp_path / "run", **settings, distillation=terms | guidance))
+    assert set(scales) == {3.0}
+    first, second = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    assert np.isfinite([first["loss"], second["loss"]]).all()
+    assert len(first["reconstruction"]) == len(first["segment_loss"]) == 1
+    assert first["reconstruction"] != second["reconstruction"]
+
+
+def test_term_on_pictures_without_pictures_is_refused(model, tmp_path):
+    with pytest.raises(UserError, match="data_weight is of a term on real pictures"):
+        recipe(model, tmp_path / "run", distillation={"data_weight": 0.5})

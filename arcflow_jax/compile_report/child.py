@@ -17,19 +17,18 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from arcflow_jax.compile_report.collectives import collectives
-from arcflow_jax.compile_report.programs import Program, sampler
+from arcflow_jax.compile_report.programs import PROGRAMS, Program
 from arcflow_jax.compile_report.work import flops
 from arcflow_jax.config import Recipe, read_config
 from arcflow_jax.errors import UserError, one_line, out_of_memory
 from arcflow_jax.sharding import make_mesh
 
-PROGRAMS = {"sampler": sampler}
-
 
 def describe(topology: str) -> list[Any]:
     """Its devices. Raises UserError if the compiler does not know it."""
+    name, _, slices = topology.partition("*")
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=int(slices or 1)).devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"topology {topology!r} is refused: {one_line(error)}") from None
 

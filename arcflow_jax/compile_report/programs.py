@@ -23,8 +23,11 @@ from arcflow_jax.geometry import read_json
 from arcflow_jax.latents import token_grid
 from arcflow_jax.model_directory import DESCRIPTION, ModelDirectory
 from arcflow_jax.models.flux import FluxConditioning, FluxConfig
+from arcflow_jax.optim import make_optimizer
 from arcflow_jax.pipeline import sample
-from arcflow_jax.sharding import batched, replicated, state_shardings
+from arcflow_jax.sharding import batched, replicated, sharded
+from arcflow_jax.train import jitted_step
+from arcflow_jax.train_state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,31 +76,69 @@ def flux_conditioning(directory: ModelDirectory, mesh: Mesh, batch: int, tokens:
 CONDITIONING = {"FluxPipeline": flux_conditioning}
 
 
+def open_for(recipe: Recipe, mesh: Mesh, batch: int) -> tuple[ModelDirectory, int]:
+    """The recipe's model and the number of its image tokens. Raises UserError if model, size or batch do not fit."""
+    directory = open_model(recipe.model)
+    rows, columns = token_grid(*recipe.largest, directory.geometry("vae").factor)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch % shards:
+        raise UserError(f"batch {batch} does not divide by data × fsdp = {shards} of the mesh")
+    return directory, rows * columns
+
+
 def sampler(recipe: Recipe, mesh: Mesh, batch: int) -> Program:
     """The few-step sampler of a recipe's student, its LoRA merged, from noise to latents.
 
     Raises:
       UserError: if model, size or batch do not fit.
     """
-    directory = open_model(recipe.model)
-    rows, columns = token_grid(*recipe.largest, directory.geometry("vae").factor)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch % shards:
-        raise UserError(f"batch {batch} does not divide by data × fsdp = {shards} of the mesh")
+    directory, tokens = open_for(recipe, mesh, batch)
     dtype = jnp.dtype(recipe.dtype)
 
     graphdef, base, adapter = arc_model.split(directory.student(recipe.adapter, dtype))
     merged = jax.eval_shape(functools.partial(arc_model.merge_student, graphdef), base, adapter)
-    state = jax.tree.map(
-        lambda x, sharding: ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        merged,
-        state_shardings(mesh, merged),
-    )
     channels = directory.geometry("transformer").in_channels
     split = NamedSharding(mesh, PartitionSpec(*batched(mesh).spec, "sequence"))
-    latents = ShapeDtypeStruct((batch, rows * columns, channels), jnp.float32, sharding=split)
-    conditioning = CONDITIONING[directory.description["pipeline"]](directory, mesh, batch, rows * columns, dtype)
+    latents = ShapeDtypeStruct((batch, tokens, channels), jnp.float32, sharding=split)
+    conditioning = CONDITIONING[directory.description["pipeline"]](directory, mesh, batch, tokens, dtype)
     scalar = ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     steps = recipe.distillation.nfe
-    arguments = (arc_model.merged_graphdef(graphdef, base, adapter), state, latents, conditioning, scalar, scalar)
+    arguments = (
+        arc_model.merged_graphdef(graphdef, base, adapter),
+        sharded(mesh, merged),
+        latents,
+        conditioning,
+        scalar,
+        scalar,
+    )
     return Program(sample, arguments, {"steps": steps}, passes=steps)
+
+
+def train_step(recipe: Recipe, mesh: Mesh, batch: int, *, steady: bool) -> Program:
+    """One iteration of a recipe's distillation; `steady` once the teacher's share has reached zero.
+
+    Raises:
+      UserError: if model, size or batch do not fit.
+    """
+    directory, tokens = open_for(recipe, mesh, batch)
+    dtype = jnp.dtype(recipe.dtype)
+    graphdef, base, adapter = arc_model.split(directory.student(recipe.adapter, dtype))
+    optimizer = make_optimizer(recipe.optimizer, adapter)
+    state = jax.eval_shape(functools.partial(TrainState.create, optimizer=optimizer), adapter)
+    conditioning = CONDITIONING[directory.description["pipeline"]](directory, mesh, batch, tokens, dtype)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
+    settings = recipe.distillation
+    negative = conditioning if settings.teacher_guidance == "cfg" else None
+    arguments = (sharded(mesh, state), sharded(mesh, base), conditioning, key, negative)
+    function = jitted_step(recipe, graphdef, optimizer, mesh, steady=steady)
+    # A student forward, again in the backward pass, and the gradient; the teacher
+    passes = settings.nfe * (3 + (1 if steady else settings.states))
+    return Program(function, arguments, {}, passes)
+
+
+PROGRAMS: dict[str, Callable[[Recipe, Mesh, int], Program]] = {
+    "sampler": sampler,
+    "train": functools.partial(train_step, steady=False),
+    "train-steady": functools.partial(train_step, steady=True),
+}

@@ -34,11 +34,11 @@ class Case:
     """One compilation.
 
     Attributes:
-      program: "sampler".
+      program: one of `programs.PROGRAMS`.
       config, overrides: the recipe.
-      topology: e.g. "v5p:2x2x1".
+      topology: e.g. "v5p:2x2x1", or "v5p:2x2x1*2" for two such slices.
       mesh: sizes of the axes data, fsdp, tensor, sequence; -1 takes what is left.
-      batch: pictures.
+      batch: pictures, on all devices together.
     """
 
     program: str
@@ -105,24 +105,30 @@ def ask(cases: Sequence[Case], limit: float, *, compiling: bool) -> dict[str, An
 
 
 def row(case: Case, answer: dict[str, Any]) -> dict[str, Any]:
-    """A case with its answer, and the least time that the chip's peak rates allow.
+    """A case with its answer, the least time that the chip's peak rates allow, and that of half the matrix rate.
 
-    That is the longer of the matrix operations at the peak matrix rate, evenly over the devices, and of reading the
-    arguments from memory as often as the program has to.
+    The least is the longer of the matrix operations at the peak matrix rate, evenly over the devices, and of reading
+    the arguments from memory as often as the program has to.
     """
     of = chip(case.topology)
     found = dataclasses.asdict(case) | {"capacity": of.memory} | answer
     if answer["status"] == "compiled":
         compute = answer["flops"] / answer["devices"] / of.flops
         memory = answer["passes"] * answer["arguments"] / of.bandwidth
-        found["roofline"] = {"seconds": max(compute, memory), "compute": compute, "memory": memory}
+        found["roofline"] = {
+            "seconds": max(compute, memory),
+            "compute": compute,
+            "memory": memory,
+            "half_peak": 2 * compute,
+        }
     return found
 
 
 def table(rows: Sequence[dict[str, Any]]) -> None:
     """Prints the rows; sizes are a device's."""
     grid = Table(title="GiB a device; communication in one run, results on one device")
-    for name in ("topology", "mesh", "arguments", "temporaries", "peak", "of", "TFLOP", "roofline s", "collectives"):
+    sizes = ("arguments", "temporaries", "peak", "of", "TFLOP")
+    for name in ("topology", "mesh", *sizes, "roofline s", "s at 50 %", "collectives"):
         grid.add_column(name, justify="left" if name in ("topology", "mesh", "collectives") else "right")
     for each in rows:
         mesh = " ".join(f"{name} {size}" for name, size in zip(MESH_AXES, each["mesh"], strict=True) if size != 1)
@@ -131,12 +137,12 @@ def table(rows: Sequence[dict[str, Any]]) -> None:
         if each["status"] == "compiled":
             sizes = [f"{each[name] / GIB:.2f}" for name in ("arguments", "temporaries", "peak")]
             traffic = [f"{t['count']} {kind} {t['bytes'] / GIB:.2f}" for kind, t in each["collectives"].items()]
-            seconds = f"{each['roofline']['seconds']:.3f}"
-            grid.add_row(each["topology"], mesh, *sizes, capacity, work, seconds, "\n".join(traffic) or "none")
+            seconds = [f"{each['roofline'][name]:.3f}" for name in ("seconds", "half_peak")]
+            grid.add_row(each["topology"], mesh, *sizes, capacity, work, *seconds, "\n".join(traffic) or "none")
         else:
             peak = f"{each['needed'] / GIB:.2f}" if each.get("needed") else ""
             why = each["status"] + (f": {each['detail']}" if each["status"] == "failed" else "")
-            grid.add_row(each["topology"], mesh, "", "", peak, capacity, work, "", why)
+            grid.add_row(each["topology"], mesh, "", "", peak, capacity, work, "", "", why)
     Console(width=None if sys.stdout.isatty() else 140).print(grid)
 
 

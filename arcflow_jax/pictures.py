@@ -1,0 +1,123 @@
+"""Real pictures with captions, for distillation with data: a folder of them, and their latents."""
+
+# B pictures, H, W height and width in pixels, N tokens, C latent channels
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from PIL import Image, ImageOps
+
+from arcflow_jax.distributed import from_part
+from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.latents import pack
+from arcflow_jax.model_directory import ModelDirectory
+from arcflow_jax.prompt_sources import Prompts
+from arcflow_jax.sharding import state_shardings
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+METADATA = "metadata.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    file: Path
+    caption: str
+
+
+def read_pictures(folder: str | Path) -> list[Picture]:
+    """The pictures of a folder, by name.
+
+    Captions are those of metadata.jsonl, as the Hugging Face image folder has it, a line {"file_name": …, "text": …}
+    a picture; or without it, of a text file of the picture's name beside each.
+
+    Raises:
+      UserError: if there are none, or a picture or a caption is missing or empty.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"folder of pictures {folder} does not exist")
+    try:
+        pictures = from_metadata(folder) if (folder / METADATA).is_file() else from_text_files(folder)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the captions in {folder}: {one_line(error)}") from None
+    if not pictures:
+        raise UserError(f"{folder} holds no pictures: it has to have files {', '.join(SUFFIXES)}")
+    for picture in pictures:
+        if not picture.caption:
+            raise UserError(f"the caption of {picture.file} is empty")
+    return pictures
+
+
+def captions(folder: str) -> Prompts:
+    """The captions of `read_pictures`, in the same order."""
+    return Prompts(folder, [picture.caption for picture in read_pictures(folder)], empty=0)
+
+
+def from_metadata(folder: Path) -> list[Picture]:
+    pictures = []
+    for number, line in enumerate((folder / METADATA).read_text(encoding="utf-8").splitlines(), 1):
+        where = f"{folder / METADATA}, line {number}"
+        try:
+            values = json.loads(line)
+            file, caption = folder / values["file_name"], values["text"].strip()
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            raise UserError(f'{where}: it has to be {{"file_name": …, "text": …}}') from None
+        if not file.is_file():
+            raise UserError(f"{where}: there is no {file}")
+        pictures.append(Picture(file, caption))
+    return pictures
+
+
+def from_text_files(folder: Path) -> list[Picture]:
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    for file in files:
+        if not file.with_suffix(".txt").is_file():
+            raise UserError(f"{file} has no caption: there is neither {file.with_suffix('.txt').name} nor {METADATA}")
+    return [Picture(file, file.with_suffix(".txt").read_text(encoding="utf-8").strip()) for file in files]
+
+
+def pixels(file: Path, height: int, width: int) -> np.ndarray:  # [H, W, 3] float32 in [-1, 1]
+    """A picture, scaled to cover height × width, and its middle cut out. Raises UserError if it cannot be read."""
+    try:
+        with Image.open(file) as image:
+            fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read picture {file}: {one_line(error)}") from None
+    return np.asarray(fitted, np.float32) / 127.5 - 1
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _encode(graphdef: nnx.GraphDef, state: nnx.State, images: jax.Array) -> jax.Array:
+    vae = nnx.merge(graphdef, state)
+    return pack(vae.encode(images.astype(jax.tree.leaves(state)[0].dtype))).astype(jnp.float32)
+
+
+class LatentEncoder:
+    """The autoencoder's part in distillation with data.
+
+    Args:
+      directory: a converted model.
+      dtype: to compute in.
+      mesh: over which the batch is split.
+    """
+
+    def __init__(self, directory: ModelDirectory, dtype: Any, mesh: Mesh):
+        self.graphdef, abstract = nnx.split(directory.abstract("vae", dtype))
+        self.state = directory.load("vae", abstract, state_shardings(mesh, abstract))
+        self.mesh = mesh
+
+    def __call__(self, pictures: Sequence[Picture], height: int, width: int) -> jax.Array:  # [B, N, 4C] float32
+        """Latents of pictures, packed; on several processes, of each one's own (see `distributed.local_part`)."""
+        images = np.stack([pixels(picture.file, height, width) for picture in pictures])
+        return _encode(self.graphdef, self.state, from_part(images, self.mesh))

@@ -1,0 +1,390 @@
+"""One iteration of distillation beside the same algorithm in PyTorch (diffusers, peft), on a small FLUX in float32.
+
+    python benchmarks/train_step.py --rounds 5
+
+Both sides begin with the same weights and are given the same random numbers, so that they make the same losses, which
+is checked. Each is a process of its own, so that its peak memory is its own; they take turns, iteration by iteration,
+because a shared machine's speed drifts. Both recompute each block in the backward pass. Every time is the median of
+its rounds; memory is the peak of the resident set less what the imports had taken.
+"""
+
+# B batch, N tokens, D features of a token, K modes, M visited states
+
+from __future__ import annotations
+
+import argparse
+import copy
+import ctypes
+import dataclasses
+import functools
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+TARGETS = (
+    "single_transformer_blocks.proj_mlp",
+    "single_transformer_blocks.proj_out",
+    "transformer_blocks.ff.*",
+    "transformer_blocks.ff_context.*",
+    "time_text_embed.timestep_embedder.*",
+)
+THEIR_TARGETS = (
+    r"single_transformer_blocks\.\d+\.proj_(mlp|out)|transformer_blocks\.\d+\.ff(_context)?\.net\.(0\.proj|2)"
+    r"|time_text_embed\.timestep_embedder\.linear_[12]"
+)
+NFE, SHIFT, STATES, WINDOW, SUBSTEPS, MODE_DROPOUT, LOSS_SCALE = 2, 3.2, 4, 3, 128, 0.1, 30.0
+LEARNING_RATE, BETAS, EMA_POWER = 1e-3, (0.9, 0.95), 8.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Of the network and of the batch."""
+
+    heads: int = 4
+    head_dim: int = 64
+    double: int = 2
+    single: int = 4
+    modes: int = 16
+    rank: int = 16
+    batch: int = 4
+    rows: int = 16  # of image tokens; as many columns
+    text: int = 64
+
+    @property
+    def flux(self) -> dict[str, Any]:
+        return {
+            "in_channels": 64,
+            "num_layers": self.double,
+            "num_single_layers": self.single,
+            "attention_head_dim": self.head_dim,
+            "num_attention_heads": self.heads,
+            "joint_attention_dim": 128,
+            "pooled_projection_dim": 64,
+            "guidance_embeds": True,
+            "axes_dims_rope": (self.head_dim // 4, 3 * self.head_dim // 8, 3 * self.head_dim // 8),
+        }
+
+
+# Ours
+
+
+def ours(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
+    """The losses, one an iteration; before the first, leaves weights and random numbers in `folder`."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from arcflow_jax import arc_model
+    from arcflow_jax.arc_model import AdapterConfig
+    from arcflow_jax.components import FLUX
+    from arcflow_jax.convert import flux as table
+    from arcflow_jax.convert.adapter import AdapterTable
+    from arcflow_jax.convert.engine import export_tensors
+    from arcflow_jax.distill import Distillation, Draws
+    from arcflow_jax.latents import position_ids
+    from arcflow_jax.models.flux import FluxConditioning, FluxConfig
+    from arcflow_jax.optim import OptimizerConfig, make_optimizer
+    from arcflow_jax.sharding import make_mesh, state_shardings
+    from arcflow_jax.train_state import EmaConfig, TrainState, train_step
+
+    settings = Distillation(NFE, SHIFT, 1.0, STATES, WINDOW, SUBSTEPS, MODE_DROPOUT, decay, LOSS_SCALE)
+    config, tokens = FluxConfig(**size.flux), size.rows**2
+    key = jax.random.key(0)
+    model = FLUX.build(config, jnp.float32, nnx.Rngs(1))
+    model.attach_student(AdapterConfig(size.modes, size.rank, float(size.rank), 0.0, TARGETS), nnx.Rngs(0))
+    model.start_student(key)
+    graphdef, base, adapter = arc_model.split(model)
+    adapter = jax.tree.map(jnp.copy, adapter)  # the head starts with arrays of the base, and is donated
+
+    rng = np.random.default_rng(0)
+    conditioning = FluxConditioning(
+        text=jnp.asarray(rng.standard_normal((size.batch, size.text, config.joint_attention_dim)), jnp.float32),
+        pooled=jnp.asarray(rng.standard_normal((size.batch, config.pooled_projection_dim)), jnp.float32),
+        guidance=jnp.full(size.batch, 3.5),
+        positions=position_ids(size.rows, size.rows),
+    )
+    numbers = {name: np.asarray(getattr(conditioning, name)) for name in ("text", "pooled", "guidance", "positions")}
+    for i in range(steps):  # as train_step and distil draw them
+        noise_key, loss_key = jax.random.split(jax.random.fold_in(key, i))
+        numbers[f"{i}.noise"] = np.asarray(jax.random.normal(noise_key, (size.batch, tokens, config.in_channels)))
+        for j in range(NFE):
+            draw_key, _ = jax.random.split(jax.random.fold_in(loss_key, j))
+            draws = Draws.draw(draw_key, size.batch, size.modes, STATES)
+            numbers |= {f"{i}.{j}.{name}": np.asarray(u) for name, u in dataclasses.asdict(draws).items()}
+    save_file(export_tensors(table, base), folder / "base.safetensors")
+    save_file(export_tensors(AdapterTable(table), adapter), folder / "adapter.safetensors")
+    save_file(numbers, folder / "numbers.safetensors")
+
+    optimizer_config = OptimizerConfig(LEARNING_RATE, 1, 0, *BETAS, 0.0, 50.0, 0, ())
+    optimizer = make_optimizer(optimizer_config, adapter)
+    step = functools.partial(
+        train_step,
+        graphdef=graphdef,
+        settings=settings,
+        guidance=3.5,
+        optimizer=optimizer,
+        optimizer_config=optimizer_config,
+        ema=EmaConfig(0, EMA_POWER),
+        steady=decay == 0,
+        mesh=(mesh := make_mesh((1, 1, 1, 1), jax.devices()[:1])),
+    )
+    step = jax.jit(step, donate_argnums=0)
+    state = TrainState.create(adapter, optimizer)
+    state = jax.device_put(state, state_shardings(mesh, state))  # as an iteration leaves it: it compiles once
+    del model, adapter
+    with jax.set_mesh(mesh):
+        for _ in range(steps):
+            state, log = step(state, base, conditioning, key)
+            yield float(jax.block_until_ready((state, log))[1]["loss"])
+
+
+# The same in PyTorch
+
+
+def theirs(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
+    """The losses, one an iteration, from what `ours` left in `folder`."""
+    import peft
+    import torch
+    from diffusers import FluxTransformer2DModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch import Tensor, nn
+
+    numbers = {name: torch.from_numpy(array) for name, array in load_file(folder / "numbers.safetensors").items()}
+    trained = {name: torch.from_numpy(array) for name, array in load_file(folder / "adapter.safetensors").items()}
+
+    class Passing(nn.Module):
+        """In place of the output norm: hands out the hidden state as it is, and keeps the time embedding."""
+
+        def forward(self, hidden: Tensor, temb: Tensor) -> Tensor:
+            self.temb = temb
+            return hidden
+
+    class Head(nn.Module):
+        def __init__(self, norm: nn.Module, width: int):
+            super().__init__()
+            self.norm_out = norm
+            self.proj_out_means = nn.Linear(width, size.modes * 64)
+            self.proj_out_logweights = nn.Linear(width, size.modes * 4)
+            self.proj_out_loggamma = nn.Linear(width, (size.modes - 1) * 4)
+
+        def forward(self, hidden: Tensor, temb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            y = self.norm_out(hidden, temb)
+            b, n, _ = y.shape
+            momenta = self.proj_out_loggamma(y).reshape(b, n, size.modes - 1, 4)
+            return (
+                self.proj_out_means(y).reshape(b, n, size.modes, 16, 4),
+                self.proj_out_logweights(y).reshape(b, n, size.modes, 4),
+                torch.cat([torch.zeros_like(momenta[:, :, :1]), momenta], 2),
+            )
+
+    trunk = FluxTransformer2DModel(**size.flux)
+    trunk.load_state_dict({name: torch.from_numpy(a) for name, a in load_file(folder / "base.safetensors").items()})
+    trunk.requires_grad_(False)
+    trunk.enable_gradient_checkpointing()
+    head = Head(copy.deepcopy(trunk.norm_out), trunk.inner_dim).requires_grad_(True)
+    output_norm, output = trunk.norm_out, trunk.proj_out
+    trunk.norm_out, trunk.proj_out = Passing(), nn.Identity()
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=size.rank, lora_alpha=size.rank, target_modules=THEIR_TARGETS, lora_dropout=0.0), trunk
+    )
+    loras = [module for module in trunk.modules() if isinstance(module, BaseTunerLayer)]
+    of_trunk = {n.replace(".default", ""): p for n, p in trunk.named_parameters() if "lora_" in n}
+    parameters = of_trunk | dict(head.named_parameters())
+    assert parameters.keys() == trained.keys(), parameters.keys() ^ trained.keys()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(trained[name])
+    average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    optimizer = torch.optim.AdamW(list(parameters.values()), LEARNING_RATE, betas=BETAS, weight_decay=0.0)
+
+    def warp(t: Tensor) -> Tensor:
+        return SHIFT * t / (1 + (SHIFT - 1) * t)
+
+    def hidden(x: Tensor, sigma: Tensor, adapters: bool) -> tuple[Tensor, Tensor]:
+        for layer in loras:
+            layer.enable_adapters(adapters)
+        times = len(x) // size.batch
+        text, pooled, guidance = (numbers[name].repeat_interleave(times, 0) for name in ("text", "pooled", "guidance"))
+        out = trunk(
+            hidden_states=x,
+            timestep=sigma,
+            guidance=guidance,
+            encoder_hidden_states=text,
+            pooled_projections=pooled,
+            img_ids=numbers["positions"],
+            txt_ids=torch.zeros(size.text, 3),
+        ).sample
+        return out, trunk.norm_out.temb
+
+    @torch.no_grad()
+    def teacher(x: Tensor, sigma: Tensor) -> Tensor:
+        return output(output_norm(*hidden(x, sigma, adapters=False)))
+
+    def phi(z: Tensor) -> Tensor:
+        near = z.abs() < 1e-3
+        safe = torch.where(near, 1.0, z)
+        return torch.where(near, 1 + z / 2 + z * z / 6, torch.expm1(safe) / safe)
+
+    def mean_velocity(mixture: tuple[Tensor, Tensor, Tensor], src: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        means, logits, g = mixture
+        src, a, b = (s[:, None, None, None] for s in (src, a, b))
+        weights = logits.softmax(2) * torch.exp(g * (src - a)) * phi(g * (a - b))
+        return (weights[:, :, :, None] * means).sum(2).flatten(2)
+
+    def displacement(mixture: tuple[Tensor, Tensor, Tensor], src: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return (a - b)[:, None, None] * mean_velocity(mixture, src, a, b)
+
+    def segment(x: Tensor, i: int, j: int, share: float) -> tuple[Tensor, Tensor]:
+        """The loss of segment j in iteration i, and where the next segment starts."""
+        length = torch.full((size.batch,), 1 / NFE)
+        start = 1 - j * length
+        src = warp(start)
+        mixture = head(*hidden(x, src, adapters=True))
+        substep = length / (length * SUBSTEPS).round().clamp(min=1)
+        window = torch.minimum(WINDOW * substep, length)
+        modes, student, turns = (numbers[f"{i}.{j}.{name}"] for name in ("modes", "student", "teacher"))
+        turns = torch.cat([torch.zeros(size.batch, 1), turns.sort(-1).values, torch.ones(size.batch, 1)], 1)
+        student = student.sort(-1).values
+
+        def times(turns: Tensor) -> Tensor:
+            travelled = (length - window)[:, None] * ((1 - share) * student + share * turns)
+            return (start[:, None] - travelled).clamp(min=0).T
+
+        arrive, leave = times(turns[:, :-1]), times(turns[:, 1:])  # [M, B]
+        dropped = modes < MODE_DROPOUT
+        dropped &= ~dropped.all(-1, keepdim=True)
+        means, logits, g = (part.detach() for part in mixture)
+        rollout = means, logits.masked_fill(dropped[:, None, :, None], -math.inf), g
+        with torch.no_grad():
+            if share == 0:
+                states = torch.stack([x - displacement(rollout, src, src, warp(t)) for t in arrive])
+                together = teacher(states.transpose(0, 1).flatten(0, 1), warp(arrive).T.flatten())
+                targets = together.unflatten(0, (size.batch, STATES)).transpose(0, 1)
+                sigma = src
+            else:
+                sigma, targets = src, []
+                for a, b in zip(warp(arrive), warp(leave), strict=True):
+                    x = x - displacement(rollout, src, sigma, a)
+                    targets.append(teacher(x, a))
+                    x, sigma = x + targets[-1] * (b - a)[:, None, None], b
+            end = x - displacement(rollout, src, sigma, warp(start - length))
+        error = 0.0
+        for t_a, t_b, target in zip(arrive, leave - window, targets, strict=True):
+            a = warp(t_a)
+            b = torch.where(((t_a - t_b) * SUBSTEPS).round() < 2, a, warp(t_b))
+            error = error + (mean_velocity(mixture, src, a, b) - target).square().mean() / STATES
+        return LOSS_SCALE * 0.5 * error, end
+
+    for i in range(steps):
+        share = max(1 - i / decay, 0.0) if decay else 0.0
+        x, total = numbers[f"{i}.noise"], 0.0
+        for j in range(NFE):
+            loss, x = segment(x, i, j, share)
+            for layer in loras:  # blocks are computed again in the backward pass
+                layer.enable_adapters(True)
+            (loss / NFE).backward()
+            total += loss.item() / NFE
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 50.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                average[name].lerp_(parameter, 1 - (1 - 1 / (i + 1)) ** EMA_POWER)
+        yield total
+
+
+# Taking turns
+
+SIDES: dict[str, Callable[[Size, int, int, Path], Iterator[float]]] = {"ours": ours, "theirs": theirs}
+
+
+def memory(what: str) -> int:
+    """Bytes of this process: "VmRSS" now, "VmHWM" at the most so far."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) * 1024
+
+
+def work(side: str, size: Size, decay: int, steps: int, folder: Path) -> None:
+    """Answers each line on stdin with an iteration: seconds, loss and the peak memory so far, as JSON."""
+    if side == "ours":
+        import arcflow_jax.train_state  # noqa: F401
+    else:
+        import diffusers.models.transformers.transformer_flux  # noqa: F401
+        import peft  # noqa: F401
+    before = memory("VmRSS")
+    losses, warm = SIDES[side](size, decay, steps, folder), False
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        loss = next(losses)
+        print(json.dumps([time.perf_counter() - start, loss, memory("VmHWM") - before]), flush=True)
+        if not warm:  # what the compiler took, and gives back here, is not the iteration's
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            warm = True
+
+
+def compare(size: Size, decay: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds and peak bytes of each side. Raises SystemExit if their losses differ."""
+    steps = rounds + 1  # the first compiles and warms up
+    answers: dict[str, list[list[float]]] = {side: [] for side in SIDES}
+    with tempfile.TemporaryDirectory() as folder:
+        request = json.dumps({"size": dataclasses.asdict(size), "decay": decay, "steps": steps, "folder": folder})
+        workers = {
+            side: subprocess.Popen(
+                [sys.executable, __file__, "--work", side, request],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for side in SIDES
+        }
+        for _ in range(steps):
+            for side, worker in workers.items():
+                worker.stdin.write("\n")
+                worker.stdin.flush()
+                answers[side].append(json.loads(worker.stdout.readline()))
+        for worker in workers.values():
+            worker.stdin.close()
+            worker.wait()
+    mine, other = (np.array([loss for _, loss, _ in answers[side]]) for side in SIDES)
+    if not np.allclose(mine, other, rtol=2e-3):
+        raise SystemExit(f"the losses differ: ours {mine}, PyTorch's {other}")
+    print(f"  losses agree within {np.abs(mine / other - 1).max():.1e}")
+    return {
+        side: {"seconds": statistics.median(t for t, *_ in of[1:]), "bytes": of[-1][2]} for side, of in answers.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    for field in dataclasses.fields(Size):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+    parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)  # what `compare` starts
+    arguments = parser.parse_args()
+    if arguments.work:
+        side, request = arguments.work[0], json.loads(arguments.work[1])
+        work(side, Size(**request["size"]), request["decay"], request["steps"], Path(request["folder"]))
+        return
+    size = Size(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Size)})
+    print(size)
+    for phase, decay in (("mixed", 2 * arguments.rounds), ("steady", 0)):
+        print(phase)
+        found = compare(size, decay, arguments.rounds)
+        for what, scale, unit in (("seconds", 1, "s"), ("bytes", 2**-20, "MiB")):
+            mine, other = (found[side][what] * scale for side in SIDES)
+            print(f"  ours {mine:9.3f} {unit:3}   PyTorch {other:9.3f} {unit:3}   PyTorch / ours {other / mine:.2f}")
+
+
+if __name__ == "__main__":
+    main()
