@@ -1,4 +1,4 @@
-"""Qwen-Image's transformer: diffusers' QwenImageTransformer2DModel to `trunk` (models.qwen_image.QwenImage) and `output`.
+"""Qwen-Image's transformer: diffusers' QwenImageTransformer2DModel to `trunk` (models.qwen_image) and `output`.
 
 The checkpoint's last block is ours apart from the stack, under its number.
 """
