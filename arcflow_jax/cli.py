@@ -49,9 +49,8 @@ def convert(
     source: Annotated[
         str | None,
         typer.Option(
-            help="The PyTorch model: a diffusers folder with model_index.json, transformer/, text_encoder/, "
-            "text_encoder_2/, vae/, tokenizer/, tokenizer_2/ and scheduler/, weights as safetensors; or a hub id, "
-            "OWNER/NAME."
+            help="The PyTorch model, FLUX.1 or Qwen-Image: a diffusers folder with model_index.json and the folders "
+            "that it names (transformer/, text_encoder/, vae/, …), weights as safetensors; or a hub id, OWNER/NAME."
         ),
     ] = None,
     revision: Annotated[
@@ -91,7 +90,7 @@ def convert(
         float | None, typer.Option(help="Its guidance scale. By default what its file says, or 3.5.")
     ] = None,
 ) -> None:
-    """Converts a PyTorch FLUX.1 model to a model directory for training and sampling, or a released student to one
+    """Converts a PyTorch model to a model directory for training and sampling, or a released student to one
     that arcflow sample takes as --adapter.
 
     Every tensor is checked by name, shape and value; nothing is filled in or left out. OUT appears complete at the

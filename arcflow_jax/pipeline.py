@@ -67,16 +67,20 @@ def sample_teacher(
     latents: jax.Array,
     conditioning: Any,
     shift: jax.Array,
+    terminal: jax.Array | None,
     *,
     steps: int,
 ) -> jax.Array:
-    """The teacher's latent tokens [B, N, 4C] in `steps` Euler steps; arguments as for `sample`."""
+    """The teacher's latent tokens [B, N, 4C] in `steps` Euler steps.
+
+    Arguments as for `sample`; `shift` and `terminal` as for `schedule.euler_grid`.
+    """
     model = nnx.merge(graphdef, model_state)
 
     def teacher(x: jax.Array, sigma: jax.Array) -> jax.Array:
         return model.teacher_velocity(x, sigma, conditioning)
 
-    return sampler.euler(teacher, latents, steps=steps, shift=shift)
+    return sampler.euler(teacher, latents, steps=steps, shift=shift, terminal=terminal)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "rows", "columns"))
@@ -200,8 +204,8 @@ class ArcFlowPipeline:
 
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Rows and columns of tokens; the default is the model's own size. Raises UserError on one that they miss."""
-        size = self.directory.config("vae")["sample_size"]
-        return token_grid(height or size, width or size, self.directory.geometry("vae").factor)
+        vae = self.directory.geometry("vae")
+        return token_grid(height or vae.sample_size, width or vae.sample_size, vae.factor)
 
     def noise(self, seed: int, count: int, rows: int, columns: int, first: int = 0) -> jax.Array:
         """The noise that pictures `first` … of a seed start from, [B, N, 4C]."""
@@ -224,8 +228,10 @@ class ArcFlowPipeline:
         latents = jax.device_put(latents, NamedSharding(self.mesh, spec))
         with jax.set_mesh(self.mesh):
             if self.student is None:
-                shift = jnp.float32(scheduler_shift(self.directory.scheduler, latents.shape[1]))
-                return sample_teacher(self.graphdef, state, latents, conditioning, shift, steps=steps)
+                scheduler = self.directory.scheduler
+                shift = jnp.float32(scheduler_shift(scheduler, latents.shape[1]))
+                terminal = jnp.float32(scheduler["shift_terminal"]) if scheduler.get("shift_terminal") else None
+                return sample_teacher(self.graphdef, state, latents, conditioning, shift, terminal, steps=steps)
             settings = self.student.distillation
             shift, ratio = jnp.float32(settings.shift), jnp.float32(final_step_ratio or settings.final_step_ratio)
             return sample(self.graphdef, state, latents, conditioning, shift, ratio, steps=steps)
