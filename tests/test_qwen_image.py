@@ -149,6 +149,15 @@ def test_repeated_conditioning():
     assert twice.positions.shape == (4, 3)
 
 
+def test_paired_with_negatives():
+    _, _, c = inputs(TINY, 2, 2, (2, 6, 3))
+    negative = dataclasses.replace(c, text=-c.text, lengths=np.ones(3, np.int32))
+    pairs = c.paired(negative)
+    np.testing.assert_array_equal(pairs.lengths, [2, 1, 6, 1, 3, 1])
+    np.testing.assert_array_equal(pairs.text[2:4], [c.text[1], -c.text[1]])
+    assert pairs.positions.shape == (4, 3)
+
+
 def test_gradient_reaches_all_but_the_text_of_the_last_block():
     """As LoRA's targets assume."""
     model = new_teacher(TINY)

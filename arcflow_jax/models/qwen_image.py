@@ -78,6 +78,14 @@ class QwenImageConditioning:
         text, lengths = (jnp.repeat(x, times, axis=0) for x in (self.text, self.lengths))
         return QwenImageConditioning(text, lengths, self.positions)
 
+    def paired(self, negative: QwenImageConditioning) -> QwenImageConditioning:
+        """For a batch in which each example is followed by itself under its negative."""
+        text, lengths = (
+            jnp.stack(pair, axis=1).reshape(-1, *pair[0].shape[1:])
+            for pair in ((self.text, negative.text), (self.lengths, negative.lengths))
+        )
+        return QwenImageConditioning(text, lengths, self.positions)
+
 
 class TimeEmbedding(nnx.Module):
     """The modulation vector: σ through an MLP."""
