@@ -127,7 +127,7 @@ def test_round_trip():
     jax.tree.map(np.testing.assert_array_equal, import_tensors(table, tensors, state), state)
 
 
-def test_bfloat16_agrees_with_float32():
+def test_decoder_in_bfloat16_and_alone():
     graphdef, state = abstract(TINY)
     rng = np.random.default_rng(0)
     random = lambda x: jnp.asarray(rng.standard_normal(x.shape) / np.prod(x.shape[:-1]) ** 0.5, jnp.float32)  # noqa: E731
@@ -136,7 +136,9 @@ def test_bfloat16_agrees_with_float32():
     decode = nnx.jit(AutoencoderKLQwenImage.decode)
     rounded = decode(network, z.astype(jnp.bfloat16))
     assert rounded.dtype == jnp.bfloat16
-    assert relative_error(rounded.astype(jnp.float32), decode(network, z)) < 0.05
+    decoded = decode(network, z)
+    assert relative_error(rounded.astype(jnp.float32), decoded) < 0.05
+    np.testing.assert_array_equal(decode(network.decoder_alone(), z), decoded)
 
 
 def test_size_must_divide():

@@ -178,8 +178,13 @@ class AutoencoderKLQwenImage(nnx.Module):
 
     def __init__(self, config: AutoencoderKLQwenImageConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config = config
-        self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
+        self.encoder: Encoder | None = nnx.data(Encoder(config, dtype=dtype, rngs=rngs))
         self.decoder = Decoder(config, dtype=dtype, rngs=rngs)
+
+    def decoder_alone(self) -> AutoencoderKLQwenImage:
+        """Itself without the encoder, a third of the weights, which making pictures does not need."""
+        self.encoder = None
+        return self
 
     def posterior(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and log-variance, each [B, H/f, W/f, C], not normalised. Raises ValueError on a wrong size."""
