@@ -155,6 +155,16 @@ def sample(
     final_step_ratio: Annotated[
         float | None, typer.Option(help="Length of the last step relative to the others. By default as trained.")
     ] = None,
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option(
+            help='With --teacher: what to guide away from, or "" as Qwen-Image has it. Guidance is then true '
+            "classifier-free guidance, by default 4."
+        ),
+    ] = None,
+    rescaled: Annotated[
+        bool, typer.Option("--rescaled", help="True guidance as diffusers has it for Qwen-Image, which keeps norms.")
+    ] = False,
     images: Annotated[int, typer.Option(help="Pictures a prompt, each from noise of its own.")] = 1,
     batch_size: Annotated[
         int | None,
@@ -224,6 +234,8 @@ def sample(
             height=height,
             width=width,
             final_step_ratio=final_step_ratio,
+            negative_prompt=negative_prompt,
+            rescaled=rescaled,
             images_per_prompt=images,
             batch_size=batch_size,
             latents=noise,

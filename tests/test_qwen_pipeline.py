@@ -84,6 +84,30 @@ def test_pictures_are_those_of_diffusers(source, teacher):
     np.testing.assert_allclose(teacher.decode(latents, rows, columns), their_pixels * 255, atol=1)
 
 
+def test_true_guidance_is_that_of_diffusers(source, teacher):
+    """Rescaled as its pipeline does it, and plain, by hand from velocities with either prompt."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.QwenImagePipeline.from_pretrained(source)
+    theirs.set_progress_bar_config(disable=True)
+    noise = np.asarray(teacher.noise(0, 2, 4, 4))
+    settings = {"height": 64, "width": 64, "num_inference_steps": 2, "true_cfg_scale": 4.0, "output_type": "np"}
+    with torch.no_grad():
+        expected = theirs(PROMPTS, negative_prompt=["", ""], latents=torch.from_numpy(noise.copy()), **settings).images
+    ours = teacher(PROMPTS, negative_prompt="", rescaled=True, steps=2, latents=noise, batch_size=2)
+    np.testing.assert_allclose(pixels(ours), expected * 255, atol=1)
+    assert ours[0].info["guidance"] == 4.0
+
+    plain = pixels(teacher(PROMPTS, negative_prompt="", steps=1, latents=noise, batch_size=2))
+    with_either = [
+        teacher.denoise(noise, teacher.encode(prompts, guidance=1.0, rows=4, columns=4), 1)
+        for prompts in (PROMPTS, [""] * 2)
+    ]
+    latents = with_either[1] + 4 * (with_either[0] - with_either[1])  # one Euler step is linear in the velocity
+    np.testing.assert_allclose(plain, teacher.decode(latents, 4, 4), atol=1)
+    assert np.abs(plain - pixels(teacher(PROMPTS, steps=1, latents=noise, batch_size=2))).max() > 5
+
+
 def test_picture_of_a_prompt_is_its_own(teacher):
     """Alone, beside a longer prompt, and whatever the size of the batch."""
     together = pixels(teacher(PROMPTS, steps=2, seed=1, batch_size=2, height=32, width=64))
@@ -146,6 +170,11 @@ def test_student_trains_and_samples(model, teacher, student):
     made = pixels(ArcFlowPipeline.from_pretrained(model, student)(PROMPTS[0], seed=2, height=32, width=32))
     again = pixels(teacher(PROMPTS[0], seed=2, steps=2, height=32, width=32))
     assert np.abs(made - again).max() > 1
+
+
+def test_student_takes_no_negative_prompt(model, student):
+    with pytest.raises(UserError, match="negative_prompt is for the teacher"):
+        ArcFlowPipeline.from_pretrained(model, student).stream(PROMPTS, negative_prompt="")
 
 
 def test_student_goes_out_and_comes_back_in_the_authors_layout(model, student, tmp_path):

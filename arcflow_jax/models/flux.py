@@ -82,6 +82,15 @@ class FluxConditioning:
         )
         return FluxConditioning(text, pooled, guidance, self.positions)
 
+    def paired(self, negative: FluxConditioning) -> FluxConditioning:
+        """For a batch in which each example is followed by itself under its negative; embedded guidance is 1."""
+        text, pooled = (
+            jnp.stack(pair, axis=1).reshape(-1, *pair[0].shape[1:])
+            for pair in ((self.text, negative.text), (self.pooled, negative.pooled))
+        )
+        guidance = None if self.guidance is None else jnp.ones(len(text), self.guidance.dtype)
+        return FluxConditioning(text, pooled, guidance, self.positions)
+
 
 def sinusoid(value: jax.Array, width: int) -> jax.Array:
     """Sinusoidal features of a σ or a guidance scale, [B] → [B, width], cosines first, in float32.
