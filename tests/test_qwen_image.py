@@ -158,6 +158,25 @@ def test_paired_with_negatives():
     assert pairs.positions.shape == (4, 3)
 
 
+def test_true_guidance_plain_and_rescaled():
+    """Of prompt and negative, each with a length of its own, in one call; rescaled as diffusers' pipeline does it."""
+    model = new_teacher(THREE_HEADS)
+    tokens, sigma, c = inputs(THREE_HEADS, 2, 2, (2, 4))
+    negative = dataclasses.replace(c, text=c.text[::-1], lengths=np.array([3, 1], np.int32))
+
+    @nnx.jit
+    def velocities(model):
+        calls = [model.teacher_velocity(tokens, sigma, each) for each in (c, negative)]
+        return *calls, *(model.guided_velocity(tokens, sigma, c, negative, 4.0, rescaled) for rescaled in (False, True))
+
+    u, away, plain, rescaled = map(np.asarray, velocities(model))
+    expected = away + 4 * (u - away)
+    assert relative_error(plain, expected) < 1e-5
+    scale = np.linalg.norm(u, axis=-1, keepdims=True) / np.linalg.norm(expected, axis=-1, keepdims=True)
+    assert relative_error(rescaled, expected * scale) < 1e-5
+    assert relative_error(u, expected) > 0.01
+
+
 def test_gradient_reaches_all_but_the_text_of_the_last_block():
     """As LoRA's targets assume."""
     model = new_teacher(TINY)
