@@ -78,17 +78,28 @@ class ArcModel(nnx.Module):
         return self.output(*self.trunk(tokens, sigma, conditioning, TEACHER))
 
     def guided_velocity(
-        self, tokens: jax.Array, sigma: jax.Array, conditioning: Any, negative: Any, scale: jax.Array | float
+        self,
+        tokens: jax.Array,
+        sigma: jax.Array,
+        conditioning: Any,
+        negative: Any,
+        scale: jax.Array | float,
+        rescaled: bool = False,
     ) -> jax.Array:
         """The teacher's under true classifier-free guidance, negative + scale · (positive − negative), in one call.
 
         `negative` is the conditioning to guide away from, of as many examples. An example and its negative stand
-        together in the batch, so that one that is split over devices stays where it is.
+        together in the batch, so that one that is split over devices stays where it is. `rescaled` gives each token
+        the norm that it has without guidance, as diffusers' QwenImagePipeline does.
         """
         pairs = conditioning.paired(negative)
         both = self.teacher_velocity(jnp.repeat(tokens, 2, axis=0), jnp.repeat(sigma, 2), pairs)
         positive, negative = jnp.moveaxis(both.reshape(len(tokens), 2, *tokens.shape[1:]), 1, 0)
-        return negative + scale * (positive - negative)
+        guided = negative + scale * (positive - negative)
+        if rescaled:
+            norms = (jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (positive, guided))
+            guided = guided * jnp.divide(*norms)
+        return guided
 
     def student_mixture(
         self, tokens: jax.Array, sigma: jax.Array, conditioning: Any, dropout_key: jax.Array | None = None

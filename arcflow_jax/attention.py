@@ -30,10 +30,14 @@ CHUNK = 512  # queries
 SPLASH_BLOCKS = (512, 384, 256)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
     """softmax(q kᵀ / √E) v of queries [B, S, H, E] and keys and values [B, T, H, E]: [B, S, H, E].
 
     Scores and softmax are float32. Every kernel gives the same result to rounding.
+
+    Args:
+      q, k, v: as above.
+      lengths: how many of an example's keys, the first ones, are attended, [B] int32, each at least 1; None for all.
 
     Raises:
       ValueError: `attention_kernel` is set to a kernel that there is not.
@@ -45,11 +49,12 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         raise ValueError(f"no attention kernel {name!r}, there are {', '.join(kernels)}")
     kernel = functools.partial(splash, interpret=platform(mesh) != "tpu") if name == "splash" else kernels[name]
     if mesh.size <= 1:
-        return kernel(q, k, v)
+        return kernel(q, k, v, lengths)
     queries = split(mesh, q.shape)
     keys = PartitionSpec(queries[0], None, queries[2])
     # Pallas kernels do not say over which mesh axes their results vary
-    return jax.shard_map(kernel, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False)(q, k, v)
+    specs = (queries, keys, keys, PartitionSpec(queries[0]))
+    return jax.shard_map(kernel, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, lengths)
 
 
 def platform(mesh: AbstractMesh) -> str:
@@ -79,33 +84,34 @@ def split(mesh: AbstractMesh, shape: tuple[int, ...]) -> PartitionSpec:
     return partition_spec(mesh, ("batch", "tokens", "heads", None), shape)
 
 
-def xla(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+def xla(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="xla")
 
 
-def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")
 
 
-def chunked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def chunked(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None) -> jax.Array:
     """As many even chunks of queries as keep a chunk within `CHUNK`, recomputed one by one in the backward pass."""
     b, s, h, e = q.shape
     chunks = -(-s // CHUNK)
     size = -(-s // chunks)
     q = pad(q, chunks * size).reshape(b, chunks, size, h, e).swapaxes(0, 1)
-    out = jax.lax.map(jax.checkpoint(lambda q: xla(q, k, v)), q)
+    out = jax.lax.map(jax.checkpoint(lambda q: xla(q, k, v, lengths)), q)
     return out.swapaxes(0, 1).reshape(b, chunks * size, h, e)[:, :s]
 
 
-def splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -> jax.Array:
+def splash(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, interpret: bool = False) -> jax.Array:
     """JAX's fused kernel for TPUs, of Dao 2023 (arXiv 2307.08691); `interpret` runs it on other platforms.
 
-    Sequences are padded to whole blocks. Padded keys stand in a segment of their own, which no query belongs to.
+    Sequences are padded to whole blocks. Padded keys, and those that are not attended, stand in a segment of their
+    own, which no query belongs to.
     """
     # Imported late: Pallas takes a second to import, and only TPUs want it
     from jax.experimental.pallas.ops.tpu import splash_attention as lib
 
-    s, t = q.shape[1], k.shape[1]
+    b, s, t = q.shape[0], q.shape[1], k.shape[1]
     (block_q, padded_s), (block_k, padded_t) = blocking(s), blocking(t)
     q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)  # the kernel does not scale its scores
     q, k, v = (pad(x, length).swapaxes(1, 2) for x, length in ((q, padded_s), (k, padded_t), (v, padded_t)))
@@ -124,9 +130,11 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) ->
         interpret=interpret,
     )
     segments = None
-    if padded_t != t:
-        segments = lib.SegmentIds(jnp.zeros(padded_s, jnp.int32), (jnp.arange(padded_t) >= t).astype(jnp.int32))
-    out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, segments)
+    if padded_t != t or lengths is not None:
+        ends = jnp.full(b, t) if lengths is None else lengths
+        outside = jnp.arange(padded_t) >= ends[:, None]
+        segments = lib.SegmentIds(jnp.zeros((b, padded_s), jnp.int32), outside.astype(jnp.int32))
+    out = jax.vmap(kernel)(q, k, v, segments)
     return out.swapaxes(1, 2)[:, :s]
 
 

@@ -55,9 +55,8 @@ def convert(
     source: Annotated[
         str | None,
         typer.Option(
-            help="The PyTorch model: a diffusers folder with model_index.json, transformer/, text_encoder/, "
-            "text_encoder_2/, vae/, tokenizer/, tokenizer_2/ and scheduler/, weights as safetensors; or a hub id, "
-            "OWNER/NAME."
+            help="The PyTorch model, FLUX.1 or Qwen-Image: a diffusers folder with model_index.json and the folders "
+            "that it names (transformer/, text_encoder/, vae/, …), weights as safetensors; or a hub id, OWNER/NAME."
         ),
     ] = None,
     revision: Annotated[
@@ -98,7 +97,7 @@ def convert(
         float | None, typer.Option(help="Its guidance scale. By default what its file says, or 3.5.")
     ] = None,
 ) -> None:
-    """Converts a PyTorch FLUX.1 model to a model directory for training and sampling, or a released student to one
+    """Converts a PyTorch model to a model directory for training and sampling, or a released student to one
     that arcflow sample takes as --adapter.
 
     Every tensor is checked by name, shape and value; nothing is filled in or left out. OUT appears complete at the
@@ -220,6 +219,16 @@ def sample(
     final_step_ratio: Annotated[
         float | None, typer.Option(help="Length of the last step relative to the others. By default as trained.")
     ] = None,
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option(
+            help='With --teacher: what to guide away from, or "" as Qwen-Image has it. Guidance is then true '
+            "classifier-free guidance, by default 4."
+        ),
+    ] = None,
+    rescaled: Annotated[
+        bool, typer.Option("--rescaled", help="True guidance as diffusers has it for Qwen-Image, which keeps norms.")
+    ] = False,
     images: Annotated[int, typer.Option(help="Pictures a prompt, each from noise of its own.")] = 1,
     batch_size: Annotated[
         int | None,
@@ -291,6 +300,8 @@ def sample(
             height=height,
             width=width,
             final_step_ratio=final_step_ratio,
+            negative_prompt=negative_prompt,
+            rescaled=rescaled,
             images_per_prompt=images,
             batch_size=batch_size,
             latents=noise,

@@ -11,10 +11,22 @@ import jax.numpy as jnp
 from flax import nnx
 
 from arcflow_jax.arc_model import AdapterConfig, ArcModel
-from arcflow_jax.convert import autoencoder_kl, clip, flux, flux_original, t5
+from arcflow_jax.convert import (
+    autoencoder_kl,
+    autoencoder_kl_qwen,
+    clip,
+    flux,
+    flux_original,
+    qwen2_5_vl,
+    qwen_image,
+    t5,
+)
 from arcflow_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from arcflow_jax.models.autoencoder_kl_qwen import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
 from arcflow_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
 from arcflow_jax.models.flux import Flux, FluxConfig
+from arcflow_jax.models.qwen2_5_vl import Qwen2_5VLConfig, Qwen2_5VLText
+from arcflow_jax.models.qwen_image import QwenImage, QwenImageConfig
 from arcflow_jax.models.t5 import T5Config, T5Encoder
 
 
@@ -72,9 +84,31 @@ VAE = Network(
     original=lambda config: autoencoder_kl.Original(len(config.block_out_channels)),
 )
 
+
+def qwen_image_teacher(config: QwenImageConfig, dtype: Any, rngs: nnx.Rngs) -> ArcModel:
+    trunk = QwenImage(config, dtype=dtype, param_dtype=dtype, rngs=rngs)
+    return ArcModel(trunk, param_dtype=dtype, rngs=rngs)
+
+
+QWEN_IMAGE = Network("QwenImageTransformer2DModel", QwenImageConfig, qwen_image_teacher, qwen_image)
+QWEN2_5_VL = Network(
+    "Qwen2_5_VLForConditionalGeneration",
+    Qwen2_5VLConfig,
+    lambda config, dtype, rngs: Qwen2_5VLText(config, dtype=dtype, rngs=rngs),
+    qwen2_5_vl,
+)
+QWEN_VAE = Network(
+    "AutoencoderKLQwenImage",
+    AutoencoderKLQwenImageConfig,
+    lambda config, dtype, rngs: AutoencoderKLQwenImage(config, dtype=dtype, rngs=rngs),
+    autoencoder_kl_qwen,
+)
+
 # pipeline → component → network. `transformer` is the one that a student is trained on.
 PIPELINES: dict[str, dict[str, Network]] = {
     "FluxPipeline": {"transformer": FLUX, "text_encoder": CLIP, "text_encoder_2": T5, "vae": VAE},
+    "QwenImagePipeline": {"transformer": QWEN_IMAGE, "text_encoder": QWEN2_5_VL, "vae": QWEN_VAE},
 }
 TRANSFORMERS = {pipeline["transformer"].class_name: pipeline["transformer"] for pipeline in PIPELINES.values()}
-TOKENIZERS = ("tokenizer", "tokenizer_2")  # their folders are copied as they are
+# pipeline → folders, which are copied as they are
+TOKENIZERS = {"FluxPipeline": ("tokenizer", "tokenizer_2"), "QwenImagePipeline": ("tokenizer",)}

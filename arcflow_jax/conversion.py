@@ -83,7 +83,7 @@ def look_at_index(source: Path) -> str:
     pipeline = index.get("_class_name")
     if pipeline not in PIPELINES:
         raise UserError(f"{source} is a {pipeline}, supported are {', '.join(PIPELINES)}")
-    known = {*PIPELINES[pipeline], *TOKENIZERS, "scheduler"}
+    known = {*PIPELINES[pipeline], *TOKENIZERS[pipeline], "scheduler"}
     for name, entry in index.items():
         if not name.startswith("_") and name not in known and entry != [None, None]:
             raise UserError(f"{source}: component {name} ({entry}) is not supported")
@@ -96,9 +96,9 @@ def look_at_index(source: Path) -> str:
 
 def fetch(repository: str, revision: str | None, files: Mapping[str, Path]) -> Path:
     """The folder of a hub repository, with all that `convert_model` reads from it. Raises UserError."""
-    networks = PIPELINES[look_at_index(hub.fetch(repository, revision, ["model_index.json"]))]
-    patterns = ["model_index.json", "scheduler/*", *(f"{name}/*" for name in TOKENIZERS)]
-    for name in networks:
+    pipeline = look_at_index(hub.fetch(repository, revision, ["model_index.json"]))
+    patterns = ["model_index.json", "scheduler/*", *(f"{name}/*" for name in TOKENIZERS[pipeline])]
+    for name in PIPELINES[pipeline]:
         patterns += [f"{name}/config.json", *([] if name in files else hub.weights_of(name))]
     return hub.fetch(repository, revision, patterns)
 
@@ -139,7 +139,7 @@ def convert_model(
     pipeline = look_at_index(folder)
     if unknown := sorted(files.keys() - PIPELINES[pipeline]):
         raise UserError(f"a {pipeline} has no {', '.join(unknown)}, only {', '.join(PIPELINES[pipeline])}")
-    for name in TOKENIZERS:
+    for name in TOKENIZERS[pipeline]:
         if not (folder / name).is_dir():
             raise UserError(f"component folder {folder / name} is missing")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
@@ -148,7 +148,7 @@ def convert_model(
     ]
     needed = sum(component.bytes for component in components)
     with writing_aside(out, needed) as aside, progress_bar() as progress:
-        for name in TOKENIZERS:
+        for name in TOKENIZERS[pipeline]:
             shutil.copytree(folder / name, aside / name)
         digests = {component.name: convert_component(component, aside, progress) for component in components}
         description = {

@@ -40,11 +40,13 @@ def geometry(cls: type[T], config: dict[str, Any], where: str) -> T:
     """A `cls` filled from the keys of `config` that are its fields; other keys do not concern the geometry.
 
     A dataclass may list in `REQUIRED`, name → value, the settings that its network has built in: a checkpoint
-    that says otherwise is another architecture, and is refused rather than computed wrongly.
+    that says otherwise is another architecture, and is refused rather than computed wrongly. It may have a function
+    `flat` that brings to the top level what a config.json keeps deeper.
 
     Raises:
       UserError: naming `where`, if a field without a default is absent or a `REQUIRED` setting differs.
     """
+    config = getattr(cls, "flat", dict)(config)
     for name, value in getattr(cls, "REQUIRED", {}).items():
         if name in config and config[name] != value:
             raise UserError(f"{where}: {name} is {config[name]!r}, only {value!r} is supported")

@@ -74,3 +74,11 @@ def position_ids(rows: int, columns: int) -> jax.Array:  # [N, 3]
     """(0, row, column) of every token in the order of `pack`: FLUX.1's positions for its rotary embedding."""
     row, column = jnp.mgrid[:rows, :columns]
     return jnp.stack([jnp.zeros_like(row), row, column], -1).reshape(-1, 3).astype(jnp.float32)
+
+
+def centred_positions(rows: int, columns: int) -> jax.Array:  # [N, 3]
+    """(0, row, column) of every token in the order of `pack`, from the centre: Qwen-Image's (its `scale_rope`).
+
+    An odd side has one token more before its centre than from there on.
+    """
+    return position_ids(rows, columns) - jnp.array([0, rows - rows // 2, columns - columns // 2], jnp.float32)

@@ -63,6 +63,19 @@ def sample(
     return sampler.sample(student, latents, steps=steps, shift=shift, final_step_ratio=final_step_ratio)
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["positive", "negative", "scale"], meta_fields=["rescaled"]
+)
+@dataclasses.dataclass(frozen=True)
+class Guided:
+    """Conditioning for true classifier-free guidance of the teacher, see `ArcModel.guided_velocity`."""
+
+    positive: Any
+    negative: Any
+    scale: jax.Array
+    rescaled: bool
+
+
 @functools.partial(jax.jit, static_argnames=("graphdef", "steps"))
 def sample_teacher(
     graphdef: nnx.GraphDef,
@@ -70,16 +83,30 @@ def sample_teacher(
     latents: jax.Array,
     conditioning: Any,
     shift: jax.Array,
+    terminal: jax.Array | None,
     *,
     steps: int,
 ) -> jax.Array:
-    """The teacher's latent tokens [B, N, 4C] in `steps` Euler steps; arguments as for `sample`."""
+    """The teacher's latent tokens [B, N, 4C] in `steps` Euler steps.
+
+    Arguments as for `sample`; `conditioning` may also be `Guided`; `shift` and `terminal` as for
+    `schedule.euler_grid`.
+    """
     model = nnx.merge(graphdef, model_state)
 
     def teacher(x: jax.Array, sigma: jax.Array) -> jax.Array:
+        if isinstance(conditioning, Guided):
+            away = (conditioning.negative, conditioning.scale, conditioning.rescaled)
+            return model.guided_velocity(x, sigma, conditioning.positive, *away)
         return model.teacher_velocity(x, sigma, conditioning)
 
-    return sampler.euler(teacher, latents, steps=steps, shift=shift)
+    return sampler.euler(teacher, latents, steps=steps, shift=shift, terminal=terminal)
+
+
+def teacher_grid(scheduler: dict[str, Any], tokens: int) -> tuple[jax.Array, jax.Array | None]:
+    """Shift and terminal noise level (see `schedule.euler_grid`) that a model's scheduler has for so many tokens."""
+    terminal = scheduler.get("shift_terminal")
+    return jnp.float32(scheduler_shift(scheduler, tokens)), jnp.float32(terminal) if terminal else None
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "rows", "columns"))
@@ -122,9 +149,11 @@ class Settings:
     Attributes:
       steps: network calls.
       seed: of the noise; None if the noise is given.
-      guidance: scale that the guidance embedding is fed.
+      guidance: scale that the guidance embedding is fed, or of true guidance.
       rows, columns: of tokens.
       final_step_ratio: of the student's segments; None for the teacher.
+      negative_prompt: that true guidance of the teacher leads away from; None for no such guidance.
+      rescaled: whether it leaves the velocity's norm as it is.
     """
 
     steps: int
@@ -133,10 +162,13 @@ class Settings:
     rows: int
     columns: int
     final_step_ratio: float | None
+    negative_prompt: str | None
+    rescaled: bool
 
-    def described(self) -> dict[str, int | float]:
+    def described(self) -> dict[str, int | float | str]:
         """By name, as a picture's `info` has it."""
-        values = {name: getattr(self, name) for name in ("steps", "seed", "guidance", "final_step_ratio")}
+        names = ["steps", "seed", "guidance", "final_step_ratio", "negative_prompt", *["rescaled"] * self.rescaled]
+        values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -224,10 +256,10 @@ class ArcFlowPipeline:
 
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Rows and columns of tokens; the default is the model's own size. Raises UserError on one that they miss."""
-        size = self.directory.config("vae").get("sample_size")
-        if size is None and None in (height, width):
+        vae = self.directory.geometry("vae")
+        if vae.sample_size is None and None in (height, width):
             raise UserError(f"{self.directory.path} does not say how large its pictures are: name height and width")
-        return token_grid(height or size, width or size, self.directory.geometry("vae").factor)
+        return token_grid(height or vae.sample_size, width or vae.sample_size, vae.factor)
 
     def noise(self, seed: int, count: int, rows: int, columns: int, first: int = 0) -> jax.Array:
         """The noise that pictures `first` … of a seed start from, [B, N, 4C]."""
@@ -250,8 +282,8 @@ class ArcFlowPipeline:
         latents = jax.device_put(latents, NamedSharding(self.mesh, spec))
         with jax.set_mesh(self.mesh):
             if self.student is None:
-                shift = jnp.float32(scheduler_shift(self.directory.scheduler, latents.shape[1]))
-                return sample_teacher(self.graphdef, state, latents, conditioning, shift, steps=steps)
+                grid = teacher_grid(self.directory.scheduler, latents.shape[1])
+                return sample_teacher(self.graphdef, state, latents, conditioning, *grid, steps=steps)
             settings = self.student.distillation
             shift, ratio = jnp.float32(settings.shift), jnp.float32(final_step_ratio or settings.final_step_ratio)
             return sample(self.graphdef, state, latents, conditioning, shift, ratio, steps=steps)
@@ -278,6 +310,8 @@ class ArcFlowPipeline:
         height: int | None = None,
         width: int | None = None,
         final_step_ratio: float | None = None,
+        negative_prompt: str | None = None,
+        rescaled: bool = False,
         images_per_prompt: int = 1,
         batch_size: int | None = None,
         latents: np.ndarray | jax.Array | None = None,
@@ -293,6 +327,9 @@ class ArcFlowPipeline:
             student was trained at, 3.5 for the teacher.
           height, width: in pixels; by default the model's own.
           final_step_ratio: length of the student's last segment relative to the others; by default as trained.
+          negative_prompt: guides the teacher away from this, which may be "": true classifier-free guidance by
+            `guidance`, by default 4, in place of the guidance embedding.
+          rescaled: true guidance that leaves each token's velocity as long as it is without.
           images_per_prompt: each from noise of its own.
           batch_size: pictures made at a time. The last batch is filled up, so that it is the same compiled program.
             By default 1, on several devices one for each part that the mesh splits a batch into.
@@ -320,8 +357,13 @@ class ArcFlowPipeline:
             raise UserError(f"final_step_ratio is {final_step_ratio}, but has to be above 0")
         if final_step_ratio is None and self.student is not None:
             final_step_ratio = self.student.distillation.final_step_ratio
+        if negative_prompt is not None and self.student is not None:
+            raise UserError("negative_prompt is for the teacher: the student has its guidance built in")
+        if rescaled and negative_prompt is None:
+            raise UserError("rescaled is of true guidance, which needs a negative_prompt")
         if guidance is None:
-            guidance = 3.5 if self.student is None else self.student.guidance
+            published = 3.5 if negative_prompt is None else 4.0
+            guidance = published if self.student is None else self.student.guidance
         rows, columns = self.grid(height, width)
         prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
         if latents is not None:
@@ -334,6 +376,8 @@ class ArcFlowPipeline:
             rows=rows,
             columns=columns,
             final_step_ratio=final_step_ratio,
+            negative_prompt=negative_prompt,
+            rescaled=rescaled,
         )
         return self._watched(self._make(prompts, settings, latents, batch_size, progress))
 
@@ -345,6 +389,15 @@ class ArcFlowPipeline:
     def _watched(self, pictures: Iterator[Image.Image]) -> Iterator[Image.Image]:
         with memory_watched(self.offload):
             yield from pictures
+
+    def _encode(self, batches: Sequence[Sequence[str]], settings: Settings) -> list[Any]:
+        """The conditioning of each batch of prompts, all equally large."""
+        scale, rows, columns = settings.guidance, settings.rows, settings.columns
+        if settings.negative_prompt is None:
+            return self.encode.batches(batches, guidance=scale, rows=rows, columns=columns)
+        batches = [*batches, [settings.negative_prompt] * len(batches[0])]
+        *positives, negative = self.encode.batches(batches, guidance=1.0, rows=rows, columns=columns)
+        return [Guided(positive, negative, jnp.float32(scale), settings.rescaled) for positive in positives]
 
     def _make(
         self,
@@ -363,7 +416,7 @@ class ArcFlowPipeline:
             batches = [np.minimum(np.arange(i, i + batch_size), len(prompts) - 1) for i in starts]
             progress("encoding", first)
             texts = [[prompts[i] for i in batch] for batch in batches]
-            conditionings = self.encode.batches(texts, guidance=settings.guidance, rows=rows, columns=columns)
+            conditionings = self._encode(texts, settings)
             if latents is None:
                 noises = [self.noise(settings.seed, batch_size, rows, columns, i) for i in starts]
             else:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -16,8 +17,7 @@ from arcflow_jax.config import Recipe
 from arcflow_jax.distributed import from_part, local_part
 from arcflow_jax.images import labelled_sheet
 from arcflow_jax.model_directory import ModelDirectory
-from arcflow_jax.pipeline import TEACHER_STEPS, decode, noise, sample, sample_teacher
-from arcflow_jax.schedule import scheduler_shift
+from arcflow_jax.pipeline import TEACHER_STEPS, Guided, decode, noise, sample, sample_teacher, teacher_grid
 from arcflow_jax.sharding import replicated, state_shardings
 from arcflow_jax.train_state import TrainState
 
@@ -50,13 +50,17 @@ class Preview:
         prompts = [*self.prompts, *self.prompts[-1:] * (-len(self.prompts) % shards)]
         index, count = local_part(mesh)
         own = slice(index * len(prompts) // count, (index + 1) * len(prompts) // count)
-        self.conditioning = encode(prompts[own], guidance=recipe.guidance, rows=rows, columns=columns)
+        text = functools.partial(encode, guidance=recipe.guidance, rows=rows, columns=columns)
+        self.conditioning = self.teachers = text(prompts[own])
+        if recipe.distillation.teacher_guidance == "cfg":
+            negative = text([recipe.distillation.negative_prompt] * len(prompts[own]))
+            self.teachers = Guided(self.conditioning, negative, jnp.float32(recipe.guidance), rescaled=False)
         channels = directory.geometry("transformer").in_channels
         drawn = noise(recipe.seed, len(prompts), rows * columns, channels)
         self.noise = from_part(np.asarray(drawn)[own], mesh)
-        self.shift = jnp.float32(scheduler_shift(directory.scheduler, rows * columns))
-        self.vae_graphdef, vae = nnx.split(directory.abstract("vae", recipe.dtype))
-        self.vae = directory.load("vae", vae, state_shardings(mesh, vae))
+        self.grid = teacher_grid(directory.scheduler, rows * columns)
+        self.vae_graphdef, decoder = nnx.split(directory.abstract("vae", recipe.dtype).decoder_alone())
+        self.vae = directory.load("vae", decoder, state_shardings(mesh, decoder), part="decoder")
         self.teacher: list[Image.Image] | None = None
 
     def sheet(self, state: TrainState) -> Image.Image:
@@ -74,12 +78,12 @@ class Preview:
         """What the student makes with an adapter, or the teacher, who passes it over."""
         model, settings = nnx.merge_state(self.base, adapter), self.settings
         with jax.set_mesh(self.mesh):
-            inputs = (self.graphdef, model, self.noise, self.conditioning)
+            inputs = (self.graphdef, model, self.noise)
             if teacher:
-                tokens = sample_teacher(*inputs, self.shift, steps=TEACHER_STEPS)
+                tokens = sample_teacher(*inputs, self.teachers, *self.grid, steps=TEACHER_STEPS)
             else:
                 shift, ratio = jnp.float32(settings.shift), jnp.float32(settings.final_step_ratio)
-                tokens = sample(*inputs, shift, ratio, steps=settings.nfe)
+                tokens = sample(*inputs, self.conditioning, shift, ratio, steps=settings.nfe)
             pixels = decode(self.vae_graphdef, self.vae, tokens, rows=self.rows, columns=self.columns)
         whole = jax.device_put(pixels, replicated(self.mesh))  # of several processes each has its part
         return [Image.fromarray(picture) for picture in np.asarray(whole)[: len(self.prompts)]]

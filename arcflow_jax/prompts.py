@@ -16,9 +16,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from arcflow_jax.distributed import from_part
 from arcflow_jax.errors import UserError
-from arcflow_jax.latents import position_ids
+from arcflow_jax.latents import centred_positions, position_ids
 from arcflow_jax.model_directory import ModelDirectory
 from arcflow_jax.models.flux import FluxConditioning
+from arcflow_jax.models.qwen_image import QwenImageConditioning
 from arcflow_jax.offload import Weights
 from arcflow_jax.sharding import batched, replicated, state_shardings
 from arcflow_jax.tokenizers import load_tokenizer, token_length, tokenize
@@ -43,10 +44,10 @@ def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
 class Encoder:
     """A frozen text encoder with its tokenizer; the weights are kept elsewhere."""
 
-    def __init__(self, directory: ModelDirectory, component: str, tokenizer: str, dtype: Any):
+    def __init__(self, directory: ModelDirectory, component: str, tokenizer: str, dtype: Any, most: int = 512):
         self.graphdef, self.abstract = nnx.split(directory.abstract(component, dtype))
         self.tokenizer = load_tokenizer(directory.path / tokenizer)
-        self.length = token_length(self.tokenizer)
+        self.length = token_length(self.tokenizer, most)
 
     def __call__(self, state: nnx.State, prompts: Sequence[str], mesh: Mesh) -> tuple[Any, np.ndarray]:
         """The encoder's outputs for the prompts, and which of them were too long and were cut, [B]."""
@@ -130,5 +131,82 @@ class FluxPrompts:
         return FluxConditioning(embedded["text"], embedded["pooled"], scales, positions)
 
 
+class QwenPrompts:
+    """Qwen-Image's: Qwen2.5-VL's states of a prompt, who is asked to describe a picture in that prompt's words.
+
+    Args:
+      directory, dtype, mesh, offload: as for `FluxPrompts`.
+
+    Raises:
+      UserError: if the tokenizer has no room for a prompt.
+    """
+
+    TEMPLATE = (
+        "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+        "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    BEFORE = 34  # tokens of the template before the prompt, whose states are dropped
+    TOKENS = 512  # of a prompt and the template after it, as the students were trained with
+
+    ENCODERS: ClassVar = {"text_encoder": "tokenizer"}
+
+    def __init__(self, directory: ModelDirectory, dtype: Any, mesh: Mesh, offload: bool = False):
+        self.directory, self.mesh = directory, mesh
+        self.encoder = Encoder(directory, "text_encoder", "tokenizer", dtype, most=self.BEFORE + self.TOKENS)
+        if self.encoder.length <= self.BEFORE:
+            raise UserError(
+                f"{directory.path / 'tokenizer'}: model_max_length is {self.encoder.length}, but the template around "
+                f"a prompt alone has more than {self.BEFORE} tokens"
+            )
+        abstract = self.encoder.abstract
+        self.weights = Weights(directory.load("text_encoder", abstract, state_shardings(mesh, abstract)), offload)
+        self.cut = 0
+
+    def __call__(self, prompts: Sequence[str], *, guidance: float, rows: int, columns: int) -> QwenImageConditioning:
+        """Conditioning of B prompts for pictures of rows × columns tokens.
+
+        Args:
+          guidance: without effect, for there is no guidance embedding.
+        """
+        return self.batches([prompts], guidance=guidance, rows=rows, columns=columns)[0]
+
+    def batches(
+        self, batches: Sequence[Sequence[str]], *, guidance: float, rows: int, columns: int
+    ) -> list[QwenImageConditioning]:
+        """The same for several batches one after the other."""
+        embedded = self.weights.run(lambda state: [self._embed(state, prompts)[0] for prompts in batches])
+        settings = {"guidance": guidance, "rows": rows, "columns": columns}
+        return [self.conditioning(self.directory, self.mesh, each, **settings) for each in embedded]
+
+    def embed(self, prompts: Sequence[str]) -> tuple[dict[str, jax.Array], np.ndarray]:
+        """What the encoder makes of B prompts, each array [B, ...], and which prompts were cut, [B]."""
+        return self.weights.run(lambda state: self._embed(state, prompts))
+
+    def _embed(self, state: nnx.State, prompts: Sequence[str]) -> tuple[dict[str, jax.Array], np.ndarray]:
+        requests = [self.TEMPLATE.format(prompt) for prompt in prompts]
+        ids, cut = tokenize(self.encoder.tokenizer, requests, self.encoder.length)
+        padding = ids[:, ::-1] == self.encoder.tokenizer.pad_token_id  # from the end
+        lengths = ids.shape[1] - self.BEFORE - np.argmin(padding, axis=1)
+        text = _apply(self.encoder.graphdef, state, from_part(ids, self.mesh))[:, self.BEFORE :]
+        self.cut += int(cut.sum())
+        return {"text": text, "lengths": from_part(lengths.astype(np.int32), self.mesh)}, cut
+
+    @staticmethod
+    def conditioning(
+        directory: ModelDirectory,
+        mesh: Mesh,
+        embedded: Mapping[str, jax.Array],
+        *,
+        guidance: float,
+        rows: int,
+        columns: int,
+    ) -> QwenImageConditioning:
+        """Conditioning from what `embed` gave, now or when a cache was written."""
+        return QwenImageConditioning(
+            embedded["text"], embedded["lengths"], jnp.asarray(centred_positions(rows, columns))
+        )
+
+
 # By the pipeline class that model_index.json names
-PROMPTS = {"FluxPipeline": FluxPrompts}
+PROMPTS = {"FluxPipeline": FluxPrompts, "QwenImagePipeline": QwenPrompts}

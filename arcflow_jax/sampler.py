@@ -39,13 +39,17 @@ def euler(
     *,
     steps: int,
     shift: jax.Array | float,
+    terminal: jax.Array | float | None = None,
 ) -> jax.Array:  # [B, N, D] -> [B, N, D]
-    """The teacher's data for noise `latents`: `steps` Euler steps of the velocity teacher(x, σ [B]). float32."""
+    """The teacher's data for noise `latents`: `steps` Euler steps of the velocity teacher(x, σ [B]). float32.
+
+    `shift` and `terminal` as for `schedule.euler_grid`.
+    """
 
     def step(x: jax.Array, sigma: jax.Array, sigma_next: jax.Array) -> jax.Array:
         return x + teacher(x, jnp.full(x.shape[0], sigma)).astype(x.dtype) * (sigma_next - sigma)
 
-    return _follow(step, latents, euler_grid(steps, shift))
+    return _follow(step, latents, euler_grid(steps, shift, terminal))
 
 
 def _follow(

@@ -32,9 +32,15 @@ def boundaries(segments: int, final_step_ratio: jax.Array | float) -> jax.Array:
     return jnp.append(1 - base * jnp.arange(segments), 0.0)
 
 
-def euler_grid(steps: int, shift: jax.Array | float) -> jax.Array:
-    """The σ that the teacher's Euler solver visits, from 1 down to 0, even in raw time: [steps + 1]."""
-    return warp(jnp.linspace(1.0, 0.0, steps + 1), shift)
+def euler_grid(steps: int, shift: jax.Array | float, terminal: jax.Array | float | None = None) -> jax.Array:
+    """The σ that the teacher's Euler solver visits, from 1 down to 0, even in raw time: [steps + 1].
+
+    With `terminal`, all but the 0 are stretched so that they end there (diffusers' `shift_terminal`, of Qwen-Image).
+    """
+    grid = warp(jnp.linspace(1.0, 0.0, steps + 1), shift)
+    if terminal is None or steps == 1:
+        return grid
+    return jnp.append(1 - (1 - grid[:-1]) * (1 - terminal) / (1 - grid[-2]), 0.0)
 
 
 def scheduler_shift(config: dict[str, Any], tokens: int) -> float:

@@ -1,6 +1,6 @@
 """Prompts to token ids, with the tokenizers that lie in a model's folder (`tokenizer/`, `tokenizer_2/`).
 
-Ids are those that diffusers' FluxPipeline feeds its encoders: cut and padded to a fixed length.
+Ids are those that diffusers' pipelines feed their encoders: cut and padded, at the end, to a fixed length.
 """
 
 # B prompts, N tokens
@@ -54,5 +54,6 @@ def tokenize(
 ) -> tuple[np.ndarray, np.ndarray]:  # [B, N = length] int32, [B] bool
     """The prompts' ids, cut and padded to `length` with special tokens included, and which prompts were cut."""
     whole = tokenizer(list(prompts), verbose=False).input_ids
-    cut = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True).input_ids
+    options = {"padding": "max_length", "padding_side": "right", "max_length": length, "truncation": True}
+    cut = tokenizer(list(prompts), **options).input_ids
     return np.array(cut, np.int32).reshape(-1, length), np.array([len(ids) > length for ids in whole], bool)

@@ -140,7 +140,7 @@ def write_source(folder: Path, options: argparse.Namespace) -> list[str]:
             write_file(file, shard, rng)
             weight_map |= dict.fromkeys(shard, file.name)
         (folder / component / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    for name in TOKENIZERS:
+    for name in TOKENIZERS["FluxPipeline"]:
         (folder / name).mkdir()
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text("{}")

@@ -52,6 +52,22 @@ def test_kernels_are_attention(kernel, shape):
         np.testing.assert_allclose(mine, theirs, atol=2e-5 * np.abs(theirs).max())
 
 
+@pytest.mark.parametrize("kernel", ["xla", "chunked", "splash"])
+def test_keys_past_the_length_do_not_count(kernel):
+    """Each example is as if its keys ended where its length says; what lies beyond gets no gradient."""
+    q, k, v, weight = inputs(2, 600, 300, 1, 128)
+    lengths = [300, 130]
+    with attention_kernel(kernel), jax.default_matmul_precision("highest"):
+        ours, vjp = jax.vjp(lambda *qkv: attention(*qkv, jnp.array(lengths)), q, k, v)
+        ours_gradients = vjp(weight)
+    for i, n in enumerate(lengths):
+        value, (dq, dk, dv) = by_hand(*(x[i : i + 1] for x in (q, k[:, :n], v[:, :n], weight)))
+        np.testing.assert_allclose(ours[i : i + 1], value, atol=1e-5)
+        for mine, theirs in zip(ours_gradients, (dq, dk, dv), strict=True):
+            np.testing.assert_allclose(mine[i, : theirs.shape[1]], theirs[0], atol=2e-5 * np.abs(theirs).max())
+            assert not np.any(mine[i, theirs.shape[1] :])
+
+
 def test_softmax_is_float32():
     """bfloat16 inputs lose their own rounding and that of the probabilities, not that of a bfloat16 sum of scores."""
     q, k, v, weight = inputs(1, 640, 640, 1, 128)
@@ -115,18 +131,20 @@ ON_A_MESH = """
 
     rng = np.random.default_rng(0)
 
-    def both(q, k, v):
-        value, vjp = jax.vjp(attention, q, k, v)
+    def both(q, k, v, lengths):
+        value, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, lengths), q, k, v)
         return value, *vjp(jax.numpy.cos(value))
 
     # Heads over tensor and sequence; heads over tensor and queries over sequence; nothing that divides
-    for shape, parts in [((2, 300, 4, 128), 8), ((2, 300, 2, 128), 8), ((1, 129, 3, 128), 1)]:
+    for shape, parts, lengths in [
+        ((2, 300, 4, 128), 8, None), ((2, 300, 2, 128), 8, np.array([290, 7])), ((1, 129, 3, 128), 1, None)
+    ]:
         q, k, v = (rng.standard_normal(shape).astype(np.float32) for _ in range(3))
         with attention_kernel("xla"):
-            expected = jax.jit(both)(q, k, v)
+            expected = jax.jit(both)(q, k, v, lengths)
         for kernel in ("chunked", "splash"):
             with jax.set_mesh(make_mesh((2, 1, 2, 2))), attention_kernel(kernel):
-                ours = jax.jit(both)(q, k, v)
+                ours = jax.jit(both)(q, k, v, lengths)
             for x, y in zip(ours, expected, strict=True):
                 np.testing.assert_allclose(x, y, atol=2e-5)
             assert len({str(shard.index) for shard in ours[0].addressable_shards}) == parts, ours[0].sharding

@@ -101,6 +101,20 @@ def test_flops_of_flux_training(steady):
     assert 2 * (4 * teacher + 3 * student) < counted < 2 * (4 * teacher + 3.8 * student)
 
 
+def test_flops_of_qwen_image_sampling():
+    """The same for Qwen-Image, of which every block is a double one; 512 tokens of text, padding included."""
+    config = read_config(str(ROOT / "configs" / "qwen.py"), [f"--config.model={ROOT / 'configs' / 'qwen-image'}"])
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES)
+    program = sampler(Recipe.of(config), mesh, 1)
+    counted = flops(program.function.trace(*program.arguments, **program.keywords).jaxpr.jaxpr)
+    n, t, d = 4096, 512, 3072
+    blocks = 60 * ((n + t) * (4 * d * d + 8 * d * d) + 2 * 6 * d * d)
+    embeddings = n * 64 * d + t * 3584 * d + 256 * d + d * d
+    head = n * d * (1024 + 64 + 60) + 2 * d * d
+    scores = 60 * 2 * (n + t) ** 2 * d
+    assert counted == 2 * 2 * (blocks + embeddings + head + scores)
+
+
 ON_8_DEVICES = """
     import json, jax
     from jax.sharding import PartitionSpec as P

@@ -61,6 +61,19 @@ def test_euler_grid_is_the_scheduler_of_diffusers():
     np.testing.assert_allclose(euler_grid(steps, shift), scheduler.sigmas.numpy(), atol=1e-6)
 
 
+def test_euler_grid_of_qwen_image_is_stretched():
+    """As its scheduler_config.json and its pipeline in diffusers have it, for 1024² and 4096 tokens."""
+    pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    config = {"base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "use_dynamic_shifting": True}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config, shift_terminal=0.02)
+    shift = scheduler_shift(config, tokens=4096)
+    for steps in (2, 9):
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=math.log(shift))
+        np.testing.assert_allclose(euler_grid(steps, shift, 0.02), scheduler.sigmas.numpy(), atol=1e-6)
+    np.testing.assert_array_equal(euler_grid(1, shift, 0.02), [1.0, 0.0])
+
+
 def test_shift_is_an_argument_of_the_compiled_function():
     compiled = jax.jit(lambda shift: euler_grid(4, shift))
     for shift in (1.0, 3.2):

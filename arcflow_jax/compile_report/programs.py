@@ -23,8 +23,10 @@ from arcflow_jax.geometry import read_json
 from arcflow_jax.latents import token_grid
 from arcflow_jax.model_directory import DESCRIPTION, ModelDirectory
 from arcflow_jax.models.flux import FluxConditioning, FluxConfig
+from arcflow_jax.models.qwen_image import QwenImageConditioning, QwenImageConfig
 from arcflow_jax.optim import make_optimizer
 from arcflow_jax.pipeline import sample
+from arcflow_jax.prompts import QwenPrompts
 from arcflow_jax.sharding import batched, replicated, sharded
 from arcflow_jax.train import jitted_step
 from arcflow_jax.train_state import TrainState
@@ -72,8 +74,24 @@ def flux_conditioning(directory: ModelDirectory, mesh: Mesh, batch: int, tokens:
     )
 
 
+def qwen_image_conditioning(
+    directory: ModelDirectory, mesh: Mesh, batch: int, tokens: int, dtype: Any
+) -> QwenImageConditioning:
+    """Shapes of what Qwen-Image is conditioned on."""
+    split = batched(mesh)
+    config: QwenImageConfig = directory.geometry("transformer")
+    tokenizer = directory.path / "tokenizer" / "tokenizer_config.json"
+    room = int(read_json(tokenizer).get("model_max_length", QwenPrompts.BEFORE + QwenPrompts.TOKENS))
+    text = min(room - QwenPrompts.BEFORE, QwenPrompts.TOKENS)
+    return QwenImageConditioning(
+        text=ShapeDtypeStruct((batch, text, config.joint_attention_dim), dtype, sharding=split),
+        lengths=ShapeDtypeStruct((batch,), jnp.int32, sharding=split),
+        positions=ShapeDtypeStruct((tokens, 3), jnp.float32, sharding=replicated(mesh)),
+    )
+
+
 # By the pipeline class that model_index.json names
-CONDITIONING = {"FluxPipeline": flux_conditioning}
+CONDITIONING = {"FluxPipeline": flux_conditioning, "QwenImagePipeline": qwen_image_conditioning}
 
 
 def open_for(recipe: Recipe, mesh: Mesh, batch: int) -> tuple[ModelDirectory, int]:

@@ -45,13 +45,20 @@ class AdapterTable:
 
         The rank is that of most tensors: `engine.check` names those that have another.
         """
-        rules = [(rule.target, pattern(rule.source)) for rule in self.RULES if rule.target.endswith(".lora.a")]
+        rules = [(rule.source, pattern(rule.target)) for rule in self.RULES if rule.target.endswith(".lora.a")]
+        wanted = {
+            layer: pattern(name.format(**match.groupdict(), layer="{layer}"))
+            for layer in layers
+            for name, regex in rules
+            if (match := regex.fullmatch(f"trunk.{layer}.lora.a"))
+        }
+        left = {canonical(self, name): tensor for name, tensor in source.items()}
         ranks: Counter[int] = Counter()
         targets = set()
-        for name, tensor in source.items():
-            for target, regex in rules:
-                if regex.fullmatch(canonical(self, name)):
-                    ranks.update(tensor.shape[:1])
-                    targets.add(target)
+        # A stack after the layers that have a number of their own, because its pattern fits those as well
+        for layer, regex in sorted(wanted.items(), key=lambda item: "layer" in item[1].groupindex):
+            for name in [name for name in left if regex.fullmatch(name)]:
+                ranks.update(left.pop(name).shape[:1])
+                targets.add(layer)
         rank = ranks.most_common(1)[0][0] if ranks else 0
-        return rank, tuple(layer for layer in layers if f"trunk.{layer}.lora.a" in targets)
+        return rank, tuple(layer for layer in wanted if layer in targets)

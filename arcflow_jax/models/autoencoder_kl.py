@@ -43,6 +43,7 @@ class AutoencoderKLConfig:
     in_channels: int = 3
     out_channels: int = 3
     mid_block_add_attention: bool = True
+    sample_size: int | None = None
 
     @property
     def factor(self) -> int:
