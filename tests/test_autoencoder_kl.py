@@ -42,7 +42,7 @@ def twin(config: AutoencoderKLConfig):
     diffusers = pytest.importorskip("diffusers")
     levels = len(config.block_out_channels)
     model = diffusers.AutoencoderKL(
-        **dataclasses.asdict(config),
+        **{name: value for name, value in dataclasses.asdict(config).items() if value is not None},
         down_block_types=["DownEncoderBlock2D"] * levels,
         up_block_types=["UpDecoderBlock2D"] * levels,
         use_quant_conv=False,

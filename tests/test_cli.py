@@ -161,7 +161,7 @@ def test_sample_writes_pictures_with_their_settings(capfd, tmp_path, model, stud
 
 def test_sample_from_files_and_on_one_sheet(capfd, tmp_path, model, student):
     (tmp_path / "prompts.txt").write_text("a red circle\n\na blue ring\n")
-    noise = np.random.default_rng(0).standard_normal((4, 16, 64), np.float32)
+    noise = np.random.default_rng(0).standard_normal((4, 16, 16), np.float32)
     save_file({"latents": noise}, tmp_path / "noise.safetensors")
     np.save(tmp_path / "noise.npy", noise)
     pictures = []
