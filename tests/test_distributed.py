@@ -34,7 +34,8 @@ def start(devices: int, *command: object) -> subprocess.Popen:
     """Python in a process with so many CPU devices."""
     env = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        # Without optimisation: what takes time here is compiling
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
         "PYTHONPATH": os.pathsep.join([str(CONFIGS.parent), str(Path(__file__).parent)]),
     }
     return subprocess.Popen(
