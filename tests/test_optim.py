@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from arcflow_jax import optim
 from arcflow_jax.errors import UserError
 from arcflow_jax.layers import Adapter
-from arcflow_jax.sharding import make_mesh, partition_spec
+from arcflow_jax.sharding import MESH_AXES, make_mesh, partition_spec
 
 CONFIG = optim.OptimizerConfig(
     learning_rate=0.1,
@@ -93,14 +94,14 @@ def test_ema_copies_at_first_and_then_averages_over_a_share_of_the_run():
 
 
 def test_mesh_fills_in_and_refuses_what_does_not_fit():
-    devices = list(range(8))  # a mesh only arranges them
+    devices = [SimpleNamespace(id=i, platform="cpu", device_kind="cpu") for i in range(8)]  # a mesh only arranges them
     assert dict(make_mesh((-1, 2, 1, 1), devices).shape) == {"data": 4, "fsdp": 2, "tensor": 1, "sequence": 1}
     with pytest.raises(UserError, match="data 3 × fsdp 2 × tensor 1 × sequence 1 does not have the size of 8 devices"):
         make_mesh((3, 2, 1, 1), devices)
 
 
 def test_partition_splits_what_divides_and_each_mesh_axis_once():
-    mesh = make_mesh((1, 4, 2, 1), list(range(8)))
+    mesh = AbstractMesh((1, 4, 2, 1), MESH_AXES)
     assert partition_spec(mesh, ("embed", "mlp"), (3, 8, 6)) == PartitionSpec(None, "fsdp", "tensor")
     assert partition_spec(mesh, ("embed", "mlp"), (6, 6)) == PartitionSpec(None, "tensor")
     assert partition_spec(mesh, ("embed", "rank"), (8, 4)) == PartitionSpec("fsdp", None)

@@ -82,7 +82,7 @@ def test_latents_are_the_autoencoders(tmp_path):
         pictures.append(Picture(file, "x"))
     encode = LatentEncoder(directory, "float32", make_mesh((1, 1, 1, 1)))
     tokens = encode(pictures, 32, 48)
-    assert tokens.shape == (2, 2 * 3, 64)
+    assert tokens.shape == (2, 2 * 3, 16)
     vae = nnx.merge(encode.graphdef, encode.state)
     images = jnp.stack([jnp.asarray(np.asarray(Image.open(p.file)), jnp.float32) / 127.5 - 1 for p in pictures])
     np.testing.assert_allclose(tokens, pack(vae.encode(images)), atol=1e-4)

@@ -161,7 +161,7 @@ def test_given_latents(pipe):
     expected = pipe(PROMPTS[:2], seed=7, **SIZE)
     packed = pipe.noise(7, 2, rows, columns)
     image = np.asarray(latents.unpack(packed, rows, columns)).transpose(0, 3, 1, 2)
-    assert image.shape == (2, 16, 4, 8)
+    assert image.shape == (2, 4, 4, 8)
     for given in (np.asarray(packed), image):
         images = pipe(PROMPTS[:2], latents=given, **SIZE)
         assert_same_pictures(images, expected)
@@ -171,11 +171,11 @@ def test_given_latents(pipe):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (np.zeros((1, 8, 64), np.float32), r"latents are \[1, 8, 64\], 2 pictures .* \[2, 8, 64\] or \[2, 16, 4, 8\]"),
+        (np.zeros((1, 8, 16), np.float32), r"latents are \[1, 8, 16\], 2 pictures .* \[2, 8, 16\] or \[2, 4, 4, 8\]"),
         (np.zeros((2, 16, 8, 4), np.float32), r"latents are \[2, 16, 8, 4\]"),
         (np.zeros((2, 4, 8, 16), np.float32), r"latents are \[2, 4, 8, 16\]"),
-        (np.zeros((2, 8, 64), np.int32), "latents are of int32"),
-        (np.full((2, 8, 64), np.nan, np.float32), "not finite"),
+        (np.zeros((2, 8, 16), np.int32), "latents are of int32"),
+        (np.full((2, 8, 16), np.nan, np.float32), "not finite"),
     ],
 )
 def test_latents_that_do_not_fit(pipe, given, message):
@@ -222,6 +222,7 @@ def test_pictures_know_their_settings(pipe, model, student):
         "model": str(model),
         "base": ModelDirectory.open(model).fingerprint,
         "adapter": str(student),
+        "weights": "averaged",
     }
 
 
@@ -381,7 +382,7 @@ print(json.dumps(report))
     assert_same_pictures(np.load(tmp_path / "pixels.npy"), expected)
     for mesh in ("data=2,fsdp=2,tensor=2", "fsdp=2,tensor=2,sequence=2"):
         assert_same_pictures(np.load(tmp_path / f"{mesh}.npy"), expected)
-    assert report["tensor=2,sequence=-1"]["part"] == [2, 2, 64]  # a fourth of the 8 image tokens
+    assert report["tensor=2,sequence=-1"]["part"] == [2, 2, 16]  # a fourth of the 8 image tokens
 
     # The decoder is whole everywhere; of the rest what `tensor` and `fsdp` divide between them
     decoder = size(pipe.vae.state)
