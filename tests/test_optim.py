@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -93,8 +92,17 @@ def test_ema_copies_at_first_and_then_averages_over_a_share_of_the_run():
     np.testing.assert_allclose(decays, [0, 0, (10 / 11) ** 8, 0.99**8, 0.9999**8], rtol=1e-5)
 
 
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh, which only arranges devices, asks of one."""
+
+    id: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
 def test_mesh_fills_in_and_refuses_what_does_not_fit():
-    devices = [SimpleNamespace(id=i, platform="cpu", device_kind="cpu") for i in range(8)]  # a mesh only arranges them
+    devices = [Device(i) for i in range(8)]
     assert dict(make_mesh((-1, 2, 1, 1), devices).shape) == {"data": 4, "fsdp": 2, "tensor": 1, "sequence": 1}
     with pytest.raises(UserError, match="data 3 × fsdp 2 × tensor 1 × sequence 1 does not have the size of 8 devices"):
         make_mesh((3, 2, 1, 1), devices)

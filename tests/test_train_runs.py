@@ -47,7 +47,7 @@ def overrides(model: Path, out: Path, **changes: object) -> list[str]:
     prompts = out.parent / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
     values = {
-        **{"model": model, "prompts": prompts, "out": out, "height": 32, "width": 32, "batch": 4, "steps": 4},
+        **{"model": model, "prompts": prompts, "out": out, "resolutions": ((32, 32),), "batch": 4, "steps": 4},
         **{"log_every": 1, "save_every": 10, "mesh": (1, 1, 1, 1), "preview_every": 0},
         **{"adapter.modes": 3, "adapter.rank": 2, "adapter.dropout": 0.1},
         **{"distillation.decay": 1000, "distillation.states": 2, "ema.start": 0},
@@ -183,18 +183,17 @@ def poison(monkeypatch, iterations: set[int]) -> None:
     """Makes the guidance of some iterations, counted from 1, NaN, and with it loss and gradient."""
     real = train_module.PROMPTS["FluxPipeline"]
 
-    def prompts(*arguments: object) -> object:
-        encode, seen = real(*arguments), iter(range(1, 1000))
+    class Poisoned(real):
+        seen = 0
 
-        def encoded(batch, **settings):
-            conditioning = encode(batch, **settings)
-            if next(seen) in iterations:
+        def __call__(self, prompts, **settings):
+            conditioning = super().__call__(prompts, **settings)
+            self.seen += 1
+            if self.seen in iterations:
                 return dataclasses.replace(conditioning, guidance=conditioning.guidance * jnp.nan)
             return conditioning
 
-        return encoded
-
-    monkeypatch.setitem(train_module.PROMPTS, "FluxPipeline", prompts)
+    monkeypatch.setitem(train_module.PROMPTS, "FluxPipeline", Poisoned)
 
 
 def test_iterations_that_are_not_finite_are_skipped(model, tmp_path, monkeypatch):
