@@ -55,7 +55,41 @@ class Encoder:
         return _apply(self.graphdef, state, from_part(ids, mesh)), cut
 
 
-class FluxPrompts:
+class PromptEncoder:
+    """The text side of a pipeline. Each kind says in `_embed` and `conditioning` what its encoders make, and of what.
+
+    Attributes:
+      weights: of the encoders, by the names in `ENCODERS`.
+      cut: how many prompts were too long up to now, and were cut.
+    """
+
+    ENCODERS: ClassVar[dict[str, str]]  # component → folder of its tokenizer
+    directory: ModelDirectory
+    mesh: Mesh
+    weights: Weights
+    cut: int
+
+    def __call__(self, prompts: Sequence[str], *, guidance: float, rows: int, columns: int) -> Any:
+        """Conditioning of B prompts for pictures of rows × columns tokens.
+
+        Args:
+          prompts: on several processes, each one's own (see `distributed.local_part`); B counts all.
+          guidance: scale that the guidance embedding is fed; without effect on a checkpoint that has none.
+        """
+        return self.batches([prompts], guidance=guidance, rows=rows, columns=columns)[0]
+
+    def batches(self, batches: Sequence[Sequence[str]], *, guidance: float, rows: int, columns: int) -> list[Any]:
+        """The same for several batches one after the other."""
+        embedded = self.weights.run(lambda states: [self._embed(states, prompts)[0] for prompts in batches])
+        settings = {"guidance": guidance, "rows": rows, "columns": columns}
+        return [self.conditioning(self.directory, self.mesh, each, **settings) for each in embedded]
+
+    def embed(self, prompts: Sequence[str]) -> tuple[dict[str, jax.Array], np.ndarray]:
+        """What the encoders make of B prompts, each array [B, ...], and which prompts were cut, [B]."""
+        return self.weights.run(lambda states: self._embed(states, prompts))
+
+
+class FluxPrompts(PromptEncoder):
     """FLUX.1's: T5 for the tokens, CLIP for the pooled vector.
 
     Args:
@@ -82,27 +116,6 @@ class FluxPrompts:
             offload,
         )
         self.cut = 0
-
-    def __call__(self, prompts: Sequence[str], *, guidance: float, rows: int, columns: int) -> FluxConditioning:
-        """Conditioning of B prompts for pictures of rows × columns tokens.
-
-        Args:
-          prompts: on several processes, each one's own (see `distributed.local_part`); B counts all.
-          guidance: scale that the guidance embedding is fed; without effect on a checkpoint that has none.
-        """
-        return self.batches([prompts], guidance=guidance, rows=rows, columns=columns)[0]
-
-    def batches(
-        self, batches: Sequence[Sequence[str]], *, guidance: float, rows: int, columns: int
-    ) -> list[FluxConditioning]:
-        """The same for several batches one after the other."""
-        embedded = self.weights.run(lambda states: [self._embed(states, prompts)[0] for prompts in batches])
-        settings = {"guidance": guidance, "rows": rows, "columns": columns}
-        return [self.conditioning(self.directory, self.mesh, each, **settings) for each in embedded]
-
-    def embed(self, prompts: Sequence[str]) -> tuple[dict[str, jax.Array], np.ndarray]:
-        """What the encoders make of B prompts, each array [B, ...], and which prompts were cut, [B]."""
-        return self.weights.run(lambda states: self._embed(states, prompts))
 
     def _embed(
         self, states: tuple[nnx.State, nnx.State], prompts: Sequence[str]
@@ -131,7 +144,7 @@ class FluxPrompts:
         return FluxConditioning(embedded["text"], embedded["pooled"], scales, positions)
 
 
-class QwenPrompts:
+class QwenPrompts(PromptEncoder):
     """Qwen-Image's: Qwen2.5-VL's states of a prompt, who is asked to describe a picture in that prompt's words.
 
     Args:
@@ -162,26 +175,6 @@ class QwenPrompts:
         abstract = self.encoder.abstract
         self.weights = Weights(directory.load("text_encoder", abstract, state_shardings(mesh, abstract)), offload)
         self.cut = 0
-
-    def __call__(self, prompts: Sequence[str], *, guidance: float, rows: int, columns: int) -> QwenImageConditioning:
-        """Conditioning of B prompts for pictures of rows × columns tokens.
-
-        Args:
-          guidance: without effect, for there is no guidance embedding.
-        """
-        return self.batches([prompts], guidance=guidance, rows=rows, columns=columns)[0]
-
-    def batches(
-        self, batches: Sequence[Sequence[str]], *, guidance: float, rows: int, columns: int
-    ) -> list[QwenImageConditioning]:
-        """The same for several batches one after the other."""
-        embedded = self.weights.run(lambda state: [self._embed(state, prompts)[0] for prompts in batches])
-        settings = {"guidance": guidance, "rows": rows, "columns": columns}
-        return [self.conditioning(self.directory, self.mesh, each, **settings) for each in embedded]
-
-    def embed(self, prompts: Sequence[str]) -> tuple[dict[str, jax.Array], np.ndarray]:
-        """What the encoder makes of B prompts, each array [B, ...], and which prompts were cut, [B]."""
-        return self.weights.run(lambda state: self._embed(state, prompts))
 
     def _embed(self, state: nnx.State, prompts: Sequence[str]) -> tuple[dict[str, jax.Array], np.ndarray]:
         requests = [self.TEMPLATE.format(prompt) for prompt in prompts]
