@@ -23,6 +23,7 @@ TINY = AutoencoderKLConfig(
     norm_num_groups=4,
     scaling_factor=0.3611,
     shift_factor=0.1159,
+    sample_size=16,
 )
 GEOMETRIES = {
     "two levels": TINY,
@@ -42,7 +43,7 @@ def twin(config: AutoencoderKLConfig):
     diffusers = pytest.importorskip("diffusers")
     levels = len(config.block_out_channels)
     model = diffusers.AutoencoderKL(
-        **{name: value for name, value in dataclasses.asdict(config).items() if value is not None},
+        **dataclasses.asdict(config),
         down_block_types=["DownEncoderBlock2D"] * levels,
         up_block_types=["UpDecoderBlock2D"] * levels,
         use_quant_conv=False,
