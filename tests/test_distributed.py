@@ -58,12 +58,14 @@ def free_address() -> str:
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)]
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one(one_device):
     found = json.loads(finish(start(8, few_iterations.__file__, json.dumps(MESHES))).splitlines()[-1])
     for mesh, of_mesh in zip(MESHES, found, strict=True):
         np.testing.assert_allclose(of_mesh, one_device, rtol=1e-4, err_msg=str(mesh))
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_device(one_device):
     address, meshes = free_address(), json.dumps([(2, 2, 2, 1)])
     processes = [start(4, few_iterations.__file__, meshes, address, i) for i in (0, 1)]

@@ -53,6 +53,7 @@ def cache(model, tmp_path_factory) -> Path:
         return embed_prompts(small(model, folder / "run"), folder / "embeddings")
 
 
+@pytest.mark.slow
 def test_training_from_a_cache_is_training_on_the_fly(model, cache, tmp_path, monkeypatch, capfd):
     compiled = []
     step = training.train_step

@@ -339,6 +339,7 @@ def test_out_of_memory_while_loading(model, student, monkeypatch):
 # Several devices
 
 
+@pytest.mark.slow
 def test_eight_devices_make_the_same_pictures(pipe, model, student, tmp_path):
     """In a process that has eight CPU devices; and no device holds more of the weights than its part."""
     expected = pipe(PROMPTS[:2], batch_size=2, seed=3, **SIZE)

@@ -54,6 +54,7 @@ def saved(run: Path) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(restored)}
 
 
+@pytest.mark.slow
 def test_interrupted_run_goes_on_bit_for_bit(model, tmp_path):
     straight = train(recipe(model, tmp_path / "straight"))
     train(recipe(model, tmp_path / "resumed", steps=2))
@@ -99,6 +100,7 @@ def test_mesh_of_another_size_is_refused(model, tmp_path):
         train(uneven)
 
 
+@pytest.mark.slow
 def test_with_pictures_and_true_guidance(model, tmp_path, monkeypatch):
     """From a folder to the log, with every optional term."""
     folder = tmp_path / "pictures"

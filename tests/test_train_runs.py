@@ -110,6 +110,7 @@ train(recipe(model, out, steps=20))
 """
 
 
+@pytest.mark.slow
 def test_kill_and_resume_is_bit_identical(model, tmp_path):
     killed = child(KILLED_AT_13, model, tmp_path / "killed")
     straight = train(recipe(model, tmp_path / "straight", steps=20))
@@ -246,6 +247,7 @@ class FakeWandb(types.ModuleType):
         return types.SimpleNamespace(log=lambda values, step: self.logged.append((step, values)), finish=lambda: None)
 
 
+@pytest.mark.slow
 def test_pictures_trace_and_weights_and_biases(model, tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
     run = tmp_path / "run"
