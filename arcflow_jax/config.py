@@ -114,6 +114,15 @@ class Recipe:
             raise UserError("distillation.data_weight is of a term on real pictures: name a folder of them as images")
 
     @property
+    def other_prompts(self) -> list[str]:
+        """What a run encodes beside the prompts that it is trained on."""
+        guided = self.distillation.teacher_guidance == "cfg"
+        return [
+            *(self.preview_prompts if self.preview_every else ()),
+            *([self.distillation.negative_prompt] if guided else ()),
+        ]
+
+    @property
     def largest(self) -> tuple[int, int]:
         """The (height, width) of most pixels, which takes most memory."""
         return max(self.resolutions, key=math.prod)

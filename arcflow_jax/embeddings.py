@@ -39,9 +39,9 @@ from arcflow_jax.conversion import refuse_used
 from arcflow_jax.convert.safetensors_source import FileTensor, read_header
 from arcflow_jax.distributed import from_part
 from arcflow_jax.errors import UserError
-from arcflow_jax.geometry import read_json
+from arcflow_jax.geometry import read_json, write_json
 from arcflow_jax.model_directory import ModelDirectory
-from arcflow_jax.pictures import captions
+from arcflow_jax.pictures import captions, read_pictures
 from arcflow_jax.prompt_sources import read_prompts
 from arcflow_jax.prompts import PROMPTS
 from arcflow_jax.sharding import make_mesh
@@ -90,12 +90,12 @@ def embed_prompts(recipe: Recipe, out: Path) -> Path:
     refuse_used(out)
     directory = ModelDirectory.open(recipe.model)
     mesh = make_mesh(recipe.mesh)
-    found = captions(recipe.images) if recipe.images else read_prompts(recipe.prompts, recipe.prompts_field)
+    if recipe.images:
+        found = captions(recipe.images, read_pictures(recipe.images))
+    else:
+        found = read_prompts(recipe.prompts, recipe.prompts_field)
     print(found, flush=True)
-    others = [*(recipe.preview_prompts if recipe.preview_every else ())]
-    if recipe.distillation.teacher_guidance == "cfg":
-        others.append(recipe.distillation.negative_prompt)
-    prompts = list(dict.fromkeys([*found.texts, *others]))
+    prompts = list(dict.fromkeys([*found.texts, *recipe.other_prompts]))
     description = {
         "format": FORMAT,
         "version": VERSION,
@@ -134,9 +134,7 @@ def start(aside: Path, description: dict[str, Any]) -> None:
             )
         return
     aside.mkdir(parents=True, exist_ok=True)
-    half = aside / f"{DESCRIPTION}.tmp"
-    half.write_text(json.dumps(description, indent=2) + "\n")
-    os.replace(half, aside / DESCRIPTION)
+    write_json(aside / DESCRIPTION, description)
 
 
 def write_shards(shards: Mapping[Path, Sequence[str]], encode: Any, batch: int, total: int) -> None:

@@ -59,9 +59,9 @@ def read_pictures(folder: str | Path) -> list[Picture]:
     return pictures
 
 
-def captions(folder: str) -> Prompts:
-    """The captions of `read_pictures`, in the same order."""
-    return Prompts(folder, [picture.caption for picture in read_pictures(folder)], empty=0)
+def captions(folder: str, pictures: Sequence[Picture]) -> Prompts:
+    """The captions of the pictures of a folder."""
+    return Prompts(folder, [picture.caption for picture in pictures], empty=0)
 
 
 def from_metadata(folder: Path) -> list[Picture]:

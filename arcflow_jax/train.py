@@ -70,7 +70,10 @@ class Plan:
         factor = directory.geometry("vae").factor
         grids = {resolution: token_grid(*resolution, factor) for resolution in recipe.resolutions}
         pictures = read_pictures(recipe.images) if recipe.images else None
-        prompts = captions(recipe.images) if pictures else read_prompts(recipe.prompts, recipe.prompts_field)
+        if pictures is None:
+            prompts = read_prompts(recipe.prompts, recipe.prompts_field)
+        else:
+            prompts = captions(recipe.images, pictures)
         graphdef, base, adapter = arc_model.split(directory.student(recipe.adapter, recipe.dtype))
         optimizer = make_optimizer(recipe.optimizer, adapter)
         return cls(directory, mesh, prompts, pictures, grids, graphdef, base, adapter, optimizer)
@@ -106,7 +109,8 @@ def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None
     batches = prompt_batches(plan.pictures or plan.prompts.texts, recipe.batch, recipe.seed, local_part(mesh))
     to_latents = LatentEncoder(plan.directory, recipe.dtype, mesh) if plan.pictures else None
     if recipe.embeddings:
-        encode = CachedPrompts(recipe.embeddings, plan.directory, recipe.dtype, mesh, plan.prompts.texts)
+        needed = [*plan.prompts.texts, *recipe.other_prompts]
+        encode = CachedPrompts(recipe.embeddings, plan.directory, recipe.dtype, mesh, needed)
     else:
         encode = PROMPTS[plan.directory.description["pipeline"]](plan.directory, recipe.dtype, mesh)
     begin(run, recipe, plan)

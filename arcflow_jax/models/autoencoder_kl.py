@@ -20,6 +20,7 @@ from flax import nnx
 
 from arcflow_jax.attention import attention
 from arcflow_jax.layers import Conv, GroupNorm, Linear
+from arcflow_jax.models.autoencoder import Autoencoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,30 +176,14 @@ class Decoder(nnx.Module):
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
-class AutoencoderKL(nnx.Module):
+class AutoencoderKL(Autoencoder):
     """See the module's docstring. `encode` and `decode` compute in the dtype of their input."""
 
     def __init__(self, config: AutoencoderKLConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        self.config = config
-        self.encoder: Encoder | None = nnx.data(Encoder(config, dtype=dtype, rngs=rngs))
-        self.decoder = Decoder(config, dtype=dtype, rngs=rngs)
+        options = {"dtype": dtype, "rngs": rngs}
+        super().__init__(config, Encoder(config, **options), Decoder(config, **options))
 
-    def decoder_alone(self) -> AutoencoderKL:
-        """Itself without the encoder, a third of the weights, which making pictures does not need."""
-        self.encoder = None
-        return self
-
-    def posterior(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mean and log-variance, each [B, H/f, W/f, C], not normalised. Raises ValueError on a wrong size."""
-        height, width = pixels.shape[1:3]
-        if height % self.config.factor or width % self.config.factor:
-            raise ValueError(f"image size {height}×{width} is not divisible by {self.config.factor}")
-        mean, log_variance = jnp.split(self.encoder(pixels), 2, axis=-1)
-        return mean, jnp.clip(log_variance, -30.0, 20.0)
-
-    def encode(self, pixels: jax.Array) -> jax.Array:
-        """The normalised posterior mean, [B, H/f, W/f, C]."""
-        mean, _ = self.posterior(pixels)
+    def normalise(self, mean: jax.Array) -> jax.Array:
         return (mean - self.config.shift_factor) * self.config.scaling_factor
 
     def decode(self, latents: jax.Array) -> jax.Array:

@@ -84,12 +84,14 @@ class FluxConditioning:
 
     def paired(self, negative: FluxConditioning) -> FluxConditioning:
         """For a batch in which each example is followed by itself under its negative; embedded guidance is 1."""
-        text, pooled = (
-            jnp.stack(pair, axis=1).reshape(-1, *pair[0].shape[1:])
-            for pair in ((self.text, negative.text), (self.pooled, negative.pooled))
-        )
+        text, pooled = interleave(self.text, negative.text), interleave(self.pooled, negative.pooled)
         guidance = None if self.guidance is None else jnp.ones(len(text), self.guidance.dtype)
         return FluxConditioning(text, pooled, guidance, self.positions)
+
+
+def interleave(first: jax.Array, second: jax.Array) -> jax.Array:  # [B, ..] twice -> [2B, ..]
+    """Two batches in turns: an example of the first, then that of the second."""
+    return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
 
 
 def sinusoid(value: jax.Array, width: int) -> jax.Array:

@@ -80,10 +80,7 @@ class QwenImageConditioning:
 
     def paired(self, negative: QwenImageConditioning) -> QwenImageConditioning:
         """For a batch in which each example is followed by itself under its negative."""
-        text, lengths = (
-            jnp.stack(pair, axis=1).reshape(-1, *pair[0].shape[1:])
-            for pair in ((self.text, negative.text), (self.lengths, negative.lengths))
-        )
+        text, lengths = flux.interleave(self.text, negative.text), flux.interleave(self.lengths, negative.lengths)
         return QwenImageConditioning(text, lengths, self.positions)
 
 
