@@ -182,10 +182,10 @@ def check_field(where: str, kind: str, field: str, there: Any) -> None:
         raise UserError(f"{where} has no {kind} {field!r}, only {names}: name the one that has the prompt")
 
 
-def library(name: str, purpose: str) -> ModuleType:
-    """A library that only some users need. Raises UserError if it is not installed."""
+def library(name: str, purpose: str, extra: str = "data") -> ModuleType:
+    """A library that only some users need, of an extra of the package. Raises UserError if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:
         package = name.partition(".")[0]
-        raise UserError(f"{purpose} need {package}: pip install {package}, or arcflow_jax[data]") from None
+        raise UserError(f"{purpose} need {package}: pip install {package}, or arcflow_jax[{extra}]") from None

@@ -25,7 +25,7 @@ LEVELS = [
     {"preview"},
     {"train"},
     {"dry_run"},
-    {"demo.", "compile_report."},
+    {"demo.", "compile_report.", "evaluate."},
     {"cli", ""},
 ]
 
