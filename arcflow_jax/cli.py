@@ -441,9 +441,11 @@ def trajectory(
     quadrature. Leaves trajectory.json and trajectory.png in OUT. An evaluation that was interrupted goes on.
     """
     from arcflow_jax.evaluate.comparison import Comparison, Settings
+    from arcflow_jax.evaluate.trajectory_plot import check_library
     from arcflow_jax.evaluate.trajectory_report import evaluate
     from arcflow_jax.prompt_sources import read_prompts
 
+    check_library()  # not after hours
     found = read_prompts(prompts, prompts_field)
     if count is not None and not 1 <= count <= len(found.texts):
         raise UserError(f"count is {count}, but has to be from 1 to {len(found.texts)}, of which {prompts} has prompts")

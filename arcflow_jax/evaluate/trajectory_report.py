@@ -30,7 +30,7 @@ from rich.table import Table
 from arcflow_jax.errors import UserError
 from arcflow_jax.evaluate.comparison import Comparison
 from arcflow_jax.evaluate.trajectory import Grid
-from arcflow_jax.evaluate.trajectory_plot import check_library, plot
+from arcflow_jax.evaluate.trajectory_plot import plot
 from arcflow_jax.geometry import read_json, write_json
 from arcflow_jax.run_log import left
 
@@ -110,7 +110,6 @@ def evaluate(comparison: Comparison, prompts: Sequence[str], out: Path) -> dict[
     Raises:
       UserError: if `out` cannot be written or holds another evaluation, or matplotlib is missing.
     """
-    check_library()
     digest = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
     of = {**comparison.of, "prompts": len(prompts), "prompts_sha256": digest}
     try:
