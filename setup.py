@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 # Reads prompts from Parquet files, and from data sets of the hub
 DATA = ["datasets>=4", "pyarrow>=18"]
 # Draws what `arcflow evaluate` finds
-EVAL = ["matplotlib>=3.9"]
+PLOTS = ["matplotlib>=3.9"]
 
 setup(
     name="arcflow_jax",
@@ -46,8 +46,8 @@ setup(
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "data": DATA,
-        "eval": EVAL,
-        "test": [*DATA, *EVAL, "hypothesis>=6.100", "pytest>=8.4", "pytest-xdist>=3.6", "ruff==0.17.6", "scipy>=1.14"],
+        "eval": [*PLOTS],
+        "test": [*DATA, *PLOTS, "hypothesis>=6.100", "pytest>=8.4", "pytest-xdist>=3.6", "ruff==0.17.6", "scipy>=1.14"],
         # The PyTorch twins that the parity tests compare with; the library itself never imports torch
         "parity": ["diffusers>=0.35", "peft>=0.17", "torch>=2.8"],
     },

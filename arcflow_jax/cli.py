@@ -387,8 +387,8 @@ evaluate_app = typer.Typer(help="Measures how close a student comes to its teach
 app.add_typer(evaluate_app, name="evaluate")
 
 
-@evaluate_app.command()
-def trajectory(
+@evaluate_app.command("trajectory")
+def evaluate_trajectory(
     prompts: Annotated[
         str,
         typer.Option(

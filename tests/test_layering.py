@@ -25,7 +25,8 @@ LEVELS = [
     {"preview"},
     {"train"},
     {"dry_run"},
-    {"demo.", "compile_report.", "evaluate."},
+    {"evaluate."},
+    {"demo.", "compile_report."},
     {"cli", ""},
 ]
 

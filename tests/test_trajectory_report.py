@@ -77,21 +77,21 @@ def report(model, student) -> dict:
 
 
 def endpoint_errors(model: Path, student: Path, negative: str | None = None) -> np.ndarray:
-    """Mean square distance between what `arcflow sample` makes of the prompts with student and with teacher."""
+    """Mean square distance between what `arcflow sample` makes of two prompts with student and with teacher."""
     teacher, few = ArcFlowPipeline.from_pretrained(model), ArcFlowPipeline.from_pretrained(model, student)
     rows, columns = teacher.grid(SETTINGS.height, SETTINGS.width)
-    conditioning = few.encode(PROMPTS, guidance=2.0, rows=rows, columns=columns)
-    noise = few.noise(SETTINGS.seed, len(PROMPTS), rows, columns)
+    conditioning = few.encode(PROMPTS[:2], guidance=2.0, rows=rows, columns=columns)
+    noise = few.noise(SETTINGS.seed, 2, rows, columns)
     guided = conditioning
     if negative is not None:
-        away = few.encode([negative] * len(PROMPTS), guidance=2.0, rows=rows, columns=columns)
+        away = few.encode([negative] * 2, guidance=2.0, rows=rows, columns=columns)
         guided = Guided(conditioning, away, jnp.float32(2.0), rescaled=False)
     made = few.denoise(noise, conditioning, 2) - teacher.denoise(noise, guided, SETTINGS.teacher_steps)
     return np.square(made).mean((1, 2))
 
 
 def test_endpoint_is_that_of_the_pipeline(report, model, student):
-    np.testing.assert_allclose(report["endpoint"]["student"]["each"], endpoint_errors(model, student), rtol=1e-4)
+    np.testing.assert_allclose(report["endpoint"]["student"]["each"][:2], endpoint_errors(model, student), rtol=1e-4)
 
 
 def assert_adds_up(report: dict) -> None:
@@ -231,7 +231,7 @@ def test_qwen_image_truly_guided(tmp_path):
     model = convert_model(make_tiny_qwen(tmp_path / "source"), tmp_path / "model")
     distillation = Distillation(shift=2.0, teacher_guidance="cfg", negative_prompt="grey")
     student = write_student(model, tmp_path / "student", ("transformer_blocks.img_mlp.*",), distillation, "legendre")
-    found = evaluate(Comparison(model, student, SETTINGS, batch_size=3), PROMPTS, tmp_path / "out")
+    found = evaluate(Comparison(model, student, SETTINGS, batch_size=2), PROMPTS[:2], tmp_path / "out")
     expected = endpoint_errors(model, student, negative="grey")
     np.testing.assert_allclose(found["endpoint"]["student"]["each"], expected, rtol=1e-4)
     assert np.abs(endpoint_errors(model, student) / expected - 1).max() > 0.01
