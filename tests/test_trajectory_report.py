@@ -234,7 +234,7 @@ def test_qwen_image_truly_guided(tmp_path):
     found = evaluate(Comparison(model, student, SETTINGS, batch_size=2), PROMPTS[:2], tmp_path / "out")
     expected = endpoint_errors(model, student, negative="grey")
     np.testing.assert_allclose(found["endpoint"]["student"]["each"], expected, rtol=1e-4)
-    assert np.abs(endpoint_errors(model, student) / expected - 1).max() > 0.01
+    assert np.abs(endpoint_errors(model, student) / expected - 1).max() > 1e-3  # which the tolerance would see
     assert_adds_up(found)
 
 
