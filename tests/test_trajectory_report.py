@@ -31,8 +31,8 @@ from arcflow_jax.train_state import TrainState
 from tools.make_tiny_qwen import make_tiny_qwen
 
 PROMPTS = ["a red circle", "a large green ring", "a blue square on the left"]
-SETTINGS = Settings(teacher_steps=6, seed=3, height=32, width=64)
-OPTIONS = ("--teacher-steps", 6, "--seed", 3, "--height", 32, "--width", 64)
+SETTINGS = Settings(teacher_steps=6, seed=3, height=32, width=96)
+OPTIONS = ("--teacher-steps", 6, "--seed", 3, "--height", 32, "--width", 96)
 FLUX_TARGETS = ("transformer_blocks.ff.*", "single_transformer_blocks.proj_out")
 
 
