@@ -25,6 +25,7 @@ LEVELS = [
     {"preview"},
     {"train"},
     {"dry_run"},
+    {"evaluate."},
     {"demo.", "compile_report."},
     {"cli", ""},
 ]
