@@ -152,7 +152,7 @@ def export(
     description = {
         "benchmark": benchmark,
         "prompts": len(items),
-        "list": digest(dataclasses.astuple(item) for item in items),
+        "prompts_sha256": digest(dataclasses.astuple(item) for item in items),
         "images": images,
         **made_with,
     }

@@ -61,7 +61,7 @@ class Folder:
         if not self.files:
             raise UserError(f"{folder} holds no pictures: it has to have files {', '.join(SUFFIXES)}")
         states = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
-        self.of = {"folder": str(folder), "pictures": self.count, "files": digest(states)}
+        self.of = {"folder": str(folder), "pictures": self.count, "files_sha256": digest(states)}
 
     def stream(self, first: int) -> Iterator[Image.Image]:
         for file in self.files[first:]:
@@ -103,7 +103,7 @@ class Sampled:
         self.of = {
             "prompts": prompts.source,
             "pictures": self.count,
-            "list": digest(prompts.texts),
+            "prompts_sha256": digest(prompts.texts),
             **pipeline.described(**settings),
         }
 
