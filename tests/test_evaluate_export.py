@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import assert_refused, run
 from PIL import Image
 
 from arcflow_jax.conversion import convert_model
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.evaluate.benchmarks import export
-from tests.test_cli import assert_refused, run
 
 SIDE = 8
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.linalg
+from command_line import assert_refused, run
 from PIL import Image
 
 from arcflow_jax.conversion import convert_model
@@ -21,7 +22,6 @@ from arcflow_jax.evaluate.features import Clip, Inception, centre, resized
 from arcflow_jax.evaluate.metrics import evaluate
 from arcflow_jax.evaluate.picture_sets import Folder
 from arcflow_jax.images import save_picture
-from tests.test_cli import assert_refused, run
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
