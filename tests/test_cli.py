@@ -87,7 +87,9 @@ def test_train_refuses_bad_settings(capfd, tmp_path, override, message):
 
 def test_train_refuses_bad_recipes(capfd, tmp_path):
     assert_refused(capfd, tmp_path, "train", "--config", "missing.py", message=r"config missing\.py does not exist")
-    assert_refused(capfd, tmp_path, "train", "--config", f"{TINY}:cubic", message="known are arcflow and linear")
+    assert_refused(
+        capfd, tmp_path, "train", "--config", f"{TINY}:cubic", message="known are arcflow, linear and legendre"
+    )
 
 
 def test_train_refuses_bad_inputs(capfd, tmp_path, model):

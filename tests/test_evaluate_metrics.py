@@ -245,6 +245,7 @@ def test_an_interrupted_evaluation_goes_on(folders, tmp_path, inception, clip, m
     ):
         evaluate(Folder(folders / "coco"), {"real": tmp_path / "a.npz"}, tmp_path / "b.json", **settings)
     breaks_at = None
+    monkeypatch.setattr(statistics, "SAVE_SECONDS", -1)  # after every batch
     assert evaluate(Breaking(folders / "mine"), references, tmp_path / "a.json", **settings) == whole
     assert started == [0, 16]
     # What is complete is not looked at again
