@@ -487,8 +487,9 @@ def evaluate_metrics(
     interrupted goes on. Needs PyTorch: pip install arcflow_jax[eval].
     """
     from arcflow_jax.evaluate.features import CLIP
-    from arcflow_jax.evaluate.metrics import METRICS, REFERENCES, evaluate, table
+    from arcflow_jax.evaluate.metrics import REFERENCES, evaluate, table
     from arcflow_jax.evaluate.picture_sets import Folder, Sampled
+    from arcflow_jax.evaluate.statistics import METRICS, Networks
     from arcflow_jax.prompt_sources import read_prompts
 
     if (pictures is None) == (prompts is None):
@@ -496,6 +497,8 @@ def evaluate_metrics(
     if pictures is not None and (adapter is not None or teacher):
         raise UserError("--pictures are there already: leave --adapter and --teacher out, or name --prompts")
     references = {name: at for name, at in zip(REFERENCES, (real, teacher_pictures), strict=True) if at is not None}
+    # Before the model, which takes longest to load
+    networks = Networks(METRICS if metric is None else [each.value for each in metric], inception, clip or CLIP)
     with progress_bar() as progress:
         if pictures is not None:
             judged = Folder(pictures)
@@ -517,8 +520,7 @@ def evaluate_metrics(
                 negative_prompt=negative_prompt,
                 rescaled=rescaled,
             )
-        chosen = METRICS if metric is None else [each.value for each in metric]
-        report = evaluate(judged, references, out, chosen, inception, clip or CLIP, progress)
+        report = evaluate(judged, references, out, networks, progress)
     print(table(report))
     print(f"the figures are in {out}")
 
@@ -555,15 +557,17 @@ def evaluate_export(
 
     An export that was interrupted goes on.
     """
+    from arcflow_jax.evaluate.benchmarks import LAYOUTS
     from arcflow_jax.evaluate.benchmarks import export as make
     from arcflow_jax.pipeline import ArcFlowPipeline
 
     adapter = which_student(model, adapter, raw, teacher)
+    items = LAYOUTS[benchmark].read(prompts)  # before the model, which takes longest to load
     with progress_bar() as progress:
         made = make(
             ArcFlowPipeline.from_pretrained(model, adapter, mesh=mesh, offload=offload, raw=raw),
             benchmark.value,
-            prompts,
+            items,
             out,
             images,
             batch_size,

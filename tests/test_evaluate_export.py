@@ -15,7 +15,8 @@ from PIL import Image
 from arcflow_jax.conversion import convert_model
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
-from arcflow_jax.evaluate.benchmarks import export
+from arcflow_jax.evaluate import benchmarks
+from arcflow_jax.evaluate.benchmarks import LAYOUTS
 
 SIDE = 8
 
@@ -39,6 +40,10 @@ class Painter:
             image.info = {"picture": first + i}
             progress("painting", i + 1)
             yield image
+
+
+def export(painter: Painter, benchmark: str, prompts: Path, out: Path, *settings: object, **more: object) -> int:
+    return benchmarks.export(painter, benchmark, LAYOUTS[benchmark].read(prompts), out, *settings, **more)
 
 
 def colour(number: int, prompt: str) -> tuple[int, int, int]:
@@ -130,7 +135,7 @@ def test_an_interrupted_export_goes_on(geneval, dpg, tmp_path):
         assert len(painter.asked) == 1
 
 
-def test_pictures_of_something_else_are_not_mixed(geneval, tmp_path):
+def test_pictures_of_something_else_are_not_mixed(geneval, dpg, tmp_path):
     out = tmp_path / "out"
     export(Painter(), "geneval", geneval, out)
     with pytest.raises(UserError, match=r"pictures of something else \(their seed differ\).*delete it and out\.json"):
@@ -138,8 +143,10 @@ def test_pictures_of_something_else_are_not_mixed(geneval, tmp_path):
     with pytest.raises(UserError, match=r"\(their images differ\)"):
         export(Painter(), "geneval", geneval, out, images=2)
     geneval.write_text(geneval.read_text().replace("two", "three"))
-    with pytest.raises(UserError, match=r"\(their list differ\)"):
+    with pytest.raises(UserError, match=r"\(their prompts_sha256 differ\)"):
         export(Painter(), "geneval", geneval, out)
+    with pytest.raises(UserError, match="four square pictures"):
+        export(Painter(), "dpg-bench", dpg, tmp_path / "dpg", images=2)
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine.txt").write_text("")
@@ -153,54 +160,33 @@ def model(tmp_path_factory) -> Path:
 
 
 def test_from_the_command_line(capfd, geneval, dpg, tmp_path, model):
-    """Pictures are those of arcflow sample, whatever the batch."""
+    """Pictures are those of arcflow sample."""
     sampling = ("--model", model, "--teacher", "--steps", 1, "--height", 32, "--width", 32, "--seed", 5)
     prompts = ["a red ring", "a green circle"]
     geneval.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
-    code, stdout, stderr = run(
-        capfd,
-        *("evaluate", "export", *sampling, "--benchmark", "geneval", "--prompts", geneval, "--images", 2),
-        *("--out", tmp_path / "out", "--batch-size", 3),
-    )
+    together = (*sampling, "--images", 2, "--batch-size", 3)
+    export_geneval = ("evaluate", "export", "--benchmark", "geneval", "--prompts", geneval)
+    export_dpg = ("evaluate", "export", "--benchmark", "dpg-bench", "--prompts", dpg)
+    code, stdout, stderr = run(capfd, *export_geneval, *together, "--out", tmp_path / "out")
     assert code == 0, stderr
     assert stdout == f"{tmp_path / 'out'} has 4 pictures\n"
-    code, stdout, stderr = run(
-        capfd,
-        *(
-            "sample",
-            *sampling,
-            "--prompts-file",
-            tmp_path / "prompts.txt",
-            "--images",
-            2,
-            "--out",
-            tmp_path / "sampled",
-        ),
-    )
+    sample = ("sample", "--prompts-file", tmp_path / "prompts.txt", "--out", tmp_path / "sampled")
+    code, stdout, stderr = run(capfd, *sample, *together)
     assert code == 0, stderr
     for i, file in enumerate(stdout.split()):
         with Image.open(file) as sampled, Image.open(tmp_path / f"out/{i // 2:05d}/samples/{i % 2:04d}.png") as made:
             assert made.text == sampled.text
-            assert np.abs(np.asarray(made, int) - np.asarray(sampled, int)).max() <= 1
+            np.testing.assert_array_equal(np.asarray(made), np.asarray(sampled))
 
     def refused(message: str, *arguments: object) -> None:
-        assert_refused(capfd, tmp_path, "evaluate", "export", *sampling, *arguments, message=message)
+        assert_refused(capfd, tmp_path, *arguments, "--out", tmp_path / "new", message=message)
 
-    new = ("--out", tmp_path / "new")
-    refused(
-        "GenEval's prompts are in its prompts/evaluation_metadata.jsonl",
-        "--benchmark",
-        "geneval",
-        "--prompts",
-        "x",
-        *new,
-    )
-    refused("DPG-Bench's prompts are in dpg_bench/prompts", "--benchmark", "dpg-bench", "--prompts", geneval, *new)
-    dpg_bench = ("--benchmark", "dpg-bench", "--prompts", dpg, *new)
-    refused("four square pictures", *dpg_bench, "--images", 2)
-    refused("four square pictures", *dpg_bench, "--width", 64)
+    refused("name the student with --adapter", *export_dpg, "--model", model)
+    refused("GenEval's prompts are in its prompts/evaluation_metadata.jsonl", *export_geneval[:-1], "x", *sampling)
+    refused("DPG-Bench's prompts are in dpg_bench/prompts", *export_dpg[:-1], geneval, *sampling)
+    refused("four square pictures", *export_dpg, *sampling, "--width", 64)
     (dpg / "a.b.txt").write_text("a ring")
-    refused(r"a\.b\.txt: the scorer finds pictures by their names up to the first dot", *dpg_bench)
+    refused(r"a\.b\.txt: the scorer finds pictures by their names up to the first dot", *export_dpg, *sampling)
     geneval.write_text('{"prompt": " "}\n')
-    refused("line 1: the prompt is empty", "--benchmark", "geneval", "--prompts", geneval, *new)
+    refused("line 1: the prompt is empty", *export_geneval, *sampling)

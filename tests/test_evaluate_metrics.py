@@ -17,10 +17,10 @@ from PIL import Image
 from arcflow_jax.conversion import convert_model
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
-from arcflow_jax.evaluate import features, statistics
+from arcflow_jax.evaluate import features, metrics, statistics
 from arcflow_jax.evaluate.features import Clip, Inception, centre, resized
-from arcflow_jax.evaluate.metrics import evaluate
-from arcflow_jax.evaluate.picture_sets import Folder
+from arcflow_jax.evaluate.picture_sets import Folder, PictureSet
+from arcflow_jax.evaluate.statistics import Networks
 from arcflow_jax.images import save_picture
 
 torch = pytest.importorskip("torch")
@@ -78,6 +78,10 @@ def clip(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return convert_model(ASSETS / "tiny-flux", tmp_path_factory.mktemp("model") / "teacher")
+
+
+def evaluate(pictures: PictureSet, references: dict, out: Path, *networks: object, **more: object) -> dict:
+    return metrics.evaluate(pictures, references, out, Networks(*networks, **more))
 
 
 def write_pictures(folder: Path, count: int, seed: int, width: int = 330, height: int = 310) -> np.ndarray:
@@ -212,15 +216,6 @@ def test_straight_from_a_sampler(capfd, folders, tmp_path, model, inception, cli
     assert {"steps": 2, "seed": 3, "guidance": 2.0, "height": 64}.items() <= made["pictures"].items()
     assert made["notes"][0].startswith("pictures: 5 pictures are few for 8 features")
 
-    # The sampler again, with another seed, must not take the first one's statistics for its own
-    again = [*made_with(sampling, "--seed", 4), "--prompts", prompts, "--out", tmp_path / "made.json"]
-    assert_refused(capfd, tmp_path, *common, *again, message=r"made\.npz holds statistics of something else \(its seed")
-
-
-def made_with(sampling: tuple, name: str, value: object) -> list:
-    at = sampling.index(name) + 1
-    return [*sampling[:at], value, *sampling[at + 1 :]]
-
 
 def test_an_interrupted_evaluation_goes_on(folders, tmp_path, inception, clip, monkeypatch):
     monkeypatch.setattr(statistics, "BATCH", 8)
@@ -307,6 +302,13 @@ def test_bad_input(capfd, folders, tmp_path, inception, clip, monkeypatch):
 
     for metric in ("fid", "pfid"):
         evaluate(Folder(folders / "coco"), {}, tmp_path / f"{metric}.json", [metric], inception)
+    changed = tmp_path / "fid.json"
+    refused(
+        r"fid\.npz holds statistics of something else \(its pictures, folder, files_sha256 differ",
+        out=changed,
+        metric="fid",
+    )
+    refused(r"fid\.npz holds statistics of something else \(its metrics, pictures, folder,", out=changed, metric="pfid")
     refused("pfid.npz has no statistics for fid", real=tmp_path / "pfid.npz", metric="fid")
     torch.jit.script(TinyInception().double().float()).save(tmp_path / "other.pt")
     other = {"inception": tmp_path / "other.pt", "metric": "fid"}

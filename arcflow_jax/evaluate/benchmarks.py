@@ -119,7 +119,7 @@ LAYOUTS: dict[str, Layout] = {"geneval": GenEval(), "dpg-bench": DpgBench()}
 def export(
     pipeline: ArcFlowPipeline,
     benchmark: str,
-    source: Path,
+    items: Sequence[Item],
     out: Path,
     images: int = 4,
     batch_size: int | None = None,
@@ -131,7 +131,7 @@ def export(
     Args:
       pipeline: makes them.
       benchmark: of `LAYOUTS`.
-      source: its prompts.
+      items: its prompts, as its layout reads them.
       out: directory for the pictures.
       images: a prompt.
       batch_size: pictures made at a time, across prompts, which changes nothing about them.
@@ -145,7 +145,6 @@ def export(
       UserError: on bad input, if there are pictures of something else, or they cannot be written.
     """
     layout = LAYOUTS[benchmark]
-    items = layout.read(source)
     made_with = pipeline.described(**settings)
     if benchmark == "dpg-bench" and (images != 4 or made_with["height"] != made_with["width"]):
         raise UserError("DPG-Bench's scorer reads four square pictures a prompt")

@@ -23,7 +23,7 @@ import numpy as np
 from arcflow_jax.errors import UserError
 from arcflow_jax.evaluate.frechet import frechet_distance
 from arcflow_jax.evaluate.picture_sets import PictureSet
-from arcflow_jax.evaluate.statistics import DISTANCES, METRICS, Networks, Progress, Statistics, gather, reference
+from arcflow_jax.evaluate.statistics import DISTANCES, Networks, Progress, Statistics, gather, reference
 from arcflow_jax.geometry import write_json
 
 REFERENCES = ("real", "teacher")
@@ -33,9 +33,7 @@ def evaluate(
     pictures: PictureSet,
     references: Mapping[str, Path],
     out: Path,
-    metrics: Sequence[str] = METRICS,
-    inception: Path | None = None,
-    clip: str = "",
+    networks: Networks,
     progress: Progress = lambda activity, done, total: None,
 ) -> dict[str, Any]:
     """The figures of a set of pictures, which are written to `out` as well.
@@ -45,8 +43,7 @@ def evaluate(
       references: what FID and pFID compare with, of `REFERENCES` by name: a folder, or statistics. There may be none,
         and then only the pictures' own statistics are gathered.
       out: a .json file. Statistics lie beside it.
-      metrics: of `METRICS`.
-      inception, clip: the networks, see `Inception` and `Clip`.
+      networks: what looks at pictures, for the metrics that are wanted.
       progress: told what is going on, how many pictures are done, and of how many.
 
     Raises:
@@ -54,14 +51,13 @@ def evaluate(
     """
     if out.suffix != ".json":
         raise UserError(f"the report {out} has to be a .json file")
-    distances = [metric for metric in DISTANCES if metric in metrics]
+    distances = [metric for metric in DISTANCES if metric in networks.metrics]
     if references and not distances:
         raise UserError("a reference is for fid and pfid, which are not among the metrics")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {out.parent}: {error.strerror}") from None
-    networks = Networks(metrics, inception, clip)
     known = {
         name: reference(
             source,
@@ -72,7 +68,7 @@ def evaluate(
         )
         for name, source in references.items()
     }
-    statistics = gather(pictures, [m for m in METRICS if m in metrics], networks, out.with_suffix(".npz"), progress)
+    statistics = gather(pictures, networks.metrics, networks, out.with_suffix(".npz"), progress)
     report: dict[str, Any] = {
         "pictures": pictures.of,
         "references": {name: each.description["pictures"] for name, each in known.items()},
@@ -81,9 +77,9 @@ def evaluate(
         progress(f"computing {metric}", pictures.count, pictures.count)
         own = statistics.moments[metric]
         report[metric] = {name: frechet_distance(own, each.moments[metric]) for name, each in known.items()}
-    if "clip" in metrics:
+    if "clip" in networks.metrics:
         cosines = statistics.moments["clip"]
-        report["clip"] = {"score": float(cosines.mean[0]), "network": clip}
+        report["clip"] = {"score": float(cosines.mean[0]), "network": networks.clip}
         if cosines.count > 1:
             report["clip"]["standard_error"] = float(np.sqrt(cosines.covariance[0, 0] / cosines.count))
     report["notes"] = notes(networks, {"pictures": statistics, **known} if known else {}, distances)

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from arcflow_jax.errors import UserError, one_line
-from arcflow_jax.evaluate.features import Clip, Inception, centre, resized
+from arcflow_jax.evaluate.features import CLIP, Clip, Inception, centre, resized
 from arcflow_jax.evaluate.frechet import Moments
 from arcflow_jax.evaluate.picture_sets import Folder, PictureSet
 
@@ -99,7 +99,8 @@ class Networks:
       clip: see `Clip`.
     """
 
-    def __init__(self, metrics: Sequence[str], inception: Path | None, clip: str):
+    def __init__(self, metrics: Sequence[str] = METRICS, inception: Path | None = None, clip: str = CLIP):
+        self.metrics = [metric for metric in METRICS if metric in metrics]
         self.inception = Inception(inception) if set(metrics) & set(DISTANCES) else None
         self.clip = clip if "clip" in metrics else None
         self._clip: Clip | None = None
@@ -133,7 +134,7 @@ def gather(
     if statistics.description != description:
         there = {**statistics.description, **statistics.description["pictures"]}
         wanted = {**description, **pictures.of}
-        differing = [name for name in {**there, **wanted} if name != "pictures" and there.get(name) != wanted.get(name)]
+        differing = [name for name in {**there, **wanted} if there.get(name) != wanted.get(name)]
         raise UserError(
             f"{file} holds statistics of something else (its {', '.join(differing)} differ): delete it, or choose "
             "another --out"
