@@ -13,7 +13,7 @@ from its last checkpoint.
     OUT/results/*.json    figures              OUT/ablation.png
 
 Cost: COST
-Needs `pip install matplotlib`.
+Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ def main() -> None:
         sys.exit(2)
     except Preempted as told:
         print(told)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from arcflow_jax.demo import report as demo
 from arcflow_jax.errors import UserError
@@ -21,6 +21,7 @@ from benchmarks.ablation.cells import CALLS, METHODS, MODES, PARTS, SECTIONS, SE
 from benchmarks.ablation.study import EULER, Result, Study, teacher
 
 COLOURS = {**demo.COLOURS, "legendre": "#0f766e", "teacher": "#1c1917"}
+MARKERS = {"linear": "s", "arcflow": "o", "legendre": "^", "teacher": "D"}
 LABELS = {"linear": "linear", "arcflow": "momentum (ArcFlow)", "legendre": "Legendre", "teacher": "teacher, Euler"}
 COMPARISON = next(iter(SECTIONS))
 COLUMNS = ("", "seeds", "endpoint error", "Fréchet distance", "prompt agreement", "s an iteration", "training, s")
@@ -93,8 +94,8 @@ def heading(study: Study) -> str:
     machine = f"{os.cpu_count()} {platform.machine()} cores, jax {jax.__version__}, {datetime.date.today()}"
     return (
         f"Runs of {study.steps} iterations, evaluated on {study.prompts} prompts, the same noises for all; {machine}. "
-        "Mean ± standard deviation over seeds 0, 1, …; a single seed has none. Endpoint error: against the teacher's 50 "
-        "Euler steps at the same guidance. Training without compilation."
+        "Mean ± standard deviation over seeds 0, 1, …, where there are several. Endpoint error: against the teacher's "
+        f"{EULER[-1]} Euler steps at the same guidance. Training without compilation."
     )
 
 
@@ -103,7 +104,7 @@ def table(finished: Finished) -> str:
     rows = [row(COLUMNS), row(["---"] * len(COLUMNS))]
     for title, names in finished.sections().items():
         rows.append(row([f"**{title}**"] + [""] * (len(COLUMNS) - 1)))
-        rows += [row([name, *figures_of(finished.seeds(name))]) for name in names]
+        rows += [row([name.partition("-guidance")[0], *figures_of(finished.seeds(name))]) for name in names]
     return "\n".join(rows)
 
 
@@ -124,8 +125,8 @@ def figures_of(results: list[Result]) -> list[str]:
         value(error, 4),
         value(lambda result: result.figures["frechet_distance"], 2),
         value(lambda result: 100 * result.figures["prompt_agreement"], 1) + " %",
-        value(lambda result: result.seconds, 3) if trained else "–",
-        value(lambda result: result.seconds * result.iterations, 0) if trained else "–",
+        f"{statistics.mean(result.seconds for result in results):.3f}" if trained else "–",
+        f"{point(results).seconds:.0f}" if trained else "–",
     ]
 
 
@@ -177,8 +178,9 @@ def draw_calls(axes: Axes, finished: Finished) -> None:
         draw_line(axes, method, {n: finished.seeds(cell(method, calls(n))) for n in CALLS})
     guidance = finished.guidances[0]
     draw_line(axes, "teacher", {n: finished.seeds(teacher(n, guidance)) for n in EULER[:-1]})
-    axes.set(title="fewer network calls", xlabel="network calls", xscale="log", yscale="log")
+    axes.set(title="fewer network calls", xlabel="network calls", xscale="log")
     plain_ticks(axes, [*CALLS, EULER[-2]])
+    logarithmic(axes)
 
 
 def draw_way(axes: Axes, finished: Finished, count: int) -> None:
@@ -186,8 +188,9 @@ def draw_way(axes: Axes, finished: Finished, count: int) -> None:
         name = cell(method, calls(count))
         points = {s: finished.seeds(name, s) for s in finished.stops(name)}
         draw_line(axes, method, {point(results).seconds: results for results in points.values()})
-    axes.set(title=f"training time, {count} {'call' if count == 1 else 'calls'}", xlabel="seconds", yscale="log")
+    axes.set(title=f"training time, {count} {'call' if count == 1 else 'calls'}", xlabel="seconds, without compilation")
     axes.set_xlim(left=0)
+    logarithmic(axes)
 
 
 def draw_modes(axes: Axes, finished: Finished) -> None:
@@ -200,15 +203,20 @@ def draw_modes(axes: Axes, finished: Finished) -> None:
 
 
 def draw_parts(axes: Axes, finished: Finished) -> None:
-    """Bars of the changed recipes; the lines are those that nothing was changed of."""
-    names = [part for part in PARTS if finished.seeds(cell("arcflow", part))]
-    points = [point(finished.seeds(cell("arcflow", part))) for part in names]
-    axes.barh(names, [p.error for p in points], color=COLOURS["arcflow"], alpha=0.75, height=0.6)
+    """Points are the changed recipes; the lines, with their spread, those that nothing was changed of."""
+    points = {part: point(found) for part in PARTS if (found := finished.seeds(cell("arcflow", part)))}
+    names = [part.replace("-", " ") for part in points]
+    errors, spreads = [p.error for p in points.values()], [p.spread for p in points.values()]
+    axes.errorbar(errors, names, xerr=spreads, color=COLOURS["arcflow"], marker=MARKERS["arcflow"], linestyle="")
     for method in METHODS:
-        if results := finished.seeds(method):
-            axes.axvline(point(results).error, color=COLOURS[method], linestyle="--")
+        if found := finished.seeds(method):
+            error, spread, _ = point(found)
+            axes.axvline(error, color=COLOURS[method])
+            axes.axvspan(error - spread, error + spread, color=COLOURS[method], alpha=0.2, linewidth=0)
+    axes.margins(y=0.1)
     axes.invert_yaxis()
-    axes.set(title="changed parts of ArcFlow's recipe, 2 calls", xlabel="endpoint error; dashed: unchanged")
+    axes.grid(alpha=0.25)
+    axes.set(title="a change in ArcFlow's recipe, 2 calls", xlabel="endpoint error; lines: unchanged recipes")
 
 
 def draw_settings(axes: Axes, finished: Finished) -> None:
@@ -218,15 +226,17 @@ def draw_settings(axes: Axes, finished: Finished) -> None:
         points = {j + 0.27 * (i - 1): point(results) for j, results in found.items() if results}
         spreads = [p.spread for p in points.values()]
         axes.bar(list(points), [p.error for p in points.values()], 0.25, yerr=spreads, color=COLOURS[method])
-    axes.set_xticks(range(len(settings)), ["shift 2,\nguided", *(name.replace("-", " ") for name in SETTINGS)])
+    axes.set_xticks(range(len(settings)), ["unchanged", *(name.replace("-", " ") for name in SETTINGS)])
     axes.set(title="time shift and guidance, 2 calls", ylabel="endpoint error")
 
 
 def draw_line(axes: Axes, name: str, results: Mapping[float, list[Result]]) -> None:
     """Means and spreads by x, of what is finished."""
     points = {x: point(found) for x, found in results.items() if found}
+    if not points:
+        return
     means, spreads = [p.error for p in points.values()], [p.spread for p in points.values()]
-    style = {"color": COLOURS[name], "marker": "o", "linestyle": "--" if name == "teacher" else "-"}
+    style = {"color": COLOURS[name], "marker": MARKERS[name], "linestyle": "--" if name == "teacher" else "-"}
     axes.errorbar(list(points), means, yerr=spreads, capsize=3, label=LABELS[name], **style)
     axes.set_ylabel("endpoint error")
     axes.grid(alpha=0.25, which="both")
@@ -235,3 +245,13 @@ def draw_line(axes: Axes, name: str, results: Mapping[float, list[Result]]) -> N
 def plain_ticks(axes: Axes, ticks: Sequence[int]) -> None:
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
+
+
+def logarithmic(axes: Axes) -> None:
+    """A logarithmic scale with plain numbers."""
+    if not axes.has_data():
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
