@@ -17,13 +17,24 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from arcflow_jax.demo import report as demo
 from arcflow_jax.errors import UserError
-from benchmarks.ablation.cells import CALLS, METHODS, MODES, PARTS, SECTIONS, SETTINGS, calls, cell, modes
+from benchmarks.ablation.cells import (
+    CALLS,
+    CELLS,
+    COMPARED,
+    METHODS,
+    MODES,
+    PARTS,
+    SECTIONS,
+    SETTINGS,
+    calls,
+    cell,
+    modes,
+)
 from benchmarks.ablation.study import EULER, Result, Study, teacher
 
 COLOURS = {**demo.COLOURS, "legendre": "#0f766e", "teacher": "#1c1917"}
 MARKERS = {"linear": "s", "arcflow": "o", "legendre": "^", "teacher": "D"}
 LABELS = {"linear": "linear", "arcflow": "momentum (ArcFlow)", "legendre": "Legendre", "teacher": "teacher, Euler"}
-COMPARISON = next(iter(SECTIONS))
 COLUMNS = ("", "seeds", "endpoint error", "Fréchet distance", "prompt agreement", "s an iteration", "training, s")
 
 
@@ -91,11 +102,14 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def heading(study: Study) -> str:
+    usual = study.recipe("arcflow")
     machine = f"{os.cpu_count()} {platform.machine()} cores, jax {jax.__version__}, {datetime.date.today()}"
     return (
-        f"Runs of {study.steps} iterations, evaluated on {study.prompts} prompts, the same noises for all; {machine}. "
-        "Mean ± standard deviation over seeds 0, 1, …, where there are several. Endpoint error: against the teacher's "
-        f"{EULER[-1]} Euler steps at the same guidance. Training without compilation."
+        f"Runs of {study.steps} iterations at batch {usual.batch}, evaluated on {study.prompts} prompts, the same "
+        f"noises for all; {machine}. A row is a variant of `configs/tiny_ablation.py`, with {usual.distillation.nfe} "
+        f"network calls, time shift {usual.distillation.shift:g} and guidance {usual.guidance:g} unless it says "
+        "otherwise. Mean ± standard deviation over seeds 0, 1, …, where there are several. Endpoint error: against the "
+        f"teacher's {EULER[-1]} Euler steps at the same guidance. Seconds do not count compilation."
     )
 
 
@@ -132,7 +146,7 @@ def figures_of(results: list[Result]) -> list[str]:
 
 def way_table(finished: Finished) -> str:
     """A row a cell that was evaluated on its way: endpoint error, and the seconds of training up to there."""
-    cells = [cell for cell in SECTIONS[COMPARISON] if len(finished.stops(cell)) > 1]
+    cells = [name for name in CELLS if name in COMPARED and finished.stops(name)]
     stops = sorted({stop for cell in cells for stop in finished.stops(cell)})
     rows = [row(["", *(f"{stop} iterations" for stop in stops)]), row(["---"] * (len(stops) + 1))]
     for name in cells:

@@ -30,7 +30,7 @@ from benchmarks.ablation.cells import COMPARED, seeds
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny_ablation.py"
 EULER = (2, 4, 8, 50)  # the teacher's steps; the last is what students are held against
 DENSE = f"teacher_{EULER[-1]}"
-START = 100  # iterations of one segment that the start of a run and its evaluation take the time of, about
+START = 150  # iterations of one segment that the start of a run and its evaluation take the time of, about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,13 +156,13 @@ class Study:
             raise UserError(f"cannot write to {self.out}: {error.strerror}") from None
         if jax.config.jax_compilation_cache_dir is None:  # the seeds of a cell run the same program
             jax.config.update("jax_compilation_cache_dir", str(self.out / "cache"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
         if not (self.out / "teacher" / DESCRIPTION).exists():
             convert_model(SOURCE, self.out / "teacher")
         for guidance in sorted(guidances):
             names = {steps: teacher(steps, guidance) for steps in EULER}
             if not all(self.file(name, 0, 0).exists() for name in names.values()):
-                results = teachers(self, guidance, EULER)
-                figures = measure(results, self.captions, against=DENSE)
+                figures = measure(teachers(self, guidance), self.captions, against=DENSE)
                 for steps, name in names.items():
                     self.keep(Result(name, 0, 0, 0.0, figures[f"teacher_{steps}"]))
 
@@ -174,16 +174,17 @@ class Study:
         if lines[-1]["step"] != stop:
             raise UserError(f"{run} is past iteration {stop}, which was not evaluated: remove it, to train it anew")
         student = Sampler(ArcFlowPipeline.from_pretrained(self.out / "teacher", adapter=run), recipe.distillation.nfe)
+        dense = teachers(self, recipe.guidance)[DENSE]
         results = run_samplers({"student": student}, self.captions, recipe.guidance)
-        figures = measure(teachers(self, recipe.guidance, EULER[-1:]) | results, self.captions, against=DENSE)
-        jax.clear_caches()  # of programs that no other cell runs
+        figures = measure({DENSE: dense} | results, self.captions, against=DENSE)
+        if stop == self.steps:
+            jax.clear_caches()  # of programs that no other cell runs
         seconds = statistics.median(1 / line["iterations_per_second"] for line in lines)
         return Result(cell, seed, stop, seconds, figures["student"])
 
 
 @functools.cache
-def teachers(study: Study, guidance: float, steps: tuple[int, ...]) -> dict[str, Results]:
-    """What the teacher makes in so many Euler steps."""
+def teachers(study: Study, guidance: float) -> dict[str, Results]:
+    """What the teacher makes in each of `EULER` steps, as teacher_STEPS."""
     pipeline = ArcFlowPipeline.from_pretrained(study.out / "teacher")
-    samplers = {f"teacher_{count}": Sampler(pipeline, count) for count in steps}
-    return run_samplers(samplers, study.captions, guidance)
+    return run_samplers({f"teacher_{n}": Sampler(pipeline, n) for n in EULER}, study.captions, guidance)
