@@ -222,7 +222,7 @@ def draw_parts(axes: Axes, finished: Finished) -> None:
     names = [part.replace("-", " ") for part in points]
     errors, spreads = [p.error for p in points.values()], [p.spread for p in points.values()]
     axes.errorbar(errors, names, xerr=spreads, color=COLOURS["arcflow"], marker=MARKERS["arcflow"], linestyle="")
-    for method in METHODS:
+    for method in ("linear", "arcflow"):
         if found := finished.seeds(method):
             error, spread, _ = point(found)
             axes.axvline(error, color=COLOURS[method])
@@ -266,6 +266,6 @@ def logarithmic(axes: Axes) -> None:
     if not axes.has_data():
         return
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
