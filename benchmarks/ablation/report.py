@@ -182,6 +182,8 @@ def figure(finished: Finished) -> Figure:
     draw_modes(modes_axes, finished)
     draw_parts(parts_axes, finished)
     draw_settings(settings_axes, finished)
+    for axes in drawing.axes:
+        axes.set_visible(axes.has_data())
     handles, labels = calls_axes.get_legend_handles_labels()
     drawing.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=12)
     return drawing
@@ -219,14 +221,16 @@ def draw_modes(axes: Axes, finished: Finished) -> None:
 def draw_parts(axes: Axes, finished: Finished) -> None:
     """Points are the changed recipes; the lines, with their spread, those that nothing was changed of."""
     points = {part: point(found) for part in PARTS if (found := finished.seeds(cell("arcflow", part)))}
-    names = [part.replace("-", " ") for part in points]
-    errors, spreads = [p.error for p in points.values()], [p.spread for p in points.values()]
-    axes.errorbar(errors, names, xerr=spreads, color=COLOURS["arcflow"], marker=MARKERS["arcflow"], linestyle="")
+    if not points:
+        return
+    for part, p in points.items():
+        style = {"color": COLOURS["arcflow"], "marker": MARKERS["arcflow"], "capsize": 3}
+        axes.errorbar(p.error, part.replace("-", " "), xerr=p.spread, **style)
     for method in ("linear", "arcflow"):
         if found := finished.seeds(method):
-            error, spread, _ = point(found)
-            axes.axvline(error, color=COLOURS[method])
-            axes.axvspan(error - spread, error + spread, color=COLOURS[method], alpha=0.2, linewidth=0)
+            p = point(found)
+            axes.axvline(p.error, color=COLOURS[method])
+            axes.axvspan(p.error - p.spread, p.error + p.spread, color=COLOURS[method], alpha=0.2, linewidth=0)
     axes.margins(y=0.1)
     axes.invert_yaxis()
     axes.grid(alpha=0.25)
@@ -236,10 +240,10 @@ def draw_parts(axes: Axes, finished: Finished) -> None:
 def draw_settings(axes: Axes, finished: Finished) -> None:
     settings = ("", *SETTINGS)
     for i, method in enumerate(METHODS):
-        found = {j: finished.seeds(cell(method, setting)) for j, setting in enumerate(settings)}
-        points = {j + 0.27 * (i - 1): point(results) for j, results in found.items() if results}
-        spreads = [p.spread for p in points.values()]
-        axes.bar(list(points), [p.error for p in points.values()], 0.25, yerr=spreads, color=COLOURS[method])
+        for j, setting in enumerate(settings):
+            if found := finished.seeds(cell(method, setting)):
+                p = point(found)
+                axes.bar(j + 0.27 * (i - 1), p.error, 0.25, yerr=p.spread or None, color=COLOURS[method])
     axes.set_xticks(range(len(settings)), ["unchanged", *(name.replace("-", " ") for name in SETTINGS)])
     axes.set(title="time shift and guidance, 2 calls", ylabel="endpoint error")
 
