@@ -118,8 +118,11 @@ def test_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     study.file("legendre+nfe-1", 0, 1).unlink()
     with pytest.raises(UserError, match=r"legendre\+nfe-1/0 is past iteration 1, which was not evaluated: remove it"):
         study.run(["legendre+nfe-1"], 1)
-    with pytest.raises(UserError, match="holds a study with steps 2, prompts 2: name another --out"):
+    with pytest.raises(UserError, match=r"holds a study with steps 2, prompts 2, teacher [0-9a-f]{12}: name another"):
         Study(tmp_path / "study", steps=3, prompts=2)
+    monkeypatch.setattr(Small, "recipe", Study.recipe)
+    with pytest.raises(UserError, match=r"holds a run of other settings: adapter\.rank was 2, not 32"):
+        study.run(["legendre+nfe-1"], 1)
 
 
 def result(cell: str, error: float, seed: int = 0, iterations: int = 10) -> Result:

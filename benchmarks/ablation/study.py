@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import statistics
 import time
@@ -81,9 +82,13 @@ class Study:
             before = ", ".join(f"{name} {value}" for name, value in read_json(known).items())
             raise UserError(f"{self.out} holds a study with {before}: name another --out")
 
-    @property
-    def budget(self) -> dict[str, int]:
-        return {"steps": self.steps, "prompts": self.prompts}
+    @functools.cached_property
+    def budget(self) -> dict[str, int | str]:
+        """What all results have in common, the weights of the bundled teacher among them."""
+        digest = hashlib.sha256()
+        for path in sorted(SOURCE.rglob("*.safetensors")):
+            digest.update(path.read_bytes())
+        return {"steps": self.steps, "prompts": self.prompts, "teacher": digest.hexdigest()[:12]}
 
     @functools.cached_property
     def captions(self) -> list[Caption]:
@@ -122,19 +127,20 @@ class Study:
           count: of seeds of each cell; by default as `cells.seeds` has it.
 
         Raises:
-          UserError: as `train`, and on an unknown cell or a directory that cannot be written.
+          UserError: as `train`, on an unknown cell, a run of another recipe, or a directory that cannot be written.
           Preempted: as `train`.
         """
-        recipes = {cell: self.recipe(cell) for cell in cells}
-        self.begin({recipe.guidance for recipe in recipes.values()})
+        self.begin({self.recipe(cell).guidance for cell in cells})
         runs = [(cell, seed) for cell in cells for seed in seeds(cell, count)]
         runs.sort(key=lambda run: (run[0] not in COMPARED, run[1]))
         work = {}
         for cell, seed in runs:
+            recipe = self.recipe(cell, seed)
+            recipe.check_same(Path(recipe.out))  # finished ones too: the table must not mix recipes
             stops = self.stops(cell)
             for before, stop in zip([0, *stops], stops, strict=False):
                 if not self.file(cell, seed, stop).exists():
-                    work[cell, seed, stop] = recipes[cell].distillation.nfe * (stop - before) + START
+                    work[cell, seed, stop] = recipe.distillation.nfe * (stop - before) + START
         print(f"{len(work)} evaluations to make", flush=True)
         began, done = time.monotonic(), 0
         for i, (cell, seed, stop) in enumerate(work):
