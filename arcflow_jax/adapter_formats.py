@@ -271,6 +271,10 @@ def check_exportable(description: AdapterDescription, run: Path) -> None:
         raise UserError(f"{run / DESCRIPTION} does not say its base's geometry yet: arcflow train adds it on going on")
     if not description.adapter.targets:
         raise UserError(f"{run} holds a student without LoRA, which the authors' loader passes over")
+    if description.adapter.basis != "momentum":
+        raise UserError(
+            f"{run} holds a student of basis {description.adapter.basis}: the authors' layout knows momentum alone"
+        )
     if description.adapter.modes == 1:
         raise UserError(f"{run} holds a linear student, which has no log-momenta: the authors' layout wants them")
 

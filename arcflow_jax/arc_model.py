@@ -1,4 +1,4 @@
-"""One frozen base, two readings: the teacher's velocity and the student's momentum mixture."""
+"""One frozen base, two readings: the teacher's velocity and the student's curve."""
 
 # B batch, N tokens, C latent channels
 
@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from arcflow_jax.basis import Curve
+from arcflow_jax.errors import UserError
 from arcflow_jax.layers import STUDENT, TEACHER, Adapter, Base, Reading
 from arcflow_jax.lora import attach_lora, linear_layers, merge_lora
-from arcflow_jax.models.head import MomentumHead, OutputLayer
-from arcflow_jax.momentum import Mixture
+from arcflow_jax.models.head import CurveHead, LegendreHead, MomentumHead, OutputLayer
 
 
 class Trunk(Protocol):
@@ -32,11 +33,14 @@ class AdapterConfig:
     """What distillation adds to a teacher.
 
     Attributes:
-      modes: K, of the momentum mixture; 1 is a linear student, one constant velocity a segment.
+      modes: K, of the momentum mixture, or terms of the Legendre series; 1 is a linear student, one constant velocity a
+        segment.
       rank: LoRA rank r.
       alpha: LoRA scale; the update is multiplied by alpha / rank.
       dropout: rate of LoRA dropout in training.
       targets: the linear layers of the trunk that get LoRA, as patterns (see `lora.attach_lora`).
+      basis: of the student's curves, "momentum" (`momentum.Mixture`) or "legendre" (`legendre.Series`).
+      initial_momenta: the first and last of K − 1 log-spaced values that a mixture's momenta e^g start from.
     """
 
     modes: int
@@ -44,6 +48,22 @@ class AdapterConfig:
     alpha: float
     dropout: float
     targets: tuple[str, ...]
+    basis: str = "momentum"
+    initial_momenta: tuple[float, float] = (0.2, 4.0)
+
+    def __post_init__(self):
+        if self.modes < 1:
+            raise UserError(f"modes is {self.modes}, but has to be at least 1")
+        if self.basis not in ("momentum", "legendre"):
+            raise UserError(f"basis is {self.basis!r}, but has to be 'momentum' or 'legendre'")
+        if len(self.initial_momenta) != 2 or min(self.initial_momenta) <= 0:
+            raise UserError(f"initial_momenta is {self.initial_momenta}, but has to be two numbers above 0")
+
+    def head(self, width: int, out_channels: int, rngs: nnx.Rngs) -> CurveHead:
+        """The head that predicts such curves."""
+        if self.basis == "legendre":
+            return LegendreHead(width, out_channels, self.modes, rngs=rngs)
+        return MomentumHead(width, out_channels, self.modes, self.initial_momenta, rngs=rngs)
 
 
 class ArcModel(nnx.Module):
@@ -55,17 +75,17 @@ class ArcModel(nnx.Module):
     def __init__(self, trunk: Trunk, *, param_dtype: Any, rngs: nnx.Rngs):
         self.trunk = trunk
         self.output = OutputLayer(trunk.config.width, trunk.config.in_channels, dtype=param_dtype, rngs=rngs)
-        self.head: MomentumHead | None = nnx.data(None)
+        self.head: CurveHead | None = nnx.data(None)
 
     def attach_student(self, config: AdapterConfig, rngs: nnx.Rngs) -> ArcModel:
         """Adds head and LoRA, whose values `start_student` sets. Raises UserError as `lora.attach_lora`."""
-        self.head = MomentumHead(self.trunk.config.width, self.trunk.config.in_channels, config.modes, rngs=rngs)
+        self.head = config.head(self.trunk.config.width, self.trunk.config.in_channels, rngs)
         attach_lora(self.trunk, config.targets, rank=config.rank, alpha=config.alpha, dropout=config.dropout)
         return self
 
     def start_student(self, key: jax.Array) -> None:
         """Sets the adapter to where distillation begins: the student's velocity is the teacher's, but for the noise
-        that tells its modes apart."""
+        that tells the modes of a mixture apart."""
         lora_key, head_key = jax.random.split(key)
         for layer in linear_layers(self.trunk).values():
             if layer.lora is not None:
@@ -101,10 +121,10 @@ class ArcModel(nnx.Module):
             guided = guided * jnp.divide(*norms)
         return guided
 
-    def student_mixture(
+    def student_curve(
         self, tokens: jax.Array, sigma: jax.Array, conditioning: Any, dropout_key: jax.Array | None = None
-    ) -> Mixture:
-        """The student's mixture for the segment that starts at σ [B], from tokens [B, N, 4C]; LoRA dropout by key."""
+    ) -> Curve:
+        """The student's curve for the segment that starts at σ [B], from tokens [B, N, 4C]; LoRA dropout by key."""
         reading = STUDENT if dropout_key is None else Reading(adapters=True, dropout_key=dropout_key)
         return self.head(*self.trunk(tokens, sigma, conditioning, reading))
 

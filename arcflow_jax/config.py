@@ -112,6 +112,10 @@ class Recipe:
             )
         if self.distillation.data_weight and not self.images:
             raise UserError("distillation.data_weight is of a term on real pictures: name a folder of them as images")
+        if self.distillation.mode_dropout and self.adapter.basis != "momentum":
+            raise UserError(
+                "distillation.mode_dropout is of a momentum mixture's modes: with another basis it has to be 0"
+            )
 
     @property
     def other_prompts(self) -> list[str]:

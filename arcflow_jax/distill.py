@@ -1,10 +1,10 @@
 """Distillation: what the student is trained to do, as pure functions (arXiv 2602.09014).
 
-A segment begins with one call of the student, which predicts a mixture. A *mixed trajectory* then visits M states
+A segment begins with one call of the student, which predicts a curve. A *mixed trajectory* then visits M states
 of the segment, carried there partly by the student, in closed form, and partly by the teacher's own Euler steps.
 At each of them the student's mean velocity from there on is matched to the teacher's velocity. The trajectory's
 end starts the next segment. The trajectory and the targets are constants to the gradient: it reaches the student
-through its mixtures only, one segment at a time.
+through its curves only, one segment at a time.
 
 The first segment begins in noise. Where there are real latents, each example is one segment, drawn by chance, that
 begins in a latent with noise instead.
@@ -23,13 +23,13 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
+from arcflow_jax.basis import Curve, Span
 from arcflow_jax.errors import UserError
-from arcflow_jax.momentum import Mixture, displacement, drop_modes, mean_velocity, velocity
 from arcflow_jax.schedule import boundaries, warp
 
 Trained = TypeVar("Trained")
-# (what is trained, states [B, N, D], σ [B], key of the dropout) -> mixture
-Student = Callable[[Trained, jax.Array, jax.Array, jax.Array], Mixture]
+# (what is trained, states [B, N, D], σ [B], key of the dropout) -> curve
+Student = Callable[[Trained, jax.Array, jax.Array, jax.Array], Curve]
 # (states [m·B, N, D], σ [m·B]) -> velocity [m·B, N, D]. m is 1 or M: rows b·m … b·m + m − 1 belong to example b,
 # so conditioning [B, …] has to be repeated m times, `jnp.repeat(c, m, axis=0)`.
 Teacher = Callable[[jax.Array, jax.Array], jax.Array]
@@ -92,6 +92,10 @@ class Distillation:
         substep = length / jnp.maximum(jnp.round(length * self.substeps), 1)
         return jnp.minimum(self.window * substep, length)
 
+    def span(self, start: jax.Array, length: jax.Array) -> Span:
+        """The segment in σ."""
+        return Span(warp(start, self.shift), warp(start - length, self.shift))
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +155,7 @@ def visit_times(
 
 
 def visit(
-    mixture: Mixture,
+    curve: Curve,
     teacher: Teacher,
     x: jax.Array,
     start: jax.Array,
@@ -162,10 +166,12 @@ def visit(
     share: jax.Array | None,
 ) -> Visits:
     """Follows the mixed trajectory from x [B, N, D] through one segment. Arguments as in `segment_loss`."""
-    mixture = drop_modes(draws.modes, jax.lax.stop_gradient(mixture), settings.mode_dropout)
+    curve = jax.lax.stop_gradient(curve)
+    if settings.mode_dropout:
+        curve = curve.drop_modes(draws.modes, settings.mode_dropout)
     x = jax.lax.stop_gradient(x)
     arrive, leave = visit_times(draws, start, length, settings=settings, share=0.0 if share is None else share)
-    sigma_src, sigma_end = warp(start, settings.shift), warp(start - length, settings.shift)
+    span = settings.span(start, length)
     sigma_a, sigma_b = warp(arrive, settings.shift), warp(leave, settings.shift)
 
     def target(x: jax.Array, sigma: jax.Array) -> jax.Array:
@@ -174,30 +180,28 @@ def visit(
     def turn(carry, sigmas):
         x, sigma = carry
         sigma_a, sigma_b = sigmas
-        state = x - displacement(mixture, sigma_src, sigma, sigma_a)
+        state = x - curve.displacement(span, sigma, sigma_a)
         u = target(state, sigma_a)
         return (state + u * (sigma_b - sigma_a)[:, None, None], sigma_b), (state, u)
 
     if share is None:
         # No state depends on the teacher: all are known beforehand, and it reads them as one batch. An example's
         # states stay together in it, so that a batch sharded over devices stays where it is.
-        states = x - jax.vmap(lambda sigma: displacement(mixture, sigma_src, sigma_src, sigma))(sigma_a)
+        states = x - jax.vmap(lambda sigma: curve.displacement(span, span.src, sigma))(sigma_a)
         batched = target(*(a.swapaxes(0, 1).reshape(-1, *a.shape[2:]) for a in (states, sigma_a)))
         targets = batched.reshape(-1, *states.shape[:1], *states.shape[2:]).swapaxes(0, 1)
-        sigma = sigma_src
+        sigma = span.src
     else:
         # A loop, not M copies of the teacher in the compiled program.
-        (x, sigma), (states, targets) = jax.lax.scan(turn, (x, sigma_src), (sigma_a, sigma_b))
-    end = x - displacement(mixture, sigma_src, sigma, sigma_end)
+        (x, sigma), (states, targets) = jax.lax.scan(turn, (x, span.src), (sigma_a, sigma_b))
+    end = x - curve.displacement(span, sigma, span.end)
     return Visits(states=states, arrive=arrive, leave=leave, targets=targets, end=end)
 
 
-def matched_span(
-    visits: Visits, length: jax.Array, *, settings: Distillation
-) -> tuple[jax.Array, jax.Array]:  # [M, B] each
+def matched(visits: Visits, length: jax.Array, *, settings: Distillation) -> tuple[jax.Array, jax.Array]:  # [M, B] each
     """σ on arrival, and σ one window after leaving: between them the student is matched to the teacher.
 
-    Over less than two substeps the span is empty.
+    Over less than two substeps that is empty.
     """
     until = visits.leave - settings.window_length(length)
     short = jnp.round((visits.arrive - until) * settings.substeps) < 2
@@ -206,29 +210,28 @@ def matched_span(
 
 
 def predict(
-    mixture: Mixture, visits: Visits, start: jax.Array, length: jax.Array, *, settings: Distillation
+    curve: Curve, visits: Visits, start: jax.Array, length: jax.Array, *, settings: Distillation
 ) -> jax.Array:  # [M, B, N, D]
-    """What is matched to the targets: the student's mean velocity over the span, where that is empty its velocity."""
-    sigma_src = warp(start, settings.shift)
-    span = matched_span(visits, length, settings=settings)
-    return jax.vmap(lambda a, b: mean_velocity(mixture, sigma_src, a, b))(*span)
+    """What is matched to the targets: the student's mean velocity over `matched`, where that is empty its velocity."""
+    span = settings.span(start, length)
+    return jax.vmap(lambda a, b: curve.mean_velocity(span, a, b))(*matched(visits, length, settings=settings))
 
 
 def integrate(
-    mixture: Mixture, visits: Visits, x: jax.Array, start: jax.Array, length: jax.Array, *, settings: Distillation
+    curve: Curve, visits: Visits, x: jax.Array, start: jax.Array, length: jax.Array, *, settings: Distillation
 ) -> tuple[jax.Array, jax.Array]:  # [M, B, N, D] each
-    """The states at the spans' ends: the student's, integrated from the segment's first state x, and the teacher's.
+    """The states where `matched` ends: the student's, integrated from the segment's first state x, and the teacher's.
 
     The teacher's is the visited state, carried on by its velocity there.
     """
-    sigma_src = warp(start, settings.shift)
-    sigma_a, sigma_b = matched_span(visits, length, settings=settings)
-    students = x - jax.vmap(lambda b: displacement(mixture, sigma_src, sigma_src, b))(sigma_b)
+    span = settings.span(start, length)
+    sigma_a, sigma_b = matched(visits, length, settings=settings)
+    students = x - jax.vmap(lambda b: curve.displacement(span, span.src, b))(sigma_b)
     return students, visits.states + (sigma_b - sigma_a)[..., None, None] * visits.targets
 
 
 def segment_loss(
-    mixture: Mixture,
+    curve: Curve,
     teacher: Teacher,
     x: jax.Array,
     start: jax.Array,
@@ -241,7 +244,7 @@ def segment_loss(
     """The loss of one segment: loss_scale · ½ · mean square of predicted less target velocity, and the state term.
 
     Args:
-      mixture: what the student predicted at x; the gradient's only way to the student.
+      curve: what the student predicted at x; the gradient's only way to the student.
       x: the segment's first state [B, N, D].
       start, length: where the segment begins and how long it is, in raw time; [B] or scalars.
       share: the teacher's of the trajectory, traced (see `teacher_share`); None says that it
@@ -253,11 +256,11 @@ def segment_loss(
     """
     x = jax.lax.stop_gradient(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
     start, length = (jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1]) for t in (start, length))
-    visits = visit(mixture, teacher, x, start, length, draws, settings=settings, share=share)
-    error = jnp.square(predict(mixture, visits, start, length, settings=settings) - visits.targets).mean()
+    visits = visit(curve, teacher, x, start, length, draws, settings=settings, share=share)
+    error = jnp.square(predict(curve, visits, start, length, settings=settings) - visits.targets).mean()
     loss = settings.loss_scale * 0.5 * error
     if settings.state_weight:
-        students, teachers = integrate(mixture, visits, x, start, length, settings=settings)
+        students, teachers = integrate(curve, visits, x, start, length, settings=settings)
         loss += settings.state_weight * 0.5 * jnp.square(students - teachers).mean()
     log = {"loss": loss, "velocity_error": error / jnp.square(visits.targets).mean()}
     return loss, visits.end, jax.lax.stop_gradient(log)
@@ -292,11 +295,11 @@ def distil(
     def segment(trained, x, start, length, weight, key, straight=None):
         draw_key, dropout_key = jax.random.split(key)
         sigma = jnp.broadcast_to(warp(start, settings.shift), x.shape[:1])
-        mixture = student(trained, x, sigma, dropout_key)
-        draws = Draws.draw(draw_key, x.shape[0], mixture.logits.shape[2], settings.states)
-        loss, end, log = segment_loss(mixture, teacher, x, start, length, draws, settings=settings, share=share)
+        curve = student(trained, x, sigma, dropout_key)
+        draws = Draws.draw(draw_key, x.shape[0], curve.modes, settings.states)
+        loss, end, log = segment_loss(curve, teacher, x, start, length, draws, settings=settings, share=share)
         if straight is not None and settings.data_weight:
-            reconstruction = 0.5 * jnp.square(velocity(mixture, sigma, sigma) - straight).mean()
+            reconstruction = 0.5 * jnp.square(curve.velocity(settings.span(start, length), sigma) - straight).mean()
             loss += settings.data_weight * reconstruction
             log |= {"reconstruction": jax.lax.stop_gradient(reconstruction)}
         return weight * loss, (end, log)

@@ -5,10 +5,7 @@ of which the first mode has none (g = 0: a constant velocity). With π = softmax
 
     v(σ) = Σ_k π_k · m_k · exp(g_k · (σ_src − σ))
 
-A basis has three faces, and they live together here: the velocity, its exact integral, and what a network's
-head has to predict, with the values it starts from. K = 1 is the linear student, a constant velocity.
-
-Arithmetic is float32 whatever the network's dtype (float64 for a float64 mixture).
+K = 1 is the linear student, a constant velocity.
 """
 
 # B batch, N tokens, K modes, C latent channels, 4 the pixels of a token's 2×2 patch
@@ -21,13 +18,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from arcflow_jax.basis import Curve, Span, per_example
+
 PIXELS = 4
-INITIAL_MOMENTA = (0.2, 4.0)  # the range that the K − 1 momenta start in, evenly in their logarithm
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Mixture:
+class Mixture(Curve):
     """What one call of the student predicts: the velocity of every latent pixel on a whole segment.
 
     Logits and log-momenta are per pixel, shared by the channels.
@@ -41,6 +39,46 @@ class Mixture:
     means: jax.Array  # [B, N, K, C, 4]
     logits: jax.Array  # [B, N, K, 4]
     log_momenta: jax.Array  # [B, N, K - 1, 4]
+
+    @property
+    def modes(self) -> int:
+        return self.means.shape[2]
+
+    def velocity(self, span: Span, sigma: jax.Array) -> jax.Array:  # [B, N, 4C]
+        g, src, sigma = self._exponents(span.src, sigma)
+        return self._sum_modes(jnp.exp(g * (src - sigma)))
+
+    def mean_velocity(self, span: Span, sigma_a: jax.Array, sigma_b: jax.Array) -> jax.Array:  # [B, N, 4C]
+        """See `Curve`. Σ_k π_k · m_k · exp(g_k · (σ_src − σ_a)) · φ(g_k · (σ_a − σ_b)).
+
+        No division by the span, so none to guard.
+        """
+        g, src, a, b = self._exponents(span.src, sigma_a, sigma_b)
+        return self._sum_modes(jnp.exp(g * (src - a)) * phi(g * (a - b)))
+
+    def drop_modes(self, uniforms: jax.Array, rate: float) -> Mixture:
+        """Itself without the modes whose uniform draw, [B, K] in [0, 1), is below `rate`; π is over the others.
+
+        An example that would lose all its modes keeps all.
+        """
+        dropped = uniforms < rate
+        dropped = dropped & ~dropped.all(-1, keepdims=True)
+        return dataclasses.replace(self, logits=jnp.where(dropped[:, None, :, None], -jnp.inf, self.logits))
+
+    def _exponents(self, *sigmas: jax.Array) -> tuple[jax.Array, ...]:  # [B, N, K, 4], and [B, 1, 1, 1] each
+        """g of all K modes, the first one's 0 included, and noise levels shaped to meet it."""
+        g = self.log_momenta.astype(jnp.promote_types(self.means.dtype, jnp.float32))
+        return jnp.pad(g, ((0, 0), (0, 0), (1, 0), (0, 0))), *per_example(g.dtype, 4, *sigmas)
+
+    def _sum_modes(self, growth: jax.Array) -> jax.Array:  # [B, N, K, 4] -> [B, N, 4C]
+        """Σ_k π_k · m_k · growth_k.
+
+        A product and a sum, not an einsum: XLA makes one loop of them that reads the means once, in their own dtype,
+        and float32 stays float32 where a matrix unit would round it to bfloat16.
+        """
+        weights = jax.nn.softmax(self.logits.astype(growth.dtype), axis=2) * growth
+        total = (weights[:, :, :, None] * self.means.astype(growth.dtype)).sum(2)  # [B, N, C, 4]
+        return total.reshape(*total.shape[:2], -1)
 
 
 class HeadSizes(NamedTuple):
@@ -56,9 +94,9 @@ def head_sizes(modes: int, channels: int) -> HeadSizes:
     return HeadSizes(modes * channels * PIXELS, modes * PIXELS, (modes - 1) * PIXELS)
 
 
-def initial_log_momenta(modes: int) -> jax.Array:  # [K - 1]
-    """The values that g starts from, at every pixel: log of K − 1 values log-spaced in `INITIAL_MOMENTA`."""
-    low, high = INITIAL_MOMENTA
+def initial_log_momenta(modes: int, momenta: tuple[float, float]) -> jax.Array:  # [K - 1]
+    """The values that g starts from, at every pixel: log of K − 1 values log-spaced from one momentum to the other."""
+    low, high = momenta
     return jnp.linspace(jnp.log(low), jnp.log(high), modes - 1)
 
 
@@ -75,62 +113,3 @@ def phi(z: jax.Array) -> jax.Array:
     for n in range(15, 1, -1):  # 0.5^14 / 15! is below float64's rounding, in the derivative too
         series = 1.0 + near * series / n
     return jnp.where(small, series, jnp.expm1(far) / far)
-
-
-def velocity(mixture: Mixture, sigma_src: jax.Array, sigma: jax.Array) -> jax.Array:  # [B, N, 4C]
-    """v(σ) of a mixture predicted at σ_src. Noise levels are [B], or scalars for the whole batch."""
-    sigma_src, sigma = _per_example(mixture, sigma_src, sigma)
-    return _sum_modes(mixture, jnp.exp(_exponents(mixture) * (sigma_src - sigma)))
-
-
-def mean_velocity(
-    mixture: Mixture, sigma_src: jax.Array, sigma_a: jax.Array, sigma_b: jax.Array
-) -> jax.Array:  # [B, N, 4C]
-    """The mean of v over [σ_b, σ_a]; where the span is empty, v(σ_a). Noise levels are [B], or scalars.
-
-    Σ_k π_k · m_k · exp(g_k · (σ_src − σ_a)) · φ(g_k · (σ_a − σ_b)): no division by the span, so none to guard.
-    """
-    sigma_src, sigma_a, sigma_b = _per_example(mixture, sigma_src, sigma_a, sigma_b)
-    g = _exponents(mixture)
-    return _sum_modes(mixture, jnp.exp(g * (sigma_src - sigma_a)) * phi(g * (sigma_a - sigma_b)))
-
-
-def displacement(
-    mixture: Mixture, sigma_src: jax.Array, sigma_a: jax.Array, sigma_b: jax.Array
-) -> jax.Array:  # [B, N, 4C]
-    """∫ v dσ from σ_b up to σ_a, exactly: x at σ_b is x at σ_a less this. Noise levels are [B], or scalars."""
-    a, b = _per_example(mixture, sigma_a, sigma_b)
-    return (a - b)[..., 0] * mean_velocity(mixture, sigma_src, sigma_a, sigma_b)
-
-
-def drop_modes(uniforms: jax.Array, mixture: Mixture, rate: float) -> Mixture:
-    """The mixture without the modes whose uniform draw, [B, K] in [0, 1), is below `rate`; π is over the others.
-
-    An example that would lose all its modes keeps all.
-    """
-    dropped = uniforms < rate
-    dropped = dropped & ~dropped.all(-1, keepdims=True)
-    return dataclasses.replace(mixture, logits=jnp.where(dropped[:, None, :, None], -jnp.inf, mixture.logits))
-
-
-def _per_example(mixture: Mixture, *sigmas: jax.Array) -> list[jax.Array]:
-    """Noise levels in the dtype of the arithmetic, shaped to meet [B, N, K, 4]."""
-    dtype = jnp.promote_types(mixture.means.dtype, jnp.float32)
-    return [jnp.asarray(sigma, dtype).reshape(-1, 1, 1, 1) for sigma in sigmas]
-
-
-def _exponents(mixture: Mixture) -> jax.Array:  # [B, N, K, 4]
-    """g of all K modes, the first one's 0 included."""
-    g = mixture.log_momenta.astype(jnp.promote_types(mixture.means.dtype, jnp.float32))
-    return jnp.pad(g, ((0, 0), (0, 0), (1, 0), (0, 0)))
-
-
-def _sum_modes(mixture: Mixture, growth: jax.Array) -> jax.Array:  # [B, N, K, 4] -> [B, N, 4C]
-    """Σ_k π_k · m_k · growth_k.
-
-    A product and a sum, not an einsum: XLA makes one loop of them that reads the means once, in their own dtype,
-    and float32 stays float32 where a matrix unit would round it to bfloat16.
-    """
-    weights = jax.nn.softmax(mixture.logits.astype(growth.dtype), axis=2) * growth
-    total = (weights[:, :, :, None] * mixture.means.astype(growth.dtype)).sum(2)  # [B, N, C, 4]
-    return total.reshape(*total.shape[:2], -1)

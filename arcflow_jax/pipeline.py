@@ -58,7 +58,7 @@ def sample(
     model = nnx.merge(graphdef, model_state)
 
     def student(x: jax.Array, sigma: jax.Array) -> Any:
-        return model.student_mixture(x, sigma, conditioning)
+        return model.student_curve(x, sigma, conditioning)
 
     return sampler.sample(student, latents, steps=steps, shift=shift, final_step_ratio=final_step_ratio)
 

@@ -13,12 +13,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from arcflow_jax.momentum import Mixture, displacement
+from arcflow_jax.basis import Curve, Span
 from arcflow_jax.schedule import boundaries, euler_grid, warp
 
 
 def sample(
-    student: Callable[[jax.Array, jax.Array], Mixture],
+    student: Callable[[jax.Array, jax.Array], Curve],
     latents: jax.Array,
     *,
     steps: int,
@@ -28,7 +28,8 @@ def sample(
     """The student's data for noise `latents`: `steps` calls student(x, σ [B]), each integrated exactly. float32."""
 
     def segment(x: jax.Array, sigma: jax.Array, sigma_next: jax.Array) -> jax.Array:
-        return x - displacement(student(x, jnp.full(x.shape[0], sigma)), sigma, sigma, sigma_next)
+        curve = student(x, jnp.full(x.shape[0], sigma))
+        return x - curve.displacement(Span(sigma, sigma_next), sigma, sigma_next)
 
     return _follow(segment, latents, warp(boundaries(steps, final_step_ratio), shift))
 

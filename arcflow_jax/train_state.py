@@ -107,7 +107,7 @@ def train_step(
     def student(adapter, x, sigma, dropout_key):
         # The gradient is split as the adapter is, where it arises
         adapter = jax.lax.with_sharding_constraint(adapter, shardings.adapter)
-        return nnx.merge(graphdef, base, adapter).student_mixture(x, sigma, conditioning, dropout_key)
+        return nnx.merge(graphdef, base, adapter).student_curve(x, sigma, conditioning, dropout_key)
 
     def teacher(x, sigma):
         times = len(x) // batch

@@ -53,7 +53,9 @@ def get_config(arg: str = "default") -> ConfigDict:
             ),
             "wandb_project": "",
             "adapter": {
+                "basis": "momentum",
                 "modes": 16,
+                "initial_momenta": (0.2, 4.0),
                 "rank": ranks[arg],
                 "alpha": float(ranks[arg]),
                 "dropout": 0.05,

@@ -42,7 +42,9 @@ def get_config(arg: str = "published") -> ConfigDict:
             ),
             "wandb_project": "",
             "adapter": {
+                "basis": "momentum",
                 "modes": 16,
+                "initial_momenta": (0.2, 4.0),
                 "rank": rank,
                 "alpha": float(rank),
                 "dropout": 0.05,

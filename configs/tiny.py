@@ -4,15 +4,16 @@
     arcflow train --config configs/tiny.py
 
 Hardware: two CPU cores. Cost: a few minutes. `configs/tiny.py:linear` is the same run for a linear student, one
-constant velocity a segment: what the momentum mixture is compared with.
+constant velocity a segment: what the momentum mixture is compared with. `configs/tiny.py:legendre` is one with Legendre
+polynomials in the place of the mixture.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config(arg: str = "arcflow") -> ConfigDict:
-    if arg not in ("arcflow", "linear"):
-        raise ValueError(f"configs/tiny.py:{arg}: known are arcflow and linear")
+    if arg not in ("arcflow", "linear", "legendre"):
+        raise ValueError(f"configs/tiny.py:{arg}: known are arcflow, linear and legendre")
     return ConfigDict(
         {
             "model": "checkpoints/tiny-flux",
@@ -42,7 +43,9 @@ def get_config(arg: str = "arcflow") -> ConfigDict:
             ),
             "wandb_project": "",
             "adapter": {
-                "modes": 1 if arg == "linear" else 16,
+                "basis": "legendre" if arg == "legendre" else "momentum",
+                "modes": {"arcflow": 16, "linear": 1, "legendre": 4}[arg],
+                "initial_momenta": (0.2, 4.0),
                 "rank": 32,
                 "alpha": 32.0,
                 "dropout": 0.0,
@@ -61,7 +64,7 @@ def get_config(arg: str = "arcflow") -> ConfigDict:
                 "states": 4,
                 "window": 3,
                 "substeps": 128,
-                "mode_dropout": 0.0 if arg == "linear" else 0.1,
+                "mode_dropout": 0.1 if arg == "arcflow" else 0.0,
                 "decay": 400,  # so short a run needs the teacher to lead all the way
                 "loss_scale": 30.0,
                 "state_weight": 0.0,

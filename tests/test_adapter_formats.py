@@ -143,7 +143,7 @@ def test_the_authors_file_there_and_back(capfd, base, tmp_path):
     assert description.base == ModelDirectory.open(base).fingerprint
     assert (description.adapter.rank, description.adapter.alpha, description.adapter.modes) == (4, 4.0, 4)
     assert (description.distillation, description.guidance) == (Distillation(), 3.5)
-    check_mixture(student(base, ours).student_mixture(*golden_inputs(golden("06d"))), golden("06d"))
+    check_mixture(student(base, ours).student_curve(*golden_inputs(golden("06d"))), golden("06d"))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
@@ -210,7 +210,7 @@ def test_diffusers_and_peft_read_it(capfd, base, tmp_path):
 
     model = student(base, tmp_path / "run")
     tokens, sigma, c = inputs(model.trunk.config)
-    mixture = model.student_mixture(tokens, sigma, c)
+    mixture = model.student_curve(tokens, sigma, c)
     ours = jnp.concatenate([part.reshape(*tokens.shape[:2], -1) for part in dataclasses.astuple(mixture)], axis=-1)
     theirs = twin_output(twin, tokens, sigma, c)
     assert relative_error(ours, theirs) < 1e-5

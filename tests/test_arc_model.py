@@ -129,14 +129,14 @@ def test_true_guidance_is_both_calls_in_one():
 def test_golden_06c_student_without_lora():
     values = golden("06c")
     model = load(HEAD_ONLY, load_file(GOLDEN / "06c_head.safetensors"))
-    check_mixture(model.student_mixture(*golden_inputs(values)), values)
+    check_mixture(model.student_curve(*golden_inputs(values)), values)
 
 
 def test_golden_06d_student_with_lora():
     values = golden("06d")
     exported = load_file(GOLDEN / "arcflux_tiny_adapter" / "diffusion_pytorch_model.safetensors")
     model = load(LORA, exported)
-    check_mixture(model.student_mixture(*golden_inputs(values)), values)
+    check_mixture(model.student_curve(*golden_inputs(values)), values)
     assert json.loads((GOLDEN / "arcflux_tiny_adapter" / "config.json").read_text())["num_gaussians"] == LORA.modes
 
 
@@ -144,7 +144,7 @@ def test_student_starts_as_the_teacher():
     model = load(LORA)
     tokens, sigma, conditioning = inputs(CONFIG)
     model.head.start_from(model.output, jnp.zeros((4, 16)))
-    mixture = model.student_mixture(tokens, sigma, conditioning)
+    mixture = model.student_curve(tokens, sigma, conditioning)
     mean = mixture.means.mean(2).reshape(tokens.shape)
     assert relative_error(mean, np.asarray(model.teacher_velocity(tokens, sigma, conditioning))) < 1e-5
 
@@ -180,7 +180,7 @@ def test_lora_is_peft():
     # The student's head on the teacher's output layer is the twin with its adapters on
     model.head.start_from(model.output, jnp.zeros((1, 16)))
     tokens, sigma, c = inputs(CONFIG)
-    ours = model.student_mixture(tokens, sigma, c).means.reshape(tokens.shape)
+    ours = model.student_curve(tokens, sigma, c).means.reshape(tokens.shape)
     theirs = twin_output(twin, tokens, sigma, c)
     assert relative_error(ours, theirs) < 1e-5
     assert relative_error(model.teacher_velocity(tokens, sigma, c), theirs) > 1e-2
@@ -193,7 +193,7 @@ def test_gradient_and_dropout_reach_the_adapter_only():
     tokens, sigma, conditioning = inputs(CONFIG)
 
     def loss(adapter, key):
-        mixture = nnx.merge(graphdef, base, adapter).student_mixture(tokens, sigma, conditioning, key)
+        mixture = nnx.merge(graphdef, base, adapter).student_curve(tokens, sigma, conditioning, key)
         return (mixture.means**2).mean() + (mixture.log_momenta**2).mean()
 
     grads = jax.grad(loss)(adapter, None)
@@ -214,23 +214,23 @@ def test_lora_dropout_is_drawn_per_layer_and_from_the_key():
         if path and path[-1] == "lora":
             module.b[...] = jnp.ones_like(module.b[...])
     args = inputs(CONFIG)
-    a, again, b = (model.student_mixture(*args, jax.random.key(seed)).means for seed in (0, 0, 1))
+    a, again, b = (model.student_curve(*args, jax.random.key(seed)).means for seed in (0, 0, 1))
     np.testing.assert_array_equal(a, again)
     assert not np.allclose(a, b)
-    assert not np.allclose(a, model.student_mixture(*args).means)
+    assert not np.allclose(a, model.student_curve(*args).means)
 
 
 def test_merged_student_is_the_student():
     exported = load_file(GOLDEN / "arcflux_tiny_adapter" / "diffusion_pytorch_model.safetensors")
     model = load(LORA, exported)
     args = inputs(CONFIG)
-    expected = model.student_mixture(*args)
+    expected = model.student_curve(*args)
     graphdef, base, adapter = arc_model.split(model)
     merged = nnx.merge(
         arc_model.merged_graphdef(graphdef, base, adapter), arc_model.merge_student(graphdef, base, adapter)
     )
     assert not any("lora" in map(str, path) for path, _ in nnx.to_flat_state(nnx.state(merged)))
-    assert relative_error(merged.student_mixture(*args).means, np.asarray(expected.means)) < 1e-5
+    assert relative_error(merged.student_curve(*args).means, np.asarray(expected.means)) < 1e-5
     # and without its adapters the student would be another
     assert relative_error(model.teacher_velocity(*args), np.asarray(merged.teacher_velocity(*args))) > 1e-3
 

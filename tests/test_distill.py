@@ -18,6 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from arcflow_jax import distill, momentum
+from arcflow_jax.basis import Span
 from arcflow_jax.distill import Distillation, Draws, distil, segment_loss, teacher_share, visit_times
 from arcflow_jax.errors import UserError
 from arcflow_jax.momentum import Mixture
@@ -257,7 +258,7 @@ def test_total_is_weighted_by_length_and_segments_follow_one_another():
 
     @jax.jit
     def follow(x, sigma, sigma_next):
-        return x - momentum.displacement(student(WEIGHT, x, jnp.full(B, sigma)), sigma, sigma, sigma_next)
+        return x - student(WEIGHT, x, jnp.full(B, sigma)).displacement(Span(sigma, sigma_next), sigma, sigma_next)
 
     np.testing.assert_allclose(sigmas, warp(np.array([1.0, 1 / 3]), 3.2), rtol=1e-6)
     np.testing.assert_array_equal(states[0], NOISE)
@@ -360,7 +361,7 @@ def test_state_term(share):
         x, start, length = NOISE, jnp.ones(B), jnp.ones(B)
         visits = distill.visit(mixture, straight, x, start, length, draws, settings=settings, share=share)
         total, *_ = segment_loss(mixture, straight, x, start, length, draws, settings=settings, share=share)
-        return total, visits, distill.matched_span(visits, length, settings=settings)
+        return total, visits, distill.matched(visits, length, settings=settings)
 
     loss = jax.jit(loss)
     assert loss(0.0)[0] < 1e-10

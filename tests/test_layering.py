@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "arcflow_jax"
 
 # From the ground up. A name with a dot at its end is a subpackage.
 LEVELS = [
-    {"errors"},
-    {"geometry", "schedule", "latents", "momentum", "sharding", "data", "offload", "preemption", "trace"},
+    {"errors", "basis"},
+    {"geometry", "schedule", "latents", "momentum", "legendre", "sharding", "data", "offload", "preemption", "trace"},
     {"layers", "attention", "distributed"},
     {"lora"},
     {"models."},

@@ -17,10 +17,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arcflow_jax import momentum
-from arcflow_jax.momentum import Mixture, drop_modes, head_sizes, initial_log_momenta, phi
+from arcflow_jax.basis import Span
+from arcflow_jax.momentum import Mixture, head_sizes, initial_log_momenta, phi
 from arcflow_jax.schedule import warp
 
-velocity, mean_velocity, displacement = map(jax.jit, (momentum.velocity, momentum.mean_velocity, momentum.displacement))
+
+# A mixture does not depend on where its segment ends
+@jax.jit
+def velocity(mixture, src, sigma):
+    return mixture.velocity(Span(src, jnp.nan), sigma)
+
+
+@jax.jit
+def mean_velocity(mixture, src, a, b):
+    return mixture.mean_velocity(Span(src, jnp.nan), a, b)
+
+
+@jax.jit
+def displacement(mixture, src, a, b):
+    return mixture.displacement(Span(src, jnp.nan), a, b)
+
 
 SETS = ("normal", "zero", "tiny", "large", "mixed", "authors_init")  # the log-momenta of golden cases 01 and 02
 
@@ -201,7 +217,7 @@ def test_no_copy_of_the_modes_is_made():
 def test_dropped_modes_leave_the_mixture():
     mixture = random_mixture(modes=3, dtype=np.float32)
     uniforms = jnp.array([[0.9, 0.05, 0.5], [0.0, 0.01, 0.099]])
-    result = velocity(drop_modes(uniforms, mixture, 0.1), 1.0, 0.3)
+    result = velocity(mixture.drop_modes(uniforms, 0.1), 1.0, 0.3)
     without = Mixture(
         mixture.means[:, :, jnp.array([0, 2])], mixture.logits[:, :, jnp.array([0, 2])], mixture.log_momenta[:, :, 1:]
     )
@@ -211,7 +227,7 @@ def test_dropped_modes_leave_the_mixture():
 
 def test_nothing_is_dropped_at_rate_zero():
     mixture = random_mixture(dtype=np.float32)
-    np.testing.assert_array_equal(drop_modes(jnp.zeros((2, 4)), mixture, 0.0).logits, mixture.logits)
+    np.testing.assert_array_equal(mixture.drop_modes(jnp.zeros((2, 4)), 0.0).logits, mixture.logits)
 
 
 # What the head predicts
@@ -226,12 +242,12 @@ def test_head_has_the_published_size():
 
 def test_momenta_start_as_the_authors():
     theirs = golden.load("06a_flux_student_init")["outputs/proj_out_loggamma.bias"].reshape(3, 4)  # K = 4
-    np.testing.assert_allclose(np.broadcast_to(initial_log_momenta(4)[:, None], (3, 4)), theirs, rtol=2e-6)
-    momenta = np.exp(initial_log_momenta(16))
+    np.testing.assert_allclose(np.broadcast_to(initial_log_momenta(4, (0.2, 4.0))[:, None], (3, 4)), theirs, rtol=2e-6)
+    momenta = np.exp(initial_log_momenta(16, (0.2, 4.0)))
     assert momenta.shape == (15,)
     assert momenta[[0, -1]] == pytest.approx([0.2, 4.0])
     np.testing.assert_allclose(momenta[1:] / momenta[:-1], 20 ** (1 / 14), rtol=1e-5)
-    assert initial_log_momenta(1).shape == (0,)
+    assert initial_log_momenta(1, (0.2, 4.0)).shape == (0,)
 
 
 # The authors' values
@@ -275,7 +291,7 @@ def test_velocity_equals_golden_in_float64_and_in_its_gradient(x64, momenta):
 def authors_displacement(mixture, src, a, b):
     """Displacement with the authors' φ in the place of ours."""
     with mock.patch.object(momentum, "phi", golden.authors_phi):
-        return momentum.displacement(mixture, src, a, b)
+        return mixture.displacement(Span(src, jnp.nan), a, b)
 
 
 def golden_steps():

@@ -1,6 +1,6 @@
-"""What stands on a trunk: the teacher's output layer, and the student's head that predicts a momentum mixture."""
+"""What stands on a trunk: the teacher's output layer, and the student's head that predicts a curve."""
 
-# B batch, N tokens, D width, K modes, C latent channels; 4 latent pixels a token
+# B batch, N tokens, D width, K coefficients, C latent channels; 4 latent pixels a token
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from arcflow_jax import momentum
+from arcflow_jax import legendre, momentum
 from arcflow_jax.layers import Adapter, Base, LayerNorm, Linear
 
 
@@ -36,23 +36,39 @@ class OutputLayer(nnx.Module):
         return self.proj_out(self.norm_out(hidden, temb)).astype(jnp.float32)
 
 
-class MomentumHead(nnx.Module):
-    """The student's: an output norm of its own and three projections to a `momentum.Mixture`, in float32.
+class CurveHead(nnx.Module):
+    """The student's: an output norm of its own and linear projections, to a curve with K coefficients in float32.
 
-    Output rows are mode-major, feature k·4C + c·4 + pixel for the means and k·4 + pixel for logits and momenta, as
-    in the authors' export. With one mode there is no momentum, and the head is that of a *linear* student.
+    Output rows are mode-major, feature k·4C + c·4 + pixel, as in the authors' export.
     """
 
     def __init__(self, width: int, out_channels: int, modes: int, *, rngs: nnx.Rngs):
-        def linear(rows: int) -> Linear:
-            return Linear(width, rows, axes=("embed", None), kind=Adapter, rngs=rngs)
-
-        sizes = momentum.head_sizes(modes, out_channels // 4)
         self.norm_out = OutputNorm(width, kind=Adapter, dtype=jnp.float32, rngs=rngs)
-        self.proj_out_means = linear(sizes.means)
-        self.proj_out_logweights = linear(sizes.logits)
-        self.proj_out_loggamma = linear(sizes.log_momenta) if modes > 1 else None
-        self.modes = modes
+        self.width, self.channels, self.modes = width, out_channels // 4, modes
+
+    def project(self, rows: int, rngs: nnx.Rngs) -> Linear:
+        return Linear(self.width, rows, axes=("embed", None), kind=Adapter, rngs=rngs)
+
+    def start_from(self, output: OutputLayer, noise: jax.Array) -> None:
+        """Sets the weights so that the student's first velocity is the teacher's, but for what is moved by `noise`,
+        [K, C], standard normal."""
+        self.norm_out.linear.kernel[...] = output.norm_out.linear.kernel[...].astype(jnp.float32)
+        self.norm_out.linear.bias[...] = output.norm_out.linear.bias[...].astype(jnp.float32)
+
+
+class MomentumHead(CurveHead):
+    """To a `momentum.Mixture`: means, and for each pixel logits and log-momenta, feature k·4 + pixel.
+
+    With one mode there is no momentum, and the head is that of a *linear* student.
+    """
+
+    def __init__(self, width: int, out_channels: int, modes: int, momenta: tuple[float, float], *, rngs: nnx.Rngs):
+        super().__init__(width, out_channels, modes, rngs=rngs)
+        sizes = momentum.head_sizes(modes, self.channels)
+        self.proj_out_means = self.project(sizes.means, rngs)
+        self.proj_out_logweights = self.project(sizes.logits, rngs)
+        self.proj_out_loggamma = self.project(sizes.log_momenta, rngs) if modes > 1 else None
+        self.momenta = momenta
 
     def __call__(self, hidden: jax.Array, temb: jax.Array) -> momentum.Mixture:
         y = self.norm_out(hidden, temb)
@@ -64,21 +80,37 @@ class MomentumHead(nnx.Module):
             log_momenta=momenta.reshape(b, n, self.modes - 1, 4).astype(jnp.float32),
         )
 
-    def start_from(self, output: OutputLayer, bias_noise: jax.Array) -> None:
-        """Sets the weights so that the student's first velocity is the teacher's, but for the noise.
-
-        Every mode's mean is the teacher's output layer with its bias moved by 0.05 · `bias_noise` [K, C], standard
-        normal, which tells the modes apart; the modes are equally likely; momenta start log-spaced.
-        """
-        self.norm_out.linear.kernel[...] = output.norm_out.linear.kernel[...].astype(jnp.float32)
-        self.norm_out.linear.bias[...] = output.norm_out.linear.bias[...].astype(jnp.float32)
+    def start_from(self, output: OutputLayer, noise: jax.Array) -> None:
+        """See `CurveHead`. Every mode's mean is the teacher's output layer with its bias moved by 0.05 · `noise`, which
+        tells the modes apart; the modes are equally likely; momenta start log-spaced."""
+        super().start_from(output, noise)
         kernel = output.proj_out.kernel[...].astype(jnp.float32)
         bias = output.proj_out.bias[...].astype(jnp.float32)
         self.proj_out_means.kernel[...] = jnp.tile(kernel, (1, self.modes))
-        self.proj_out_means.bias[...] = jnp.tile(bias, self.modes) + 0.05 * jnp.repeat(bias_noise.ravel(), 4)
+        self.proj_out_means.bias[...] = jnp.tile(bias, self.modes) + 0.05 * jnp.repeat(noise.ravel(), 4)
         self.proj_out_logweights.kernel[...] = jnp.zeros_like(self.proj_out_logweights.kernel[...])
         self.proj_out_logweights.bias[...] = jnp.zeros_like(self.proj_out_logweights.bias[...])
         if self.proj_out_loggamma is not None:
-            start = momentum.initial_log_momenta(self.modes)  # [K − 1]
+            start = momentum.initial_log_momenta(self.modes, self.momenta)  # [K − 1]
             self.proj_out_loggamma.kernel[...] = jnp.zeros_like(self.proj_out_loggamma.kernel[...])
             self.proj_out_loggamma.bias[...] = jnp.repeat(start, 4)
+
+
+class LegendreHead(CurveHead):
+    """To a `legendre.Series`."""
+
+    def __init__(self, width: int, out_channels: int, modes: int, *, rngs: nnx.Rngs):
+        super().__init__(width, out_channels, modes, rngs=rngs)
+        self.proj_out_coefficients = self.project(modes * out_channels, rngs)
+
+    def __call__(self, hidden: jax.Array, temb: jax.Array) -> legendre.Series:
+        y = self.proj_out_coefficients(self.norm_out(hidden, temb))
+        return legendre.Series(y.reshape(*y.shape[:2], self.modes, -1, 4).astype(jnp.float32))
+
+    def start_from(self, output: OutputLayer, noise: jax.Array) -> None:
+        """See `CurveHead`. c_0 is the teacher's output layer, the others are 0: nothing is moved."""
+        super().start_from(output, noise)
+        for name in ("kernel", "bias"):
+            ours, theirs = (getattr(layer, name) for layer in (self.proj_out_coefficients, output.proj_out))
+            first = theirs[...].astype(jnp.float32)
+            ours[...] = jnp.zeros_like(ours[...]).at[..., : first.shape[-1]].set(first)
