@@ -94,7 +94,7 @@ def convert(
         float | None, typer.Option(help="Length of its last step. By default what its file says, or 1.0.")
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Its guidance scale. By default what its file says, or 3.5.")
+        float | None, typer.Option(help="Its guidance scale. By default what its file says, or the published one.")
     ] = None,
 ) -> None:
     """Converts a PyTorch model to a model directory for training and sampling, or a released student to one
