@@ -114,7 +114,7 @@ class Recipe:
             raise UserError("distillation.data_weight is of a term on real pictures: name a folder of them as images")
         if self.distillation.mode_dropout and self.adapter.basis != "momentum":
             raise UserError(
-                "distillation.mode_dropout is of a momentum mixture's modes: with another basis it has to be 0"
+                f"distillation.mode_dropout has to be 0 with the basis {self.adapter.basis}: it has no modes"
             )
 
     @property

@@ -483,7 +483,11 @@ def test_export_refuses_what_is_no_finished_student(capfd, base, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"targets": ()}, "holds a student without LoRA"), ({"modes": 1}, "holds a linear student")],
+    [
+        ({"targets": ()}, "holds a student without LoRA"),
+        ({"modes": 1}, "holds a linear student"),
+        ({"basis": "legendre"}, "holds a student of basis legendre"),
+    ],
 )
 def test_export_refuses_what_the_layout_has_no_room_for(capfd, base, tmp_path, changes, message):
     write_run(tmp_path / "run", base, dataclasses.replace(LORA, **changes))

@@ -54,6 +54,18 @@ def saved(run: Path) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(restored)}
 
 
+def test_student_of_legendre_polynomials(model, tmp_path):
+    with pytest.raises(UserError, match="mode_dropout has to be 0 with the basis legendre"):
+        recipe(model, tmp_path / "run", adapter={"basis": "legendre"})
+    changes = {"adapter": {"basis": "legendre"}, "distillation": {"mode_dropout": 0.0}}
+    run = train(recipe(model, tmp_path / "run", steps=2, **changes))
+    assert all(np.isfinite(losses(run)))
+    pipeline = ArcFlowPipeline.from_pretrained(model, adapter=run)
+    assert "proj_out_coefficients" in pipeline.transformer.state["head"]
+    latents = pipeline.noise(0, 1, 2, 2), pipeline.encode(PROMPTS[:1], guidance=2.0, rows=2, columns=2)
+    assert np.isfinite(pipeline.denoise(*latents, 2)).all()
+
+
 @pytest.mark.slow
 def test_interrupted_run_goes_on_bit_for_bit(model, tmp_path):
     straight = train(recipe(model, tmp_path / "straight"))
