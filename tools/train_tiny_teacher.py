@@ -4,7 +4,8 @@
     python tools/train_tiny_teacher.py --work /tmp/tiny guided     # one stage again
     python tools/train_tiny_teacher.py --work /tmp/qwen --kind qwen    # the same pictures as a Qwen-Image
 
-On two free CPU cores a step of the autoencoder or the denoiser takes 0.17 s, and there are 4 500 and 11 000 of them.
+On two free CPU cores a step of the autoencoder or the denoiser takes 0.17 s, and there are 4 500 and 11 000 of them. As
+a Qwen-Image they take 0.24 s and 0.37 s of processor time; that teacher has not been trained yet.
 Everything is seeded. Each stage reads what the stages before it left in the work folder; copy `tiny-flux/` and
 `judge.safetensors` from there to `arcflow_jax/assets/`.
 """
