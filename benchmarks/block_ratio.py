@@ -3,8 +3,9 @@
     python benchmarks/block_ratio.py --rounds 3
 
 The two frameworks' plain matrix products differ in speed on a CPU, so their ratio, measured in the same rounds, stands
-beside the blocks' ratios. Measurements take turns, because a shared
-machine's speed drifts; every figure is the median of its rounds.
+beside the blocks' ratios; and what a block takes beyond its own products at that product's rate: norms, activations,
+softmax, rope, and moving data. Measurements take turns, because a shared machine's speed drifts; every figure is the
+median of its rounds.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from flax import nnx
 
+from arcflow_jax.compile_report.work import flops
 from arcflow_jax.latents import position_ids
 from arcflow_jax.layers import TEACHER
 from arcflow_jax.models.flux import DoubleBlock, FluxConfig, SingleBlock, rotary
@@ -54,12 +56,18 @@ def positions() -> np.ndarray:
     return np.concatenate([np.zeros((TEXT, 3), np.float32), np.asarray(position_ids(ROWS, ROWS))])
 
 
-def ours(backward: bool) -> dict[str, Callable[[], Any]]:
-    """Each thing to time, as a call that returns when it is done."""
+def ours(backward: bool) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
+    """Each thing to time, as a call that returns when it is done; and its floating-point operations in products."""
+    work = {}
     rope = rotary(jnp.asarray(positions()), CONFIG.axes_dims_rope)
     temb = jnp.asarray(random(1, WIDTH))
 
-    def timed(kind: type[nnx.Module], *inputs: np.ndarray) -> Callable[[], Any]:
+    def timed(what: str, function: Callable[..., Any], *arrays: Any) -> Callable[[], Any]:
+        call = jax.jit(function)
+        work[what] = flops(call.trace(*arrays).jaxpr.jaxpr)
+        return lambda: jax.block_until_ready(call(*arrays))
+
+    def block(what: str, kind: type[nnx.Module], *inputs: np.ndarray) -> Callable[[], Any]:
         abstract = nnx.eval_shape(lambda: kind(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0)))
         graphdef, state = nnx.split(abstract)
         state = jax.tree.map(lambda x: jnp.full(x.shape, 1 / WIDTH), state)  # no time depends on the values
@@ -71,15 +79,15 @@ def ours(backward: bool) -> dict[str, Callable[[], Any]]:
             out, vjp = jax.vjp(lambda *inputs: forward(state, *inputs), *inputs)
             return vjp(jax.tree.map(jnp.ones_like, out))
 
-        call, arrays = jax.jit(gradient if backward else forward), [jnp.asarray(x) for x in inputs]
-        return lambda: jax.block_until_ready(call(state, *arrays))
+        return timed(what, gradient if backward else forward, state, *map(jnp.asarray, inputs))
 
-    product, x, w = jax.jit(jnp.matmul), jnp.asarray(random(TEXT + IMAGE, WIDTH)), jnp.asarray(random(WIDTH, 4 * WIDTH))
-    return {
-        "matrix product": lambda: jax.block_until_ready(product(x, w)),
-        "double block": timed(DoubleBlock, random(1, TEXT, WIDTH), random(1, IMAGE, WIDTH)),
-        "single block": timed(SingleBlock, random(1, TEXT + IMAGE, WIDTH)),
+    x, w = jnp.asarray(random(TEXT + IMAGE, WIDTH)), jnp.asarray(random(WIDTH, 4 * WIDTH))
+    calls = {
+        "matrix product": timed("matrix product", jnp.matmul, x, w),
+        "double block": block("double block", DoubleBlock, random(1, TEXT, WIDTH), random(1, IMAGE, WIDTH)),
+        "single block": block("single block", SingleBlock, random(1, TEXT + IMAGE, WIDTH)),
     }
+    return calls, work
 
 
 def theirs(backward: bool) -> dict[str, Callable[[], Any]]:
@@ -123,7 +131,8 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"jax {jax.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}")
     for backward in (False, True) if arguments.backward else (False,):
-        calls = {"ours": ours(backward), "theirs": theirs(backward)}
+        mine, work = ours(backward)
+        calls = {"ours": mine, "theirs": theirs(backward)}
         times: dict[tuple[str, str], list[float]] = {}
         for i in range(arguments.rounds + 1):
             for what in calls["ours"]:
@@ -132,9 +141,14 @@ def main() -> None:
                     if i:  # the first round compiles and warms up
                         times.setdefault((what, side), []).append(taken)
         print("forward and backward" if backward else "forward")
-        for what in calls["ours"]:
-            mine, other = (statistics.median(times[what, side]) for side in ("ours", "theirs"))
-            print(f"  {what:15} ours {mine:7.3f} s   PyTorch {other:7.3f} s   PyTorch / ours {other / mine:.2f}")
+        medians = {key: statistics.median(values) for key, values in times.items()}
+        product = work["matrix product"]
+        for what in work:
+            row = f"  {what:15}"
+            for side in ("ours", "theirs"):
+                beyond = medians[what, side] - work[what] / product * medians["matrix product", side]
+                row += f" {side} {medians[what, side]:7.3f} s, beyond the products {beyond:6.3f} s  "
+            print(f"{row} theirs / ours {medians[what, 'theirs'] / medians[what, 'ours']:.2f}")
 
 
 if __name__ == "__main__":
