@@ -44,8 +44,10 @@ setup(
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "data": DATA,
+        # FID, pFID and CLIP score, whose networks run in PyTorch
+        "eval": ["torch>=2.8", "transformers>=5.5,<6"],
         "test": [*DATA, "hypothesis>=6.100", "pytest>=8.4", "pytest-xdist>=3.6", "ruff==0.17.6", "scipy>=1.14"],
-        # The PyTorch twins that the parity tests compare with; the library itself never imports torch
+        # The PyTorch twins that the parity tests compare with
         "parity": ["diffusers>=0.35", "peft>=0.17", "torch>=2.8"],
     },
     entry_points={"console_scripts": ["arcflow = arcflow_jax.cli:main"]},

@@ -21,9 +21,9 @@ from PIL import Image
 
 from arcflow_jax import arc_model, sampler
 from arcflow_jax.adapter_formats import open_student
-from arcflow_jax.checkpoint import AdapterDescription
+from arcflow_jax.checkpoint import AdapterDescription, checksum
 from arcflow_jax.errors import UserError, one_line, out_of_memory
-from arcflow_jax.latents import as_tokens, token_grid, unpack
+from arcflow_jax.latents import PATCH, as_tokens, token_grid, unpack
 from arcflow_jax.model_directory import ModelDirectory
 from arcflow_jax.offload import Weights
 from arcflow_jax.prompts import PROMPTS, check_prompts
@@ -220,6 +220,7 @@ class ArcFlowPipeline:
             graphdef, base, trained = arc_model.split(directory.student(self.student.adapter, dtype))
             self.graphdef = arc_model.merged_graphdef(graphdef, base, trained)
             trained = restore(sharded(mesh, trained), raw)
+            self.origin["adapter_checksum"] = f"{int(checksum(trained)):08x}"
             self.transformer = Weights(merge_student(graphdef, load("transformer", base), trained, mesh), offload)
 
     @classmethod
@@ -315,6 +316,7 @@ class ArcFlowPipeline:
         images_per_prompt: int = 1,
         batch_size: int | None = None,
         latents: np.ndarray | jax.Array | None = None,
+        first: int = 0,
         progress: Callable[[str, int], None] = lambda activity, done: None,
     ) -> Iterator[Image.Image]:
         """Pictures, the first prompt's first, as they are made; each has its settings in its `info`.
@@ -335,6 +337,8 @@ class ArcFlowPipeline:
             By default 1, on several devices one for each part that the mesh splits a batch into.
           latents: noise to start from in place of the seed's, a picture each: packed [B, N, 4C] or, as a latent
             image of PyTorch, [B, C, h, w].
+          first: number of the first picture, to go on where another call ended: they start from the noises `first`,
+            `first` + 1, … of the seed.
           progress: told what is going on, and how many pictures are done.
 
         Raises:
@@ -345,12 +349,47 @@ class ArcFlowPipeline:
         check_prompts(prompts)
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         batch_size = shards if batch_size is None else batch_size
-        steps = self.default_steps if steps is None else steps
-        for name, value in (("steps", steps), ("images_per_prompt", images_per_prompt), ("batch_size", batch_size)):
+        for name, value in (("images_per_prompt", images_per_prompt), ("batch_size", batch_size)):
             if value < 1:
                 raise UserError(f"{name} is {value}, but has to be at least 1")
         if batch_size % shards:
             raise UserError(f"batch_size {batch_size} does not divide by data × fsdp = {shards} of the mesh")
+        settings = self.settings(
+            steps=steps,
+            seed=seed if latents is None else None,
+            guidance=guidance,
+            height=height,
+            width=width,
+            final_step_ratio=final_step_ratio,
+            negative_prompt=negative_prompt,
+            rescaled=rescaled,
+        )
+        prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+        if latents is not None:
+            channels = self.directory.geometry("transformer").in_channels
+            latents = as_tokens(latents, len(prompts), settings.rows, settings.columns, channels)
+        return self._watched(self._make(prompts, settings, latents, batch_size, first, progress))
+
+    def settings(
+        self,
+        *,
+        steps: int | None = None,
+        seed: int | None = 0,
+        guidance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        final_step_ratio: float | None = None,
+        negative_prompt: str | None = None,
+        rescaled: bool = False,
+    ) -> Settings:
+        """What `stream` makes pictures with, whose arguments these are, defaults filled in.
+
+        Raises:
+          UserError: if they do not fit the model or one another.
+        """
+        steps = self.default_steps if steps is None else steps
+        if steps < 1:
+            raise UserError(f"steps is {steps}, but has to be at least 1")
         if final_step_ratio is not None and self.student is None:
             raise UserError("final_step_ratio is of a student's segments: the teacher has none")
         if final_step_ratio is not None and not final_step_ratio > 0:
@@ -365,21 +404,16 @@ class ArcFlowPipeline:
             published = 3.5 if negative_prompt is None else 4.0
             guidance = published if self.student is None else self.student.guidance
         rows, columns = self.grid(height, width)
-        prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-        if latents is not None:
-            channels = self.directory.geometry("transformer").in_channels
-            latents = as_tokens(latents, len(prompts), rows, columns, channels)
-        settings = Settings(
-            steps=steps,
-            seed=seed if latents is None else None,
-            guidance=guidance,
-            rows=rows,
-            columns=columns,
-            final_step_ratio=final_step_ratio,
-            negative_prompt=negative_prompt,
-            rescaled=rescaled,
-        )
-        return self._watched(self._make(prompts, settings, latents, batch_size, progress))
+        return Settings(steps, seed, guidance, rows, columns, final_step_ratio, negative_prompt, rescaled)
+
+    def described(self, **settings: Any) -> dict[str, int | float | str]:
+        """What pictures are made with, as their `info` has it; takes the arguments of `settings`, as that raises."""
+        return self._described(self.settings(**settings))
+
+    def _described(self, settings: Settings) -> dict[str, int | float | str]:
+        side = PATCH * self.directory.geometry("vae").factor  # of a token, in pixels
+        size = {"height": settings.rows * side, "width": settings.columns * side}
+        return size | settings.described() | self.origin
 
     @property
     def default_steps(self) -> int:
@@ -405,37 +439,36 @@ class ArcFlowPipeline:
         settings: Settings,
         latents: jax.Array | None,
         batch_size: int,
+        first: int,
         progress: Callable[[str, int], None],
     ) -> Iterator[Image.Image]:
         """A picture a prompt; see `stream`."""
         rows, columns = settings.rows, settings.columns
         together = batch_size * (OFFLOADED_BATCHES if self.offload else 1)
-        for first in range(0, len(prompts), together):
-            starts = range(first, min(first + together, len(prompts)), batch_size)
+        for start in range(0, len(prompts), together):
+            starts = range(start, min(start + together, len(prompts)), batch_size)
             # The pictures of each batch; the last batch is filled up with its last picture
             batches = [np.minimum(np.arange(i, i + batch_size), len(prompts) - 1) for i in starts]
-            progress("encoding", first)
+            progress("encoding", start)
             texts = [[prompts[i] for i in batch] for batch in batches]
             conditionings = self._encode(texts, settings)
             if latents is None:
-                noises = [self.noise(settings.seed, batch_size, rows, columns, i) for i in starts]
+                noises = [self.noise(settings.seed, batch_size, rows, columns, first + i) for i in starts]
             else:
                 noises = [latents[batch] for batch in batches]
-            progress("denoising", first)
+            progress("denoising", start)
             inputs = list(zip(noises, conditionings, strict=True))
             tokens = self.transformer.run(
                 lambda state, inputs=inputs: [
                     self._denoise(state, *each, settings.steps, settings.final_step_ratio) for each in inputs
                 ]
             )
-            progress("decoding", first)
+            progress("decoding", start)
             pixels = self.vae.run(
                 lambda state, tokens=tokens: [self._decode(state, each, rows, columns) for each in tokens]
             )
-            for i, picture in zip(range(first, len(prompts)), np.concatenate(pixels), strict=False):
+            for i, picture in zip(range(start, len(prompts)), np.concatenate(pixels), strict=False):
                 image = Image.fromarray(picture)
-                height, width = picture.shape[:2]
-                image.info = {"prompt": prompts[i], "picture": i, "height": height, "width": width}
-                image.info |= settings.described() | self.origin
+                image.info = {"prompt": prompts[i], "picture": first + i} | self._described(settings)
                 progress("writing", i + 1)
                 yield image

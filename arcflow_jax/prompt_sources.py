@@ -16,6 +16,12 @@ from typing import Any
 from arcflow_jax.convert.hub import is_repository
 from arcflow_jax.errors import UserError, one_line
 
+# The sets that few-step generators are compared on, as the authors of pi-Flow and ArcFlow read them from the hub
+NAMED = {
+    "hpsv2": "Lakonik/t2i-prompts-hpsv2:test",  # 3,200 prompts in four styles, of the human preference score
+    "coco-10k": "Lakonik/t2i-prompts-coco-10k:test",  # 10,000 captions of COCO
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
@@ -42,7 +48,7 @@ def read_prompts(source: str | Path, field: str = "prompt") -> Prompts:
     Args:
       source: a .txt file, one prompt a line; a .jsonl or .parquet file; a folder, of which all such files are read
         in the order of their paths, subfolders included; or a hub id, OWNER/NAME or OWNER/NAME:SPLIT, by default
-        of the split `train`.
+        of the split `train`; or the name of a set, of those in `NAMED`.
       field: the field, or column, that has the prompt; a text file has none.
 
     Raises:
@@ -63,7 +69,9 @@ def read_prompts(source: str | Path, field: str = "prompt") -> Prompts:
 def values(source: str, field: str) -> Iterator[str | None]:
     """The prompts of a source, empty ones and None included. Raises UserError as `read_prompts` does."""
     path = Path(source)
-    if path.is_dir():
+    if source in NAMED and not path.exists():
+        yield from read_hub(NAMED[source], field)
+    elif path.is_dir():
         files = [
             file
             for file in sorted(path.rglob("*"))
@@ -81,7 +89,8 @@ def values(source: str, field: str) -> Iterator[str | None]:
         yield from read_hub(source, field)
     else:
         raise UserError(
-            f"cannot read prompts from {source}: there is no such file or folder, and a data set's id is OWNER/NAME"
+            f"cannot read prompts from {source}: there is no such file or folder, a data set's id is OWNER/NAME, and "
+            f"sets known by name are {' and '.join(NAMED)}"
         )
 
 
@@ -108,7 +117,13 @@ def read_text(path: Path, field: str) -> Iterator[str | None]:
 
 
 def read_json_lines(path: Path, field: str) -> Iterator[str | None]:
-    """One JSON object a line; blank lines are none."""
+    """A field of one JSON object a line."""
+    for where, record in json_records(path):
+        yield text_of(where, record, field)
+
+
+def json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where it stands, and the JSON object, of each line of a file; blank lines are none."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -120,15 +135,20 @@ def read_json_lines(path: Path, field: str) -> Iterator[str | None]:
                 raise UserError(f"{where} is not valid JSON: {one_line(error)}") from None
             if not isinstance(record, dict):
                 raise UserError(f"{where} is not a JSON object")
-            check_field(where, "field", field, record)
-            value = record[field]
-            if not isinstance(value, str | None):
-                raise UserError(f"{where}: {field} is not a text but {one_line(value)}")
-            try:
-                (value or "").encode()
-            except UnicodeEncodeError:
-                raise UserError(f"{where}: {field} has half a surrogate pair, which is no letter") from None
-            yield value
+            yield where, record
+
+
+def text_of(where: str, record: dict[str, Any], field: str) -> str | None:
+    """A field of a JSON object. Raises UserError, saying where, if it is missing or no text."""
+    check_field(where, "field", field, record)
+    value = record[field]
+    if not isinstance(value, str | None):
+        raise UserError(f"{where}: {field} is not a text but {one_line(value)}")
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: {field} has half a surrogate pair, which is no letter") from None
+    return value
 
 
 def read_parquet(path: Path, field: str) -> Iterator[str | None]:
@@ -182,10 +202,10 @@ def check_field(where: str, kind: str, field: str, there: Any) -> None:
         raise UserError(f"{where} has no {kind} {field!r}, only {names}: name the one that has the prompt")
 
 
-def library(name: str, purpose: str) -> ModuleType:
-    """A library that only some users need. Raises UserError if it is not installed."""
+def library(name: str, purpose: str, extra: str = "data") -> ModuleType:
+    """A library that only some users need, which an extra installs. Raises UserError if it is not there."""
     try:
         return importlib.import_module(name)
     except ImportError:
         package = name.partition(".")[0]
-        raise UserError(f"{purpose} need {package}: pip install {package}, or arcflow_jax[data]") from None
+        raise UserError(f"{purpose} need {package}: pip install {package}, or arcflow_jax[{extra}]") from None

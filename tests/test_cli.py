@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import assert_refused, run
 from PIL import Image
 from safetensors.numpy import save, save_file
 
 from arcflow_jax.checkpoint import AdapterDescription
-from arcflow_jax.cli import main
 from arcflow_jax.config import Recipe, read_config
 from arcflow_jax.conversion import convert_model
 from arcflow_jax.demo import ASSETS
@@ -48,32 +47,17 @@ def student(model, tmp_path_factory) -> Path:
     return train(Recipe.of(config))
 
 
-def run(capfd, *arguments: object) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    return caught.value.code or 0, *capfd.readouterr()
-
-
-def assert_refused(capfd, folder: Path, *arguments: object, message: str) -> None:
-    """Exit code 2, one line on stderr that matches, nothing new in `folder`."""
-    before = sorted(folder.rglob("*"))
-    code, _, stderr = run(capfd, *arguments)
-    assert code == 2
-    assert re.fullmatch(r"error: .*\n", stderr), stderr
-    assert re.search(message, stderr), stderr
-    assert sorted(folder.rglob("*")) == before
-
-
-@pytest.mark.parametrize("command", ["convert", "train", "embed-prompts", "sample", "demo"])
+@pytest.mark.parametrize(
+    "command", ["convert", "train", "embed-prompts", "sample", "demo", "evaluate metrics", "evaluate export"]
+)
 def test_help_names_every_option(capfd, command):
-    code, stdout, _ = run(capfd, command, "--help")
+    code, stdout, _ = run(capfd, *command.split(), "--help")
     assert code == 0
     assert {"sample": "--prompt", "train": "--config"}.get(command, "--out") in stdout
 
 
 def test_tools_are_the_same_entry_points(tmp_path):
-    for tool in ("convert", "train", "embed_prompts", "sample", "demo"):
+    for tool in ("convert", "train", "embed_prompts", "sample", "demo", "evaluate"):
         done = subprocess.run(
             [sys.executable, ROOT / "tools" / f"{tool}.py", "--help"], capture_output=True, text=True, cwd=tmp_path
         )
@@ -103,7 +87,9 @@ def test_train_refuses_bad_settings(capfd, tmp_path, override, message):
 
 def test_train_refuses_bad_recipes(capfd, tmp_path):
     assert_refused(capfd, tmp_path, "train", "--config", "missing.py", message=r"config missing\.py does not exist")
-    assert_refused(capfd, tmp_path, "train", "--config", f"{TINY}:cubic", message="known are arcflow and linear")
+    assert_refused(
+        capfd, tmp_path, "train", "--config", f"{TINY}:cubic", message="known are arcflow, linear and legendre"
+    )
 
 
 def test_train_refuses_bad_inputs(capfd, tmp_path, model):

@@ -39,6 +39,7 @@ ADAPTER = AdapterConfig(
     modes=3, rank=2, alpha=4.0, dropout=0.0, targets=("transformer_blocks.ff.*", "single_transformer_blocks.proj_out")
 )
 SIZE = {"height": 32, "width": 64}
+OF_ITS_OWN = ("prompt", "picture")  # what a picture does not share with others of the same settings
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,9 @@ def test_pictures_of_a_prompt(pipe):
     assert [image.info["prompt"] for image in images] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
     assert [image.info["picture"] for image in images] == [0, 1, 2, 3]
     assert_same_pictures(images, pipe([PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]], **SIZE), levels=0)
+    rest = pipe(PROMPTS[1], images_per_prompt=2, first=2, **SIZE)
+    assert [image.info for image in rest] == [image.info for image in images[2:]]
+    assert_same_pictures(rest, images[2:], levels=0)
     assert np.abs(pixels(images)[0] - pixels(images)[1]).max() > 20
 
 
@@ -209,8 +213,13 @@ def test_a_model_that_does_not_name_a_size(pipe, monkeypatch):
 def test_pictures_know_their_settings(pipe, model, student):
     image = pipe(PROMPTS[0], seed=5, **SIZE)[0]
     assert image.size == (64, 32)
-    assert image.info.pop("version").startswith("arcflow_jax ")
-    assert image.info == {
+    settings = dict(image.info)
+    assert settings.pop("version").startswith("arcflow_jax ")
+    checksum = settings.pop("adapter_checksum")
+    other = write_adapter(model, model.with_name("changed"), seed=2)
+    assert checksum == ArcFlowPipeline.from_pretrained(model, student).origin["adapter_checksum"]
+    assert checksum != ArcFlowPipeline.from_pretrained(model, other).origin["adapter_checksum"]
+    assert settings == {
         "prompt": PROMPTS[0],
         "picture": 0,
         "seed": 5,
@@ -224,6 +233,7 @@ def test_pictures_know_their_settings(pipe, model, student):
         "adapter": str(student),
         "weights": "averaged",
     }
+    assert pipe.described(seed=5, **SIZE) == {name: image.info[name] for name in image.info if name not in OF_ITS_OWN}
 
 
 def test_teacher(model):

@@ -131,7 +131,10 @@ def test_parquet_that_does_not_fit(tmp_path):
 def test_what_is_not_there(tmp_path):
     refused(tmp_path / "a.txt", r"cannot read prompts from .*a\.txt: No such file or directory")
     refused("data/a.jsonl", r"cannot read prompts from data/a\.jsonl: No such file")  # not a hub id
-    refused("prompts", "there is no such file or folder, and a data set's id is OWNER/NAME")
+    refused(
+        "prompts",
+        "no such file or folder, a data set's id is OWNER/NAME, and sets known by name are hpsv2 and coco-10k",
+    )
     refused(tmp_path, r"no file in it ends in \.txt, \.jsonl, \.parquet")
     (tmp_path / "broken.jsonl").write_text("{")
     (tmp_path / "a.txt").write_text("a fox")
@@ -177,3 +180,21 @@ def test_data_set_of_the_hub(hub):
     refused("owner/name:dev", r'cannot read data set owner/name:dev: Unknown split "dev"')
     refused("owner/other", r"there is no file or folder owner/other, and the hub shows no such .*hf auth login")
     refused("owner/offline", r"^cannot read data set owner/offline: Couldn't reach 'owner/offline' on the Hub \(Local")
+
+
+def test_sets_known_by_name(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(name: str, split: str) -> object:
+        asked.append((name, split))
+        return datasets.Dataset.from_dict({"prompt": ["a fox", "a hare"], "id": [0, 1]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    assert read_prompts("hpsv2").texts == ["a fox", "a hare"]
+    assert read_prompts("coco-10k").source == "coco-10k"
+    assert asked == [("Lakonik/t2i-prompts-hpsv2", "test"), ("Lakonik/t2i-prompts-coco-10k", "test")]
+    (tmp_path / "hpsv2").mkdir()  # what lies here comes first
+    (tmp_path / "hpsv2" / "a.txt").write_text("mine")
+    assert read_prompts("hpsv2").texts == ["mine"]

@@ -15,8 +15,9 @@ from flax import nnx
 from rich.progress import track
 
 from arcflow_jax.demo import pictures
-from arcflow_jax.demo.judge import agreement, frechet_distance, load_judge
+from arcflow_jax.demo.judge import agreement, load_judge
 from arcflow_jax.demo.pictures import Caption
+from arcflow_jax.evaluate.frechet import Moments, frechet_distance
 from arcflow_jax.pipeline import ArcFlowPipeline
 
 BATCH = 16
@@ -103,7 +104,7 @@ def measure(results: dict[str, Results], captions: Sequence[Caption], against: s
     references = []
     for i in range(REFERENCES):
         references.append(pictures.render(jax.random.fold_in(jax.random.key(SEED), i), jnp.asarray(asked)))
-    reference_features, _ = features_and_reading(references)
+    reference = Moments.of(features_and_reading(references)[0])
     truth = np.concatenate(results[against].latents)
     figures = {}
     for name, result in results.items():
@@ -111,7 +112,7 @@ def measure(results: dict[str, Results], captions: Sequence[Caption], against: s
         shares = agreement(read, asked)
         figures[name] = {
             "endpoint_error": float(np.square(np.concatenate(result.latents) - truth).mean()),
-            "frechet_distance": frechet_distance(features, reference_features),
+            "frechet_distance": frechet_distance(Moments.of(features), reference),
             "prompt_agreement": shares.pop("mean"),
             "prompt_agreement_by_attribute": shares,
             "denoise_seconds_per_image": float(np.median(result.denoise_seconds)) / BATCH,

@@ -59,17 +59,3 @@ def agreement(read: np.ndarray, asked: np.ndarray) -> dict[str, float]:
     named, right = asked >= 0, read == asked
     shares = {name: float(right[named[:, i], i].mean()) for i, name in enumerate(ATTRIBUTES) if named[:, i].any()}
     return {**shares, "mean": float(right[named].mean())}
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Fréchet distance between normal distributions fitted to two sets of features [·, F] (Heusel et al. 2017).
-
-    |μa − μb|² + tr(Σa + Σb − 2 (Σa Σb)^½); the trace of the root is the sum of the roots of the eigenvalues of
-    Σa^½ Σb Σa^½, which is symmetric, so that no complex root is ever taken.
-    """
-    mean = ((a.mean(0) - b.mean(0)) ** 2).sum()
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cov_b @ root), 0, None)).sum()
-    return float(mean + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)

@@ -1,0 +1,163 @@
+"""The networks that look at pictures: Inception for FID and pFID, CLIP for the agreement with prompts.
+
+Both run in PyTorch, in float32: published FIDs are of one file, which is TorchScript, and transformers has the half of
+CLIP that sees for PyTorch alone. Nothing else here needs PyTorch.
+"""
+
+# B pictures, F features
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from arcflow_jax.convert.hub import fetch, is_repository
+from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.prompt_sources import library
+from arcflow_jax.tokenizers import load_tokenizer, token_length, tokenize
+
+# The network of Heusel et al. 2017 as the authors of StyleGAN2-ADA publish it, and as others after them compare with
+INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+CLIP = "openai/clip-vit-large-patch14-336"
+CLIP_FILES = ("*.json", "merges.txt", "model*.safetensors")
+SIDE = 299  # of the pictures that Inception reads
+
+
+def resized(image: Image.Image) -> np.ndarray:  # [299, 299, 3] uint8
+    """What FID looks at: the whole picture, bicubic and antialiased."""
+    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+
+
+def centre(image: Image.Image) -> np.ndarray:  # [299, 299, 3] uint8
+    """What pFID (patch FID, Lin et al. 2024) looks at: the middle, unscaled. Raises UserError if there is less."""
+    left, top = (image.width - SIDE) // 2, (image.height - SIDE) // 2
+    if min(left, top) < 0:
+        raise UserError(
+            f"pfid looks at {SIDE} x {SIDE} pixels, but there is a picture of {image.width} x {image.height}: "
+            "leave pfid out"
+        )
+    return np.asarray(image.crop((left, top, left + SIDE, top + SIDE)))
+
+
+def torch_and_device() -> tuple[Any, Any]:
+    """PyTorch, and what it runs on. Raises UserError if it is not installed."""
+    torch = library("torch", "FID and CLIP scores", extra="eval")
+    return torch, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Inception:
+    """Inception's pooled features, 2048 of the published network.
+
+    Args:
+      file: the network as TorchScript; by default the published one, fetched once and kept in PyTorch's cache.
+
+    Attributes:
+      sha256: of the file.
+
+    Raises:
+      UserError: if PyTorch is not installed, or there is no such file and it cannot be fetched.
+    """
+
+    def __init__(self, file: Path | None = None):
+        self.file = published_inception() if file is None else file
+        try:
+            with self.file.open("rb") as weights:
+                self.sha256 = hashlib.file_digest(weights, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"cannot read the Inception network {self.file}: {error.strerror}") from None
+
+    @property
+    def published(self) -> bool:
+        """Whether this is the network that published figures are of."""
+        return self.sha256 == INCEPTION_SHA256
+
+    @functools.cached_property
+    def network(self) -> Any:
+        torch, device = torch_and_device()
+        try:
+            return torch.jit.load(self.file, map_location=device).eval()
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"{self.file} is not a network in TorchScript, as {INCEPTION_URL} is: {one_line(error)}"
+            ) from None
+
+    def __call__(self, pictures: np.ndarray) -> np.ndarray:  # [B, F] float32
+        """Features of pictures [B, 299, 299, 3], uint8. Raises UserError if the file is no such network."""
+        torch, device = torch_and_device()
+        network = self.network
+        with torch.inference_mode():
+            pixels = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).to(device)
+            try:
+                features = network(pixels, return_features=True)
+            except RuntimeError as error:
+                reason = one_line(error)
+                raise UserError(f"{self.file} does not take pictures as Inception does: {reason}") from None
+            return features.float().cpu().numpy()
+
+
+def published_inception() -> Path:
+    """The published network in PyTorch's cache, fetched if it is not there. Raises UserError if that fails."""
+    torch, _ = torch_and_device()
+    file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rpartition("/")[2]
+    if not file.is_file():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(INCEPTION_URL, file, hash_prefix=INCEPTION_SHA256, progress=False)
+        except (OSError, RuntimeError) as error:  # no network, another file than expected
+            raise UserError(
+                f"cannot fetch {INCEPTION_URL}: {one_line(error)}; name a copy of it with --inception"
+            ) from None
+    return file
+
+
+class Clip:
+    """CLIP's agreement of pictures and prompts.
+
+    Args:
+      source: a folder with a CLIP model as transformers saves it, tokenizer and preprocessor included, or its hub id.
+
+    Raises:
+      UserError: if PyTorch is not installed, or there is no such model, or it is not whole.
+    """
+
+    def __init__(self, source: str):
+        self.torch, self.device = torch_and_device()
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        if Path(source).is_dir():
+            folder = Path(source)
+        elif is_repository(source):
+            folder = fetch(source, None, CLIP_FILES)
+            if not any(folder.glob("*.safetensors")):  # of pickles PyTorch here reads tensors and nothing else
+                folder = fetch(source, None, [*CLIP_FILES, "pytorch_model.bin"])
+        else:
+            raise UserError(f"there is no CLIP model {source}: it has to be a folder, or OWNER/NAME on the hub")
+        self.tokenizer = load_tokenizer(folder)
+        try:
+            self.preprocess = transformers.CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+            self.model, loaded = transformers.CLIPModel.from_pretrained(
+                folder, local_files_only=True, dtype=self.torch.float32, output_loading_info=True
+            )
+        except Exception as error:  # transformers raises all sorts
+            raise UserError(f"{folder} does not hold a CLIP model that transformers loads: {one_line(error)}") from None
+        if loaded["missing_keys"]:  # it would make them up
+            raise UserError(f"the CLIP model in {folder} is not whole: no {one_line(sorted(loaded['missing_keys']))}")
+        self.model.eval().to(self.device)
+        self.length = token_length(self.tokenizer, self.model.config.text_config.max_position_embeddings)
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:  # [B, 1] float32
+        """The cosine between each picture and its prompt, cut to the model's length. Not scaled, not clipped."""
+        ids, _ = tokenize(self.tokenizer, prompts, self.length)
+        ids = self.torch.from_numpy(ids).long().to(self.device)
+        pixels = self.preprocess(list(images), return_tensors="pt")["pixel_values"].to(self.device)
+        with self.torch.inference_mode():
+            seen = self.model(input_ids=ids, pixel_values=pixels)
+            return (seen.image_embeds * seen.text_embeds).sum(-1, keepdim=True).cpu().numpy()

@@ -1,0 +1,10 @@
+"""`arcflow evaluate` as a script."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from arcflow_jax.cli import main
+
+main(["evaluate", *sys.argv[1:]])
