@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 # Reads prompts from Parquet files, and from data sets of the hub
 DATA = ["datasets>=4", "pyarrow>=18"]
+# Draws what `arcflow evaluate` finds
+PLOTS = ["matplotlib>=3.9"]
 
 setup(
     name="arcflow_jax",
@@ -44,9 +46,9 @@ setup(
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "data": DATA,
-        # FID, pFID and CLIP score, whose networks run in PyTorch
-        "eval": ["torch>=2.8", "transformers>=5.5,<6"],
-        "test": [*DATA, "hypothesis>=6.100", "pytest>=8.4", "pytest-xdist>=3.6", "ruff==0.17.6", "scipy>=1.14"],
+        # The plot of trajectories; FID, pFID and CLIP score, whose networks run in PyTorch
+        "eval": [*PLOTS, "torch>=2.8", "transformers>=5.5,<6"],
+        "test": [*DATA, *PLOTS, "hypothesis>=6.100", "pytest>=8.4", "pytest-xdist>=3.6", "ruff==0.17.6", "scipy>=1.14"],
         # The PyTorch twins that the parity tests compare with
         "parity": ["diffusers>=0.35", "peft>=0.17", "torch>=2.8"],
     },

@@ -428,6 +428,61 @@ evaluate_app = typer.Typer(
 app.add_typer(evaluate_app, name="evaluate")
 
 
+@evaluate_app.command("trajectory")
+def evaluate_trajectory(
+    prompts: Annotated[
+        str,
+        typer.Option(
+            help="A .txt file of prompts, one a line, a .jsonl or .parquet file, a folder of such files, or the hub id "
+            "of a data set, OWNER/NAME or OWNER/NAME:SPLIT."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory for the figures and the plot.")],
+    prompts_field: Annotated[str, typer.Option(help="The field, or column, that has the prompt.")] = "prompt",
+    count: Annotated[int | None, typer.Option(help="Only the first so many prompts.")] = None,
+    model: Model = DEMO / "teacher",
+    adapter: Adapter = str(DEMO / "arcflow"),
+    raw: Raw = False,
+    steps: Annotated[int | None, typer.Option(help="The student's network calls. By default as trained.")] = None,
+    teacher_steps: Annotated[int, typer.Option(help="The dense teacher's Euler steps.")] = 50,
+    seed: Seed = 0,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale. By default the one that the student was trained at.")
+    ] = None,
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="What true classifier-free guidance of the teacher leads away from, by default of scale 4. A student "
+            'of Qwen-Image that does not say so itself, a released one, needs "".'
+        ),
+    ] = None,
+    rescaled: Rescaled = False,
+    height: Height = None,
+    width: Width = None,
+    batch_size: BatchSize = None,
+    mesh: Mesh = "",
+) -> None:
+    """Follows student and teacher from the same noises, and tells where the student's error comes from.
+
+    Endpoint error, and for each segment velocity and state errors over σ, split into what the student gets wrong from
+    the teacher's own state (local), what it inherits from earlier segments (drift), and the closed form against
+    quadrature. Leaves trajectory.json and trajectory.png in OUT. An evaluation that was interrupted goes on.
+    """
+    from arcflow_jax.evaluate.comparison import Comparison, Settings
+    from arcflow_jax.evaluate.trajectory_plot import check_library
+    from arcflow_jax.evaluate.trajectory_report import evaluate
+    from arcflow_jax.prompt_sources import read_prompts
+
+    check_library()  # not after hours
+    found = read_prompts(prompts, prompts_field)
+    if count is not None and not 1 <= count <= len(found.texts):
+        raise UserError(f"count is {count}, but has to be from 1 to {len(found.texts)}, of which {prompts} has prompts")
+    settings = Settings(steps, teacher_steps, seed, guidance, negative_prompt, rescaled, height, width)
+    comparison = Comparison(model, adapter, settings, batch_size, mesh, raw)
+    evaluate(comparison, found.texts[:count], out)
+    print(f"the figures and the plot are in {out}")
+
+
 @evaluate_app.command("metrics")
 def evaluate_metrics(
     out: Annotated[Path, typer.Option(help="JSON file for the figures; the pictures' statistics lie beside it.")],

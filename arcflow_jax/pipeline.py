@@ -76,6 +76,14 @@ class Guided:
     rescaled: bool
 
 
+def teacher_velocity(model: arc_model.ArcModel, x: jax.Array, sigma: jax.Array, conditioning: Any) -> jax.Array:
+    """The teacher's velocity of tokens [B, N, 4C] at σ [B], truly guided where `conditioning` is `Guided`."""
+    if isinstance(conditioning, Guided):
+        away = (conditioning.negative, conditioning.scale, conditioning.rescaled)
+        return model.guided_velocity(x, sigma, conditioning.positive, *away)
+    return model.teacher_velocity(x, sigma, conditioning)
+
+
 @functools.partial(jax.jit, static_argnames=("graphdef", "steps"))
 def sample_teacher(
     graphdef: nnx.GraphDef,
@@ -95,10 +103,7 @@ def sample_teacher(
     model = nnx.merge(graphdef, model_state)
 
     def teacher(x: jax.Array, sigma: jax.Array) -> jax.Array:
-        if isinstance(conditioning, Guided):
-            away = (conditioning.negative, conditioning.scale, conditioning.rescaled)
-            return model.guided_velocity(x, sigma, conditioning.positive, *away)
-        return model.teacher_velocity(x, sigma, conditioning)
+        return teacher_velocity(model, x, sigma, conditioning)
 
     return sampler.euler(teacher, latents, steps=steps, shift=shift, terminal=terminal)
 
@@ -128,6 +133,11 @@ def noise(seed: int, count: int, tokens: int, channels: int, first: int = 0) -> 
     """Standard normal [B, N, 4C]; picture i of a seed gets the same noise whatever the batch it is made in."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), first + jnp.arange(count))
     return jax.vmap(lambda key: jax.random.normal(key, (tokens, channels)))(keys)
+
+
+def default_dtype() -> Any:
+    """To compute in: bfloat16, but on a CPU, where that is slow, float32."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
 @contextlib.contextmanager
@@ -250,9 +260,8 @@ class ArcFlowPipeline:
           UserError: if either is missing or damaged, the adapter was trained on another base, there is no such
             mesh, or the memory does not suffice.
         """
-        if dtype is None:
-            dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         with memory_watched(offload):
+            dtype = default_dtype() if dtype is None else dtype
             return cls(ModelDirectory.open(path), adapter, dtype, parse_mesh(mesh), offload, raw)
 
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:

@@ -1,0 +1,196 @@
+"""Trains and evaluates cells, and keeps what is finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from arcflow_jax.config import Recipe, read_config
+from arcflow_jax.conversion import convert_model
+from arcflow_jax.demo.evaluate import Results, Sampler, measure, run_samplers
+from arcflow_jax.demo.pictures import Caption, caption_of
+from arcflow_jax.demo.run import SOURCE, TEST_PROMPTS, TRAIN_PROMPTS
+from arcflow_jax.errors import UserError
+from arcflow_jax.geometry import read_json, write_json
+from arcflow_jax.model_directory import DESCRIPTION
+from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.prompt_sources import read_prompts
+from arcflow_jax.run_log import LOG, left
+from arcflow_jax.train import train
+from benchmarks.ablation.cells import COMPARED, seeds
+
+CONFIG = Path(__file__).parents[2] / "configs" / "tiny_ablation.py"
+EULER = (2, 4, 8, 50)  # the teacher's steps; the last is what students are held against
+DENSE = f"teacher_{EULER[-1]}"
+START = 150  # iterations of one segment that the start of a run and its evaluation take the time of, about
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came of a cell.
+
+    Attributes:
+      cell: a variant of configs/tiny_ablation.py, or of the teacher, see `teacher`.
+      seed, iterations: of the training; 0 for a teacher.
+      seconds: an iteration, the median without compilation; 0 for a teacher.
+      figures: see `evaluate.measure`.
+    """
+
+    cell: str
+    seed: int
+    iterations: int
+    seconds: float
+    figures: dict[str, Any]
+
+
+def teacher(steps: int, guidance: float) -> str:
+    """The name of a teacher's result."""
+    return f"teacher-{steps}-guidance-{guidance:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A comparison under one budget.
+
+    Attributes:
+      out: its directory.
+      steps: iterations of each run.
+      prompts: how many of the test prompts students are evaluated on.
+    """
+
+    out: Path
+    steps: int
+    prompts: int
+
+    def __post_init__(self):
+        available = len(read_prompts(TEST_PROMPTS).texts)
+        if self.steps < 1:
+            raise UserError(f"steps is {self.steps}, but has to be at least 1")
+        if not 2 <= self.prompts <= available:
+            raise UserError(f"prompts is {self.prompts}, but has to be from 2 to {available}")
+        known = self.out / "study.json"
+        if known.exists() and read_json(known) != self.budget:
+            before = ", ".join(f"{name} {value}" for name, value in read_json(known).items())
+            raise UserError(f"{self.out} holds a study with {before}: name another --out")
+
+    @functools.cached_property
+    def budget(self) -> dict[str, int | str]:
+        """What all results have in common, the weights of the bundled teacher among them."""
+        digest = hashlib.sha256()
+        for path in sorted(SOURCE.rglob("*.safetensors")):
+            digest.update(path.read_bytes())
+        return {"steps": self.steps, "prompts": self.prompts, "teacher": digest.hexdigest()[:12]}
+
+    @functools.cached_property
+    def captions(self) -> list[Caption]:
+        return [caption_of(prompt) for prompt in read_prompts(TEST_PROMPTS).texts[: self.prompts]]
+
+    def recipe(self, cell: str, seed: int = 0) -> Recipe:
+        """Of a cell's run. Raises UserError on a name that configs/tiny_ablation.py does not know."""
+        config = read_config(f"{CONFIG}:{cell}")
+        config.model, config.prompts = str(self.out / "teacher"), str(TRAIN_PROMPTS)
+        config.out, config.seed = str(self.out / "runs" / cell / str(seed)), seed
+        config.preview_every, config.save_every, config.keep_last = 0, 50, 1
+        # The whole of the schedule is that much shorter or longer, if it has a teacher's part at all
+        config.steps = config.optimizer.decay_steps = self.steps
+        config.distillation.decay = self.steps if config.distillation.decay else 0
+        return Recipe.of(config)
+
+    def stops(self, cell: str) -> list[int]:
+        """The iterations after which a cell is evaluated: those that are compared on their way, too."""
+        parts = 4 if cell in COMPARED else 1
+        return sorted({max(1, self.steps * i // parts) for i in range(1, parts + 1)})
+
+    def file(self, cell: str, seed: int, iterations: int) -> Path:
+        return self.out / "results" / f"{cell}.{seed}.{iterations}.json"
+
+    def results(self) -> list[Result]:
+        """All that are finished."""
+        return [Result(**read_json(path)) for path in sorted((self.out / "results").glob("*.json"))]
+
+    def keep(self, result: Result) -> None:
+        write_json(self.file(result.cell, result.seed, result.iterations), dataclasses.asdict(result))
+
+    def run(self, cells: Sequence[str], count: int | None = None) -> None:
+        """Finishes what is not finished of these cells.
+
+        Args:
+          count: of seeds of each cell; by default as `cells.seeds` has it.
+
+        Raises:
+          UserError: as `train`, on an unknown cell, a run of another recipe, or a directory that cannot be written.
+          Preempted: as `train`.
+        """
+        self.begin({self.recipe(cell).guidance for cell in cells})
+        runs = [(cell, seed) for cell in cells for seed in seeds(cell, count)]
+        runs.sort(key=lambda run: (run[0] not in COMPARED, run[1]))
+        work = {}
+        for cell, seed in runs:
+            recipe = self.recipe(cell, seed)
+            recipe.check_same(Path(recipe.out))  # finished ones too: the table must not mix recipes
+            stops = self.stops(cell)
+            for before, stop in zip([0, *stops], stops, strict=False):
+                if not self.file(cell, seed, stop).exists():
+                    work[cell, seed, stop] = recipe.distillation.nfe * (stop - before) + START
+        print(f"{len(work)} evaluations to make", flush=True)
+        began, done = time.monotonic(), 0
+        for i, (cell, seed, stop) in enumerate(work):
+            print(f"{cell}, seed {seed}, to iteration {stop}", flush=True)
+            result = self.measure(cell, seed, stop)
+            self.keep(result)
+            done += work[cell, seed, stop]
+            rate = done / (time.monotonic() - began)
+            error = result.figures["endpoint_error"]
+            rest = left(sum(work.values()) - done, rate)
+            print(f"{i + 1} of {len(work)}: endpoint error {error:.4f}; {rest} left in all", flush=True)
+
+    def begin(self, guidances: Iterable[float]) -> None:
+        """Makes what all cells need: the directory, the converted teacher, its own figures. Raises UserError."""
+        try:
+            (self.out / "results").mkdir(parents=True, exist_ok=True)
+            write_json(self.out / "study.json", self.budget)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.out}: {error.strerror}") from None
+        if jax.config.jax_compilation_cache_dir is None:  # the seeds of a cell run the same program
+            jax.config.update("jax_compilation_cache_dir", str(self.out / "cache"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        if not (self.out / "teacher" / DESCRIPTION).exists():
+            convert_model(SOURCE, self.out / "teacher")
+        for guidance in sorted(guidances):
+            names = {steps: teacher(steps, guidance) for steps in EULER}
+            if not all(self.file(name, 0, 0).exists() for name in names.values()):
+                figures = measure(teachers(self, guidance), self.captions, against=DENSE)
+                for steps, name in names.items():
+                    self.keep(Result(name, 0, 0, 0.0, figures[f"teacher_{steps}"]))
+
+    def measure(self, cell: str, seed: int, stop: int) -> Result:
+        """Trains a cell up to an iteration, from where it is, and evaluates it."""
+        recipe = self.recipe(cell, seed)
+        run = train(dataclasses.replace(recipe, steps=stop))
+        lines = [json.loads(line) for line in (run / LOG).read_text().splitlines()]
+        if lines[-1]["step"] != stop:
+            raise UserError(f"{run} is past iteration {stop}, which was not evaluated: remove it, to train it anew")
+        student = Sampler(ArcFlowPipeline.from_pretrained(self.out / "teacher", adapter=run), recipe.distillation.nfe)
+        dense = teachers(self, recipe.guidance)[DENSE]
+        results = run_samplers({"student": student}, self.captions, recipe.guidance)
+        figures = measure({DENSE: dense} | results, self.captions, against=DENSE)
+        if stop == self.steps:
+            jax.clear_caches()  # of programs that no other cell runs
+        seconds = statistics.median(1 / line["iterations_per_second"] for line in lines)
+        return Result(cell, seed, stop, seconds, figures["student"])
+
+
+@functools.cache
+def teachers(study: Study, guidance: float) -> dict[str, Results]:
+    """What the teacher makes in each of `EULER` steps, as teacher_STEPS."""
+    pipeline = ArcFlowPipeline.from_pretrained(study.out / "teacher")
+    return run_samplers({f"teacher_{n}": Sampler(pipeline, n) for n in EULER}, study.captions, guidance)

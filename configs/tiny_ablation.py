@@ -1,0 +1,48 @@
+"""The recipe of configs/tiny.py with named changes: what each of its parts is worth.
+
+    arcflow train --config configs/tiny_ablation.py:arcflow
+    arcflow train --config configs/tiny_ablation.py:legendre+k-3+nfe-1
+
+The argument is a student that configs/tiny.py knows, and any changes, joined by +. `python -m benchmarks.ablation`
+trains, evaluates and compares them.
+
+Hardware and cost: those of configs/tiny.py, a run. The time is proportional to the network calls (nfe).
+"""
+
+from arcflow_jax.configs import tiny
+from ml_collections import ConfigDict
+
+MOMENTA = "head.proj_out_loggamma.*"
+HEAD = "head.proj_out_*"
+CHANGES = {
+    # Network calls
+    "nfe-1": {"distillation.nfe": 1},
+    "nfe-4": {"distillation.nfe": 4},
+    # Modes of the mixture, or terms of the series
+    **{f"k-{k}": {"adapter.modes": k} for k in (2, 3, 4, 6, 8)},
+    # Every mode a constant velocity
+    "zero-momenta": {"adapter.initial_momenta": (1.0, 1.0), "optimizer.groups": ((MOMENTA, 0.0),)},
+    "slow-momenta": {"optimizer.groups": ((MOMENTA, 0.1),)},
+    "slow-head": {"optimizer.groups": ((HEAD, 0.3),)},
+    "fast-head": {"optimizer.groups": ((HEAD, 3.0),)},
+    # The student alone carries the trajectory, from the first iteration
+    "no-mixing": {"distillation.decay": 0},
+    "no-mode-dropout": {"distillation.mode_dropout": 0.0},
+    "shift-1": {"distillation.shift": 1.0},
+    "shift-3.2": {"distillation.shift": 3.2},
+    "unguided": {"guidance": 1.0},
+}
+
+
+def get_config(arg: str = "arcflow") -> ConfigDict:
+    student, *changes = arg.split("+")
+    if unknown := [change for change in changes if change not in CHANGES]:
+        known = ", ".join(CHANGES)
+        raise ValueError(f"configs/tiny_ablation.py:{arg}: no change is {', '.join(unknown)}; known are {known}")
+    config = tiny.get_config(student)
+    values = [item for change in changes for item in CHANGES[change].items()]
+    if len(dict(values)) < len(values):
+        raise ValueError(f"configs/tiny_ablation.py:{arg}: two changes of the same value")
+    config.update_from_flattened_dict(dict(values))
+    config.out = f"runs/tiny-ablation/{arg}"
+    return config
