@@ -47,12 +47,22 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """What a student was trained for; the defaults are those of the published students."""
+    """What a student was trained for."""
 
-    steps: int = 2
-    shift: float = 3.2
-    final_step_ratio: float = 1.0
-    guidance: float = 3.5
+    steps: int
+    shift: float
+    final_step_ratio: float
+    guidance: float
+
+    @classmethod
+    def published(cls, transformer: Mapping[str, Any]) -> Sampling:
+        """Of the authors' students: FLUX.1's are fed their guidance, Qwen-Image's teacher had true guidance.
+
+        Args:
+          transformer: the base's, as its model directory describes it.
+        """
+        guidance = 3.5 if transformer["config"].get("guidance_embeds") else 4.0
+        return cls(steps=2, shift=3.2, final_step_ratio=1.0, guidance=guidance)
 
 
 # Settings under the names of the authors' training configs. `policy_config` holds those that are not as published.
@@ -169,7 +179,8 @@ def read_student(
     config, tensors, policy = read_export(source)
     modes = check_config(config, directory, source)
     values = read_policy(policy, source) | {name: value for name, value in sampling.items() if value is not None}
-    settings = Sampling(**values)
+    transformer = directory.description["components"]["transformer"]
+    settings = dataclasses.replace(Sampling.published(transformer), **values)
 
     table = AdapterTable(directory.networks["transformer"].table)
     rank, targets = table.lora(tensors, linear_layers(directory.abstract("transformer").trunk))
@@ -182,7 +193,7 @@ def read_student(
         adapter=AdapterConfig(modes=modes, rank=rank, alpha=float(rank), dropout=0.0, targets=targets),
         distillation=Distillation(nfe=settings.steps, shift=settings.shift, final_step_ratio=settings.final_step_ratio),
         guidance=settings.guidance,
-        transformer=directory.description["components"]["transformer"],
+        transformer=transformer,
     )
     _, _, abstract = arc_model.split(directory.student(description.adapter, jnp.float32))
     return description, import_tensors(table, tensors, abstract, np.float32, str(source))
@@ -294,7 +305,7 @@ def policy_of(description: AdapterDescription) -> dict[str, Any]:
     """The policy_config of a student: `read_policy` undone."""
     settings = description.distillation
     sampling = Sampling(settings.nfe, settings.shift, settings.final_step_ratio, description.guidance)
-    published = dataclasses.asdict(Sampling())
+    published = dataclasses.asdict(Sampling.published(description.transformer))
     given = {POLICY[name]: value for name, value in dataclasses.asdict(sampling).items() if value != published[name]}
     return given | {"type": "ArcFlow"}
 

@@ -189,7 +189,7 @@ def convert(
         float | None, typer.Option(help="Length of its last step. By default what its file says, or 1.0.")
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Its guidance scale. By default what its file says, or 3.5.")
+        float | None, typer.Option(help="Its guidance scale. By default what its file says, or the published one.")
     ] = None,
 ) -> None:
     """Converts a PyTorch model to a model directory for training and sampling, or a released student to one
@@ -272,7 +272,8 @@ def embed_prompts(
     """Writes the text embeddings of a recipe's prompts, for training where the encoders do not fit.
 
     arcflow train then reads them, with the same recipe and --config.embeddings=OUT. Where the encoders fit, training
-    without costs less: FLUX.1's embeddings take 4.2 MB a prompt. Embedding that was interrupted goes on.
+    without costs less: embeddings take 4.2 MB a prompt for FLUX.1, 3.7 MB for Qwen-Image. Embedding that was
+    interrupted goes on.
     """
     from arcflow_jax.config import Recipe, read_config
     from arcflow_jax.embeddings import embed_prompts as embed
@@ -387,7 +388,7 @@ def compile_report(
     """Compiles a program for TPUs that are not there, and prints memory, work and communication.
 
     Needs no weights: the recipe's model may also be a diffusers folder of config files alone, as in
-    --config.model=configs/flux.1-dev.
+    --config.model=configs/flux.1-dev, or configs/qwen-image.
     """
     from arcflow_jax.compile_report.report import Case, report
     from arcflow_jax.sharding import mesh_sizes

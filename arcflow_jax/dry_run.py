@@ -24,19 +24,17 @@ def report(recipe: Recipe) -> str:
     plan = Plan.of(recipe)
     trained, whole = parameters(plan.adapter), parameters(plan.base)
     optimizer = jax.eval_shape(plan.optimizer.init, plan.adapter)
-    encoders = [
-        nnx.state(plan.directory.abstract(name, recipe.dtype))
-        for name in plan.directory.description["components"]
-        if name.startswith("text_encoder")
-    ]
     parts = {
         "base": plan.base,
         "adapter": plan.adapter,
         "average": plan.adapter,
         "optimizer": optimizer,
         "gradients": plan.adapter,
-        "text encoders": encoders,
     }
+    if not recipe.embeddings:
+        components = plan.directory.description["components"]
+        encoders = [name for name in components if name.startswith("text_encoder")]
+        parts["text encoders"] = [nnx.state(plan.directory.abstract(name, recipe.dtype)) for name in encoders]
     sizes = {name: bytes_per_device(plan.mesh, state) for name, state in parts.items()}
     tokens = ", ".join(f"{rows} × {columns}" for rows, columns in plan.grids.values())
     memory = [*sizes.items(), ("together", sum(sizes.values()))]

@@ -2,7 +2,7 @@
 
 It is for machines that the encoders do not fit on; where they do, encoding on the fly costs less than a hundredth of
 a training step, and no disk. FLUX.1's embeddings of one prompt are 4.2 MB in bfloat16, because its transformer reads
-T5's states at the padding, too.
+T5's states at the padding, too; Qwen-Image's are 3.7 MB, of prompts of all lengths alike.
 
     DIR/embeddings.json             format, fingerprint of encoders and tokenizers, dtype, number of prompts, prompts a
                                     shard, SHA-256 of the list of prompts
@@ -49,7 +49,7 @@ from arcflow_jax.sharding import make_mesh
 DESCRIPTION = "embeddings.json"
 FORMAT = "arcflow_jax embeddings"
 VERSION = 1
-SHARD = 256  # prompts: a gigabyte of FLUX.1's embeddings
+SHARD = 256  # prompts: a gigabyte of FLUX.1's or Qwen-Image's embeddings
 # What a shard has beside the encoders' arrays
 OWN = ("cut", "prompts", "prompt_ends")
 

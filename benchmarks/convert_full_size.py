@@ -1,10 +1,12 @@
-"""Memory and speed of `arcflow convert` on a model of FLUX.1-dev's size, with random weights.
+"""Memory and speed of `arcflow convert` on a model of full size, with random weights.
 
-    python benchmarks/convert_full_size.py --folder /tmp/flux-size
+    python benchmarks/convert_full_size.py --model configs/flux.1-dev --folder /tmp/flux-size
+    python benchmarks/convert_full_size.py --model configs/qwen-image --folder /tmp/qwen-size --as-it-goes
 
-writes a diffusers folder of FLUX.1-dev's exact geometry (24 GB of bfloat16; T5 cut to two layers unless told
-otherwise), converts it in a process of its own, prints that process's peak resident memory and speed, and removes
-everything. It needs twice the model's size on the disk.
+writes a diffusers folder of the exact geometry in a folder of config files (bfloat16; `--set` changes it, as in
+`--set text_encoder_2.num_layers=2`), converts it in a process of its own, prints that process's peak resident memory
+and speed, and removes everything. It needs twice the model's size on the disk; with `--as-it-goes` once: a tensor is
+then written just before it is read, and its room on the disk is given back at once.
 """
 
 from __future__ import annotations
@@ -12,12 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,56 +32,18 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from arcflow_jax.components import PIPELINES, TOKENIZERS
+from arcflow_jax import cli
+from arcflow_jax.components import PIPELINES, TOKENIZERS, Network
 from arcflow_jax.convert.engine import fills, shapes_of
-from arcflow_jax.geometry import geometry
+from arcflow_jax.convert.safetensors_source import FileTensor, read_header
+from arcflow_jax.geometry import geometry, read_json
 
-NETWORKS = PIPELINES["FluxPipeline"]
-
-
-def configs(double: int, single: int, t5_layers: int) -> dict[str, dict[str, Any]]:
-    """The config.json of each component of FLUX.1-dev."""
-    return {
-        "transformer": {
-            "in_channels": 64,
-            "num_layers": double,
-            "num_single_layers": single,
-            "attention_head_dim": 128,
-            "num_attention_heads": 24,
-            "joint_attention_dim": 4096,
-            "pooled_projection_dim": 768,
-            "guidance_embeds": True,
-        },
-        "text_encoder": {
-            "vocab_size": 49408,
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-        },
-        "text_encoder_2": {
-            "vocab_size": 32128,
-            "d_model": 4096,
-            "d_kv": 64,
-            "d_ff": 10240,
-            "num_layers": t5_layers,
-            "num_heads": 64,
-        },
-        "vae": {
-            "block_out_channels": [128, 256, 512, 512],
-            "layers_per_block": 2,
-            "latent_channels": 16,
-            "norm_num_groups": 32,
-            "scaling_factor": 0.3611,
-            "shift_factor": 0.1159,
-        },
-    }
+POOL = 2**24 - 3  # random numbers, over and over: they are dear, and a chunk of a checkpoint is smaller
 
 
-def source_shapes(component: str, config: dict[str, Any], original: bool) -> dict[str, tuple[int, ...]]:
+def source_shapes(network: Network, config: dict[str, Any], original: bool) -> dict[str, tuple[int, ...]]:
     """The names and shapes of a component's checkpoint, in diffusers' layout or the authors'."""
-    network = NETWORKS[component]
-    config = geometry(network.geometry, config, component)
+    config = geometry(network.geometry, config, network.class_name)
     table = network.original(config) if original else network.table
     plan = fills(table, shapes_of(nnx.state(network.abstract(config))))
     return {name: fill.source_shape for fill in plan for name in fill.names}
@@ -86,24 +53,36 @@ def nbytes(shape: tuple[int, ...]) -> int:
     return 2 * math.prod(shape)
 
 
-def write_file(path: Path, shapes: dict[str, tuple[int, ...]], rng: np.random.Generator) -> None:
-    """A safetensors file of random bfloat16 numbers, one tensor in memory at a time."""
+def make_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """A safetensors file of bfloat16 numbers, all of them holes as yet, which take no room on the disk."""
     header, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + nbytes(shape)
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    # Parts of one pool, each from another place: random numbers are dear, and a chunk of a checkpoint is smaller
-    pool = (0.02 * rng.standard_normal(2**24, np.float32)).astype(ml_dtypes.bfloat16)
+    text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for shape in shapes.values():
-            left = math.prod(shape)
-            while left:
-                start = int(rng.integers(len(pool)))
-                part = pool[start : start + left]
-                file.write(part.view(np.uint8))
-                left -= len(part)
+        file.truncate(8 + len(text) + end)
+
+
+class Values:
+    """Fills holes with random numbers; which ones depends on the place in the file alone."""
+
+    def __init__(self):
+        numbers = 0.02 * np.random.default_rng(0).standard_normal(POOL, np.float32)
+        self.bytes = numbers.astype(ml_dtypes.bfloat16).view(np.uint8)
+
+    def write(self, tensor: FileTensor) -> None:
+        """Writes a tensor, through to the disk: who reads it then reads the disk."""
+        place, stop = tensor.offset, tensor.offset + nbytes(tensor.shape)
+        with tensor.path.open("r+b", buffering=0) as file:
+            file.seek(place)
+            while place < stop:
+                start = place % len(self.bytes)
+                place += file.write(self.bytes[start : start + stop - place])
+            os.fdatasync(file.fileno())
+            os.posix_fadvise(file.fileno(), tensor.offset, nbytes(tensor.shape), os.POSIX_FADV_DONTNEED)
 
 
 def shards(shapes: dict[str, tuple[int, ...]], size: int) -> Iterator[dict[str, tuple[int, ...]]]:
@@ -117,30 +96,36 @@ def shards(shapes: dict[str, tuple[int, ...]], size: int) -> Iterator[dict[str, 
     yield group
 
 
-def write_source(folder: Path, options: argparse.Namespace) -> list[str]:
-    """Writes the model, and returns what `arcflow convert` is to be told beside `--source` and `--out`."""
-    rng = np.random.default_rng(0)
-    index: dict[str, Any] = {"_class_name": "FluxPipeline", "scheduler": ["diffusers", "FlowMatch"]}
+def make_source(folder: Path, options: argparse.Namespace) -> list[str]:
+    """Makes the model, all holes, and returns what `arcflow convert` is to be told beside `--source` and `--out`."""
+    index = read_json(options.model / "model_index.json")
+    pipeline = index["_class_name"]
+    changes = dict(option.split("=", 1) for option in options.set)
     arguments = []
-    for component, config in configs(options.double, options.single, options.t5_layers).items():
-        index[component] = ["library", NETWORKS[component].class_name]
+    for component, network in PIPELINES[pipeline].items():
+        config = read_json(options.model / component / "config.json")
+        for key in list(changes):
+            if key.startswith(f"{component}."):
+                config[key.removeprefix(f"{component}.")] = json.loads(changes.pop(key))
         (folder / component).mkdir(parents=True)
         (folder / component / "config.json").write_text(json.dumps(config))
-        original = options.original and NETWORKS[component].original is not None
-        shapes = source_shapes(component, config, original)
+        original = options.original and network.original is not None
+        shapes = source_shapes(network, config, original)
         if original:
             file = folder / f"{component}.safetensors"
-            write_file(file, shapes, rng)
+            make_file(file, shapes)
             arguments += [f"--{component}", str(file)]
             continue
         stem = "model" if component.startswith("text") else "diffusion_pytorch_model"
         weight_map = {}
         for number, shard in enumerate(shards(shapes, int(options.shard_gb * 1e9)), 1):
             file = folder / component / f"{stem}-{number:05d}.safetensors"
-            write_file(file, shard, rng)
+            make_file(file, shard)
             weight_map |= dict.fromkeys(shard, file.name)
         (folder / component / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    for name in TOKENIZERS["FluxPipeline"]:
+    if changes:
+        sys.exit(f"{', '.join(changes)}: the components are {', '.join(PIPELINES[pipeline])}")
+    for name in TOKENIZERS[pipeline]:
         (folder / name).mkdir()
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text("{}")
@@ -148,38 +133,89 @@ def write_source(folder: Path, options: argparse.Namespace) -> list[str]:
     return arguments
 
 
+def convert(arguments: Sequence[str], parent: Connection, as_it_goes: bool) -> None:
+    """`arcflow convert` in a process of its own, which tells its parent what it is about to read, if asked to, and in
+    the end what it has cost."""
+    read = FileTensor.__array__
+
+    def announced(tensor: FileTensor, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        parent.send(tensor)
+        parent.recv()  # it is there
+        return read(tensor, dtype, copy)
+
+    if as_it_goes:
+        FileTensor.__array__ = announced
+    try:
+        cli.main(["convert", *arguments])
+    finally:
+        parent.send(resource.getrusage(resource.RUSAGE_SELF))
+
+
+def give_back(tensor: FileTensor) -> None:
+    """Makes a hole of a tensor again."""
+    place = ["--offset", str(tensor.offset), "--length", str(nbytes(tensor.shape))]
+    subprocess.run(["fallocate", "--punch-hole", *place, tensor.path], check=True)
+
+
+def provide(child: Connection, values: Values) -> tuple[float, resource.struct_rusage]:
+    """Writes what the child is about to read, until it ends: the seconds that it took, and the child's usage."""
+    seconds, before = 0.0, None
+    while isinstance(message := child.recv(), FileTensor):
+        start = time.perf_counter()
+        if before is not None:
+            give_back(before)
+        values.write(message)
+        before = message
+        seconds += time.perf_counter() - start
+        child.send(True)
+    return seconds, message
+
+
 def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def run(options: argparse.Namespace) -> None:
+    """Makes the source, converts it and prints what that took."""
+    source, out = options.folder / "source", options.folder / "converted"
+    arguments = ["--source", str(source), "--out", str(out), *make_source(source, options)]
+    size, values = size_of(source), Values()
+    start = time.perf_counter()
+    if not options.as_it_goes:
+        for path in sorted(source.rglob("*.safetensors")):
+            for tensor in read_header(path).values():
+                values.write(tensor)
+    writing = time.perf_counter() - start
+
+    context = multiprocessing.get_context("spawn")
+    connection, childs = context.Pipe()
+    process = context.Process(target=convert, args=(arguments, childs, options.as_it_goes))
+    start = time.perf_counter()
+    process.start()
+    waiting, usage = provide(connection, values)
+    process.join()
+    seconds = time.perf_counter() - start - waiting
+    if process.exitcode:
+        sys.exit(f"arcflow convert failed with status {process.exitcode}")
+    print(f"wrote {size / 1e9:.2f} GB in {writing + waiting:.0f} s")
+    print(f"converted to {size_of(out) / 1e9:.2f} GB in {seconds:.0f} s, {size / 1e6 / seconds:.0f} MB/s")
+    print(f"processor time {usage.ru_utime:.0f} s in user code, {usage.ru_stime:.0f} s in the system")
+    print(f"peak resident memory {usage.ru_maxrss * 1024 / 1e9:.2f} GB")  # Linux counts in KiB
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder of model_index.json and each config.json")
     parser.add_argument("--folder", type=Path, required=True, help="for source and result; must not exist yet")
-    parser.add_argument("--double", type=int, default=19, help="double blocks")
-    parser.add_argument("--single", type=int, default=38, help="single blocks")
-    parser.add_argument("--t5-layers", type=int, default=2, help="T5-XXL has 24, 9.5 GB")
+    parser.add_argument("--set", action="append", default=[], help="COMPONENT.KEY=VALUE, of a config.json")
     parser.add_argument("--shard-gb", type=float, default=10, help="largest shard")
     parser.add_argument("--original", action="store_true", help="the authors' single files in place of diffusers'")
+    parser.add_argument("--as-it-goes", action="store_true", help="never have the whole source on the disk")
     parser.add_argument("--keep", action="store_true", help="leave the folder")
     options = parser.parse_args()
     options.folder.mkdir(parents=True)
     try:
-        source, out = options.folder / "source", options.folder / "converted"
-        start = time.perf_counter()
-        arguments = write_source(source, options)
-        size = size_of(source)
-        print(f"wrote {size / 1e9:.2f} GB in {time.perf_counter() - start:.0f} s", flush=True)
-
-        command = ["-c", "from arcflow_jax.cli import main; main()", "convert", "--source", source, "--out", out]
-        start = time.perf_counter()
-        process = subprocess.Popen([sys.executable, *map(str, command), *arguments])
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        if status:
-            sys.exit(f"arcflow convert failed with status {status}")
-        print(f"converted to {size_of(out) / 1e9:.2f} GB in {seconds:.0f} s, {size / 1e6 / seconds:.0f} MB/s")
-        print(f"processor time {usage.ru_utime:.0f} s in user code, {usage.ru_stime:.0f} s in the system")
-        print(f"peak resident memory {usage.ru_maxrss * 1024 / 1e9:.2f} GB")  # Linux counts in KiB
+        run(options)
     finally:
         if not options.keep:
             shutil.rmtree(options.folder)

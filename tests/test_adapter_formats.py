@@ -182,8 +182,7 @@ def test_alpha_is_folded_into_the_update(capfd, base, tmp_path):
 
 def test_diffusers_and_peft_read_it(capfd, base, tmp_path):
     """As the authors' loader does: base and head by name, then the LoRA by diffusers' own loader."""
-    torch, _, diffusers = map(pytest.importorskip, ("torch", "peft", "diffusers"))
-    from peft import get_peft_model_state_dict
+    _, _, diffusers = map(pytest.importorskip, ("torch", "peft", "diffusers"))
     from safetensors.torch import load_file as load_torch
 
     write_run(tmp_path / "run", base, dataclasses.replace(LORA, alpha=6.0))
@@ -192,8 +191,21 @@ def test_diffusers_and_peft_read_it(capfd, base, tmp_path):
     assert config["_class_name"] == "ArcFluxTransformer2DModel"
     twin = diffusers.FluxTransformer2DModel.from_config(config).eval()
     twin.load_state_dict(load_torch(GOLDEN / "flux_tiny_teacher.safetensors"))
-    tensors = load_torch(folder / WEIGHTS)
+    attach_student(twin, folder)
 
+    model = student(base, tmp_path / "run")
+    tokens, sigma, c = inputs(model.trunk.config)
+    theirs = twin_output(twin, tokens, sigma, c)
+    assert relative_error(predicted(model, tokens, sigma, c), theirs) < 1e-5
+
+
+def attach_student(twin, folder: Path) -> None:
+    """Makes a teacher of diffusers' the student in a folder, which gives all its numbers in place of a velocity."""
+    import torch
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file as load_torch
+
+    tensors = load_torch(folder / WEIGHTS)
     # The three projections as one, in the place of the teacher's
     weight, bias = (
         torch.cat([tensors[f"proj_out_{name}.{kind}"] for name in ("means", "logweights", "loggamma")])
@@ -208,12 +220,11 @@ def test_diffusers_and_peft_read_it(capfd, base, tmp_path):
     assert loaded.keys() == lora.keys()
     assert all(torch.equal(loaded[name], lora[name]) for name in lora)
 
-    model = student(base, tmp_path / "run")
-    tokens, sigma, c = inputs(model.trunk.config)
-    mixture = model.student_curve(tokens, sigma, c)
-    ours = jnp.concatenate([part.reshape(*tokens.shape[:2], -1) for part in dataclasses.astuple(mixture)], axis=-1)
-    theirs = twin_output(twin, tokens, sigma, c)
-    assert relative_error(ours, theirs) < 1e-5
+
+def predicted(model: ArcModel, tokens, sigma, conditioning) -> jax.Array:
+    """All numbers of a student's mixture, [B, N, ...], in the order of `attach_student`."""
+    mixture = model.student_curve(tokens, sigma, conditioning)
+    return jnp.concatenate([part.reshape(*tokens.shape[:2], -1) for part in dataclasses.astuple(mixture)], axis=-1)
 
 
 def test_sampling_settings_travel(capfd, base, tmp_path):

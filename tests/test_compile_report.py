@@ -115,6 +115,17 @@ def test_flops_of_qwen_image_sampling():
     assert counted == 2 * 2 * (blocks + embeddings + head + scores)
 
 
+@pytest.mark.parametrize("steady", [False, True])
+def test_flops_of_qwen_image_training(steady):
+    """As FLUX.1-dev's, but for the teacher, who is asked with the prompt and without: eight times in each segment."""
+    config = read_config(str(ROOT / "configs" / "qwen.py"), [f"--config.model={ROOT / 'configs' / 'qwen-image'}"])
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES)
+    program = train_step(Recipe.of(config), mesh, 1, steady=steady)
+    counted = flops(program.function.trace(*program.arguments, **program.keywords).jaxpr.jaxpr)
+    teacher, student = 78.3e12, 82.7e12
+    assert 2 * (8 * teacher + 3 * student) < counted < 2 * (8 * teacher + 3.8 * student)
+
+
 ON_8_DEVICES = """
     import json, jax
     from jax.sharding import PartitionSpec as P

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from arcflow_jax.convert import qwen_image as table
 from arcflow_jax.convert.adapter import AdapterTable
 from arcflow_jax.convert.engine import check, export_tensors, fills, import_tensors, shapes_of
 from arcflow_jax.errors import UserError
-from arcflow_jax.geometry import geometry
+from arcflow_jax.geometry import geometry, read_json
 from arcflow_jax.models.qwen_image import QwenImageConfig
 from arcflow_jax.sharding import MESH_AXES, state_shardings
 
@@ -62,12 +63,13 @@ def test_full_size():
     assert count(state) == 20_430_401_088
 
 
-def test_full_size_student_is_the_authors():
-    """Parameters and LoRA modules of the published recipe, as counted in the authors' own model."""
-    adapter = Recipe.of(read_config("configs/qwen.py:published")).adapter
-    assert (adapter.modes, adapter.rank, adapter.alpha) == (16, 256, 256)
+@pytest.mark.parametrize(("recipe", "rank"), [("published", 256), ("compact", 64)])
+def test_full_size_student_is_the_authors(recipe, rank):
+    """Parameters and LoRA modules of the published recipe, as counted in the authors' own model; of a smaller rank."""
+    adapter = Recipe.of(read_config(f"configs/qwen.py:{recipe}")).adapter
+    assert (adapter.modes, adapter.rank, adapter.alpha) == (16, rank, rank)
     _, _, trained = arc_model.split(components.QWEN_IMAGE.student(QWEN_IMAGE, adapter, jnp.float32))
-    assert count(trained) == 960_687_228
+    assert count(trained) == 960_687_228 - 938_278_912 + 938_278_912 * rank // 256
     names = {name for fill in fills(AdapterTable(table), shapes_of(trained)) for name in fill.names}
     modules = {name.removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight")}
     assert len(modules) == 240
@@ -82,17 +84,12 @@ def test_full_size_student_is_the_authors():
 def test_full_size_weights_are_split(sizes):
     """Transformer and text encoder take the share of a device and little more, however the mesh splits weights."""
     mesh = AbstractMesh(sizes, MESH_AXES)
-    encoder = components.QWEN2_5_VL.geometry(
-        vocab_size=152_064,
-        hidden_size=3584,
-        intermediate_size=18_944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        rms_norm_eps=1e-6,
-    )
-    for network, config in ((components.QWEN_IMAGE, QWEN_IMAGE), (components.QWEN2_5_VL, encoder)):
+    file = Path("configs/qwen-image/text_encoder/config.json")
+    encoder = geometry(components.QWEN2_5_VL.geometry, read_json(file), str(file))
+    sizes_of = ((components.QWEN_IMAGE, QWEN_IMAGE, 20_430_401_088), (components.QWEN2_5_VL, encoder, 7_070_619_136))
+    for network, config, weights in sizes_of:
         state = nnx.state(network.abstract(config))
+        assert count(state) == weights
         shares = jax.tree.map(
             lambda x, sharding: np.prod(sharding.shard_shape(x.shape)), state, state_shardings(mesh, state)
         )

@@ -4,20 +4,35 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import textwrap
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+from test_adapter_formats import attach_student, metadata, predicted, write_run
+from test_adapter_formats import student as student_model
+from test_distributed import finish, start
+from test_qwen_image import inputs, twin_velocity
+from test_train import losses
 
-from arcflow_jax.adapter_formats import export_adapter, import_adapter
+from arcflow_jax import offload, pipeline
+from arcflow_jax import prompts as prompts_module
+from arcflow_jax.adapter_formats import WEIGHTS, export_adapter, import_adapter
+from arcflow_jax.checkpoint import AdapterDescription
 from arcflow_jax.config import Recipe, read_config
 from arcflow_jax.conversion import convert_model
+from arcflow_jax.demo import ASSETS
+from arcflow_jax.embeddings import CachedPrompts, embed_prompts
 from arcflow_jax.errors import UserError
 from arcflow_jax.latents import unpack
 from arcflow_jax.model_directory import ModelDirectory
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.prompts import QwenPrompts
+from arcflow_jax.sharding import MESH_AXES
 from arcflow_jax.tokenizers import load_tokenizer
 from arcflow_jax.train import train
 from tools.make_tiny_qwen import make_tiny_qwen
@@ -146,20 +161,25 @@ def test_tokenizer_without_room_for_a_prompt(source, tmp_path):
         ArcFlowPipeline.from_pretrained(model)
 
 
-@pytest.fixture(scope="module")
-def student(model) -> Path:
-    """A few iterations of the published recipe, cut down."""
+def recipe(model: Path, out: Path, **changes) -> Recipe:
+    """The published recipe, cut down."""
     config = read_config(str(CONFIGS / "qwen.py"))
-    prompts = model.with_name("prompts.txt")
+    prompts = out.with_name("prompts.txt")
     prompts.write_text("\n".join(PROMPTS * 2))
     with config.unlocked():
-        config.update(model=str(model), prompts=str(prompts), out=str(model.with_name("run")), resolutions=((32, 32),))
+        config.update(model=str(model), prompts=str(prompts), out=str(out), resolutions=((32, 32),))
         config.update(batch=2, steps=2, log_every=1, dtype="float32", mesh=(1, 1, 1, 1), preview_every=1)
         config.adapter.update(modes=3, rank=2, alpha=2.0)
         config.distillation.update(decay=4, states=2)  # no second program once the teacher no longer leads
         config.optimizer.update(warmup=1, learning_rate=1e-2)
         config.ema.update(start=0)
-    return train(Recipe.of(config))
+        config.update(changes)
+    return Recipe.of(config)
+
+
+@pytest.fixture(scope="module")
+def student(model) -> Path:
+    return train(recipe(model, model.with_name("run")))
 
 
 def test_student_trains_and_samples(model, teacher, student):
@@ -194,10 +214,76 @@ def test_student_goes_out_and_comes_back_in_the_authors_layout(model, student, t
     np.testing.assert_allclose(ours, theirs, atol=1)
 
 
+def test_export_is_what_the_authors_have(model, source, tmp_path):
+    """Of the published recipe; and diffusers and PEFT make of it the student that we have."""
+    _, _, diffusers = map(pytest.importorskip, ("torch", "peft", "diffusers"))
+    from safetensors.torch import load_file as load_torch
+
+    settings = recipe(model, tmp_path / "run")
+    write_run(tmp_path / "run", model, settings.adapter, settings.distillation, settings.guidance)
+    folder = export_adapter(tmp_path / "run", tmp_path / "out", dtype=np.float32)
+    assert json.loads(metadata(folder)["policy_config"]) == {"type": "ArcFlow"}
+    imported = AdapterDescription.read(import_adapter(folder, model, tmp_path / "imported"))
+    assert (imported.guidance, imported.distillation.nfe) == (4.0, 2)
+
+    twin = diffusers.QwenImageTransformer2DModel.from_pretrained(source / "transformer").eval()
+    twin.load_state_dict(load_torch(source / "transformer" / WEIGHTS))
+    attach_student(twin, folder)
+    ours = student_model(model, tmp_path / "run")
+    tokens, sigma, c = inputs(ours.trunk.config, 3, 4, (2, 5))
+    with jax.default_matmul_precision("highest"):
+        assert relative_error(predicted(ours, tokens, sigma, c), twin_velocity(twin, tokens, sigma, c, 3, 4)) < 1e-5
+
+
+def test_embeddings_from_a_cache(model, teacher, tmp_path):
+    """With the lengths, and those of the negative prompt."""
+    settings = recipe(model, tmp_path / "run")
+    cache = embed_prompts(settings, tmp_path / "cache")
+    prompts = [*PROMPTS, ""]
+    cached = CachedPrompts(cache, teacher.directory, "float32", teacher.mesh, prompts)
+    size = {"guidance": 1.0, "rows": 2, "columns": 3}
+    ours, fly = cached(prompts, **size), teacher.encode(prompts, **size)
+    np.testing.assert_array_equal(ours.lengths, fly.lengths)
+    assert len(set(fly.lengths.tolist())) == 3
+    np.testing.assert_array_equal(ours.positions, fly.positions)
+    np.testing.assert_allclose(ours.text, fly.text, atol=1e-5)
+
+
+def test_encoder_and_transformer_are_never_on_the_device_together(model, student, monkeypatch):
+    """With offload, whose pictures are the same."""
+    straight = ArcFlowPipeline.from_pretrained(model, student)
+    lean = ArcFlowPipeline.from_pretrained(model, student, offload=True)
+    weights = {"encoder": straight.encode.weights, "transformer": straight.transformer}
+    shapes = {name: [x.shape for x in jax.tree.leaves(each.state)] for name, each in weights.items()}
+    largest = {name: max(each, key=np.prod) for name, each in shapes.items()}
+
+    def held() -> dict[str, int]:  # copies of the largest array
+        on_device = [x.shape for x in jax.live_arrays() if x.sharding.memory_kind != offload.HOST]
+        return {name: on_device.count(shape) // shapes[name].count(shape) for name, shape in largest.items()}
+
+    before, seen = held(), {}
+
+    def watched(function, name: str):
+        def call(*args, **settings):
+            seen[name] = held()
+            return function(*args, **settings)
+
+        return call
+
+    for name, module in (("_apply", prompts_module), ("sample", pipeline)):
+        monkeypatch.setattr(module, name, watched(getattr(module, name), name))
+    settings = {"seed": 3, "height": 32, "width": 32}
+    made = pixels(lean(PROMPTS, **settings))
+    monkeypatch.undo()
+    assert seen == {
+        "_apply": before | {"encoder": before["encoder"] + 1},
+        "sample": before | {"transformer": before["transformer"] + 1},
+    }
+    np.testing.assert_array_equal(made, pixels(straight(PROMPTS, **settings)))
+
+
 def test_base_of_another_kind_is_refused(student, tmp_path):
     """A student of Qwen-Image on FLUX.1, and the other way round, are told apart by their class."""
-    from arcflow_jax.demo import ASSETS
-
     flux = convert_model(ASSETS / "tiny-flux", tmp_path / "flux")
     exported = export_adapter(student, tmp_path / "exported")
     with pytest.raises(UserError, match="ArcQwenImageTransformer2DModel, a student of this base is of ArcFlux"):
@@ -206,7 +292,6 @@ def test_base_of_another_kind_is_refused(student, tmp_path):
 
 def test_compiles_once_for_a_shape(teacher):
     """Whatever the prompt and its length."""
-    from arcflow_jax import pipeline
 
     def count() -> int:
         return pipeline.sample_teacher._cache_size()
@@ -215,3 +300,43 @@ def test_compiles_once_for_a_shape(teacher):
     before = count()
     teacher(PROMPTS[1], steps=2, height=32, width=64, seed=5)
     assert count() == before
+
+
+def whole_path(source: Path, out: Path, mesh: tuple[int, ...]) -> None:
+    """Converts, trains with true guidance, exports, and makes pictures with what it wrote, over a mesh."""
+    model = convert_model(source, out / "model")
+    settings = {"mesh": mesh, "steps": 20, "batch": 8, "preview_every": 0, "distillation": {"decay": 20}}
+    run = train(recipe(model, out / "run", **settings))
+    exported = export_adapter(run, out / "exported", dtype=np.float32)
+    named = ",".join(f"{name}={size}" for name, size in zip(MESH_AXES, mesh, strict=True))
+    size = {"height": 32, "width": 64, "seed": 3, "batch_size": 4}
+    few = ArcFlowPipeline.from_pretrained(model, exported, mesh=named)(PROMPTS, **size)
+    many = ArcFlowPipeline.from_pretrained(model, mesh=named)(PROMPTS, negative_prompt="", steps=3, **size)
+    np.save(out / "pictures.npy", pixels([*few, *many]))
+
+
+ON_EIGHT = """
+    import sys
+    from pathlib import Path
+    from test_qwen_pipeline import whole_path
+    whole_path(*map(Path, sys.argv[1:]), mesh=(2, 2, 2, 1))
+"""
+
+
+@pytest.mark.slow
+def test_whole_path_on_eight_devices_is_that_on_one(source, tmp_path):
+    for name in ("one", "eight"):
+        (tmp_path / name).mkdir()
+    process = start(8, "-c", textwrap.dedent(ON_EIGHT), source, tmp_path / "eight")
+    whole_path(source, tmp_path / "one", (1, 1, 1, 1))
+    finish(process)
+    one, eight = (losses(tmp_path / name / "run") for name in ("one", "eight"))
+    assert len(one) == 20
+    np.testing.assert_allclose(eight, one, rtol=1e-4)
+    one, eight = (load_file(tmp_path / name / "exported" / WEIGHTS) for name in ("one", "eight"))
+    assert one.keys() == eight.keys()
+    for name in one:
+        assert relative_error(eight[name], one[name]) < 2e-3, name
+    one, eight = (np.load(tmp_path / name / "pictures.npy") for name in ("one", "eight"))
+    np.testing.assert_allclose(eight, one, atol=1)
+    assert min(np.abs(a - b).max() for a, b in itertools.combinations(one, 2)) > 10

@@ -319,6 +319,13 @@ def test_dry_run(model, tmp_path, capfd):
     assert gib["together"] == pytest.approx(sum(gib.values()) - gib["together"], abs=4 * tolerance)
     assert "data 1, fsdp 1, tensor 1, sequence 1" in rest
 
+    assert exit_code(["train", "--dry-run", "--config", TINY, *changed, "--config.embeddings=cached"]) == 0
+    cached = dict(re.findall(r"^  (\S.*\S) +([\d.]+) GiB$", capfd.readouterr().out, re.M))
+    assert memory.keys() - cached.keys() == {"text encoders"}
+    assert float(cached["together"]) == pytest.approx(
+        float(memory["together"]) - float(memory["text encoders"]), abs=0.002
+    )
+
 
 def test_weights_and_biases_that_is_not_there(model, tmp_path):
     if "wandb" in sys.modules:

@@ -2,8 +2,10 @@
 
     python tools/train_tiny_teacher.py --work /tmp/tiny            # every stage that is not done yet
     python tools/train_tiny_teacher.py --work /tmp/tiny guided     # one stage again
+    python tools/train_tiny_teacher.py --work /tmp/qwen --kind qwen    # the same pictures as a Qwen-Image
 
-On two free CPU cores a step of the autoencoder or the denoiser takes 0.17 s, and there are 4 500 and 11 000 of them.
+On two free CPU cores a step of the autoencoder or the denoiser takes 0.17 s, and there are 4 500 and 11 000 of them. As
+a Qwen-Image they take 0.24 s and 0.37 s of processor time; that teacher has not been trained yet.
 Everything is seeded. Each stage reads what the stages before it left in the work folder; copy `tiny-flux/` and
 `judge.safetensors` from there to `arcflow_jax/assets/`.
 """
@@ -16,14 +18,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tools.tiny_teacher import qwen
 from tools.tiny_teacher.assemble import assemble
 from tools.tiny_teacher.autoencoder import make_autoencoder
 from tools.tiny_teacher.denoiser import make_denoiser, make_embeddings, make_guided, make_latents
 from tools.tiny_teacher.judge import make_judge
 from tools.tiny_teacher.text import make_text
 
-# stage: what makes it, and what it leaves in the work folder
-STAGES = {
+# kind: stage: what makes it, and what it leaves in the work folder
+FLUX = {
     "autoencoder": (make_autoencoder, "autoencoder.safetensors"),
     "judge": (make_judge, "judge.safetensors"),
     "text": (lambda work: make_text(work / "text"), "text"),
@@ -33,17 +36,30 @@ STAGES = {
     "guided": (make_guided, "guided.safetensors"),
     "assemble": (assemble, "tiny-flux"),
 }
+QWEN = {
+    "autoencoder": (qwen.make_autoencoder, "autoencoder.safetensors"),
+    "text": (qwen.make_text, "text"),
+    "latents": (qwen.make_latents, "latents.safetensors"),
+    "embeddings": (qwen.make_embeddings, "embeddings.safetensors"),
+    "denoiser": (qwen.make_denoiser, "denoiser.safetensors"),
+    "assemble": (qwen.assemble, "tiny-qwen"),
+}
+KINDS = {"flux": FLUX, "qwen": QWEN}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", choices=[[], *STAGES], help="default: all that are not done yet")
+    parser.add_argument("stages", nargs="*", choices=[[], *FLUX], help="default: all that are not done yet")
+    parser.add_argument("--kind", choices=KINDS, default="flux")
     parser.add_argument("--work", type=Path, required=True, help="folder for what the stages make")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    for name in args.stages or [name for name, (_, made) in STAGES.items() if not (args.work / made).exists()]:
+    stages = KINDS[args.kind]
+    if unknown := set(args.stages) - stages.keys():
+        parser.error(f"{args.kind} has no stage {', '.join(unknown)}")
+    for name in args.stages or [name for name, (_, made) in stages.items() if not (args.work / made).exists()]:
         print(f"== {name}", flush=True)
-        STAGES[name][0](args.work)
+        stages[name][0](args.work)
 
 
 if __name__ == "__main__":

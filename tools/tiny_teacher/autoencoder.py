@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from arcflow_jax.demo import pictures
+from arcflow_jax.models.autoencoder import Autoencoder
 from arcflow_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from tools.tiny_teacher.common import psnr, save_state, train
 
@@ -22,12 +24,18 @@ CONFIG = AutoencoderKLConfig(
 )
 
 
-def make_autoencoder(work: Path, steps: int = 4_500, batch: int = 8) -> None:
+def new_autoencoder() -> AutoencoderKL:
+    return AutoencoderKL(CONFIG, rngs=nnx.Rngs(0))
+
+
+def make_autoencoder(
+    work: Path, new: Callable[[], Autoencoder] = new_autoencoder, steps: int = 4_500, batch: int = 8
+) -> None:
     """Mean squared error plus a KL term, which keeps detail that no eye sees out of the latents.
 
     At λ = 1e-3 it costs at most λ/2 of squared error, and the denoiser has smoother latents to learn.
     """
-    graphdef, state = nnx.split(AutoencoderKL(CONFIG, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(new())
 
     def loss(state: nnx.State, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         picture_key, noise_key = jax.random.split(key)

@@ -8,6 +8,7 @@ classifier-free guidance of the first would give at any scale.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.convert.safetensors_source import read_folder
 from arcflow_jax.demo import pictures
 from arcflow_jax.geometry import geometry, read_json
-from arcflow_jax.models.autoencoder_kl import AutoencoderKL
+from arcflow_jax.models.autoencoder import Autoencoder
 from arcflow_jax.models.flux import Flux, FluxConditioning, FluxConfig
 from arcflow_jax.tokenizers import load_tokenizer, token_length, tokenize
 from tools.tiny_teacher import autoencoder, common
@@ -45,11 +46,9 @@ GUIDANCE = (1.0, 3.0)  # the scales that the second stage learns
 CAPTIONS = pictures.all_captions()
 
 
-def make_latents(work: Path) -> None:
-    """Encodes a fixed set of random pictures; saves packed tokens, attributes, and the latents' mean and deviation."""
-    graphdef, state = nnx.split(
-        common.load_state(work / "autoencoder.safetensors", AutoencoderKL(autoencoder.CONFIG, rngs=nnx.Rngs(0)))
-    )
+def encode_pictures(vae: Autoencoder) -> tuple[jax.Array, jax.Array]:
+    """Packed tokens [·, 16, 16] of a fixed set of random pictures, and their attributes [·, 5]."""
+    graphdef, state = nnx.split(vae)
 
     @jax.jit
     def encode(key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -58,6 +57,13 @@ def make_latents(work: Path) -> None:
 
     batches = [encode(jax.random.fold_in(jax.random.key(2), i)) for i in range(PICTURES // 500)]
     tokens, attributes = (jnp.concatenate(arrays) for arrays in zip(*batches, strict=True))
+    return tokens, attributes
+
+
+def make_latents(work: Path) -> None:
+    """Encodes the pictures; saves packed tokens, attributes, and the latents' mean and deviation."""
+    vae = common.load_state(work / "autoencoder.safetensors", autoencoder.new_autoencoder())
+    tokens, attributes = encode_pictures(vae)
     shift, scale = tokens.mean(), 1 / tokens.std()
     print(f"latents: shift_factor {shift:.4f}, scaling_factor {scale:.4f}")
     save_file(
@@ -156,9 +162,14 @@ ROUNDS = (
 )
 
 
-def make_denoiser(work: Path, batch: int = 64) -> None:
+def make_denoiser(
+    work: Path,
+    load: Callable[[Path], Any] = Data.load,
+    new_model: Callable[[], ArcModel] = new_model,
+    batch: int = 64,
+) -> None:
     """Flow matching with 10 % empty captions, guidance embedding fed 1. Goes on after the last round that is done."""
-    data = Data.load(work)
+    data = load(work)
     graphdef, state = nnx.split(new_model())
     empty = len(data.text) - 1
     for number, settings in enumerate(ROUNDS, 1):

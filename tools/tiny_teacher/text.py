@@ -73,11 +73,12 @@ def train_encoder(
     features: Callable[[nnx.Module, jax.Array], jax.Array],  # of an encoder and ids [B, N]: [B, ..., D]
     *,
     seed: int,
+    norm: str = "final_layer_norm",
     steps: int = 800,
     batch: int = 128,
     peak: float = 3e-3,
 ) -> nnx.Module:
-    """The trained encoder, its final norm rescaled so that `features` have unit mean square."""
+    """The trained encoder, its final norm, of that name, rescaled so that `features` have unit mean square."""
     graphdef, state = nnx.split(Probed(encoder, nnx.Rngs(seed)))
     cuts = np.cumsum(ANSWERS)[:-1]
 
@@ -104,15 +105,15 @@ def train_encoder(
         raise RuntimeError(f"only {accuracy(state):.4f} of an attribute's answers are right")
     encoder = nnx.merge(graphdef, state).encoder
     scale = jnp.sqrt(jnp.square(features(encoder, ids)).mean())
-    for weight in jax.tree.leaves(nnx.state(encoder.final_layer_norm), is_leaf=lambda x: isinstance(x, nnx.Variable)):
+    for weight in jax.tree.leaves(nnx.state(getattr(encoder, norm)), is_leaf=lambda x: isinstance(x, nnx.Variable)):
         weight[...] = weight[...] / scale
     return encoder
 
 
 def write_encoder(folder: Path, config: dict[str, Any], table: Any, encoder: nnx.Module) -> None:
-    """The folder of an encoder as transformers has it; `config` is what config.json needs beside the geometry."""
+    """The folder of an encoder as transformers has it."""
     folder.mkdir(parents=True)
-    config = config | dataclasses.asdict(encoder.config) | {"dtype": "float32"}
+    config = config | {"dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = export_tensors(table, nnx.state(encoder))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -125,6 +126,7 @@ def write_clip(folder: Path, tokenizer: Any, encoder: CLIPTextEncoder) -> None:
         "projection_dim": WIDTH,
         "bos_token_id": tokenizer.bos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
+        **dataclasses.asdict(encoder.config),
     }
     write_encoder(folder, config, clip_table, encoder)
 
@@ -137,8 +139,18 @@ def write_t5(folder: Path, tokenizer: Any, encoder: T5Encoder) -> None:
         "is_encoder_decoder": False,
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
+        **dataclasses.asdict(encoder.config),
     }
     write_encoder(folder, config, t5_table, encoder)
+
+
+def prompts_and_answers() -> tuple[list[str], np.ndarray]:
+    """Every caption and the empty prompts, and of each the right answers [·, A]."""
+    captions = pictures.all_captions()
+    prompts = [*map(str, captions), *[""] * EMPTY_PROMPTS]
+    answers = np.zeros((len(prompts), len(ANSWERS)), np.int32)
+    answers[: len(captions)] = np.stack([caption.as_array() for caption in captions]) + 1
+    return prompts, answers
 
 
 def make_text(out_dir: Path, seed: int = 0) -> None:
@@ -148,10 +160,7 @@ def make_text(out_dir: Path, seed: int = 0) -> None:
     """
     aside = out_dir.with_suffix(".tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    captions = pictures.all_captions()
-    prompts = [*map(str, captions), *[""] * EMPTY_PROMPTS]
-    answers = np.zeros((len(prompts), len(ANSWERS)), np.int32)
-    answers[: len(captions)] = np.stack([caption.as_array() for caption in captions]) + 1
+    prompts, answers = prompts_and_answers()
 
     make_clip_tokenizer(aside / "tokenizer")
     tokenizer = load_tokenizer(aside / "tokenizer")

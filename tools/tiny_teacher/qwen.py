@@ -1,0 +1,186 @@
+"""The picture world's teacher as a Qwen-Image: the stages in which it differs from the bundled FLUX.1.
+
+Its guidance is true classifier-free guidance, which takes no stage: a network trained with captions and without will
+do.
+"""
+
+# B batch, N image tokens, T text tokens, D width, C latent channels
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from safetensors.flax import load_file, save_file
+
+from arcflow_jax import latents as packing
+from arcflow_jax.arc_model import ArcModel
+from arcflow_jax.components import PIPELINES, QWEN2_5_VL
+from arcflow_jax.convert import autoencoder_kl_qwen as autoencoder_table
+from arcflow_jax.convert import qwen2_5_vl as text_table
+from arcflow_jax.convert import qwen_image as transformer_table
+from arcflow_jax.convert.engine import import_tensors
+from arcflow_jax.convert.safetensors_source import read_folder
+from arcflow_jax.geometry import geometry, read_json
+from arcflow_jax.models.autoencoder_kl_qwen import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
+from arcflow_jax.models.qwen2_5_vl import Qwen2_5VLConfig, Qwen2_5VLText
+from arcflow_jax.models.qwen_image import QwenImage, QwenImageConditioning, QwenImageConfig
+from arcflow_jax.prompts import QwenPrompts
+from arcflow_jax.tokenizers import load_tokenizer, tokenize
+from tools.make_tiny_qwen import CONFIGS, LENGTH, PIPELINE, SCHEDULER, make_tokenizer, write_json
+from tools.tiny_teacher import autoencoder, common, denoiser, text
+from tools.tiny_teacher.assemble import write_component, write_prompts
+
+CONFIG = QwenImageConfig(
+    in_channels=16,
+    num_layers=5,
+    attention_head_dim=32,
+    num_attention_heads=4,
+    joint_attention_dim=text.WIDTH,
+    axes_dims_rope=(8, 12, 12),
+)
+CHANNELS = CONFIG.in_channels // 4
+VAE = AutoencoderKLQwenImageConfig(
+    base_dim=16,
+    z_dim=CHANNELS,
+    dim_mult=(1, 2, 4, 4),
+    num_res_blocks=1,
+    latents_mean=(0.0,) * CHANNELS,  # set when the folder is assembled, from the latents' own
+    latents_std=(1.0,) * CHANNELS,
+    sample_size=64,
+)
+
+
+def new_autoencoder() -> AutoencoderKLQwenImage:
+    return AutoencoderKLQwenImage(VAE, rngs=nnx.Rngs(0))
+
+
+def make_autoencoder(work: Path) -> None:
+    autoencoder.make_autoencoder(work, new_autoencoder)
+
+
+def token_ids(tokenizer: Any, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of the prompts in Qwen-Image's template, [B, LENGTH], and how many are not padding, [B]."""
+    ids, _ = tokenize(tokenizer, [QwenPrompts.TEMPLATE.format(prompt) for prompt in prompts], LENGTH)
+    return ids, (ids != tokenizer.pad_token_id).sum(axis=1)
+
+
+def make_text(work: Path, seed: int = 0) -> None:
+    """Writes tokenizer and text_encoder. Of a causal encoder, the last token alone has read the whole caption."""
+    out, aside = work / "text", work / "text.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    vocabulary = make_tokenizer(aside / "tokenizer")
+    tokenizer = load_tokenizer(aside / "tokenizer")
+    prompts, answers = text.prompts_and_answers()
+    ids, _ = token_ids(tokenizer, prompts)
+
+    config = CONFIGS["text_encoder"]
+    sizes = {"hidden_size": text.WIDTH, "intermediate_size": 2 * text.WIDTH, "vocab_size": vocabulary}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config |= {"text_config": config["text_config"] | sizes}
+    encoder = Qwen2_5VLText(geometry(Qwen2_5VLConfig, config, "text_encoder"), rngs=nnx.Rngs(seed))
+
+    def features(encoder: Qwen2_5VLText, ids: jax.Array) -> jax.Array:  # [B, T] -> [B, D]
+        last = (ids != tokenizer.pad_token_id).sum(axis=1) - 1
+        return jnp.take_along_axis(encoder(ids), last[:, None, None], axis=1)[:, 0]
+
+    encoder = text.train_encoder(encoder, ids, answers, features, norm="norm", seed=seed)
+    text.write_encoder(aside / "text_encoder", config, text_table, encoder)
+    shutil.rmtree(out, ignore_errors=True)
+    aside.rename(out)
+
+
+def make_latents(work: Path) -> None:
+    """As for FLUX.1, normalised a channel."""
+    tokens, attributes = denoiser.encode_pictures(
+        common.load_state(work / "autoencoder.safetensors", new_autoencoder())
+    )
+    pixels = tokens.reshape(-1, CHANNELS, 4)
+    mean, std = pixels.mean((0, 2)), pixels.std((0, 2))
+    print(f"latents: mean {mean}, deviation {std}")
+    normalised = ((pixels - mean[:, None]) / std[:, None]).reshape(tokens.shape)
+    save_file({"tokens": normalised, "attributes": attributes, "mean": mean, "std": std}, work / "latents.safetensors")
+
+
+def make_embeddings(work: Path) -> None:
+    """Embeds every caption, and last the empty prompt: [·, T, D], and their lengths, [·]."""
+    folder = work / "text" / "text_encoder"
+    config = geometry(Qwen2_5VLConfig, read_json(folder / "config.json"), str(folder))
+    graphdef, abstract = nnx.split(QWEN2_5_VL.abstract(config))
+    state = import_tensors(text_table, read_folder(folder), abstract)
+    ids, ends = token_ids(load_tokenizer(work / "text" / "tokenizer"), [*map(str, denoiser.CAPTIONS), ""])
+    states = jax.jit(lambda state, ids: nnx.merge(graphdef, state)(ids))(state, ids)
+    embedded = {"text": states[:, QwenPrompts.BEFORE :], "lengths": jnp.asarray(ends - QwenPrompts.BEFORE, jnp.int32)}
+    save_file(embedded, work / "embeddings.safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """As `denoiser.Data`."""
+
+    tokens: jax.Array  # [·, 16, 16]
+    attributes: jax.Array  # [·, 5]
+    text: jax.Array  # [captions + 1, T, D]; the last is the empty prompt
+    lengths: jax.Array  # [captions + 1]
+
+    draw = denoiser.Data.draw
+
+    @classmethod
+    def load(cls, work: Path) -> Data:
+        latents, embedded = load_file(work / "latents.safetensors"), load_file(work / "embeddings.safetensors")
+        return cls(latents["tokens"], latents["attributes"], embedded["text"], embedded["lengths"])
+
+    def conditioning(self, caption: jax.Array, guidance: jax.Array) -> QwenImageConditioning:
+        positions = packing.centred_positions(denoiser.GRID, denoiser.GRID)
+        return QwenImageConditioning(self.text[caption], self.lengths[caption], positions)
+
+
+def new_model() -> ArcModel:
+    """With gates closed and the output at zero, as for FLUX.1."""
+    rngs = nnx.Rngs(0)
+    model = ArcModel(QwenImage(CONFIG, rngs=rngs), param_dtype=jnp.float32, rngs=rngs)
+    (last,) = model.trunk.last_block.values()
+    stacked = model.trunk.transformer_blocks
+    for layer in (stacked.img_mod, stacked.txt_mod, last.img_mod, last.txt_mod, model.output.norm_out):
+        layer.linear.kernel[...] = jnp.zeros_like(layer.linear.kernel[...])
+    model.output.proj_out.kernel[...] = jnp.zeros_like(model.output.proj_out.kernel[...])
+    return model
+
+
+def make_denoiser(work: Path) -> None:
+    denoiser.make_denoiser(work, Data.load, new_model)
+
+
+def assemble(work: Path) -> None:
+    """Writes `work`/tiny-qwen: transformer and autoencoder in bfloat16, the text encoder as it is."""
+    write_prompts(work)
+    out = work / "tiny-qwen"
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(work / "text", out)
+    libraries = {"text_encoder": "transformers"}
+    index = {"_class_name": PIPELINE, "scheduler": ["diffusers", SCHEDULER["_class_name"]]}
+    index["tokenizer"] = ["transformers", "Qwen2Tokenizer"]
+    for name, network in PIPELINES[PIPELINE].items():
+        index[name] = [libraries.get(name, "diffusers"), network.class_name]
+    write_json(out / "model_index.json", index)
+    (out / "scheduler").mkdir()
+    write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
+
+    model = common.load_state(work / "denoiser.safetensors", new_model())
+    config = CONFIGS["transformer"] | dataclasses.asdict(CONFIG) | {"out_channels": CHANNELS}
+    write_component(out / "transformer", config, transformer_table, nnx.state(model), ml_dtypes.bfloat16)
+
+    latents = load_file(work / "latents.safetensors")
+    vae = common.load_state(work / "autoencoder.safetensors", new_autoencoder())
+    stats = {f"latents_{name}": latents[name].tolist() for name in ("mean", "std")}
+    config = CONFIGS["vae"] | dataclasses.asdict(VAE) | stats
+    write_component(out / "vae", config, autoencoder_table, nnx.state(vae), ml_dtypes.bfloat16)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    print(f"{out}: {size / 1e6:.1f} MB")
