@@ -5,16 +5,36 @@ Workers are imported where they are called, so that `--help` does not wait for J
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from arcflow_jax import cli_evaluate
+from arcflow_jax.cli_options import (
+    DEMO,
+    Adapter,
+    BatchSize,
+    FinalStepRatio,
+    Guidance,
+    Height,
+    Mesh,
+    Model,
+    NegativePrompt,
+    Offload,
+    Raw,
+    Rescaled,
+    Seed,
+    Steps,
+    Teacher,
+    Width,
+    progress_bar,
+    which_student,
+)
 from arcflow_jax.errors import Preempted, UserError
 
 app = typer.Typer(
@@ -25,7 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-DEMO = Path("runs/demo")
+app.add_typer(cli_evaluate.app, name="evaluate")
 
 
 @app.callback()
@@ -48,100 +68,6 @@ class Program(enum.StrEnum):
     sampler = "sampler"
     train = "train"
     train_steady = "train-steady"
-
-
-class Metric(enum.StrEnum):
-    fid = enum.auto()
-    pfid = enum.auto()
-    clip = enum.auto()
-
-
-class Benchmark(enum.StrEnum):
-    geneval = "geneval"
-    dpg_bench = "dpg-bench"
-
-
-# What the commands that make pictures share
-Model = Annotated[Path, typer.Option(help="What arcflow convert wrote. By default what arcflow demo left.")]
-Adapter = Annotated[
-    str | None,
-    typer.Option(
-        help="What arcflow train wrote, or a released student; also a hub id, OWNER/NAME or OWNER/NAME/FOLDER. By "
-        "default, with the demo's model, its student."
-    ),
-]
-Raw = Annotated[bool, typer.Option("--raw", help="The last iteration's weights instead of the averaged ones.")]
-Teacher = Annotated[bool, typer.Option("--teacher", help="Sample from the teacher itself.")]
-Steps = Annotated[int | None, typer.Option(help="Network calls. By default the student's own, for the teacher 50.")]
-Seed = Annotated[int, typer.Option(help="Of the noise.")]
-Guidance = Annotated[
-    float | None, typer.Option(help="Guidance scale. By default the one that the student was trained at, or 3.5.")
-]
-Height = Annotated[int | None, typer.Option(help="In pixels. By default the model's own.")]
-Width = Annotated[int | None, typer.Option(help="In pixels. By default the model's own.")]
-FinalStepRatio = Annotated[
-    float | None, typer.Option(help="Length of the last step relative to the others. By default as trained.")
-]
-NegativePrompt = Annotated[
-    str | None,
-    typer.Option(
-        help='With --teacher: what to guide away from, or "" as Qwen-Image has it. Guidance is then true '
-        "classifier-free guidance, by default 4."
-    ),
-]
-Rescaled = Annotated[
-    bool, typer.Option("--rescaled", help="True guidance as diffusers has it for Qwen-Image, which keeps norms.")
-]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(help="Pictures made at a time. By default 1 for each part that --mesh splits them into."),
-]
-Mesh = Annotated[
-    str,
-    typer.Option(
-        help="Several devices, e.g. tensor=4 or tensor=2,sequence=4: data splits the batch, fsdp batch and "
-        "weights, tensor attention heads and MLPs, sequence image tokens."
-    ),
-]
-Offload = Annotated[
-    bool,
-    typer.Option("--offload", help="Keep in host memory what is not running: encoders, transformer or decoder."),
-]
-
-
-def which_student(model: Path, adapter: str | None, raw: bool, teacher: bool) -> str | None:
-    """The student to sample from, by default the demo's; None for the teacher. Raises UserError if none is named."""
-    if teacher and (adapter is not None or raw):
-        superfluous = "--adapter" if adapter is not None else "--raw"
-        raise UserError(f"--teacher samples without a student: leave {superfluous} out")
-    if teacher or adapter is not None:
-        return adapter
-    if model != DEMO / "teacher":
-        raise UserError("name the student with --adapter, or say --teacher for the teacher itself")
-    return str(DEMO / "arcflow")
-
-
-@contextlib.contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr, if that is a terminal: told what is going on, how many pictures are done, and of how many."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    # stdout has the paths, which scroll by above the bar where they share one
-    console = Console(stderr=True)
-    with Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        redirect_stdout=sys.stdout.isatty(),
-        disable=not console.is_interactive,
-    ) as bar:
-        task = bar.add_task("loading", total=None)
-        yield lambda activity, done, total: bar.update(task, description=activity, completed=done, total=total)
 
 
 @app.command()
@@ -420,224 +346,6 @@ def export(
     from arcflow_jax.adapter_formats import export_adapter
 
     print(f"exported {adapter} to {export_adapter(adapter, out, raw=raw, dtype=dtype.value)}")
-
-
-evaluate_app = typer.Typer(
-    help="How good a student's pictures are, and how close to its teacher's.", no_args_is_help=True
-)
-app.add_typer(evaluate_app, name="evaluate")
-
-
-@evaluate_app.command("trajectory")
-def evaluate_trajectory(
-    prompts: Annotated[
-        str,
-        typer.Option(
-            help="A .txt file of prompts, one a line, a .jsonl or .parquet file, a folder of such files, or the hub id "
-            "of a data set, OWNER/NAME or OWNER/NAME:SPLIT."
-        ),
-    ],
-    out: Annotated[Path, typer.Option(help="Directory for the figures and the plot.")],
-    prompts_field: Annotated[str, typer.Option(help="The field, or column, that has the prompt.")] = "prompt",
-    count: Annotated[int | None, typer.Option(help="Only the first so many prompts.")] = None,
-    model: Model = DEMO / "teacher",
-    adapter: Adapter = str(DEMO / "arcflow"),
-    raw: Raw = False,
-    steps: Annotated[int | None, typer.Option(help="The student's network calls. By default as trained.")] = None,
-    teacher_steps: Annotated[int, typer.Option(help="The dense teacher's Euler steps.")] = 50,
-    seed: Seed = 0,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale. By default the one that the student was trained at.")
-    ] = None,
-    negative_prompt: Annotated[
-        str | None,
-        typer.Option(
-            help="What true classifier-free guidance of the teacher leads away from, by default of scale 4. A student "
-            'of Qwen-Image that does not say so itself, a released one, needs "".'
-        ),
-    ] = None,
-    rescaled: Rescaled = False,
-    height: Height = None,
-    width: Width = None,
-    batch_size: BatchSize = None,
-    mesh: Mesh = "",
-) -> None:
-    """Follows student and teacher from the same noises, and tells where the student's error comes from.
-
-    Endpoint error, and for each segment velocity and state errors over σ, split into what the student gets wrong from
-    the teacher's own state (local), what it inherits from earlier segments (drift), and the closed form against
-    quadrature. Leaves trajectory.json and trajectory.png in OUT. An evaluation that was interrupted goes on.
-    """
-    from arcflow_jax.evaluate.comparison import Comparison, Settings
-    from arcflow_jax.evaluate.trajectory_plot import check_library
-    from arcflow_jax.evaluate.trajectory_report import evaluate
-    from arcflow_jax.prompt_sources import read_prompts
-
-    check_library()  # not after hours
-    found = read_prompts(prompts, prompts_field)
-    if count is not None and not 1 <= count <= len(found.texts):
-        raise UserError(f"count is {count}, but has to be from 1 to {len(found.texts)}, of which {prompts} has prompts")
-    settings = Settings(steps, teacher_steps, seed, guidance, negative_prompt, rescaled, height, width)
-    comparison = Comparison(model, adapter, settings, batch_size, mesh, raw)
-    evaluate(comparison, found.texts[:count], out)
-    print(f"the figures and the plot are in {out}")
-
-
-@evaluate_app.command("metrics")
-def evaluate_metrics(
-    out: Annotated[Path, typer.Option(help="JSON file for the figures; the pictures' statistics lie beside it.")],
-    pictures: Annotated[
-        Path | None,
-        typer.Option(
-            help="A folder of pictures to judge. For the CLIP score with their prompts, as arcflow sample writes them "
-            "into its PNGs, or captions in .txt files beside them or in metadata.jsonl."
-        ),
-    ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            help="Instead of --pictures: sample one picture for each of these prompts. A .txt, .jsonl or .parquet "
-            "file, a folder of them, a data set's hub id OWNER/NAME or OWNER/NAME:SPLIT, hpsv2 or coco-10k."
-        ),
-    ] = None,
-    prompts_field: Annotated[str, typer.Option(help="The field or column that has the prompt.")] = "prompt",
-    real: Annotated[
-        Path | None,
-        typer.Option(help="What FID and pFID compare with: a folder of real pictures, or statistics, a .npz file."),
-    ] = None,
-    teacher_pictures: Annotated[
-        Path | None, typer.Option(help="The same of the teacher's pictures, which gives figures of their own.")
-    ] = None,
-    metric: Annotated[
-        list[Metric] | None, typer.Option(help="May be given several times. By default all three.")
-    ] = None,
-    inception: Annotated[
-        Path | None,
-        typer.Option(help="inception-2015-12-05.pt, the network of FID. By default fetched from its authors, once."),
-    ] = None,
-    clip: Annotated[
-        str | None,
-        typer.Option(
-            help="CLIP as transformers has it, a folder or hub id. By default openai/clip-vit-large-patch14-336."
-        ),
-    ] = None,
-    model: Model = DEMO / "teacher",
-    adapter: Adapter = None,
-    raw: Raw = False,
-    teacher: Teacher = False,
-    steps: Steps = None,
-    seed: Seed = 0,
-    guidance: Guidance = None,
-    height: Height = None,
-    width: Width = None,
-    final_step_ratio: FinalStepRatio = None,
-    negative_prompt: NegativePrompt = None,
-    rescaled: Rescaled = False,
-    batch_size: BatchSize = None,
-    mesh: Mesh = "",
-    offload: Offload = False,
-) -> None:
-    """FID, pFID and CLIP score of a folder of pictures, or straight of a student or teacher.
-
-    Without a reference the pictures' statistics are gathered, to be one for others. An evaluation that was
-    interrupted goes on. Needs PyTorch: pip install arcflow_jax[eval].
-    """
-    from arcflow_jax.evaluate.features import CLIP
-    from arcflow_jax.evaluate.metrics import REFERENCES, evaluate, table
-    from arcflow_jax.evaluate.picture_sets import Folder, Sampled
-    from arcflow_jax.evaluate.statistics import METRICS, Networks
-    from arcflow_jax.prompt_sources import read_prompts
-
-    if (pictures is None) == (prompts is None):
-        raise UserError("say what to judge: either --pictures, or what to sample with --prompts")
-    if pictures is not None and (adapter is not None or teacher):
-        raise UserError("--pictures are there already: leave --adapter and --teacher out, or name --prompts")
-    references = {name: at for name, at in zip(REFERENCES, (real, teacher_pictures), strict=True) if at is not None}
-    # Before the model, which takes longest to load
-    networks = Networks(METRICS if metric is None else [each.value for each in metric], inception, clip or CLIP)
-    with progress_bar() as progress:
-        if pictures is not None:
-            judged = Folder(pictures)
-        else:
-            from arcflow_jax.pipeline import ArcFlowPipeline
-
-            adapter = which_student(model, adapter, raw, teacher)
-            found = read_prompts(prompts, prompts_field)
-            judged = Sampled(
-                ArcFlowPipeline.from_pretrained(model, adapter, mesh=mesh, offload=offload, raw=raw),
-                found,
-                batch_size=batch_size,
-                steps=steps,
-                seed=seed,
-                guidance=guidance,
-                height=height,
-                width=width,
-                final_step_ratio=final_step_ratio,
-                negative_prompt=negative_prompt,
-                rescaled=rescaled,
-            )
-        report = evaluate(judged, references, out, networks, progress)
-    print(table(report))
-    print(f"the figures are in {out}")
-
-
-@evaluate_app.command("export")
-def evaluate_export(
-    benchmark: Annotated[Benchmark, typer.Option(help="Whose scorer the pictures are for.")],
-    prompts: Annotated[
-        Path,
-        typer.Option(
-            help="As the benchmark publishes them: GenEval's evaluation_metadata.jsonl, or DPG-Bench's folder of .txt "
-            "files."
-        ),
-    ],
-    out: Annotated[Path, typer.Option(help="Directory for the pictures, which the scorer reads.")],
-    images: Annotated[int, typer.Option(help="Pictures a prompt. DPG-Bench takes 4.")] = 4,
-    model: Model = DEMO / "teacher",
-    adapter: Adapter = None,
-    raw: Raw = False,
-    teacher: Teacher = False,
-    steps: Steps = None,
-    seed: Seed = 0,
-    guidance: Guidance = None,
-    height: Height = None,
-    width: Width = None,
-    final_step_ratio: FinalStepRatio = None,
-    negative_prompt: NegativePrompt = None,
-    rescaled: Rescaled = False,
-    batch_size: BatchSize = None,
-    mesh: Mesh = "",
-    offload: Offload = False,
-) -> None:
-    """Makes the pictures of a benchmark, laid out as its own scorer reads them.
-
-    An export that was interrupted goes on.
-    """
-    from arcflow_jax.evaluate.benchmarks import LAYOUTS
-    from arcflow_jax.evaluate.benchmarks import export as make
-    from arcflow_jax.pipeline import ArcFlowPipeline
-
-    adapter = which_student(model, adapter, raw, teacher)
-    items = LAYOUTS[benchmark].read(prompts)  # before the model, which takes longest to load
-    with progress_bar() as progress:
-        made = make(
-            ArcFlowPipeline.from_pretrained(model, adapter, mesh=mesh, offload=offload, raw=raw),
-            benchmark.value,
-            items,
-            out,
-            images,
-            batch_size,
-            progress,
-            steps=steps,
-            seed=seed,
-            guidance=guidance,
-            height=height,
-            width=width,
-            final_step_ratio=final_step_ratio,
-            negative_prompt=negative_prompt,
-            rescaled=rescaled,
-        )
-    print(f"{out} has {made} pictures")
 
 
 @app.command()

@@ -27,6 +27,8 @@ LEVELS = [
     {"dry_run"},
     {"evaluate."},
     {"demo.", "compile_report."},
+    {"cli_options"},
+    {"cli_evaluate"},
     {"cli", ""},
 ]
 
