@@ -2,7 +2,7 @@
 
     cudnn      NVIDIA GPUs, fused: bfloat16 or float16, heads of up to 128
     splash     TPUs, fused: heads of 128 or 256
-    chunked    anywhere: the scores of some 512 queries at a time
+    chunked    anywhere: the scores of some 128 queries at a time
     xla        anywhere: all scores at once, for short sequences
 
 The platform is that of the mesh in context (`jax.set_mesh`), which may be one that this machine does not have, or
@@ -26,7 +26,7 @@ from arcflow_jax.sharding import partition_spec
 attention_kernel = jax.make_user_context(None)
 
 SHORT = 1024  # tokens up to which all scores at once cost nothing worth saving
-CHUNK = 512  # queries
+CHUNK = 128  # queries: on CPUs their scores stay in the cache
 SPLASH_BLOCKS = (512, 384, 256)
 
 
