@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import enum
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -15,27 +14,8 @@ from typing import Annotated
 import typer
 
 from arcflow_jax import cli_evaluate
-from arcflow_jax.cli_options import (
-    DEMO,
-    Adapter,
-    BatchSize,
-    FinalStepRatio,
-    Guidance,
-    Height,
-    Mesh,
-    Model,
-    NegativePrompt,
-    Offload,
-    Raw,
-    Rescaled,
-    Seed,
-    Steps,
-    Teacher,
-    Width,
-    progress_bar,
-    which_student,
-)
-from arcflow_jax.errors import Preempted, UserError
+from arcflow_jax import cli_options as options
+from arcflow_jax.errors import UserError, told_in_a_line
 
 app = typer.Typer(
     help="ArcFlow in JAX: distils large text-to-image models into 2-step generators.",
@@ -216,20 +196,20 @@ def sample(
         Path | None,
         typer.Option(help="A .txt file of prompts, one a line, or a .jsonl or .parquet file with a field `prompt`."),
     ] = None,
-    model: Model = DEMO / "teacher",
-    adapter: Adapter = None,
-    raw: Raw = False,
-    teacher: Teacher = False,
-    steps: Steps = None,
-    seed: Seed = 0,
-    guidance: Guidance = None,
-    height: Height = None,
-    width: Width = None,
-    final_step_ratio: FinalStepRatio = None,
-    negative_prompt: NegativePrompt = None,
-    rescaled: Rescaled = False,
+    model: options.Model = options.DEMO / "teacher",
+    adapter: options.Adapter = None,
+    raw: options.Raw = False,
+    teacher: options.Teacher = False,
+    steps: options.Steps = None,
+    seed: options.Seed = 0,
+    guidance: options.Guidance = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    final_step_ratio: options.FinalStepRatio = None,
+    negative_prompt: options.NegativePrompt = None,
+    rescaled: options.Rescaled = False,
     images: Annotated[int, typer.Option(help="Pictures a prompt, each from noise of its own.")] = 1,
-    batch_size: BatchSize = None,
+    batch_size: options.BatchSize = None,
     latents: Annotated[
         Path | None,
         typer.Option(
@@ -237,8 +217,8 @@ def sample(
             "as PyTorch has it, [pictures, 16, height/8, width/8]."
         ),
     ] = None,
-    mesh: Mesh = "",
-    offload: Offload = False,
+    mesh: options.Mesh = "",
+    offload: options.Offload = False,
     grid: Annotated[bool, typer.Option("--grid", help="Write grid.png as well, all pictures on one sheet.")] = False,
     out: Annotated[Path, typer.Option(help="Directory for the pictures.")] = Path("pictures"),
 ) -> None:
@@ -248,14 +228,14 @@ def sample(
     from arcflow_jax.prompt_sources import read_prompts
     from arcflow_jax.prompts import check_prompts
 
-    adapter = which_student(model, adapter, raw, teacher)
+    adapter = options.which_student(model, adapter, raw, teacher)
     if (prompt is None) == (prompts_file is None):
         raise UserError("say what the pictures should show: either with --prompt or with --prompts-file")
     prompts = prompt or read_prompts(prompts_file).texts
     check_prompts(prompts)
     noise = None if latents is None else read_latents(latents)
 
-    with progress_bar() as progress:
+    with options.progress_bar() as progress:
         pipeline = ArcFlowPipeline.from_pretrained(model, adapter, mesh=mesh, offload=offload, raw=raw)
         pictures = pipeline.stream(
             prompts,
@@ -350,7 +330,7 @@ def export(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for everything that the demo makes.")] = DEMO,
+    out: Annotated[Path, typer.Option(help="Directory for everything that the demo makes.")] = options.DEMO,
 ) -> None:
     """Converts the bundled teacher, distils it, and compares 2 steps with 50, in under ten minutes on two cores.
 
@@ -364,13 +344,5 @@ def demo(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits: with 0, with 2 and one line on stderr for what a user can put right."""
-    try:
+    with told_in_a_line():
         app(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Preempted as told:
-        print(told)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)

@@ -8,26 +8,7 @@ from typing import Annotated
 
 import typer
 
-from arcflow_jax.cli_options import (
-    DEMO,
-    Adapter,
-    BatchSize,
-    FinalStepRatio,
-    Guidance,
-    Height,
-    Mesh,
-    Model,
-    NegativePrompt,
-    Offload,
-    Raw,
-    Rescaled,
-    Seed,
-    Steps,
-    Teacher,
-    Width,
-    progress_bar,
-    which_student,
-)
+from arcflow_jax import cli_options as options
 from arcflow_jax.errors import UserError
 
 app = typer.Typer(help="How good a student's pictures are, and how close to its teacher's.", no_args_is_help=True)
@@ -56,12 +37,12 @@ def evaluate_trajectory(
     out: Annotated[Path, typer.Option(help="Directory for the figures and the plot.")],
     prompts_field: Annotated[str, typer.Option(help="The field, or column, that has the prompt.")] = "prompt",
     count: Annotated[int | None, typer.Option(help="Only the first so many prompts.")] = None,
-    model: Model = DEMO / "teacher",
-    adapter: Adapter = str(DEMO / "arcflow"),
-    raw: Raw = False,
+    model: options.Model = options.DEMO / "teacher",
+    adapter: options.Adapter = None,
+    raw: options.Raw = False,
     steps: Annotated[int | None, typer.Option(help="The student's network calls. By default as trained.")] = None,
     teacher_steps: Annotated[int, typer.Option(help="The dense teacher's Euler steps.")] = 50,
-    seed: Seed = 0,
+    seed: options.Seed = 0,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale. By default the one that the student was trained at.")
     ] = None,
@@ -72,11 +53,11 @@ def evaluate_trajectory(
             'of Qwen-Image that does not say so itself, a released one, needs "".'
         ),
     ] = None,
-    rescaled: Rescaled = False,
-    height: Height = None,
-    width: Width = None,
-    batch_size: BatchSize = None,
-    mesh: Mesh = "",
+    rescaled: options.Rescaled = False,
+    height: options.Height = None,
+    width: options.Width = None,
+    batch_size: options.BatchSize = None,
+    mesh: options.Mesh = "",
 ) -> None:
     """Follows student and teacher from the same noises, and tells where the student's error comes from.
 
@@ -94,6 +75,7 @@ def evaluate_trajectory(
     if count is not None and not 1 <= count <= len(found.texts):
         raise UserError(f"count is {count}, but has to be from 1 to {len(found.texts)}, of which {prompts} has prompts")
     settings = Settings(steps, teacher_steps, seed, guidance, negative_prompt, rescaled, height, width)
+    adapter = options.which_student(model, adapter)
     comparison = Comparison(model, adapter, settings, batch_size, mesh, raw)
     evaluate(comparison, found.texts[:count], out)
     print(f"the figures and the plot are in {out}")
@@ -137,21 +119,21 @@ def evaluate_metrics(
             help="CLIP as transformers has it, a folder or hub id. By default openai/clip-vit-large-patch14-336."
         ),
     ] = None,
-    model: Model = DEMO / "teacher",
-    adapter: Adapter = None,
-    raw: Raw = False,
-    teacher: Teacher = False,
-    steps: Steps = None,
-    seed: Seed = 0,
-    guidance: Guidance = None,
-    height: Height = None,
-    width: Width = None,
-    final_step_ratio: FinalStepRatio = None,
-    negative_prompt: NegativePrompt = None,
-    rescaled: Rescaled = False,
-    batch_size: BatchSize = None,
-    mesh: Mesh = "",
-    offload: Offload = False,
+    model: options.Model = options.DEMO / "teacher",
+    adapter: options.Adapter = None,
+    raw: options.Raw = False,
+    teacher: options.Teacher = False,
+    steps: options.Steps = None,
+    seed: options.Seed = 0,
+    guidance: options.Guidance = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    final_step_ratio: options.FinalStepRatio = None,
+    negative_prompt: options.NegativePrompt = None,
+    rescaled: options.Rescaled = False,
+    batch_size: options.BatchSize = None,
+    mesh: options.Mesh = "",
+    offload: options.Offload = False,
 ) -> None:
     """FID, pFID and CLIP score of a folder of pictures, or straight of a student or teacher.
 
@@ -171,13 +153,13 @@ def evaluate_metrics(
     references = {name: at for name, at in zip(REFERENCES, (real, teacher_pictures), strict=True) if at is not None}
     # Before the model, which takes longest to load
     networks = Networks(METRICS if metric is None else [each.value for each in metric], inception, clip or CLIP)
-    with progress_bar() as progress:
+    with options.progress_bar() as progress:
         if pictures is not None:
             judged = Folder(pictures)
         else:
             from arcflow_jax.pipeline import ArcFlowPipeline
 
-            adapter = which_student(model, adapter, raw, teacher)
+            adapter = options.which_student(model, adapter, raw, teacher)
             found = read_prompts(prompts, prompts_field)
             judged = Sampled(
                 ArcFlowPipeline.from_pretrained(model, adapter, mesh=mesh, offload=offload, raw=raw),
@@ -209,21 +191,21 @@ def evaluate_export(
     ],
     out: Annotated[Path, typer.Option(help="Directory for the pictures, which the scorer reads.")],
     images: Annotated[int, typer.Option(help="Pictures a prompt. DPG-Bench takes 4.")] = 4,
-    model: Model = DEMO / "teacher",
-    adapter: Adapter = None,
-    raw: Raw = False,
-    teacher: Teacher = False,
-    steps: Steps = None,
-    seed: Seed = 0,
-    guidance: Guidance = None,
-    height: Height = None,
-    width: Width = None,
-    final_step_ratio: FinalStepRatio = None,
-    negative_prompt: NegativePrompt = None,
-    rescaled: Rescaled = False,
-    batch_size: BatchSize = None,
-    mesh: Mesh = "",
-    offload: Offload = False,
+    model: options.Model = options.DEMO / "teacher",
+    adapter: options.Adapter = None,
+    raw: options.Raw = False,
+    teacher: options.Teacher = False,
+    steps: options.Steps = None,
+    seed: options.Seed = 0,
+    guidance: options.Guidance = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    final_step_ratio: options.FinalStepRatio = None,
+    negative_prompt: options.NegativePrompt = None,
+    rescaled: options.Rescaled = False,
+    batch_size: options.BatchSize = None,
+    mesh: options.Mesh = "",
+    offload: options.Offload = False,
 ) -> None:
     """Makes the pictures of a benchmark, laid out as its own scorer reads them.
 
@@ -233,9 +215,9 @@ def evaluate_export(
     from arcflow_jax.evaluate.benchmarks import export as make
     from arcflow_jax.pipeline import ArcFlowPipeline
 
-    adapter = which_student(model, adapter, raw, teacher)
+    adapter = options.which_student(model, adapter, raw, teacher)
     items = LAYOUTS[benchmark].read(prompts)  # before the model, which takes longest to load
-    with progress_bar() as progress:
+    with options.progress_bar() as progress:
         made = make(
             ArcFlowPipeline.from_pretrained(model, adapter, mesh=mesh, offload=offload, raw=raw),
             benchmark.value,

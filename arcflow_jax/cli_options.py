@@ -61,15 +61,20 @@ Offload = Annotated[
 ]
 
 
-def which_student(model: Path, adapter: str | None, raw: bool, teacher: bool) -> str | None:
-    """The student to sample from, by default the demo's; None for the teacher. Raises UserError if none is named."""
+def which_student(model: Path, adapter: str | None, raw: bool = False, teacher: bool | None = None) -> str | None:
+    """The student that is meant, by default the demo's; None for the teacher. Raises UserError if none is named.
+
+    Args:
+      teacher: whether the teacher is meant; None where it cannot be.
+    """
     if teacher and (adapter is not None or raw):
         superfluous = "--adapter" if adapter is not None else "--raw"
         raise UserError(f"--teacher samples without a student: leave {superfluous} out")
     if teacher or adapter is not None:
         return adapter
     if model != DEMO / "teacher":
-        raise UserError("name the student with --adapter, or say --teacher for the teacher itself")
+        itself = "" if teacher is None else ", or say --teacher for the teacher itself"
+        raise UserError(f"name the student with --adapter{itself}")
     return str(DEMO / "arcflow")
 
 

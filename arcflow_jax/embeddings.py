@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,7 +38,7 @@ from arcflow_jax.conversion import refuse_used
 from arcflow_jax.convert.safetensors_source import FileTensor, read_header
 from arcflow_jax.distributed import from_part
 from arcflow_jax.errors import UserError
-from arcflow_jax.geometry import read_json, write_json
+from arcflow_jax.geometry import digest, read_json, write_json
 from arcflow_jax.model_directory import ModelDirectory
 from arcflow_jax.pictures import captions, read_pictures
 from arcflow_jax.prompt_sources import read_prompts
@@ -103,7 +102,7 @@ def embed_prompts(recipe: Recipe, out: Path) -> Path:
         "dtype": recipe.dtype,
         "prompts": len(prompts),
         "shard": SHARD,
-        "list": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        "list": digest(prompts),
     }
     shards = [prompts[i : i + SHARD] for i in range(0, len(prompts), SHARD)]
     aside = out.with_name(f".{out.name}.incomplete")

@@ -1,5 +1,11 @@
 """The exceptions that the command line knows: what a user can put right, and a run that was told to end."""
 
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
 
 class UserError(Exception):
     """Bad input: the message is one line that says what was wrong and what would be right.
@@ -13,6 +19,21 @@ class Preempted(Exception):
 
     The command line prints it and exits with code 0.
     """
+
+
+@contextlib.contextmanager
+def told_in_a_line() -> Iterator[None]:
+    """Around a command: what a user can put right is one line on stderr, and its exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Preempted as told:
+        print(told)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def one_line(error: object) -> str:

@@ -1,10 +1,12 @@
-"""JSON files: their reading and writing, and a network's geometry, a frozen dataclass, from its config.json."""
+"""JSON files, digests, and a network's geometry, a frozen dataclass, from its config.json."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +36,11 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def digest(values: Iterable[Any]) -> str:
+    """SHA-256 of a list, as JSON has it."""
+    return hashlib.sha256(json.dumps(list(values)).encode()).hexdigest()
 
 
 def geometry(cls: type[T], config: dict[str, Any], where: str) -> T:

@@ -314,33 +314,17 @@ class ArcFlowPipeline:
         self,
         prompts: str | Sequence[str],
         *,
-        steps: int | None = None,
-        seed: int = 0,
-        guidance: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        final_step_ratio: float | None = None,
-        negative_prompt: str | None = None,
-        rescaled: bool = False,
         images_per_prompt: int = 1,
         batch_size: int | None = None,
         latents: np.ndarray | jax.Array | None = None,
         first: int = 0,
         progress: Callable[[str, int], None] = lambda activity, done: None,
+        **settings: Any,
     ) -> Iterator[Image.Image]:
         """Pictures, the first prompt's first, as they are made; each has its settings in its `info`.
 
         Args:
           prompts: what the pictures should show.
-          steps: network calls; by default those that the student was trained for, 50 for the teacher.
-          seed: of the noise; picture i of a seed starts from the same noise whatever the batch.
-          guidance: scale that the guidance embedding is fed, where there is one; by default the one that the
-            student was trained at, 3.5 for the teacher.
-          height, width: in pixels; by default the model's own.
-          final_step_ratio: length of the student's last segment relative to the others; by default as trained.
-          negative_prompt: guides the teacher away from this, which may be "": true classifier-free guidance by
-            `guidance`, by default 4, in place of the guidance embedding.
-          rescaled: true guidance that leaves each token's velocity as long as it is without.
           images_per_prompt: each from noise of its own.
           batch_size: pictures made at a time. The last batch is filled up, so that it is the same compiled program.
             By default 1, on several devices one for each part that the mesh splits a batch into.
@@ -349,6 +333,7 @@ class ArcFlowPipeline:
           first: number of the first picture, to go on where another call ended: they start from the noises `first`,
             `first` + 1, … of the seed.
           progress: told what is going on, and how many pictures are done.
+          settings: steps, seed, guidance, …, see `settings`.
 
         Raises:
           UserError: on an empty prompt, or settings that do not fit; from the iterator, if the memory does not
@@ -363,27 +348,19 @@ class ArcFlowPipeline:
                 raise UserError(f"{name} is {value}, but has to be at least 1")
         if batch_size % shards:
             raise UserError(f"batch_size {batch_size} does not divide by data × fsdp = {shards} of the mesh")
-        settings = self.settings(
-            steps=steps,
-            seed=seed if latents is None else None,
-            guidance=guidance,
-            height=height,
-            width=width,
-            final_step_ratio=final_step_ratio,
-            negative_prompt=negative_prompt,
-            rescaled=rescaled,
-        )
+        made_with = self.settings(**settings)
         prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
         if latents is not None:
             channels = self.directory.geometry("transformer").in_channels
-            latents = as_tokens(latents, len(prompts), settings.rows, settings.columns, channels)
-        return self._watched(self._make(prompts, settings, latents, batch_size, first, progress))
+            made_with = dataclasses.replace(made_with, seed=None)
+            latents = as_tokens(latents, len(prompts), made_with.rows, made_with.columns, channels)
+        return self._watched(self._make(prompts, made_with, latents, batch_size, first, progress))
 
     def settings(
         self,
         *,
         steps: int | None = None,
-        seed: int | None = 0,
+        seed: int = 0,
         guidance: float | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -391,7 +368,18 @@ class ArcFlowPipeline:
         negative_prompt: str | None = None,
         rescaled: bool = False,
     ) -> Settings:
-        """What `stream` makes pictures with, whose arguments these are, defaults filled in.
+        """What `stream` makes pictures with, defaults filled in.
+
+        Args:
+          steps: network calls; by default those that the student was trained for, 50 for the teacher.
+          seed: of the noise; picture i of a seed starts from the same noise whatever the batch.
+          guidance: scale that the guidance embedding is fed, where there is one; by default the one that the
+            student was trained at, 3.5 for the teacher.
+          height, width: in pixels; by default the model's own.
+          final_step_ratio: length of the student's last segment relative to the others; by default as trained.
+          negative_prompt: guides the teacher away from this, which may be "": true classifier-free guidance by
+            `guidance`, by default 4, in place of the guidance embedding.
+          rescaled: true guidance that leaves each token's velocity as long as it is without.
 
         Raises:
           UserError: if they do not fit the model or one another.

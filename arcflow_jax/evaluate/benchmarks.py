@@ -26,8 +26,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from arcflow_jax.errors import UserError
-from arcflow_jax.evaluate.picture_sets import digest
-from arcflow_jax.geometry import read_json, write_json
+from arcflow_jax.geometry import digest, read_json, write_json
 from arcflow_jax.images import contact_sheet, make_folder, save_picture
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.prompt_sources import json_records, read_prompts, text_of

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
 
 from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.geometry import digest
 from arcflow_jax.pictures import SUFFIXES, read_pictures
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.prompt_sources import Prompts, hidden
@@ -33,11 +32,6 @@ class PictureSet(Protocol):
 
     def prompt(self, image: Image.Image) -> str:
         """What one that was streamed should show. Raises UserError if that is not known."""
-
-
-def digest(values: Iterable[Any]) -> str:
-    """SHA-256 of a list."""
-    return hashlib.sha256(json.dumps(list(values)).encode()).hexdigest()
 
 
 class Folder:

@@ -12,8 +12,6 @@ Of a prompt two numbers are kept, its endpoint errors, and of everything else su
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -31,7 +29,7 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.evaluate.comparison import Comparison
 from arcflow_jax.evaluate.trajectory import Grid
 from arcflow_jax.evaluate.trajectory_plot import plot
-from arcflow_jax.geometry import read_json, write_json
+from arcflow_jax.geometry import digest, read_json, write_json
 from arcflow_jax.run_log import left
 
 REPORT, PARTIAL, PLOT = "trajectory.json", "trajectory.partial.json", "trajectory.png"
@@ -110,8 +108,7 @@ def evaluate(comparison: Comparison, prompts: Sequence[str], out: Path) -> dict[
     Raises:
       UserError: if `out` cannot be written or holds another evaluation, or matplotlib is missing.
     """
-    digest = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
-    of = {**comparison.of, "prompts": len(prompts), "prompts_sha256": digest}
+    of = {**comparison.of, "prompts": len(prompts), "prompts_sha256": digest(prompts)}
     try:
         out.mkdir(parents=True, exist_ok=True)
         if (out / REPORT).exists():

@@ -20,10 +20,9 @@ Needs matplotlib.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from arcflow_jax.errors import Preempted, UserError
+from arcflow_jax.errors import told_in_a_line
 from benchmarks.ablation.cells import CELLS
 from benchmarks.ablation.report import write
 from benchmarks.ablation.study import Study
@@ -40,19 +39,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="of each cell; by default 3 where methods are compared, else 1")
     parser.add_argument("--report", action="store_true", help="trains nothing")
     arguments = parser.parse_args()
-    try:
+    with told_in_a_line():
         study = Study(arguments.out, arguments.steps, arguments.prompts)
         if not arguments.report:
             study.run(arguments.cells, arguments.seeds)
         write(study)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Preempted as told:
-        print(told)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":
