@@ -373,8 +373,8 @@ class ArcFlowPipeline:
         Args:
           steps: network calls; by default those that the student was trained for, 50 for the teacher.
           seed: of the noise; picture i of a seed starts from the same noise whatever the batch.
-          guidance: scale that the guidance embedding is fed, where there is one; by default the one that the
-            student was trained at, 3.5 for the teacher.
+          guidance: scale that the guidance embedding is fed, by default the one that the student was trained at, 3.5
+            for the teacher; a model without guidance embedding takes none, but for true guidance.
           height, width: in pixels; by default the model's own.
           final_step_ratio: length of the student's last segment relative to the others; by default as trained.
           negative_prompt: guides the teacher away from this, which may be "": true classifier-free guidance by
@@ -397,6 +397,9 @@ class ArcFlowPipeline:
             raise UserError("negative_prompt is for the teacher: the student has its guidance built in")
         if rescaled and negative_prompt is None:
             raise UserError("rescaled is of true guidance, which needs a negative_prompt")
+        if guidance is not None and negative_prompt is None and not self.takes_guidance:
+            instead = "give the teacher a negative_prompt" if self.student is None else "its student has it built in"
+            raise UserError(f"guidance is {guidance}, but this model has no guidance embedding: {instead}")
         if guidance is None:
             published = 3.5 if negative_prompt is None else 4.0
             guidance = published if self.student is None else self.student.guidance
@@ -411,6 +414,11 @@ class ArcFlowPipeline:
         side = PATCH * self.directory.geometry("vae").factor  # of a token, in pixels
         size = {"height": settings.rows * side, "width": settings.columns * side}
         return size | settings.described() | self.origin
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the transformer is fed a guidance scale."""
+        return bool(self.directory.description["components"]["transformer"]["config"].get("guidance_embeds"))
 
     @property
     def default_steps(self) -> int:

@@ -1,4 +1,4 @@
-"""Speed of one full-width FLUX.1 block of each kind on this CPU against diffusers', in float32.
+"""Speed of one full-width block of each kind, of FLUX.1 and Qwen-Image, on this CPU against diffusers', in float32.
 
     python benchmarks/block_ratio.py --rounds 3
 
@@ -26,25 +26,22 @@ from diffusers.models.transformers.transformer_flux import (
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
 )
+from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope, QwenImageTransformerBlock
 from flax import nnx
 
 from arcflow_jax.compile_report.work import flops
-from arcflow_jax.latents import position_ids
+from arcflow_jax.latents import centred_positions, position_ids
 from arcflow_jax.layers import TEACHER
+from arcflow_jax.models import qwen_image
 from arcflow_jax.models.flux import DoubleBlock, FluxConfig, SingleBlock, rotary
 
 HEADS, HEAD_DIM, TEXT, ROWS = 24, 128, 512, 32
 WIDTH, IMAGE = HEADS * HEAD_DIM, ROWS * ROWS
-CONFIG = FluxConfig(
-    in_channels=64,
-    num_layers=1,
-    num_single_layers=1,
-    attention_head_dim=HEAD_DIM,
-    num_attention_heads=HEADS,
-    joint_attention_dim=4096,
-    pooled_projection_dim=768,
-    guidance_embeds=True,
+SIZE = {"in_channels": 64, "num_layers": 1, "attention_head_dim": HEAD_DIM, "num_attention_heads": HEADS}
+FLUX = FluxConfig(
+    **SIZE, num_single_layers=1, joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True
 )
+QWEN = qwen_image.QwenImageConfig(**SIZE, joint_attention_dim=3584)
 
 
 def random(*shape: int) -> np.ndarray:
@@ -59,7 +56,9 @@ def positions() -> np.ndarray:
 def ours(backward: bool) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
     """Each thing to time, as a call that returns when it is done; and its floating-point operations in products."""
     work = {}
-    rope = rotary(jnp.asarray(positions()), CONFIG.axes_dims_rope)
+    rope = rotary(jnp.asarray(positions()), FLUX.axes_dims_rope)
+    qwen_positions = qwen_image.positions(jnp.asarray(centred_positions(ROWS, ROWS)), TEXT)
+    qwen_rope = rotary(qwen_positions, QWEN.axes_dims_rope)
     temb = jnp.asarray(random(1, WIDTH))
 
     def timed(what: str, function: Callable[..., Any], *arrays: Any) -> Callable[[], Any]:
@@ -67,13 +66,15 @@ def ours(backward: bool) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
         work[what] = flops(call.trace(*arrays).jaxpr.jaxpr)
         return lambda: jax.block_until_ready(call(*arrays))
 
-    def block(what: str, kind: type[nnx.Module], *inputs: np.ndarray) -> Callable[[], Any]:
-        abstract = nnx.eval_shape(lambda: kind(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    def block(
+        what: str, kind: type[nnx.Module], config: Any, inputs: tuple[np.ndarray, ...], *others: Any
+    ) -> Callable[[], Any]:
+        abstract = nnx.eval_shape(lambda: kind(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
         graphdef, state = nnx.split(abstract)
         state = jax.tree.map(lambda x: jnp.full(x.shape, 1 / WIDTH), state)  # no time depends on the values
 
         def forward(state, *inputs):
-            return nnx.merge(graphdef, state)(*inputs, temb, rope, TEACHER)
+            return nnx.merge(graphdef, state)(*inputs, temb, *others, TEACHER)
 
         def gradient(state, *inputs):
             out, vjp = jax.vjp(lambda *inputs: forward(state, *inputs), *inputs)
@@ -82,19 +83,23 @@ def ours(backward: bool) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
         return timed(what, gradient if backward else forward, state, *map(jnp.asarray, inputs))
 
     x, w = jnp.asarray(random(TEXT + IMAGE, WIDTH)), jnp.asarray(random(WIDTH, 4 * WIDTH))
+    both = random(1, TEXT, WIDTH), random(1, IMAGE, WIDTH)
     calls = {
         "matrix product": timed("matrix product", jnp.matmul, x, w),
-        "double block": block("double block", DoubleBlock, random(1, TEXT, WIDTH), random(1, IMAGE, WIDTH)),
-        "single block": block("single block", SingleBlock, random(1, TEXT + IMAGE, WIDTH)),
+        "double block": block("double block", DoubleBlock, FLUX, both, rope),
+        "single block": block("single block", SingleBlock, FLUX, (random(1, TEXT + IMAGE, WIDTH),), rope),
+        "Qwen-Image block": block("Qwen-Image block", qwen_image.Block, QWEN, both, qwen_rope, jnp.array([TEXT])),
     }
     return calls, work
 
 
 def theirs(backward: bool) -> dict[str, Callable[[], Any]]:
-    rope = FluxPosEmbed(theta=10_000, axes_dim=list(CONFIG.axes_dims_rope))(torch.from_numpy(positions()))
+    rope = FluxPosEmbed(theta=10_000, axes_dim=list(FLUX.axes_dims_rope))(torch.from_numpy(positions()))
+    qwen_rope = QwenEmbedRope(10_000, list(QWEN.axes_dims_rope), scale_rope=True)
+    qwen_rope = qwen_rope((1, ROWS, ROWS), torch.device("cpu"), max_txt_seq_len=TEXT)
     temb = torch.from_numpy(random(1, WIDTH))
 
-    def timed(kind: type[torch.nn.Module], text: np.ndarray, image: np.ndarray) -> Callable[[], Any]:
+    def timed(kind: type[torch.nn.Module], rope: Any, **others: Any) -> Callable[[], Any]:
         with torch.device("meta"):
             block = kind(WIDTH, HEADS, HEAD_DIM).requires_grad_(False)
         block.to_empty(device="cpu")
@@ -102,19 +107,21 @@ def theirs(backward: bool) -> dict[str, Callable[[], Any]]:
             parameter.fill_(1 / WIDTH)
 
         def call():
-            inputs = [torch.from_numpy(x).requires_grad_(backward) for x in (text, image)]
+            text, image = inputs = [torch.from_numpy(x).requires_grad_(backward) for x in both]
             with torch.set_grad_enabled(backward):
-                out = block(encoder_hidden_states=inputs[0], hidden_states=inputs[1], temb=temb, image_rotary_emb=rope)
+                out = block(image, text, temb=temb, image_rotary_emb=rope, **others)
                 return torch.autograd.grad(sum(y.sum() for y in out), inputs) if backward else out
 
         return call
 
     x, w = torch.from_numpy(random(TEXT + IMAGE, WIDTH)), torch.from_numpy(random(WIDTH, 4 * WIDTH))
-    inputs = random(1, TEXT, WIDTH), random(1, IMAGE, WIDTH)
+    both = random(1, TEXT, WIDTH), random(1, IMAGE, WIDTH)
+    mask = torch.ones(1, TEXT, dtype=torch.bool)
     return {
         "matrix product": lambda: x @ w,
-        "double block": timed(FluxTransformerBlock, *inputs),
-        "single block": timed(FluxSingleTransformerBlock, *inputs),
+        "double block": timed(FluxTransformerBlock, rope),
+        "single block": timed(FluxSingleTransformerBlock, rope),
+        "Qwen-Image block": timed(QwenImageTransformerBlock, qwen_rope, encoder_hidden_states_mask=mask),
     }
 
 
@@ -144,7 +151,7 @@ def main() -> None:
         medians = {key: statistics.median(values) for key, values in times.items()}
         product = work["matrix product"]
         for what in work:
-            row = f"  {what:15}"
+            row = f"  {what:17}"
             for side in ("ours", "theirs"):
                 beyond = medians[what, side] - work[what] / product * medians["matrix product", side]
                 row += f" {side} {medians[what, side]:7.3f} s, beyond the products {beyond:6.3f} s  "

@@ -30,7 +30,7 @@ CHANGES = {
     "no-mode-dropout": {"distillation.mode_dropout": 0.0},
     "shift-1": {"distillation.shift": 1.0},
     "shift-3.2": {"distillation.shift": 3.2},
-    "unguided": {"guidance": 1.0},
+    "guided": {"guidance": 2.0},
 }
 
 

@@ -60,12 +60,13 @@ def test_autoencoder_keeps_pictures(pipeline):
 
 
 @pytest.mark.slow
-def test_fifty_steps_show_what_was_asked(pipeline):
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_fifty_steps_show_what_was_asked(pipeline, guidance):
     captions = [caption_of(prompt) for prompt in read_prompts(ASSETS / "prompts-test.txt").texts[:192]]
     judge = load_judge()
     read = []
     for i in range(0, len(captions), 64):
-        images = pipeline([str(caption) for caption in captions[i : i + 64]], seed=i, guidance=2.0, batch_size=64)
+        images = pipeline([str(caption) for caption in captions[i : i + 64]], seed=i, guidance=guidance, batch_size=64)
         read.append(judge.read(jnp.stack([np.asarray(image) for image in images]) / 127.5 - 1))
     asked = np.stack([dataclasses.astuple(caption) for caption in captions])
     shares = agreement(np.concatenate(read), asked)

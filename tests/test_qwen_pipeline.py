@@ -113,6 +113,8 @@ def test_true_guidance_is_that_of_diffusers(source, teacher):
     np.testing.assert_allclose(pixels(ours), expected * 255, atol=1)
     assert ours[0].info["guidance"] == 4.0
 
+    with pytest.raises(UserError, match="no guidance embedding: give the teacher a negative_prompt"):
+        teacher.settings(guidance=4.0)
     plain = pixels(teacher(PROMPTS, negative_prompt="", steps=1, latents=noise, batch_size=2))
     with_either = [
         teacher.denoise(noise, teacher.encode(prompts, guidance=1.0, rows=4, columns=4), 1)
@@ -192,9 +194,12 @@ def test_student_trains_and_samples(model, teacher, student):
     assert np.abs(made - again).max() > 1
 
 
-def test_student_takes_no_negative_prompt(model, student):
+def test_student_has_its_guidance_built_in(model, student):
+    pipeline = ArcFlowPipeline.from_pretrained(model, student)
     with pytest.raises(UserError, match="negative_prompt is for the teacher"):
-        ArcFlowPipeline.from_pretrained(model, student).stream(PROMPTS, negative_prompt="")
+        pipeline.stream(PROMPTS, negative_prompt="")
+    with pytest.raises(UserError, match="no guidance embedding: its student has it built in"):
+        pipeline.stream(PROMPTS, guidance=2.0)
 
 
 def test_student_goes_out_and_comes_back_in_the_authors_layout(model, student, tmp_path):

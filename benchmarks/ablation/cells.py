@@ -6,7 +6,7 @@ METHODS = ("linear", "arcflow", "legendre")
 CALLS = (1, 2, 4)
 MODES = {"arcflow": (2, 4, 8, 16), "legendre": (2, 3, 4, 6)}  # of the mixture; terms of the series
 PARTS = ("zero-momenta", "slow-momenta", "no-mixing", "no-mode-dropout", "slow-head", "fast-head")
-SETTINGS = ("shift-1", "shift-3.2", "unguided")
+SETTINGS = ("shift-1", "shift-3.2", "guided")
 
 
 def cell(method: str, *changes: str) -> str:

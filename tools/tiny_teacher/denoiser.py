@@ -92,10 +92,10 @@ def make_embeddings(work: Path) -> None:
 
 def caption_index(attributes: jax.Array) -> jax.Array:
     """Where in `pictures.all_captions()` the captions with attributes [B, 5] stand; a test checks it."""
-    shape, colour, position, size, background = attributes.T
-    index = shape * len(pictures.COLOURS) + colour
-    for value, values in ((position, pictures.POSITIONS), (size, pictures.SIZES), (background, pictures.BACKGROUNDS)):
-        index = index * (len(values) + 1) + value + 1
+    index = 0
+    for value, (name, values) in zip(attributes.T, pictures.ATTRIBUTES.items(), strict=True):
+        first = -1 if name in pictures.LEFT_OUT else 0
+        index = index * (len(values) - first) + value - first
     return index
 
 
