@@ -73,7 +73,7 @@ def get_config(arg: str = "arcflow") -> ConfigDict:
                 "negative_prompt": "",
             },
             "optimizer": {
-                "learning_rate": 2e-3,
+                "learning_rate": 4e-3,
                 "warmup": 20,
                 "decay_steps": 400,
                 "b1": 0.9,

@@ -8,7 +8,8 @@ On two free CPU cores a step of the autoencoder or the denoiser takes 0.17 s, an
 a Qwen-Image they take 0.24 s and 0.37 s of processor time; that teacher has not been trained yet.
 The bundled weights were not made in one go: text encoders, judge, autoencoder and denoiser are from an earlier version
 of `arcflow_jax.demo.pictures`, whose captions could leave the position out, too; on the present one the autoencoder was
-trained for 1 000 more steps (learning rate 1e-3), the denoiser for 3 500 (as in its second round), then `guided`.
+trained for 1 000 more steps (learning rate 1e-3), the denoiser for 3 500 (as in its second round), then `guided` in two
+parts.
 Everything is seeded. Each stage reads what the stages before it left in the work folder; copy `tiny-flux/` and
 `judge.safetensors` from there to `arcflow_jax/assets/`.
 """

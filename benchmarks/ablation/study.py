@@ -100,9 +100,9 @@ class Study:
         config.model, config.prompts = str(self.out / "teacher"), str(TRAIN_PROMPTS)
         config.out, config.seed = str(self.out / "runs" / cell / str(seed)), seed
         config.preview_every, config.save_every, config.keep_last = 0, 50, 1
-        # The whole of the schedule is that much shorter or longer, if it has a teacher's part at all
+        # The whole of the schedule is that much shorter or longer
+        config.distillation.decay = config.distillation.decay * self.steps // config.steps
         config.steps = config.optimizer.decay_steps = self.steps
-        config.distillation.decay = self.steps if config.distillation.decay else 0
         return Recipe.of(config)
 
     def stops(self, cell: str) -> list[int]:

@@ -192,7 +192,7 @@ def make_denoiser(
     common.save_state(work / "denoiser.safetensors", state)
 
 
-def make_guided(work: Path, steps: int = 2_000, batch: int = 64) -> None:
+def make_guided(work: Path, steps: int = 4_000, batch: int = 64) -> None:
     """Teaches the guidance embedding: the answer at scale g is u∅ + g (u − u∅) of the first stage's network."""
     data = Data.load(work)
     model = common.load_state(work / "denoiser.safetensors", new_model())
@@ -211,7 +211,9 @@ def make_guided(work: Path, steps: int = 2_000, batch: int = 64) -> None:
         with_text, without = jnp.split(
             first.teacher_velocity(jnp.concatenate([x, x]), jnp.concatenate([sigma, sigma]), both), 2
         )
-        guidance = jax.random.uniform(scale_key, (batch,), minval=GUIDANCE[0], maxval=GUIDANCE[1])
+        # Low scales more often: there the answer is the first stage's own, in all its detail
+        low, high = GUIDANCE
+        guidance = low + (high - low) * jax.random.uniform(scale_key, (batch,)) ** 2
         target = without + guidance[:, None, None] * (with_text - without)
         answer = nnx.merge(graphdef, state).teacher_velocity(x, sigma, data.conditioning(caption, guidance))
         mse = jnp.mean((answer - jax.lax.stop_gradient(target)) ** 2)
