@@ -100,8 +100,8 @@ def test_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     study.run(["legendre+nfe-1"], 1)
     errors = {(r.cell, r.iterations): r.figures["endpoint_error"] for r in study.results()}
     half, whole = ("legendre+nfe-1", 1), ("legendre+nfe-1", 2)
-    assert set(errors) == {half, whole, ("teacher-2-guidance-2", 0), ("teacher-50-guidance-2", 0)}
-    assert errors["teacher-2-guidance-2", 0] > errors["teacher-50-guidance-2", 0] == 0
+    assert set(errors) == {half, whole, ("teacher-2-guidance-1", 0), ("teacher-50-guidance-1", 0)}
+    assert errors["teacher-2-guidance-1", 0] > errors["teacher-50-guidance-1", 0] == 0
     assert errors[half] != errors[whole]
     said = capsys.readouterr().out
     assert "goes on after iteration 1" in said

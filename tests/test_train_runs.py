@@ -50,7 +50,7 @@ def overrides(model: Path, out: Path, **changes: object) -> list[str]:
         **{"model": model, "prompts": prompts, "out": out, "resolutions": ((32, 32),), "batch": 4, "steps": 4},
         **{"log_every": 1, "save_every": 10, "mesh": (1, 1, 1, 1), "preview_every": 0},
         **{"adapter.modes": 3, "adapter.rank": 2, "adapter.dropout": 0.1},
-        **{"distillation.decay": 1000, "distillation.states": 2, "ema.start": 0},
+        **{"distillation.decay": 1000, "distillation.states": 2, "optimizer.learning_rate": 2e-3, "ema.start": 0},
         **changes,
     }
     return [f"--config.{name}={value}" for name, value in values.items()]
