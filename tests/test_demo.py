@@ -16,6 +16,7 @@ from arcflow_jax.demo.judge import agreement, load_judge
 from arcflow_jax.demo.pictures import Caption, caption_of
 from arcflow_jax.demo.run import bars
 from arcflow_jax.prompt_sources import read_prompts
+from tools.tiny_teacher.denoiser import caption_index
 
 
 def test_captions_and_words_are_one_to_one():
@@ -25,6 +26,11 @@ def test_captions_and_words_are_one_to_one():
     assert str(caption) == "a large green ring on the left on a black background"
     assert caption_of(str(caption)) == caption
     assert str(Caption(shape=0, colour=0, position=4)) == "a red circle in the center"
+
+
+def test_caption_index_is_that_of_all_captions():
+    attributes = jnp.array([caption.as_array() for caption in pictures.all_captions()])
+    np.testing.assert_array_equal(caption_index(attributes), np.arange(len(attributes)))
 
 
 def test_prompt_files_divide_the_captions():
