@@ -25,6 +25,8 @@ CHANGES = {
     "slow-momenta": {"optimizer.groups": ((MOMENTA, 0.1),)},
     "slow-head": {"optimizer.groups": ((HEAD, 0.3),)},
     "fast-head": {"optimizer.groups": ((HEAD, 3.0),)},
+    "half-rate": {"optimizer.learning_rate": 2e-3},
+    "double-rate": {"optimizer.learning_rate": 8e-3},
     # The student alone carries the trajectory, from the first iteration
     "no-mixing": {"distillation.decay": 0},
     "no-mode-dropout": {"distillation.mode_dropout": 0.0},

@@ -5,6 +5,7 @@ from __future__ import annotations
 METHODS = ("linear", "arcflow", "legendre")
 CALLS = (1, 2, 4)
 MODES = {"arcflow": (2, 4, 8, 16), "legendre": (2, 3, 4, 6)}  # of the mixture; terms of the series
+RATES = ("half-rate", "double-rate")
 PARTS = ("zero-momenta", "slow-momenta", "no-mixing", "no-mode-dropout", "slow-head", "fast-head")
 SETTINGS = ("shift-1", "shift-3.2", "guided")
 
@@ -28,8 +29,9 @@ SECTIONS = {
     "linear, momentum (K = 16), Legendre (4 terms)": [cell(m, calls(n)) for n in CALLS for m in METHODS],
     "modes K of the mixture": [cell("arcflow", modes("arcflow", k)) for k in MODES["arcflow"]],
     "terms of the Legendre series": [
-        cell("legendre", modes("legendre", k), calls(n)) for n in CALLS for k in MODES["legendre"]
+        cell("legendre", modes("legendre", k), calls(n)) for n in CALLS[:2] for k in MODES["legendre"]
     ],
+    "learning rate": [cell(m, rate) for rate in RATES for m in METHODS],
     "parts of the recipe": [cell("arcflow", part) for part in PARTS],
     "time shift and guidance": [cell(m, setting) for setting in SETTINGS for m in METHODS],
 }

@@ -24,6 +24,7 @@ from benchmarks.ablation.cells import (
     METHODS,
     MODES,
     PARTS,
+    RATES,
     SECTIONS,
     SETTINGS,
     calls,
@@ -238,14 +239,14 @@ def draw_parts(axes: Axes, finished: Finished) -> None:
 
 
 def draw_settings(axes: Axes, finished: Finished) -> None:
-    settings = ("", *SETTINGS)
+    settings = ("", *RATES, *SETTINGS)
     for i, method in enumerate(METHODS):
         for j, setting in enumerate(settings):
             if found := finished.seeds(cell(method, setting)):
                 p = point(found)
                 axes.bar(j + 0.27 * (i - 1), p.error, 0.25, yerr=p.spread or None, color=COLOURS[method])
-    axes.set_xticks(range(len(settings)), ["unchanged", *(name.replace("-", " ") for name in SETTINGS)])
-    axes.set(title="time shift and guidance, 2 calls", ylabel="endpoint error")
+    axes.set_xticks(range(len(settings)), ["unchanged", *(name.replace("-", "\n", 1) for name in settings[1:])])
+    axes.set(title="learning rate, time shift, guidance, 2 calls", ylabel="endpoint error")
 
 
 def draw_line(axes: Axes, name: str, results: Mapping[float, list[Result]]) -> None:
