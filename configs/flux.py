@@ -4,8 +4,10 @@
     arcflow train --config configs/flux.py --config.prompts=prompts.txt
 
 `configs/flux.py` trains rank 224, 4.8 % of the teacher; `configs/flux.py:published` is the paper's recipe, rank 256
-and 5.5 %. Both are 10 000 iterations at batch 16 and 1024 × 1024 pixels. Several resolutions in one run, each compiled
-once: --config.resolutions="((1024, 1024), (832, 1216), (1216, 832))".
+and 5.5 %. Both are 10 000 iterations at batch 16 and 1024 × 1024 pixels. `configs/flux.py:legendre` is the first with
+Legendre polynomials in the place of the momentum mixture, which on the bundled teacher comes closer (BENCHMARKS.md); at
+this size nobody has tried it. Several resolutions in one run, each compiled once:
+--config.resolutions="((1024, 1024), (832, 1216), (1216, 832))".
 
 Hardware: weights, adapter, optimizer and batch are split over all devices (`mesh`), whose number has to divide the
 batch. `--dry-run` says what each has to hold.
@@ -21,9 +23,10 @@ from ml_collections import ConfigDict
 
 
 def get_config(arg: str = "default") -> ConfigDict:
-    ranks = {"default": 224, "published": 256}
+    ranks = {"default": 224, "published": 256, "legendre": 224}
     if arg not in ranks:
         raise ValueError(f"configs/flux.py:{arg}: known are {', '.join(ranks)}")
+    momentum = arg != "legendre"
     return ConfigDict(
         {
             "model": "checkpoints/flux",
@@ -53,8 +56,8 @@ def get_config(arg: str = "default") -> ConfigDict:
             ),
             "wandb_project": "",
             "adapter": {
-                "basis": "momentum",
-                "modes": 16,
+                "basis": "momentum" if momentum else "legendre",
+                "modes": 16 if momentum else 4,
                 "initial_momenta": (0.2, 4.0),
                 "rank": ranks[arg],
                 "alpha": float(ranks[arg]),
@@ -74,7 +77,7 @@ def get_config(arg: str = "default") -> ConfigDict:
                 "states": 4,
                 "window": 3,
                 "substeps": 128,
-                "mode_dropout": 0.1,
+                "mode_dropout": 0.1 if momentum else 0.0,
                 "decay": 2000,
                 "loss_scale": 30.0,
                 "state_weight": 0.0,
@@ -91,7 +94,7 @@ def get_config(arg: str = "default") -> ConfigDict:
                 "weight_decay": 0.0,
                 "clip_norm": 50.0,
                 "clip_from": 100,
-                "groups": (("head.proj_out_loggamma.*", 0.1),),
+                "groups": (("head.proj_out_loggamma.*", 0.1),) if momentum else (),
             },
             "ema": {"start": 100, "power": 8.0},
         }

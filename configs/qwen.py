@@ -4,8 +4,9 @@
     arcflow train --config configs/qwen.py --config.prompts=prompts.txt
 
 The paper's recipe: rank 256, 4.7 % of the teacher, 15 000 iterations at batch 16 and 1024 × 1024 pixels.
-`configs/qwen.py:compact` is for fewer devices, and not published: rank 64, batch 4. Several resolutions in one run as
-in `configs/flux.py`.
+`configs/qwen.py:compact` is for fewer devices, and not published: rank 64, batch 4. `configs/qwen.py:legendre` is the
+paper's with Legendre polynomials in the place of the momentum mixture, not tried at this size either. Several
+resolutions in one run as in `configs/flux.py`.
 
 Hardware: weights, adapter, optimizer and batch are split over all devices (`mesh`), whose number has to divide the
 batch. `--dry-run` says what each has to hold. Qwen2.5-VL's language model is split like the transformer; where there is
@@ -21,10 +22,11 @@ from ml_collections import ConfigDict
 
 
 def get_config(arg: str = "published") -> ConfigDict:
-    sizes = {"published": (256, 16), "compact": (64, 4)}
+    sizes = {"published": (256, 16), "compact": (64, 4), "legendre": (256, 16)}
     if arg not in sizes:
         raise ValueError(f"configs/qwen.py:{arg}: known are {', '.join(sizes)}")
     rank, batch = sizes[arg]
+    momentum = arg != "legendre"
     return ConfigDict(
         {
             "model": "checkpoints/qwen",
@@ -52,8 +54,8 @@ def get_config(arg: str = "published") -> ConfigDict:
             ),
             "wandb_project": "",
             "adapter": {
-                "basis": "momentum",
-                "modes": 16,
+                "basis": "momentum" if momentum else "legendre",
+                "modes": 16 if momentum else 4,
                 "initial_momenta": (0.2, 4.0),
                 "rank": rank,
                 "alpha": float(rank),
@@ -72,7 +74,7 @@ def get_config(arg: str = "published") -> ConfigDict:
                 "states": 4,
                 "window": 3,
                 "substeps": 128,
-                "mode_dropout": 0.1,
+                "mode_dropout": 0.1 if momentum else 0.0,
                 "decay": 1000,
                 "loss_scale": 30.0,
                 "state_weight": 0.0,
@@ -89,7 +91,7 @@ def get_config(arg: str = "published") -> ConfigDict:
                 "weight_decay": 0.0,
                 "clip_norm": 50.0,
                 "clip_from": 100,
-                "groups": (("head.proj_out_loggamma.*", 0.1),),
+                "groups": (("head.proj_out_loggamma.*", 0.1),) if momentum else (),
             },
             "ema": {"start": 100, "power": 8.0},
         }
