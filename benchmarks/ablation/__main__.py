@@ -12,9 +12,8 @@ from its last checkpoint.
     OUT/runs/CELL/SEED/   training runs        OUT/table.md        for BENCHMARKS.md
     OUT/results/*.json    figures              OUT/ablation.png
 
-Cost: 48 runs with 38 400 iterations of one segment, 0.155 s each on two free cores, and 102 evaluations of about 25 s
-with the compilation: two and a half hours, estimated from single runs. With --steps 200 one and a half.
-Needs matplotlib.
+Cost: 51 runs and 105 evaluations of students took two hours and a quarter on two x86-64 cores, a compiler beside them
+for a part of it. Needs matplotlib.
 """
 
 from __future__ import annotations
