@@ -98,14 +98,20 @@ def make_text(work: Path, seed: int = 0) -> None:
 
 
 def make_latents(work: Path) -> None:
-    """As for FLUX.1, normalised a channel."""
+    """As for FLUX.1, but for a mean a channel.
+
+    The deviation is that of all channels: the autoencoder may leave one nearly empty, which a deviation of its own
+    would blow up to the others' size, for the denoiser to learn.
+    """
     tokens, attributes = denoiser.encode_pictures(
         common.load_state(work / "autoencoder.safetensors", new_autoencoder())
     )
     pixels = tokens.reshape(-1, CHANNELS, 4)
-    mean, std = pixels.mean((0, 2)), pixels.std((0, 2))
-    print(f"latents: mean {mean}, deviation {std}")
-    normalised = ((pixels - mean[:, None]) / std[:, None]).reshape(tokens.shape)
+    mean = pixels.mean((0, 2))
+    centred = pixels - mean[:, None]
+    print(f"latents: mean {mean}, deviations {pixels.std((0, 2))}, of all {centred.std()}")
+    std = jnp.full(CHANNELS, centred.std())
+    normalised = (centred / std[:, None]).reshape(tokens.shape)
     save_file({"tokens": normalised, "attributes": attributes, "mean": mean, "std": std}, work / "latents.safetensors")
 
 
