@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from PIL import Image
 
-from arcflow_jax.demo import ASSETS, pictures, report
-from arcflow_jax.demo.evaluate import Results
+from arcflow_jax.cli import Teacher
+from arcflow_jax.conversion import convert_model
+from arcflow_jax.demo import ASSETS, pictures, report, run
+from arcflow_jax.demo.evaluate import SEED, Results, Sampler, run_samplers
 from arcflow_jax.demo.judge import agreement, load_judge
 from arcflow_jax.demo.pictures import Caption, caption_of
-from arcflow_jax.demo.run import bars
+from arcflow_jax.demo.run import TEACHERS, bars
+from arcflow_jax.errors import UserError
+from arcflow_jax.model_directory import ModelDirectory
+from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.prompt_sources import read_prompts
+from tools.make_tiny_qwen import make_tiny_qwen
 from tools.tiny_teacher.denoiser import caption_index
 
 
@@ -127,7 +135,8 @@ def test_report_is_one_page_with_everything(tmp_path):
         for name in report.LABELS
     }
     metrics = {name: figure(0.1 * i, seconds=0.05 / (i + 1)) for i, name in enumerate(report.LABELS)}
-    metrics |= {"bars": bars(metrics), "prompts": 4, "iterations": 10, "date": "2026-01-01", "machine": "a <machine>"}
+    metrics |= {"bars": bars(metrics), "teacher": "tiny-none", "prompts": 4, "iterations": 10, "date": "2026-01-01"}
+    metrics["machine"] = "a <machine>"
     logs = {}
     for name in ("arcflow", "linear"):
         logs[name] = tmp_path / f"{name}.jsonl"
@@ -139,8 +148,57 @@ def test_report_is_one_page_with_everything(tmp_path):
     assert "$" not in page
     assert not re.search(r'(src|href)="(?!data:)', page)  # nothing is loaded from elsewhere
     assert "a &lt;machine&gt;" in page
+    assert "the bundled teacher tiny-none" in page
     assert all(label in page for label in report.LABELS.values())
     assert page.count("<polyline") == 2
     with Image.open(tmp_path / "grid.png") as grid:
         cell = np.asarray(grid.crop((report.LEFT, report.TOP, report.LEFT + report.CELL, report.TOP + report.CELL)))
     np.testing.assert_array_equal(cell[::2, ::2], results["teacher_50"].pixels[0][0])
+
+
+def test_teachers_guidance_is_true_where_it_has_a_negative_prompt(tmp_path):
+    pipeline = ArcFlowPipeline.from_pretrained(convert_model(make_tiny_qwen(tmp_path / "source"), tmp_path / "teacher"))
+    captions = pictures.all_captions()[:2]
+    noise = pipeline.noise(SEED, 2, *pipeline.grid())
+    prompts, samplers = list(map(str, captions)), {"two": Sampler(pipeline, steps=2)}
+    for negative, settings in ((None, {}), ("", {"guidance": 3.0, "negative_prompt": ""})):
+        made = run_samplers(samplers, captions, 3.0, negative)["two"].pixels[0]
+        expected = np.stack(pipeline(prompts, steps=2, latents=noise, batch_size=2, **settings))
+        np.testing.assert_allclose(made.astype(int), expected, atol=1)
+    assert np.abs(expected - np.stack(pipeline(prompts, steps=2, latents=noise, batch_size=2))).max() > 5
+
+
+def test_out_of_another_teacher_is_refused(tmp_path):
+    """It is told by its weights, so that other bundled weights are another teacher, too."""
+    out, other = tmp_path / "out" / "teacher", make_tiny_qwen(tmp_path / "other")
+    made = run.convert(ASSETS / "tiny-flux", out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert run.convert(ASSETS / "tiny-flux", out).fingerprint == made.fingerprint
+    with pytest.raises(UserError, match=f"{out} is not made of the bundled other: name another --out, or remove"):
+        run.convert(other, out)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_whole_demo_in_few_iterations(tmp_path, monkeypatch, teacher):
+    """Two iterations and sixteen prompts: nothing is learned, everything is there."""
+    recipe = run.recipe
+    monkeypatch.setattr(run, "recipe", lambda *of: dataclasses.replace(recipe(*of), steps=2))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(run.TEST_PROMPTS.read_text().splitlines(keepends=True)[:16]))
+    monkeypatch.setattr(run, "TEST_PROMPTS", prompts)
+    metrics = run.demo(tmp_path / "demo", teacher)
+    assert (metrics["prompts"], metrics["iterations"]) == (16, 2)
+    assert metrics["base"] == ModelDirectory.open(tmp_path / "demo" / "teacher").fingerprint
+    assert metrics["teacher_50"]["endpoint_error"] == 0
+    assert metrics["teacher_50"]["prompt_agreement"] > 0.9
+    assert metrics["teacher_2"]["endpoint_error"] > 0.05
+    assert json.loads((tmp_path / "demo" / "metrics.json").read_text()) == metrics
+    assert (tmp_path / "demo" / "index.html").is_file()
+    with Image.open(tmp_path / "demo" / "grid.png") as grid:
+        assert grid.width > report.LEFT + 9 * report.CELL
+
+
+def test_command_line_knows_every_teacher():
+    assert [teacher.value for teacher in Teacher] == list(TEACHERS)

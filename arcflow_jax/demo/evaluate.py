@@ -18,7 +18,7 @@ from arcflow_jax.demo import pictures
 from arcflow_jax.demo.judge import agreement, load_judge
 from arcflow_jax.demo.pictures import Caption
 from arcflow_jax.evaluate.frechet import Moments, frechet_distance
-from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.pipeline import ArcFlowPipeline, Guided
 
 BATCH = 16
 SEED = 1  # of the evaluation's noises
@@ -52,10 +52,16 @@ def timed(call: Callable[[], object]) -> tuple[object, float]:
     return value, time.perf_counter() - start
 
 
-def run_samplers(samplers: dict[str, Sampler], captions: Sequence[Caption], guidance: float) -> dict[str, Results]:
+def run_samplers(
+    samplers: dict[str, Sampler], captions: Sequence[Caption], guidance: float, negative_prompt: str | None = None
+) -> dict[str, Results]:
     """Every sampler on every caption, batch by batch in turn, so that all see the machine in the same state.
 
     Each compiles on a batch that is not counted.
+
+    Args:
+      guidance: scale that the guidance embedding is fed, or of the teacher's true guidance.
+      negative_prompt: that true guidance leads the teacher away from; None for no such guidance.
     """
     results = {name: Results() for name in samplers}
     batches = [list(map(str, captions[i : i + BATCH])) for i in range(0, len(captions), BATCH)]
@@ -69,8 +75,13 @@ def run_samplers(samplers: dict[str, Sampler], captions: Sequence[Caption], guid
         for index in indices:
             noise = shared.noise(SEED, len(batches[index]), rows, columns, first=index * BATCH)
             conditioning, encode_seconds = timed(lambda i=index: prepare(batches[i]))
+            guided = conditioning
+            if negative_prompt is not None:
+                negative = prepare([negative_prompt] * len(batches[index]))
+                guided = Guided(conditioning, negative, jnp.float32(guidance), rescaled=False)
             for name, sampler in samplers.items():
-                latents, denoise_seconds = timed(lambda s=sampler, n=noise, c=conditioning: s(n, c))
+                own = guided if sampler.pipeline.student is None else conditioning
+                latents, denoise_seconds = timed(lambda s=sampler, n=noise, c=own: s(n, c))
                 pixels, decode_seconds = timed(lambda x=latents: shared.decode(x, rows, columns))
                 if counted:
                     result = results[name]

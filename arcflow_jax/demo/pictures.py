@@ -1,4 +1,4 @@
-"""The picture world of the bundled teacher: one coloured shape on a plain background, and captions for it.
+"""The picture world of the bundled teachers: one coloured shape on a plain background, and captions for it.
 
 A picture is drawn from five attributes. The caption always names shape, colour and position; size and background
 may be left out. What is left out takes any value there is, those between the named ones too, so that a caption

@@ -45,6 +45,7 @@ def write(
         bars=bar_rows(metrics["bars"]),
         agreement=agreement_rows(metrics),
         curves=curves({name: read_losses(path) for name, path in logs.items()}),
+        teacher=metrics["teacher"],
         prompts=metrics["prompts"],
         iterations=metrics["iterations"],
         date=metrics["date"],
@@ -162,8 +163,8 @@ img, svg { max-width: 100%; } svg { max-width: 640px; font: 12px system-ui, sans
 .note { color: #57534e; font-size: .9rem; }
 </style></head><body>
 <h1>A 50-step teacher, answered in two steps</h1>
-<p>Four samplers, the same prompts, the same noise in each column. The prompts are the first of the list; none of them
-was distilled on.</p>
+<p>Four samplers, the same prompts, the same noise in each column: the bundled teacher $teacher and two students of it.
+The prompts are the first of the list; none of them was distilled on.</p>
 <img alt="pictures of the four samplers" src="data:image/png;base64,$grid">
 <h2>Figures over $prompts prompts</h2>
 <table><tr><th></th><th>endpoint error</th><th>Fréchet distance</th><th>prompt agreement</th><th>denoising, ms a

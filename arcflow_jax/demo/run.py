@@ -1,4 +1,4 @@
-"""The whole job on the bundled teacher: convert, distil, sample, measure, report."""
+"""The whole job on a bundled teacher: convert, distil, sample, measure, report."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import platform
+import tempfile
 from pathlib import Path
 
 from rich.console import Console
@@ -23,59 +24,76 @@ from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.prompt_sources import read_prompts
 from arcflow_jax.train import train
 
-SOURCE = ASSETS / "tiny-flux"
+TEACHERS = {"tiny-flux": "tiny", "tiny-qwen": "tiny_qwen"}  # the bundled ones, and each one's recipe in configs/
 TRAIN_PROMPTS = ASSETS / "prompts-train.txt"
 TEST_PROMPTS = ASSETS / "prompts-test.txt"
 
 
-def recipe(arg: str, out: Path) -> Recipe:
-    """The recipe configs/tiny.py:ARG, for a run under `out`."""
-    config = importlib.import_module("arcflow_jax.configs.tiny").get_config(arg)
+def recipe(teacher: str, arg: str, out: Path) -> Recipe:
+    """That of a bundled teacher for the student ARG, for a run under `out`."""
+    config = importlib.import_module(f"arcflow_jax.configs.{TEACHERS[teacher]}").get_config(arg)
     config.model, config.prompts, config.out = str(out / "teacher"), str(TRAIN_PROMPTS), str(out / arg)
     config.preview_every = 0  # the demo ends with pictures of its own
     return Recipe.of(config)
 
 
-def demo(out: Path) -> dict[str, object]:
+def convert(source: Path, out: Path) -> ModelDirectory:
+    """The bundled teacher `source` as a model directory, `out`. One that is there already must be made of it."""
+    if not (out / DESCRIPTION).exists():
+        return ModelDirectory.open(convert_model(source, out))
+    with tempfile.TemporaryDirectory() as aside:
+        expected = ModelDirectory.open(convert_model(source, Path(aside) / "teacher"))
+    present = ModelDirectory.open(out)
+    if present.fingerprint != expected.fingerprint:
+        raise UserError(f"{out} is not made of the bundled {source.name}: name another --out, or remove {out.parent}")
+    return present
+
+
+def demo(out: Path, teacher: str = "tiny-flux") -> dict[str, object]:
     """Runs the demo, or goes on with it where it stopped, and returns what it writes to metrics.json.
 
     Leaves under `out`: teacher/ (converted), arcflow/ and linear/ (students), metrics.json, grid.png, index.html.
 
+    Args:
+      teacher: one of `TEACHERS`.
+
     Raises:
-      UserError: if `out` cannot be written.
+      UserError: if `out` cannot be written, or holds the demo of another teacher.
     """
     console = Console()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from None
-    if not (out / "teacher" / DESCRIPTION).exists():
-        convert_model(SOURCE, out / "teacher")
-    console.print(f"converted the bundled PyTorch teacher to {out / 'teacher'}")
-    recipes = {name: recipe(name, out) for name in ("arcflow", "linear")}
+    base = convert(ASSETS / teacher, out / "teacher")
+    console.print(f"converted the bundled PyTorch teacher {teacher} to {out / 'teacher'}")
+    recipes = {name: recipe(teacher, name, out) for name in ("arcflow", "linear")}
     for name, each in recipes.items():
         console.print(f"distilling the {name} student, {each.steps} iterations")
         train(each)
 
-    teacher = ArcFlowPipeline.from_pretrained(out / "teacher")
+    dense = ArcFlowPipeline.from_pretrained(out / "teacher")
     arcflow, linear = (ArcFlowPipeline.from_pretrained(out / "teacher", adapter=out / name) for name in recipes)
     samplers = {
-        "teacher_50": Sampler(teacher, steps=50),
-        "teacher_2": Sampler(teacher, steps=2),
+        "teacher_50": Sampler(dense, steps=50),
+        "teacher_2": Sampler(dense, steps=2),
         "linear_2": Sampler(linear, steps=2),
         "arcflow_2": Sampler(arcflow, steps=2),
     }
     captions = [caption_of(prompt) for prompt in read_prompts(TEST_PROMPTS).texts]
-    results = run_samplers(samplers, captions, recipes["arcflow"].guidance)
+    trained = recipes["arcflow"].distillation
+    negative_prompt = trained.negative_prompt if trained.teacher_guidance == "cfg" else None
+    results = run_samplers(samplers, captions, recipes["arcflow"].guidance, negative_prompt)
     figures = measure(results, captions, against="teacher_50")
     metrics = {
         **figures,
         "bars": bars(figures),
+        "teacher": teacher,
         "prompts": len(captions),
         "iterations": recipes["arcflow"].steps,
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} {platform.machine()} cores, Python {platform.python_version()}",
-        "base": ModelDirectory.open(out / "teacher").fingerprint,
+        "base": base.fingerprint,
     }
     report.write(out, metrics, results, captions, logs={name: out / name / "log.jsonl" for name in recipes})
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")

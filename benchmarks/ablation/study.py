@@ -16,9 +16,10 @@ import jax
 
 from arcflow_jax.config import Recipe, read_config
 from arcflow_jax.conversion import convert_model
+from arcflow_jax.demo import ASSETS
 from arcflow_jax.demo.evaluate import Results, Sampler, measure, run_samplers
 from arcflow_jax.demo.pictures import Caption, caption_of
-from arcflow_jax.demo.run import SOURCE, TEST_PROMPTS, TRAIN_PROMPTS
+from arcflow_jax.demo.run import TEST_PROMPTS, TRAIN_PROMPTS
 from arcflow_jax.errors import UserError
 from arcflow_jax.geometry import read_json, write_json
 from arcflow_jax.model_directory import DESCRIPTION
@@ -28,6 +29,7 @@ from arcflow_jax.run_log import LOG, left
 from arcflow_jax.train import train
 from benchmarks.ablation.cells import COMPARED, seeds
 
+SOURCE = ASSETS / "tiny-flux"
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny_ablation.py"
 EULER = (2, 4, 8, 50)  # the teacher's steps; the last is what students are held against
 DENSE = f"teacher_{EULER[-1]}"
