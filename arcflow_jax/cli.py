@@ -340,7 +340,7 @@ def demo(
         Teacher, typer.Option(help="The bundled teacher, a FLUX.1 or a Qwen-Image.")
     ] = Teacher.tiny_flux,
 ) -> None:
-    """Converts a bundled teacher, distils it, and compares 2 steps with 50, in under ten minutes on two cores.
+    """Converts a bundled teacher, distils it, and compares 2 steps with 50, in about ten minutes on two cores.
 
     Leaves index.html, grid.png and metrics.json in OUT, and a student that arcflow sample uses. A demo that was
     interrupted goes on.
