@@ -6,7 +6,7 @@
 The recipe of configs/tiny.py, with its variants, but for the layers that are adapted and the teacher's guidance: a
 Qwen-Image has no guidance embedding, its guidance is true.
 
-Hardware and cost: those of configs/tiny.py; an iteration takes half as long again.
+Hardware and cost: those of configs/tiny.py; an iteration takes 1.5 to 1.9 times as long.
 """
 
 from arcflow_jax.configs import tiny

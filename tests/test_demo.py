@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -169,13 +170,18 @@ def test_teachers_guidance_is_true_where_it_has_a_negative_prompt(tmp_path):
 
 
 def test_out_of_another_teacher_is_refused(tmp_path):
-    """It is told by its weights, so that other bundled weights are another teacher, too."""
-    out, other = tmp_path / "out" / "teacher", make_tiny_qwen(tmp_path / "other")
-    made = run.convert(ASSETS / "tiny-flux", out)
+    """It is told by its weights and settings: with others, the same pipeline is another teacher, too."""
+    out, source, other = tmp_path / "out" / "teacher", make_tiny_qwen(tmp_path / "qwen"), tmp_path / "other"
+    made = run.convert(source, out)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    assert run.convert(ASSETS / "tiny-flux", out).fingerprint == made.fingerprint
-    with pytest.raises(UserError, match=f"{out} is not made of the bundled other: name another --out, or remove"):
-        run.convert(other, out)
+    assert run.convert(source, out).fingerprint == made.fingerprint
+    shutil.copytree(source, other)
+    config = json.loads((other / "vae" / "config.json").read_text())
+    (other / "vae" / "config.json").write_text(json.dumps(config | {"latents_std": [1.0] * 4}))
+    for teacher in (other, ASSETS / "tiny-flux"):
+        refusal = f"{out} is not made of the bundled {teacher.name}: name another --out, or remove {out.parent}"
+        with pytest.raises(UserError, match=refusal):
+            run.convert(teacher, out)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 

@@ -4,9 +4,9 @@
     python tools/train_tiny_teacher.py --work /tmp/tiny guided     # one stage again
     python tools/train_tiny_teacher.py --work /tmp/qwen --kind qwen    # the same pictures as a Qwen-Image
 
-On two free CPU cores a step of the autoencoder or the denoiser takes 0.15 to 0.17 s, and there are 4 500 and 11 000 of
-them: 46 minutes for the Qwen-Image, which is as this script makes it.
-The FLUX.1 was not: text encoders, judge, autoencoder and denoiser are from an earlier version of
+On two free CPU cores a step of the autoencoder or the denoiser takes about 0.17 s, and there are 4 500 and 11 000 of
+them. The bundled Qwen-Image is as this script makes it, in 53 minutes beside other work.
+The FLUX.1 is not: text encoders, judge, autoencoder and denoiser are from an earlier version of
 `arcflow_jax.demo.pictures`, whose captions could leave the position out, too; on the present one the autoencoder was
 trained for 1 000 more steps (learning rate 1e-3; never with the term that keeps latents straight), the denoiser for
 3 500 (as in its second round), then `guided` in two parts.

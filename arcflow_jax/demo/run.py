@@ -44,7 +44,7 @@ def convert(source: Path, out: Path) -> ModelDirectory:
     with tempfile.TemporaryDirectory() as aside:
         expected = ModelDirectory.open(convert_model(source, Path(aside) / "teacher"))
     present = ModelDirectory.open(out)
-    if present.fingerprint != expected.fingerprint:
+    if present.description["components"] != expected.description["components"]:
         raise UserError(f"{out} is not made of the bundled {source.name}: name another --out, or remove {out.parent}")
     return present
 
