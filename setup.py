@@ -52,5 +52,5 @@ setup(
         # The PyTorch twins that the parity tests compare with
         "parity": ["diffusers>=0.35", "peft>=0.17", "torch>=2.8"],
     },
-    entry_points={"console_scripts": ["arcflow = arcflow_jax.cli:main"]},
+    entry_points={"console_scripts": ["arcflow = arcflow_jax.cli.app:main"]},
 )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+SHOWN = 4  # names that an error message spells out
 
 
 class UserError(Exception):
@@ -44,3 +46,8 @@ def one_line(error: object) -> str:
 def out_of_memory(error: BaseException | None) -> bool:
     """Whether a device's full memory is behind an exception, in XLA's words."""
     return error is not None and ("RESOURCE_EXHAUSTED" in str(error) or out_of_memory(error.__cause__))
+
+
+def first_few(items: Sequence[str]) -> str:
+    """Some names for an error message, cut to the first few."""
+    return ", ".join(items[:SHOWN]) + (", …" if len(items) > SHOWN else "")

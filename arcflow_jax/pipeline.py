@@ -4,9 +4,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -19,141 +17,36 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from PIL import Image
 
-from arcflow_jax import arc_model, sampler
-from arcflow_jax.adapter_formats import open_student
-from arcflow_jax.checkpoint import AdapterDescription, checksum
-from arcflow_jax.errors import UserError, one_line, out_of_memory
-from arcflow_jax.latents import PATCH, as_tokens, token_grid, unpack
-from arcflow_jax.model_directory import ModelDirectory
-from arcflow_jax.offload import Weights
-from arcflow_jax.prompts import PROMPTS, check_prompts
-from arcflow_jax.schedule import scheduler_shift
-from arcflow_jax.sharding import constrain, parse_mesh, partition_spec, sharded, state_shardings
+from arcflow_jax.checkpoints.model_directory import ModelDirectory
+from arcflow_jax.checkpoints.student_formats import open_student
+from arcflow_jax.checkpoints.training import AdapterDescription, checksum
+from arcflow_jax.data.prompts import check_prompts
+from arcflow_jax.errors import UserError
+from arcflow_jax.families.family import takes_guidance
+from arcflow_jax.families.latents import PATCH, as_tokens, token_grid
+from arcflow_jax.generate import (
+    TEACHER_STEPS,
+    decode_latents,
+    default_dtype,
+    memory_watched,
+    merge_student,
+    sample_student,
+    sample_teacher,
+    seeded_noise,
+    teacher_grid,
+)
+from arcflow_jax.networks.conditioning import Guided
+from arcflow_jax.networks.student import merged_graphdef, split_model
+from arcflow_jax.parallel.mesh import parse_mesh, partition_spec, sharded, state_shardings
+from arcflow_jax.parallel.offload import Weights
 
 # Batches that pass one network before the next takes its place on the device, where weights are offloaded: enough
 # for the copying not to count, few enough for what they leave on the device between the networks not to either.
 OFFLOADED_BATCHES = 32
-TEACHER_STEPS = 50  # by default
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "steps"))
-def sample(
-    graphdef: nnx.GraphDef,
-    model_state: nnx.State,
-    latents: jax.Array,
-    conditioning: Any,
-    shift: jax.Array,
-    final_step_ratio: jax.Array,
-    *,
-    steps: int,
-) -> jax.Array:
-    """The student's latent tokens [B, N, 4C] in `steps` network calls.
-
-    Args:
-      graphdef, model_state: an `ArcModel` with a student, split.
-      latents: noise [B, N, 4C].
-      conditioning: of the trunk, batch first.
-      shift, final_step_ratio: the student's time warp and segments.
-    """
-    model = nnx.merge(graphdef, model_state)
-
-    def student(x: jax.Array, sigma: jax.Array) -> Any:
-        return model.student_curve(x, sigma, conditioning)
-
-    return sampler.sample(student, latents, steps=steps, shift=shift, final_step_ratio=final_step_ratio)
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["positive", "negative", "scale"], meta_fields=["rescaled"]
-)
-@dataclasses.dataclass(frozen=True)
-class Guided:
-    """Conditioning for true classifier-free guidance of the teacher, see `ArcModel.guided_velocity`."""
-
-    positive: Any
-    negative: Any
-    scale: jax.Array
-    rescaled: bool
-
-
-def teacher_velocity(model: arc_model.ArcModel, x: jax.Array, sigma: jax.Array, conditioning: Any) -> jax.Array:
-    """The teacher's velocity of tokens [B, N, 4C] at σ [B], truly guided where `conditioning` is `Guided`."""
-    if isinstance(conditioning, Guided):
-        away = (conditioning.negative, conditioning.scale, conditioning.rescaled)
-        return model.guided_velocity(x, sigma, conditioning.positive, *away)
-    return model.teacher_velocity(x, sigma, conditioning)
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "steps"))
-def sample_teacher(
-    graphdef: nnx.GraphDef,
-    model_state: nnx.State,
-    latents: jax.Array,
-    conditioning: Any,
-    shift: jax.Array,
-    terminal: jax.Array | None,
-    *,
-    steps: int,
-) -> jax.Array:
-    """The teacher's latent tokens [B, N, 4C] in `steps` Euler steps.
-
-    Arguments as for `sample`; `conditioning` may also be `Guided`; `shift` and `terminal` as for
-    `schedule.euler_grid`.
-    """
-    model = nnx.merge(graphdef, model_state)
-
-    def teacher(x: jax.Array, sigma: jax.Array) -> jax.Array:
-        return teacher_velocity(model, x, sigma, conditioning)
-
-    return sampler.euler(teacher, latents, steps=steps, shift=shift, terminal=terminal)
-
-
-def teacher_grid(scheduler: dict[str, Any], tokens: int) -> tuple[jax.Array, jax.Array | None]:
-    """Shift and terminal noise level (see `schedule.euler_grid`) that a model's scheduler has for so many tokens."""
-    terminal = scheduler.get("shift_terminal")
-    return jnp.float32(scheduler_shift(scheduler, tokens)), jnp.float32(terminal) if terminal else None
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "rows", "columns"))
-def decode(graphdef: nnx.GraphDef, vae: nnx.State, tokens: jax.Array, *, rows: int, columns: int) -> jax.Array:
-    """Pixels [B, H, W, 3], uint8, of latent tokens [B, N, 4C]; `vae` needs no encoder."""
-    tokens = constrain(tokens, "batch", None, None)
-    pixels = nnx.merge(graphdef, vae).decode(unpack(tokens, rows, columns))
-    return jnp.round(jnp.clip(pixels * 0.5 + 0.5, 0.0, 1.0) * 255).astype(jnp.uint8)
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "mesh"), donate_argnames="base")
-def merge_student(graphdef: nnx.GraphDef, base: nnx.State, trained: nnx.State, mesh: Mesh) -> nnx.State:
-    """The weights of the student for sampling, split over the mesh; takes the base's memory."""
-    merged = arc_model.merge_student(graphdef, base, trained)
-    return jax.lax.with_sharding_constraint(merged, state_shardings(mesh, merged))
-
-
-def noise(seed: int, count: int, tokens: int, channels: int, first: int = 0) -> jax.Array:
-    """Standard normal [B, N, 4C]; picture i of a seed gets the same noise whatever the batch it is made in."""
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), first + jnp.arange(count))
-    return jax.vmap(lambda key: jax.random.normal(key, (tokens, channels)))(keys)
-
-
-def default_dtype() -> Any:
-    """To compute in: bfloat16, but on a CPU, where that is slow, float32."""
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-
-
-@contextlib.contextmanager
-def memory_watched(offload: bool) -> Iterator[None]:
-    """Raises UserError, with what to try, where a device's memory does not suffice."""
-    try:
-        yield
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        ways = ["smaller pictures or batches", "more devices (mesh)", *([] if offload else ["offload"])]
-        raise UserError(f"out of memory, try {', '.join(ways)}: {one_line(error)}") from error
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class SamplingSettings:
     """What a picture is made with, apart from its prompt and the weights.
 
     Attributes:
@@ -163,7 +56,7 @@ class Settings:
       rows, columns: of tokens.
       final_step_ratio: of the student's segments; None for the teacher.
       negative_prompt: that true guidance of the teacher leads away from; None for no such guidance.
-      rescaled: whether it leaves the velocity's norm as it is.
+      norm_preserving: whether it leaves the velocity's norm as it is.
     """
 
     steps: int
@@ -173,11 +66,18 @@ class Settings:
     columns: int
     final_step_ratio: float | None
     negative_prompt: str | None
-    rescaled: bool
+    norm_preserving: bool
 
     def described(self) -> dict[str, int | float | str]:
         """By name, as a picture's `info` has it."""
-        names = ["steps", "seed", "guidance", "final_step_ratio", "negative_prompt", *["rescaled"] * self.rescaled]
+        names = [
+            "steps",
+            "seed",
+            "guidance",
+            "final_step_ratio",
+            "negative_prompt",
+            *["norm_preserving"] * self.norm_preserving,
+        ]
         values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -218,7 +118,7 @@ class ArcFlowPipeline:
             return directory.load(component, abstract, state_shardings(mesh, abstract), part)
 
         # Each in turn, so that what is offloaded has left the device before the next arrives
-        self.encode = PROMPTS[directory.description["pipeline"]](directory, dtype, mesh, offload)
+        self.encode = directory.family.prompts(directory, dtype, mesh, offload)
         self.vae_graphdef, decoder = nnx.split(directory.abstract("vae", dtype).decoder_alone())
         self.vae = Weights(load("vae", decoder, part="decoder"), offload)
         if adapter is None:
@@ -227,8 +127,8 @@ class ArcFlowPipeline:
         else:
             self.student, restore = open_student(adapter, directory)
             self.origin |= {"adapter": str(adapter), "weights": "raw" if raw else "averaged"}
-            graphdef, base, trained = arc_model.split(directory.student(self.student.adapter, dtype))
-            self.graphdef = arc_model.merged_graphdef(graphdef, base, trained)
+            graphdef, base, trained = split_model(directory.student(self.student.adapter, dtype))
+            self.graphdef = merged_graphdef(graphdef, base, trained)
             trained = restore(sharded(mesh, trained), raw)
             self.origin["adapter_checksum"] = f"{int(checksum(trained)):08x}"
             self.transformer = Weights(merge_student(graphdef, load("transformer", base), trained, mesh), offload)
@@ -266,14 +166,14 @@ class ArcFlowPipeline:
 
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Rows and columns of tokens; the default is the model's own size. Raises UserError on one that they miss."""
-        vae = self.directory.geometry("vae")
+        vae = self.directory.config("vae")
         if vae.sample_size is None and None in (height, width):
             raise UserError(f"{self.directory.path} does not say how large its pictures are: name height and width")
         return token_grid(height or vae.sample_size, width or vae.sample_size, vae.factor)
 
     def noise(self, seed: int, count: int, rows: int, columns: int, first: int = 0) -> jax.Array:
         """The noise that pictures `first` … of a seed start from, [B, N, 4C]."""
-        return noise(seed, count, rows * columns, self.directory.geometry("transformer").in_channels, first)
+        return seeded_noise(seed, count, rows * columns, self.directory.config("transformer").in_channels, first)
 
     def denoise(
         self, latents: jax.Array, conditioning: Any, steps: int, final_step_ratio: float | None = None
@@ -296,7 +196,7 @@ class ArcFlowPipeline:
                 return sample_teacher(self.graphdef, state, latents, conditioning, *grid, steps=steps)
             settings = self.student.distillation
             shift, ratio = jnp.float32(settings.shift), jnp.float32(final_step_ratio or settings.final_step_ratio)
-            return sample(self.graphdef, state, latents, conditioning, shift, ratio, steps=steps)
+            return sample_student(self.graphdef, state, latents, conditioning, shift, ratio, steps=steps)
 
     def decode(self, tokens: jax.Array, rows: int, columns: int) -> np.ndarray:
         """Pixels [B, H, W, 3], uint8."""
@@ -304,7 +204,7 @@ class ArcFlowPipeline:
 
     def _decode(self, state: nnx.State, tokens: jax.Array, rows: int, columns: int) -> np.ndarray:
         with jax.set_mesh(self.mesh):
-            return np.asarray(decode(self.vae_graphdef, state, tokens, rows=rows, columns=columns))
+            return np.asarray(decode_latents(self.vae_graphdef, state, tokens, rows=rows, columns=columns))
 
     def __call__(self, prompts: str | Sequence[str], **settings: Any) -> list[Image.Image]:
         """All that `stream` yields, whose arguments it takes."""
@@ -351,7 +251,7 @@ class ArcFlowPipeline:
         made_with = self.settings(**settings)
         prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
         if latents is not None:
-            channels = self.directory.geometry("transformer").in_channels
+            channels = self.directory.config("transformer").in_channels
             made_with = dataclasses.replace(made_with, seed=None)
             latents = as_tokens(latents, len(prompts), made_with.rows, made_with.columns, channels)
         return self._watched(self._make(prompts, made_with, latents, batch_size, first, progress))
@@ -366,8 +266,8 @@ class ArcFlowPipeline:
         width: int | None = None,
         final_step_ratio: float | None = None,
         negative_prompt: str | None = None,
-        rescaled: bool = False,
-    ) -> Settings:
+        norm_preserving: bool = False,
+    ) -> SamplingSettings:
         """What `stream` makes pictures with, defaults filled in.
 
         Args:
@@ -379,7 +279,7 @@ class ArcFlowPipeline:
           final_step_ratio: length of the student's last segment relative to the others; by default as trained.
           negative_prompt: guides the teacher away from this, which may be "": true classifier-free guidance by
             `guidance`, by default 4, in place of the guidance embedding.
-          rescaled: true guidance that leaves each token's velocity as long as it is without.
+          norm_preserving: true guidance that leaves each token's velocity as long as it is without.
 
         Raises:
           UserError: if they do not fit the model or one another.
@@ -395,30 +295,33 @@ class ArcFlowPipeline:
             final_step_ratio = self.student.distillation.final_step_ratio
         if negative_prompt is not None and self.student is not None:
             raise UserError("negative_prompt is for the teacher: the student has its guidance built in")
-        if rescaled and negative_prompt is None:
-            raise UserError("rescaled is of true guidance, which needs a negative_prompt")
+        if norm_preserving and negative_prompt is None:
+            raise UserError("norm_preserving is of true guidance, which needs a negative_prompt")
         if guidance is not None and negative_prompt is None and not self.takes_guidance:
             instead = "give the teacher a negative_prompt" if self.student is None else "its student has it built in"
             raise UserError(f"guidance is {guidance}, but this model has no guidance embedding: {instead}")
         if guidance is None:
-            published = 3.5 if negative_prompt is None else 4.0
+            family = self.directory.family
+            published = family.embedded_guidance if negative_prompt is None else family.cfg_guidance
             guidance = published if self.student is None else self.student.guidance
         rows, columns = self.grid(height, width)
-        return Settings(steps, seed, guidance, rows, columns, final_step_ratio, negative_prompt, rescaled)
+        return SamplingSettings(
+            steps, seed, guidance, rows, columns, final_step_ratio, negative_prompt, norm_preserving
+        )
 
     def described(self, **settings: Any) -> dict[str, int | float | str]:
         """What pictures are made with, as their `info` has it; takes the arguments of `settings`, as that raises."""
         return self._described(self.settings(**settings))
 
-    def _described(self, settings: Settings) -> dict[str, int | float | str]:
-        side = PATCH * self.directory.geometry("vae").factor  # of a token, in pixels
+    def _described(self, settings: SamplingSettings) -> dict[str, int | float | str]:
+        side = PATCH * self.directory.config("vae").factor  # of a token, in pixels
         size = {"height": settings.rows * side, "width": settings.columns * side}
         return size | settings.described() | self.origin
 
     @property
     def takes_guidance(self) -> bool:
         """Whether the transformer is fed a guidance scale."""
-        return bool(self.directory.description["components"]["transformer"]["config"].get("guidance_embeds"))
+        return takes_guidance(self.directory.config("transformer"))
 
     @property
     def default_steps(self) -> int:
@@ -429,19 +332,19 @@ class ArcFlowPipeline:
         with memory_watched(self.offload):
             yield from pictures
 
-    def _encode(self, batches: Sequence[Sequence[str]], settings: Settings) -> list[Any]:
+    def _encode(self, batches: Sequence[Sequence[str]], settings: SamplingSettings) -> list[Any]:
         """The conditioning of each batch of prompts, all equally large."""
         scale, rows, columns = settings.guidance, settings.rows, settings.columns
         if settings.negative_prompt is None:
             return self.encode.batches(batches, guidance=scale, rows=rows, columns=columns)
         batches = [*batches, [settings.negative_prompt] * len(batches[0])]
         *positives, negative = self.encode.batches(batches, guidance=1.0, rows=rows, columns=columns)
-        return [Guided(positive, negative, jnp.float32(scale), settings.rescaled) for positive in positives]
+        return [Guided(positive, negative, jnp.float32(scale), settings.norm_preserving) for positive in positives]
 
     def _make(
         self,
         prompts: Sequence[str],
-        settings: Settings,
+        settings: SamplingSettings,
         latents: jax.Array | None,
         batch_size: int,
         first: int,

@@ -30,10 +30,10 @@ from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope, Q
 from flax import nnx
 
 from arcflow_jax.compile_report.work import flops
-from arcflow_jax.latents import centred_positions, position_ids
-from arcflow_jax.layers import TEACHER
-from arcflow_jax.models import qwen_image
-from arcflow_jax.models.flux import DoubleBlock, FluxConfig, SingleBlock, rotary
+from arcflow_jax.families.latents import centred_positions, position_ids
+from arcflow_jax.networks import qwen_image
+from arcflow_jax.networks.flux import DoubleBlock, FluxConfig, SingleBlock, rotary
+from arcflow_jax.networks.layers import TEACHER
 
 HEADS, HEAD_DIM, TEXT, ROWS = 24, 128, 512, 32
 WIDTH, IMAGE = HEADS * HEAD_DIM, ROWS * ROWS

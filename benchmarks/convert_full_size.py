@@ -32,18 +32,20 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from arcflow_jax import cli
-from arcflow_jax.components import PIPELINES, TOKENIZERS, Network
-from arcflow_jax.convert.engine import fills, shapes_of
-from arcflow_jax.convert.safetensors_source import FileTensor, read_header
-from arcflow_jax.geometry import geometry, read_json
+from arcflow_jax import families
+from arcflow_jax.cli import app as cli
+from arcflow_jax.convert.engine import fills
+from arcflow_jax.families import Network
+from arcflow_jax.networks.states import shapes_of
+from arcflow_jax.storage.files import parse_config, read_json
+from arcflow_jax.storage.safetensors import FileTensor, read_header
 
 POOL = 2**24 - 3  # random numbers, over and over: they are dear, and a chunk of a checkpoint is smaller
 
 
 def source_shapes(network: Network, config: dict[str, Any], original: bool) -> dict[str, tuple[int, ...]]:
     """The names and shapes of a component's checkpoint, in diffusers' layout or the authors'."""
-    config = geometry(network.geometry, config, network.class_name)
+    config = parse_config(network.config, config, network.class_name)
     table = network.original(config) if original else network.table
     plan = fills(table, shapes_of(nnx.state(network.abstract(config))))
     return {name: fill.source_shape for fill in plan for name in fill.names}
@@ -102,7 +104,7 @@ def make_source(folder: Path, options: argparse.Namespace) -> list[str]:
     pipeline = index["_class_name"]
     changes = dict(option.split("=", 1) for option in options.set)
     arguments = []
-    for component, network in PIPELINES[pipeline].items():
+    for component, network in families.of_pipeline(pipeline, pipeline).networks.items():
         config = read_json(options.model / component / "config.json")
         for key in list(changes):
             if key.startswith(f"{component}."):
@@ -124,8 +126,10 @@ def make_source(folder: Path, options: argparse.Namespace) -> list[str]:
             weight_map |= dict.fromkeys(shard, file.name)
         (folder / component / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     if changes:
-        sys.exit(f"{', '.join(changes)}: the components are {', '.join(PIPELINES[pipeline])}")
-    for name in TOKENIZERS[pipeline]:
+        sys.exit(
+            f"{', '.join(changes)}: the components are {', '.join(families.of_pipeline(pipeline, pipeline).networks)}"
+        )
+    for name in families.of_pipeline(pipeline, pipeline).tokenizers:
         (folder / name).mkdir()
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text("{}")

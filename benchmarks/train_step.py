@@ -84,26 +84,25 @@ def ours(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
     import jax.numpy as jnp
     from flax import nnx
 
-    from arcflow_jax import arc_model
-    from arcflow_jax.arc_model import AdapterConfig
-    from arcflow_jax.components import FLUX
     from arcflow_jax.convert import flux as table
     from arcflow_jax.convert.adapter import AdapterTable
     from arcflow_jax.convert.engine import export_tensors
-    from arcflow_jax.distill import Distillation, Draws
-    from arcflow_jax.latents import position_ids
-    from arcflow_jax.models.flux import FluxConditioning, FluxConfig
-    from arcflow_jax.optim import OptimizerConfig, make_optimizer
-    from arcflow_jax.sharding import make_mesh, state_shardings
-    from arcflow_jax.train_state import EmaConfig, TrainState, train_step
+    from arcflow_jax.families.family import FLUX
+    from arcflow_jax.families.latents import position_ids
+    from arcflow_jax.flow.distill import Distillation, Draws
+    from arcflow_jax.networks.flux import FluxConditioning, FluxConfig
+    from arcflow_jax.networks.student import AdapterConfig, split_model
+    from arcflow_jax.parallel.mesh import make_mesh, state_shardings
+    from arcflow_jax.training.optimizer import OptimizerConfig, make_optimizer
+    from arcflow_jax.training.state import EmaConfig, TrainState, train_step
 
     settings = Distillation(NFE, SHIFT, 1.0, STATES, WINDOW, SUBSTEPS, MODE_DROPOUT, decay, LOSS_SCALE)
     config, tokens = FluxConfig(**size.flux), size.rows**2
     key = jax.random.key(0)
     model = FLUX.build(config, jnp.float32, nnx.Rngs(1))
     model.attach_student(AdapterConfig(size.modes, size.rank, float(size.rank), 0.0, TARGETS), nnx.Rngs(0))
-    model.start_student(key)
-    graphdef, base, adapter = arc_model.split(model)
+    model.initialize_student(key)
+    graphdef, base, adapter = split_model(model)
     adapter = jax.tree.map(jnp.copy, adapter)  # the head starts with arrays of the base, and is donated
 
     rng = np.random.default_rng(0)
@@ -187,18 +186,18 @@ def theirs(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
                 torch.cat([torch.zeros_like(momenta[:, :, :1]), momenta], 2),
             )
 
-    trunk = FluxTransformer2DModel(**size.flux)
-    trunk.load_state_dict({name: torch.from_numpy(a) for name, a in load_file(folder / "base.safetensors").items()})
-    trunk.requires_grad_(False)
-    trunk.enable_gradient_checkpointing()
-    head = Head(copy.deepcopy(trunk.norm_out), trunk.inner_dim).requires_grad_(True)
-    output_norm, output = trunk.norm_out, trunk.proj_out
-    trunk.norm_out, trunk.proj_out = Passing(), nn.Identity()
+    backbone = FluxTransformer2DModel(**size.flux)
+    backbone.load_state_dict({name: torch.from_numpy(a) for name, a in load_file(folder / "base.safetensors").items()})
+    backbone.requires_grad_(False)
+    backbone.enable_gradient_checkpointing()
+    head = Head(copy.deepcopy(backbone.norm_out), backbone.inner_dim).requires_grad_(True)
+    output_norm, output = backbone.norm_out, backbone.proj_out
+    backbone.norm_out, backbone.proj_out = Passing(), nn.Identity()
     peft.inject_adapter_in_model(
-        peft.LoraConfig(r=size.rank, lora_alpha=size.rank, target_modules=THEIR_TARGETS, lora_dropout=0.0), trunk
+        peft.LoraConfig(r=size.rank, lora_alpha=size.rank, target_modules=THEIR_TARGETS, lora_dropout=0.0), backbone
     )
-    loras = [module for module in trunk.modules() if isinstance(module, BaseTunerLayer)]
-    of_trunk = {n.replace(".default", ""): p for n, p in trunk.named_parameters() if "lora_" in n}
+    loras = [module for module in backbone.modules() if isinstance(module, BaseTunerLayer)]
+    of_trunk = {n.replace(".default", ""): p for n, p in backbone.named_parameters() if "lora_" in n}
     parameters = of_trunk | dict(head.named_parameters())
     assert parameters.keys() == trained.keys(), parameters.keys() ^ trained.keys()
     with torch.no_grad():
@@ -207,7 +206,7 @@ def theirs(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
     average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer = torch.optim.AdamW(list(parameters.values()), LEARNING_RATE, betas=BETAS, weight_decay=0.0)
 
-    def warp(t: Tensor) -> Tensor:
+    def sigma_of(t: Tensor) -> Tensor:
         return SHIFT * t / (1 + (SHIFT - 1) * t)
 
     def hidden(x: Tensor, sigma: Tensor, adapters: bool) -> tuple[Tensor, Tensor]:
@@ -215,7 +214,7 @@ def theirs(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
             layer.enable_adapters(adapters)
         times = len(x) // size.batch
         text, pooled, guidance = (numbers[name].repeat_interleave(times, 0) for name in ("text", "pooled", "guidance"))
-        out = trunk(
+        out = backbone(
             hidden_states=x,
             timestep=sigma,
             guidance=guidance,
@@ -224,7 +223,7 @@ def theirs(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
             img_ids=numbers["positions"],
             txt_ids=torch.zeros(size.text, 3),
         ).sample
-        return out, trunk.norm_out.temb
+        return out, backbone.norm_out.temb
 
     @torch.no_grad()
     def teacher(x: Tensor, sigma: Tensor) -> Tensor:
@@ -248,7 +247,7 @@ def theirs(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
         """The loss of segment j in iteration i, and where the next segment starts."""
         length = torch.full((size.batch,), 1 / NFE)
         start = 1 - j * length
-        src = warp(start)
+        src = sigma_of(start)
         mixture = head(*hidden(x, src, adapters=True))
         substep = length / (length * SUBSTEPS).round().clamp(min=1)
         window = torch.minimum(WINDOW * substep, length)
@@ -267,21 +266,21 @@ def theirs(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
         rollout = means, logits.masked_fill(dropped[:, None, :, None], -math.inf), g
         with torch.no_grad():
             if share == 0:
-                states = torch.stack([x - displacement(rollout, src, src, warp(t)) for t in arrive])
-                together = teacher(states.transpose(0, 1).flatten(0, 1), warp(arrive).T.flatten())
+                states = torch.stack([x - displacement(rollout, src, src, sigma_of(t)) for t in arrive])
+                together = teacher(states.transpose(0, 1).flatten(0, 1), sigma_of(arrive).T.flatten())
                 targets = together.unflatten(0, (size.batch, STATES)).transpose(0, 1)
                 sigma = src
             else:
                 sigma, targets = src, []
-                for a, b in zip(warp(arrive), warp(leave), strict=True):
+                for a, b in zip(sigma_of(arrive), sigma_of(leave), strict=True):
                     x = x - displacement(rollout, src, sigma, a)
                     targets.append(teacher(x, a))
                     x, sigma = x + targets[-1] * (b - a)[:, None, None], b
-            end = x - displacement(rollout, src, sigma, warp(start - length))
+            end = x - displacement(rollout, src, sigma, sigma_of(start - length))
         error = 0.0
         for t_a, t_b, target in zip(arrive, leave - window, targets, strict=True):
-            a = warp(t_a)
-            b = torch.where(((t_a - t_b) * SUBSTEPS).round() < 2, a, warp(t_b))
+            a = sigma_of(t_a)
+            b = torch.where(((t_a - t_b) * SUBSTEPS).round() < 2, a, sigma_of(t_b))
             error = error + (mean_velocity(mixture, src, a, b) - target).square().mean() / STATES
         return LOSS_SCALE * 0.5 * error, end
 

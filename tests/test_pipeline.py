@@ -19,20 +19,23 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from arcflow_jax import arc_model, latents, model_directory, offload, pipeline, prompts
-from arcflow_jax.arc_model import AdapterConfig
-from arcflow_jax.checkpoint import AdapterDescription, Checkpoints, load_adapter
+from arcflow_jax import generate, pipeline
+from arcflow_jax.checkpoints import model_directory
+from arcflow_jax.checkpoints.conversion import convert_model
+from arcflow_jax.checkpoints.model_directory import ModelDirectory
+from arcflow_jax.checkpoints.training import AdapterDescription, Checkpoints, load_adapter
 from arcflow_jax.compile_report.programs import open_model
-from arcflow_jax.config import Recipe, read_config
-from arcflow_jax.conversion import convert_model
-from arcflow_jax.convert.engine import flatten
 from arcflow_jax.demo import ASSETS
-from arcflow_jax.distill import Distillation
 from arcflow_jax.errors import UserError
-from arcflow_jax.model_directory import ModelDirectory
+from arcflow_jax.families import latents, text
+from arcflow_jax.flow.distill import Distillation
+from arcflow_jax.networks.states import flatten
+from arcflow_jax.networks.student import AdapterConfig, split_model
+from arcflow_jax.parallel import offload
+from arcflow_jax.parallel.mesh import MESH_AXES, parse_mesh, partition_spec, sharded
 from arcflow_jax.pipeline import ArcFlowPipeline
-from arcflow_jax.sharding import MESH_AXES, parse_mesh, partition_spec, sharded
-from arcflow_jax.train_state import TrainState
+from arcflow_jax.training.recipe import Recipe, read_config
+from arcflow_jax.training.state import TrainState
 
 PROMPTS = ["a red circle", "a large green ring", "a blue square on the left"]
 ADAPTER = AdapterConfig(
@@ -50,7 +53,7 @@ def model(tmp_path_factory) -> Path:
 def write_adapter(model: Path, run: Path, seed: int) -> Path:
     """What a training run leaves, of random values."""
     directory = ModelDirectory.open(model)
-    _, _, abstract = arc_model.split(directory.student(ADAPTER, jnp.float32))
+    _, _, abstract = split_model(directory.student(ADAPTER, jnp.float32))
     rng = np.random.default_rng(seed)
     adapter = jax.tree.map(lambda x: jnp.asarray(0.05 * rng.standard_normal(x.shape), x.dtype), abstract)
     run.mkdir()
@@ -81,7 +84,7 @@ def assert_same_pictures(images, others, levels: int = 1) -> None:
 
 def compiled() -> dict[str, int]:
     """How many programs of each kind have been compiled."""
-    functions = (pipeline.sample, pipeline.sample_teacher, pipeline.decode, prompts._apply)
+    functions = (generate.sample_student, generate.sample_teacher, generate.decode_latents, text.apply_encoder)
     return {function.__name__: function._cache_size() for function in functions}
 
 
@@ -141,7 +144,7 @@ def test_compiles_once_for_a_shape_and_a_number_of_steps(pipe, model):
 def test_lora_apart_and_merged_agree(pipe, model, student):
     directory = ModelDirectory.open(model)
     description, checkpoints = load_adapter(student, directory.fingerprint)
-    graphdef, base, trained = arc_model.split(directory.student(description.adapter, jnp.float32))
+    graphdef, base, trained = split_model(directory.student(description.adapter, jnp.float32))
     with checkpoints:
         trained = checkpoints.restore_adapter(trained)
     base = directory.load("transformer", base)
@@ -150,7 +153,7 @@ def test_lora_apart_and_merged_agree(pipe, model, student):
     noise = pipe.noise(0, 2, rows, columns)
 
     def sample(trained: nnx.State) -> np.ndarray:
-        return pipeline.sample(graphdef, nnx.merge_state(base, trained), noise, conditioning, 1.0, 1.0, steps=2)
+        return generate.sample_student(graphdef, nnx.merge_state(base, trained), noise, conditioning, 1.0, 1.0, steps=2)
 
     merged, apart = pipe.denoise(noise, conditioning, 2), sample(trained)
     scale = np.abs(merged).max()
@@ -204,7 +207,7 @@ def test_settings_that_do_not_fit(pipe, settings, message):
 
 def test_a_model_that_does_not_name_a_size(pipe, monkeypatch):
     assert pipe.grid() == (4, 4)
-    monkeypatch.delitem(pipe.directory.config("vae"), "sample_size")
+    monkeypatch.delitem(pipe.directory.config_json("vae"), "sample_size")
     assert pipe.grid(**SIZE) == (2, 4)
     with pytest.raises(UserError, match="does not say how large its pictures are: name height and width"):
         pipe(PROMPTS[0], height=32)
@@ -287,7 +290,7 @@ def test_offload(pipe, model, student, monkeypatch, host):
 
         return watched
 
-    for name, what in (("_apply", prompts), ("sample", pipeline), ("decode", pipeline)):
+    for name, what in (("apply_encoder", text), ("sample_student", pipeline), ("decode_latents", pipeline)):
         monkeypatch.setattr(what, name, watch(getattr(what, name)))
     images = lean(PROMPTS, seed=3, batch_size=2, **SIZE)
     held["done"] = on_device() - before
@@ -295,7 +298,7 @@ def test_offload(pipe, model, student, monkeypatch, host):
 
     activations = 2**20
     assert held["loaded"] < activations
-    assert held["_apply"] < size(lean.encode.weights.state) + activations
+    assert held["apply_encoder"] < size(lean.encode.weights.state) + activations
     assert held["sample"] < size(lean.transformer.state) + activations
     assert held["decode"] < size(lean.vae.state) + activations
     assert held["done"] < activations
@@ -317,9 +320,9 @@ def test_merging_takes_the_memory_of_a_few_layers():
     config = read_config(str(root / "configs" / "flux.py"), [f"--config.model={root / 'configs' / 'flux.1-dev'}"])
     recipe = Recipe.of(config)
     directory, mesh = open_model(recipe.model), parse_mesh("")
-    graphdef, base, trained = arc_model.split(directory.student(recipe.adapter, jnp.float32))
+    graphdef, base, trained = split_model(directory.student(recipe.adapter, jnp.float32))
     arguments = (graphdef, sharded(mesh, base), sharded(mesh, trained), mesh)
-    memory = pipeline.merge_student.lower(*arguments).compile().memory_analysis()
+    memory = generate.merge_student.lower(*arguments).compile().memory_analysis()
     layer = 4 * 5 * 3072 * 3072  # bytes of the largest kernel's
     assert memory.temp_size_in_bytes < 4 * layer  # that kernel has 38, and all have 600
     assert memory.alias_size_in_bytes > 4 * 11.9e9
@@ -330,9 +333,9 @@ def out_of_memory(*args, **kwargs):
     return jax.block_until_ready(jnp.zeros(2**50, jnp.uint8))
 
 
-@pytest.mark.parametrize("stage", ["_apply", "sample", "decode"])
+@pytest.mark.parametrize("stage", ["apply_encoder", "sample", "decode"])
 def test_out_of_memory_while_sampling(pipe, monkeypatch, stage):
-    monkeypatch.setattr(prompts if stage == "_apply" else pipeline, stage, out_of_memory)
+    monkeypatch.setattr(text if stage == "apply_encoder" else pipeline, stage, out_of_memory)
     with pytest.raises(
         UserError, match=r"^out of memory, try smaller .*, more devices \(mesh\), offload: .*"
     ) as caught:

@@ -13,28 +13,29 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from test_adapter_formats import attach_student, metadata, predicted, write_run
-from test_adapter_formats import student as student_model
-from test_distributed import finish, start
-from test_qwen_image import inputs, twin_velocity
-from test_train import losses
 
-from arcflow_jax import offload, pipeline
-from arcflow_jax import prompts as prompts_module
-from arcflow_jax.adapter_formats import WEIGHTS, export_adapter, import_adapter
-from arcflow_jax.checkpoint import AdapterDescription
-from arcflow_jax.config import Recipe, read_config
-from arcflow_jax.conversion import convert_model
+from arcflow_jax import generate, pipeline
+from arcflow_jax.checkpoints.conversion import convert_model
+from arcflow_jax.checkpoints.model_directory import ModelDirectory
+from arcflow_jax.checkpoints.student_formats import WEIGHTS, export_adapter, import_adapter
+from arcflow_jax.checkpoints.training import AdapterDescription
+from arcflow_jax.data.embeddings import CachedPrompts, embed_prompts
+from arcflow_jax.data.tokenizers import load_tokenizer
 from arcflow_jax.demo import ASSETS
-from arcflow_jax.embeddings import CachedPrompts, embed_prompts
 from arcflow_jax.errors import UserError
-from arcflow_jax.latents import unpack
-from arcflow_jax.model_directory import ModelDirectory
+from arcflow_jax.families import text as prompts_module
+from arcflow_jax.families.latents import unpack
+from arcflow_jax.families.text import QwenPrompts
+from arcflow_jax.parallel import offload
+from arcflow_jax.parallel.mesh import MESH_AXES
 from arcflow_jax.pipeline import ArcFlowPipeline
-from arcflow_jax.prompts import QwenPrompts
-from arcflow_jax.sharding import MESH_AXES
-from arcflow_jax.tokenizers import load_tokenizer
-from arcflow_jax.train import train
+from arcflow_jax.training.loop import train
+from arcflow_jax.training.recipe import Recipe, read_config
+from tests.checkpoints.test_student_formats import attach_student, metadata, predicted, write_run
+from tests.checkpoints.test_student_formats import student as student_model
+from tests.networks.test_qwen_image import inputs, twin_velocity
+from tests.parallel.test_processes import finish, start
+from tests.training.test_train import losses
 from tools.make_tiny_qwen import make_tiny_qwen
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -100,7 +101,7 @@ def test_pictures_are_those_of_diffusers(source, teacher):
 
 
 def test_true_guidance_is_that_of_diffusers(source, teacher):
-    """Rescaled as its pipeline does it, and plain, by hand from velocities with either prompt."""
+    """NormPreserving as its pipeline does it, and plain, by hand from velocities with either prompt."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.QwenImagePipeline.from_pretrained(source)
@@ -109,7 +110,7 @@ def test_true_guidance_is_that_of_diffusers(source, teacher):
     settings = {"height": 64, "width": 64, "num_inference_steps": 2, "true_cfg_scale": 4.0, "output_type": "np"}
     with torch.no_grad():
         expected = theirs(PROMPTS, negative_prompt=["", ""], latents=torch.from_numpy(noise.copy()), **settings).images
-    ours = teacher(PROMPTS, negative_prompt="", rescaled=True, steps=2, latents=noise, batch_size=2)
+    ours = teacher(PROMPTS, negative_prompt="", norm_preserving=True, steps=2, latents=noise, batch_size=2)
     np.testing.assert_allclose(pixels(ours), expected * 255, atol=1)
     assert ours[0].info["guidance"] == 4.0
 
@@ -235,7 +236,7 @@ def test_export_is_what_the_authors_have(model, source, tmp_path):
     twin.load_state_dict(load_torch(source / "transformer" / WEIGHTS))
     attach_student(twin, folder)
     ours = student_model(model, tmp_path / "run")
-    tokens, sigma, c = inputs(ours.trunk.config, 3, 4, (2, 5))
+    tokens, sigma, c = inputs(ours.backbone.config, 3, 4, (2, 5))
     with jax.default_matmul_precision("highest"):
         assert relative_error(predicted(ours, tokens, sigma, c), twin_velocity(twin, tokens, sigma, c, 3, 4)) < 1e-5
 
@@ -299,7 +300,7 @@ def test_compiles_once_for_a_shape(teacher):
     """Whatever the prompt and its length."""
 
     def count() -> int:
-        return pipeline.sample_teacher._cache_size()
+        return generate.sample_teacher._cache_size()
 
     teacher(PROMPTS[0], steps=2, height=32, width=64)
     before = count()

@@ -5,6 +5,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from arcflow_jax.cli import main
+from arcflow_jax.cli.app import main
 
 main(["demo", *sys.argv[1:]])

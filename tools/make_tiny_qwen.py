@@ -24,11 +24,11 @@ from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer
 
-from arcflow_jax.components import PIPELINES
+from arcflow_jax import families
 from arcflow_jax.convert.engine import export_tensors
 from arcflow_jax.demo import ASSETS
-from arcflow_jax.geometry import geometry
-from arcflow_jax.prompts import QwenPrompts
+from arcflow_jax.families.text import QwenPrompts
+from arcflow_jax.storage.files import parse_config
 
 PIPELINE = "QwenImagePipeline"
 LENGTH = QwenPrompts.BEFORE + 30  # tokens; the longest of the bundled prompts has 11 words, and 5 tokens follow it
@@ -151,14 +151,14 @@ def make_tiny_qwen(out: Path, seed: int = 0) -> Path:
         "tokenizer": ["transformers", "Qwen2Tokenizer"],
     }
     for i, (component, config) in enumerate(configs.items()):
-        network = PIPELINES[PIPELINE][component]
+        network = families.of_pipeline(PIPELINE, PIPELINE).networks[component]
         library, stem = (
             ("transformers", "model") if "encoder" in component else ("diffusers", "diffusion_pytorch_model")
         )
         index[component] = [library, network.class_name]
         (out / component).mkdir()
         write_json(out / component / "config.json", config)
-        made = network.build(geometry(network.geometry, config, component), jnp.float32, nnx.Rngs(3 * seed + i))
+        made = network.build(parse_config(network.config, config, component), jnp.float32, nnx.Rngs(3 * seed + i))
         tensors = export_tensors(network.table, nnx.state(made))
         save_file(tensors, out / component / f"{stem}.safetensors", metadata={"format": "pt"})
     (out / "scheduler").mkdir()

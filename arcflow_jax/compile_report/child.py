@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 from arcflow_jax.compile_report.collectives import collectives
 from arcflow_jax.compile_report.programs import PROGRAMS, Program
 from arcflow_jax.compile_report.work import flops
-from arcflow_jax.config import Recipe, read_config
 from arcflow_jax.errors import UserError, one_line, out_of_memory
-from arcflow_jax.sharding import make_mesh
+from arcflow_jax.parallel.mesh import make_mesh
+from arcflow_jax.training.recipe import Recipe, read_config
 
 
 def describe(topology: str) -> list[Any]:

@@ -18,7 +18,7 @@ from rich.table import Table
 import arcflow_jax
 from arcflow_jax.compile_report.chips import GIB, chip
 from arcflow_jax.errors import UserError, one_line
-from arcflow_jax.sharding import MESH_AXES
+from arcflow_jax.parallel.mesh import MESH_AXES
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",

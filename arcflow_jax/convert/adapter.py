@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from arcflow_jax.convert.engine import LINEAR, Rule, Tensor, canonical, linear, pattern
+from arcflow_jax.convert.engine import Tensor
+from arcflow_jax.convert.rules import LINEAR, Rule, canonical, linear, pattern
 
 HEAD = (
     *linear("norm_out.linear", "head.norm_out.linear"),
@@ -34,14 +35,14 @@ class AdapterTable:
     def RULES(self) -> tuple[Rule, ...]:
         lora = []
         for rule in self.base.RULES:
-            if rule.form is LINEAR and rule.target.startswith("trunk."):
+            if rule.form is LINEAR and rule.target.startswith("backbone."):
                 source, target = rule.source.removesuffix(".weight"), rule.target.removesuffix(".kernel")
                 lora.append(Rule(f"{source}.lora_A.weight", f"{target}.lora.a", LINEAR))
                 lora.append(Rule(f"{source}.lora_B.weight", f"{target}.lora.b", LINEAR))
         return (*HEAD, *lora)
 
     def lora(self, source: Mapping[str, Tensor], layers: Iterable[str]) -> tuple[int, tuple[str, ...]]:
-        """The rank of an export's LoRA, 0 if it has none, and which of the trunk's linear layers it is of.
+        """The rank of an export's LoRA, 0 if it has none, and which of the backbone's linear layers it is of.
 
         The rank is that of most tensors: `engine.check` names those that have another.
         """
@@ -50,7 +51,7 @@ class AdapterTable:
             layer: pattern(name.format(**match.groupdict(), layer="{layer}"))
             for layer in layers
             for name, regex in rules
-            if (match := regex.fullmatch(f"trunk.{layer}.lora.a"))
+            if (match := regex.fullmatch(f"backbone.{layer}.lora.a"))
         }
         left = {canonical(self, name): tensor for name, tensor in source.items()}
         ranks: Counter[int] = Counter()

@@ -1,6 +1,6 @@
 """The tensors of a CLIP text encoder: transformers' CLIPTextModel ↔ `arcflow_jax.models.clip`."""
 
-from arcflow_jax.convert.engine import LINEAR, Rule
+from arcflow_jax.convert.rules import LINEAR, Rule
 
 RULES = (
     Rule("text_model.embeddings.token_embedding.weight", "token_embedding.embedding"),

@@ -1,12 +1,6 @@
 """The strict rule engine: checkpoint tensors to NNX states and back, from one table a checkpoint family.
 
-A table is a module (or any object) with
-
-- `RULES`, a tuple of `Rule`: one line for each kind of tensor, read in both directions;
-- `IGNORED` (optional), names knowingly unused: `{name}` stands for an integer and `*` for anything;
-- `ALIASES` (optional), other names in use for the same tensors. A key is the beginning of a name, in whole dotted
-  parts (so a full name is one too), and its value replaces it: `{"encoder.embed_tokens": "shared"}` renames a
-  tensor, `{"text_model": ""}` drops a prefix, and `{"encoder": "text_model.encoder"}` adds one.
+A table is a module (or any object) with rules; see `convert.rules`.
 
 Strict means: every tensor of the source is used or on the ignore list, every target is filled from every layer,
 shapes agree, dtypes are floating, values are finite. What is wrong is found from names and shapes before anything
@@ -19,10 +13,8 @@ the memory can pass through.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import itertools
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -30,10 +22,11 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from arcflow_jax.errors import UserError
+from arcflow_jax.convert.rules import Form, Rule, canonical, pattern
+from arcflow_jax.errors import UserError, first_few
+from arcflow_jax.networks.states import flatten, shapes_of, unflatten
 
 DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16))
-SHOWN = 4  # names that an error message spells out
 
 
 class Tensor(Protocol):
@@ -45,70 +38,6 @@ class Tensor(Protocol):
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray: ...
 
     def __getitem__(self, rows: slice) -> Tensor: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """How one tensor is laid out there and here: two functions of an array, each undoing the other."""
-
-    to_ours: Callable[[np.ndarray], np.ndarray]
-    to_theirs: Callable[[np.ndarray], np.ndarray]
-
-
-AS_IS = Form(lambda x: x, lambda x: x)
-LINEAR = Form(np.transpose, np.transpose)  # [out, in] <-> [in, out]
-CONV = Form(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # OIHW <-> HWIO
-POINTWISE = Form(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])  # OI11, a 1×1 convolution <-> [in, out]
-
-
-def swap(x: np.ndarray) -> np.ndarray:
-    """The two halves of the first axis the other way round."""
-    return np.roll(x, len(x) // 2, axis=0)
-
-
-SWAPPED = Form(swap, swap)
-SWAPPED_LINEAR = Form(lambda x: swap(x).T, lambda x: swap(x.T))
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """One kind of tensor: its name in the checkpoint, its dotted path in the NNX state, its layout.
-
-    `{layer}` in the source is the index of a stacked layer and absent from the target, whose array is [L, ...].
-    Any other `{name}` stands for an integer in both.
-
-    A source tensor may hold several targets, one after the other along its first axis: `fused` then lists them all,
-    in that order, and there is a rule for each. How many rows each has follows from the targets' shapes.
-    """
-
-    source: str
-    target: str
-    form: Form = AS_IS
-    fused: tuple[str, ...] = ()
-
-
-def linear(source: str, target: str) -> tuple[Rule, Rule]:
-    """The rules of a linear layer with bias."""
-    return Rule(f"{source}.weight", f"{target}.kernel", LINEAR), Rule(f"{source}.bias", f"{target}.bias")
-
-
-def fused(source: str, *targets: str) -> tuple[Rule, ...]:
-    """The rules of a linear layer with bias whose outputs are those of several of ours, one after the other."""
-    kernels, biases = (tuple(f"{target}.{leaf}" for target in targets) for leaf in ("kernel", "bias"))
-    return (
-        *(Rule(f"{source}.weight", kernel, LINEAR, kernels) for kernel in kernels),
-        *(Rule(f"{source}.bias", bias, AS_IS, biases) for bias in biases),
-    )
-
-
-def conv(source: str, target: str) -> tuple[Rule, Rule]:
-    """The rules of a convolution with bias."""
-    return Rule(f"{source}.weight", f"{target}.kernel", CONV), Rule(f"{source}.bias", f"{target}.bias")
-
-
-def norm(source: str, target: str) -> tuple[Rule, Rule]:
-    """The rules of a norm with scale and bias."""
-    return Rule(f"{source}.weight", f"{target}.scale"), Rule(f"{source}.bias", f"{target}.bias")
 
 
 class Fill(NamedTuple):
@@ -131,26 +60,6 @@ class Fill(NamedTuple):
     form: Form
     source_shape: tuple[int, ...]
     rows: slice | None
-
-
-def pattern(text: str) -> re.Pattern[str]:
-    """A regular expression for a name in which `{name}` stands for an integer and `*` for anything."""
-    parts = re.split(r"\{(\w+)\}", text)  # text and placeholder names take turns
-    texts = [".*".join(map(re.escape, part.split("*"))) for part in parts[::2]]
-    integers = [rf"(?P<{name}>\d+)" for name in parts[1::2]]
-    return re.compile("".join(text + integer for text, integer in itertools.zip_longest(texts, integers, fillvalue="")))
-
-
-def flatten(state: nnx.State) -> dict[str, nnx.Variable]:
-    """The variables of a state by dotted path."""
-    return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
-
-
-def unflatten(state: nnx.State, arrays: Mapping[str, Any]) -> nnx.State:
-    """A state of the same structure with the values of `arrays`, by dotted path."""
-    return nnx.from_flat_state(
-        [(path, variable.replace(arrays[".".join(map(str, path))])) for path, variable in nnx.to_flat_state(state)]
-    )
 
 
 def source_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -184,14 +93,6 @@ def fills(table: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[Fill]:
             whole, rows = (ends[-1], *whole[1:]), slice(end - whole[0], end)
         plan.append(Fill(target, shape, names, stacked, rule.form, whole, rows))
     return plan
-
-
-def canonical(table: Any, name: str) -> str:
-    """The name by which the table's rules know a source tensor; see the module's docstring on `ALIASES`."""
-    for other, ours in getattr(table, "ALIASES", {}).items():
-        if name == other or name.startswith(f"{other}."):
-            return (ours + name[len(other) :]).removeprefix(".")
-    return name
 
 
 def check(
@@ -262,11 +163,6 @@ def same(a: Tensor, b: Tensor) -> bool:
     return tuple(a.shape) == tuple(b.shape) and np.array_equal(np.asarray(a), np.asarray(b))
 
 
-def first_few(items: Sequence[str]) -> str:
-    """Some names for an error message, cut to the first few."""
-    return ", ".join(items[:SHOWN]) + (", …" if len(items) > SHOWN else "")
-
-
 def layers(fill: Fill, tensors: Sequence[Tensor], dtype: Any = None, where: str = "checkpoint") -> Iterator[np.ndarray]:
     """The layers of a stacked target, in order, or a target as a whole: contiguous, read one at a time.
 
@@ -280,15 +176,17 @@ def layers(fill: Fill, tensors: Sequence[Tensor], dtype: Any = None, where: str 
     """
     dtype = np.dtype(dtype or jnp.result_type(*(tensor.dtype for tensor in tensors)))
     for name, tensor in zip(fill.names, tensors, strict=True):
-        with np.errstate(over="ignore"):  # a value too large for dtype becomes infinite, and is refused
-            array = np.asarray(tensor).astype(dtype, copy=False)
-        if not np.isfinite(array).all():
-            raise UserError(f"{where}: {name} holds NaN or infinite values in {dtype}")
+        array = cast(np.asarray(tensor), dtype, f"{where}: {name}")
         yield np.asarray(fill.form.to_ours(array), order="C")
 
 
-def shapes_of(state: nnx.State) -> dict[str, tuple[int, ...]]:
-    return {path: tuple(variable.shape) for path, variable in flatten(state).items()}
+def cast(array: np.ndarray, dtype: Any, where: str) -> np.ndarray:
+    """`array` in `dtype`. Raises UserError that names `where` if a value is, or becomes, NaN or infinite."""
+    with np.errstate(over="ignore"):  # a value too large for dtype becomes infinite, and is refused
+        array = array.astype(dtype, copy=False)
+    if not np.isfinite(array).all():
+        raise UserError(f"{where} holds NaN or infinite values in {np.dtype(dtype)}")
+    return array
 
 
 def import_tensors(

@@ -1,22 +1,22 @@
-"""FLUX.1's transformer: diffusers' FluxTransformer2DModel to `trunk` (models.flux.Flux) and `output` (the last layer).
+"""FLUX.1's transformer: diffusers' FluxTransformer2DModel to `backbone` (models.flux.Flux) and `output` (the last layer).
 
 A checkpoint without guidance embedding has no target for its rules, which then rest.
 """
 
-from arcflow_jax.convert.engine import Rule, linear
+from arcflow_jax.convert.rules import Rule, linear
 
 DOUBLE, SINGLE = "transformer_blocks.{layer}", "single_transformer_blocks.{layer}"
-OUR_DOUBLE, OUR_SINGLE = "trunk.transformer_blocks", "trunk.single_transformer_blocks"
+OUR_DOUBLE, OUR_SINGLE = "backbone.transformer_blocks", "backbone.single_transformer_blocks"
 
 RULES: tuple[Rule, ...] = (
-    *linear("x_embedder", "trunk.x_embedder"),
-    *linear("context_embedder", "trunk.context_embedder"),
-    *linear("time_text_embed.timestep_embedder.linear_1", "trunk.time_text_embed.timestep_embedder.linear_1"),
-    *linear("time_text_embed.timestep_embedder.linear_2", "trunk.time_text_embed.timestep_embedder.linear_2"),
-    *linear("time_text_embed.guidance_embedder.linear_1", "trunk.time_text_embed.guidance_embedder.linear_1"),
-    *linear("time_text_embed.guidance_embedder.linear_2", "trunk.time_text_embed.guidance_embedder.linear_2"),
-    *linear("time_text_embed.text_embedder.linear_1", "trunk.time_text_embed.text_embedder.linear_1"),
-    *linear("time_text_embed.text_embedder.linear_2", "trunk.time_text_embed.text_embedder.linear_2"),
+    *linear("x_embedder", "backbone.x_embedder"),
+    *linear("context_embedder", "backbone.context_embedder"),
+    *linear("time_text_embed.timestep_embedder.linear_1", "backbone.time_text_embed.timestep_embedder.linear_1"),
+    *linear("time_text_embed.timestep_embedder.linear_2", "backbone.time_text_embed.timestep_embedder.linear_2"),
+    *linear("time_text_embed.guidance_embedder.linear_1", "backbone.time_text_embed.guidance_embedder.linear_1"),
+    *linear("time_text_embed.guidance_embedder.linear_2", "backbone.time_text_embed.guidance_embedder.linear_2"),
+    *linear("time_text_embed.text_embedder.linear_1", "backbone.time_text_embed.text_embedder.linear_1"),
+    *linear("time_text_embed.text_embedder.linear_2", "backbone.time_text_embed.text_embedder.linear_2"),
     # double blocks
     *linear(f"{DOUBLE}.norm1.linear", f"{OUR_DOUBLE}.norm1.linear"),
     *linear(f"{DOUBLE}.norm1_context.linear", f"{OUR_DOUBLE}.norm1_context.linear"),

@@ -2,20 +2,20 @@
 and value (in the single blocks the MLP's input, too) as one matrix, and shift before scale in the last layer.
 """
 
-from arcflow_jax.convert.engine import SWAPPED, SWAPPED_LINEAR, Rule, fused, linear
+from arcflow_jax.convert.rules import SWAPPED, SWAPPED_LINEAR, Rule, fused, linear
 
 DOUBLE, SINGLE = "double_blocks.{layer}", "single_blocks.{layer}"
-OUR_DOUBLE, OUR_SINGLE = "trunk.transformer_blocks", "trunk.single_transformer_blocks"
+OUR_DOUBLE, OUR_SINGLE = "backbone.transformer_blocks", "backbone.single_transformer_blocks"
 
 RULES: tuple[Rule, ...] = (
-    *linear("img_in", "trunk.x_embedder"),
-    *linear("txt_in", "trunk.context_embedder"),
-    *linear("time_in.in_layer", "trunk.time_text_embed.timestep_embedder.linear_1"),
-    *linear("time_in.out_layer", "trunk.time_text_embed.timestep_embedder.linear_2"),
-    *linear("guidance_in.in_layer", "trunk.time_text_embed.guidance_embedder.linear_1"),
-    *linear("guidance_in.out_layer", "trunk.time_text_embed.guidance_embedder.linear_2"),
-    *linear("vector_in.in_layer", "trunk.time_text_embed.text_embedder.linear_1"),
-    *linear("vector_in.out_layer", "trunk.time_text_embed.text_embedder.linear_2"),
+    *linear("img_in", "backbone.x_embedder"),
+    *linear("txt_in", "backbone.context_embedder"),
+    *linear("time_in.in_layer", "backbone.time_text_embed.timestep_embedder.linear_1"),
+    *linear("time_in.out_layer", "backbone.time_text_embed.timestep_embedder.linear_2"),
+    *linear("guidance_in.in_layer", "backbone.time_text_embed.guidance_embedder.linear_1"),
+    *linear("guidance_in.out_layer", "backbone.time_text_embed.guidance_embedder.linear_2"),
+    *linear("vector_in.in_layer", "backbone.time_text_embed.text_embedder.linear_1"),
+    *linear("vector_in.out_layer", "backbone.time_text_embed.text_embedder.linear_2"),
     # double blocks
     *linear(f"{DOUBLE}.img_mod.lin", f"{OUR_DOUBLE}.norm1.linear"),
     *linear(f"{DOUBLE}.txt_mod.lin", f"{OUR_DOUBLE}.norm1_context.linear"),

@@ -1,6 +1,6 @@
 """The text side of Qwen2.5-VL: transformers' Qwen2_5_VLForConditionalGeneration ↔ `arcflow_jax.models.qwen2_5_vl`."""
 
-from arcflow_jax.convert.engine import LINEAR, Rule, linear
+from arcflow_jax.convert.rules import LINEAR, Rule, linear
 
 LAYER, OURS = "model.layers.{layer}", "layers"
 

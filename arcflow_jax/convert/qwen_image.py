@@ -1,9 +1,9 @@
-"""Qwen-Image's transformer: diffusers' QwenImageTransformer2DModel to `trunk` (models.qwen_image) and `output`.
+"""Qwen-Image's transformer: diffusers' QwenImageTransformer2DModel to `backbone` (models.qwen_image) and `output`.
 
 The checkpoint's last block is ours apart from the stack, under its number.
 """
 
-from arcflow_jax.convert.engine import Rule, linear
+from arcflow_jax.convert.rules import Rule, linear
 
 
 def block(source: str, target: str) -> tuple[Rule, ...]:
@@ -30,13 +30,13 @@ def block(source: str, target: str) -> tuple[Rule, ...]:
 
 
 RULES: tuple[Rule, ...] = (
-    *linear("img_in", "trunk.img_in"),
-    Rule("txt_norm.weight", "trunk.txt_norm.scale"),
-    *linear("txt_in", "trunk.txt_in"),
-    *linear("time_text_embed.timestep_embedder.linear_1", "trunk.time_text_embed.timestep_embedder.linear_1"),
-    *linear("time_text_embed.timestep_embedder.linear_2", "trunk.time_text_embed.timestep_embedder.linear_2"),
-    *block("transformer_blocks.{layer}", "trunk.transformer_blocks"),
-    *block("transformer_blocks.{last}", "trunk.last_block.{last}"),
+    *linear("img_in", "backbone.img_in"),
+    Rule("txt_norm.weight", "backbone.txt_norm.scale"),
+    *linear("txt_in", "backbone.txt_in"),
+    *linear("time_text_embed.timestep_embedder.linear_1", "backbone.time_text_embed.timestep_embedder.linear_1"),
+    *linear("time_text_embed.timestep_embedder.linear_2", "backbone.time_text_embed.timestep_embedder.linear_2"),
+    *block("transformer_blocks.{layer}", "backbone.transformer_blocks"),
+    *block("transformer_blocks.{last}", "backbone.last_block.{last}"),
     # output layer
     *linear("norm_out.linear", "output.norm_out.linear"),
     *linear("proj_out", "output.proj_out"),

@@ -1,6 +1,6 @@
 """The tensors of a T5 encoder: transformers' T5EncoderModel ↔ `arcflow_jax.models.t5`."""
 
-from arcflow_jax.convert.engine import LINEAR, Rule
+from arcflow_jax.convert.rules import LINEAR, Rule
 
 RULES = (
     Rule("shared.weight", "shared.embedding"),

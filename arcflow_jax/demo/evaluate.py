@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 from rich.progress import track
 
-from arcflow_jax.demo import pictures
+from arcflow_jax.demo import world as pictures
 from arcflow_jax.demo.judge import agreement, load_judge
-from arcflow_jax.demo.pictures import Caption
+from arcflow_jax.demo.world import Caption
 from arcflow_jax.evaluate.frechet import Moments, frechet_distance
 from arcflow_jax.pipeline import ArcFlowPipeline, Guided
 
@@ -78,7 +78,7 @@ def run_samplers(
             guided = conditioning
             if negative_prompt is not None:
                 negative = prepare([negative_prompt] * len(batches[index]))
-                guided = Guided(conditioning, negative, jnp.float32(guidance), rescaled=False)
+                guided = Guided(conditioning, negative, jnp.float32(guidance), norm_preserving=False)
             for name, sampler in samplers.items():
                 own = guided if sampler.pipeline.student is None else conditioning
                 latents, denoise_seconds = timed(lambda s=sampler, n=noise, c=own: s(n, c))

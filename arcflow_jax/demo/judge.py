@@ -15,8 +15,8 @@ from flax import nnx
 from safetensors.flax import load_file
 
 from arcflow_jax.demo import ASSETS
-from arcflow_jax.demo.pictures import ATTRIBUTES, SIDE
-from arcflow_jax.layers import Conv, GroupNorm, Linear
+from arcflow_jax.demo.world import ATTRIBUTES, SIDE
+from arcflow_jax.networks.layers import Conv, GroupNorm, Linear
 
 FEATURES = 64
 

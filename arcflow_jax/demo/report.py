@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from arcflow_jax.demo.evaluate import Results
-from arcflow_jax.demo.pictures import Caption
+from arcflow_jax.demo.world import Caption
 
 LABELS = {
     "teacher_50": "teacher, 50 steps",

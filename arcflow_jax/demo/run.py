@@ -13,16 +13,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from arcflow_jax.config import Recipe
-from arcflow_jax.conversion import convert_model
+from arcflow_jax.checkpoints.conversion import convert_model
+from arcflow_jax.checkpoints.model_directory import DESCRIPTION, ModelDirectory
+from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.demo import ASSETS, report
 from arcflow_jax.demo.evaluate import Sampler, measure, run_samplers
-from arcflow_jax.demo.pictures import caption_of
+from arcflow_jax.demo.world import caption_of
 from arcflow_jax.errors import UserError
-from arcflow_jax.model_directory import DESCRIPTION, ModelDirectory
 from arcflow_jax.pipeline import ArcFlowPipeline
-from arcflow_jax.prompt_sources import read_prompts
-from arcflow_jax.train import train
+from arcflow_jax.training.loop import train
+from arcflow_jax.training.recipe import Recipe
 
 TEACHERS = {"tiny-flux": "tiny", "tiny-qwen": "tiny_qwen"}  # the bundled ones, and each one's recipe in configs/
 TRAIN_PROMPTS = ASSETS / "prompts-train.txt"

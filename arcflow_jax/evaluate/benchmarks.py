@@ -25,11 +25,11 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from arcflow_jax.data.output import contact_sheet, make_folder, save_picture
+from arcflow_jax.data.prompts import json_records, read_prompts, text_of
 from arcflow_jax.errors import UserError
-from arcflow_jax.geometry import digest, read_json, write_json
-from arcflow_jax.images import contact_sheet, make_folder, save_picture
 from arcflow_jax.pipeline import ArcFlowPipeline
-from arcflow_jax.prompt_sources import json_records, read_prompts, text_of
+from arcflow_jax.storage.files import digest, read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True)

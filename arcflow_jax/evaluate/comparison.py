@@ -16,25 +16,17 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from arcflow_jax import arc_model, sampler
-from arcflow_jax.adapter_formats import open_student
-from arcflow_jax.checkpoint import AdapterDescription, checksum
+from arcflow_jax.checkpoints.model_directory import ModelDirectory
+from arcflow_jax.checkpoints.student_formats import open_student
+from arcflow_jax.checkpoints.training import AdapterDescription, checksum
 from arcflow_jax.errors import UserError
 from arcflow_jax.evaluate.trajectory import Grid, compare, size
-from arcflow_jax.latents import token_grid
-from arcflow_jax.model_directory import ModelDirectory
-from arcflow_jax.pipeline import (
-    TEACHER_STEPS,
-    Guided,
-    default_dtype,
-    memory_watched,
-    noise,
-    teacher_grid,
-    teacher_velocity,
-)
-from arcflow_jax.prompts import PROMPTS
-from arcflow_jax.schedule import boundaries, euler_grid, warp
-from arcflow_jax.sharding import parse_mesh, partition_spec, sharded, state_shardings
+from arcflow_jax.families.latents import token_grid
+from arcflow_jax.flow import sampler
+from arcflow_jax.flow.schedule import boundaries, euler_grid, sigma_of
+from arcflow_jax.generate import TEACHER_STEPS, default_dtype, memory_watched, seeded_noise, teacher_grid
+from arcflow_jax.networks.conditioning import Guided
+from arcflow_jax.parallel.mesh import parse_mesh, partition_spec, sharded, state_shardings
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
@@ -60,7 +52,7 @@ def compare_models(
     model = nnx.merge(graphdef, model_state)
 
     def teacher(x: jax.Array, sigma: jax.Array) -> jax.Array:
-        return teacher_velocity(model, x, sigma, teachers)
+        return model.teacher_velocity(x, sigma, teachers)
 
     def student(x: jax.Array, sigma: jax.Array) -> Any:
         return model.student_curve(x, sigma, conditioning)
@@ -71,7 +63,7 @@ def compare_models(
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class ComparisonSettings:
     """What is compared, apart from prompts and weights. None takes what the student was trained for.
 
     Attributes:
@@ -81,7 +73,7 @@ class Settings:
       guidance: of the teacher, and of the student's guidance embedding, where there is one.
       negative_prompt: that true guidance of the teacher leads away from; for no such guidance, None if the student was
         trained without.
-      rescaled: true guidance that leaves each token's velocity as long as it is without.
+      norm_preserving: true guidance that leaves each token's velocity as long as it is without.
       height, width: in pixels; by default the model's own.
     """
 
@@ -90,15 +82,15 @@ class Settings:
     seed: int = 0
     guidance: float | None = None
     negative_prompt: str | None = None
-    rescaled: bool = False
+    norm_preserving: bool = False
     height: int | None = None
     width: int | None = None
 
-    def resolved(self, student: AdapterDescription, vae: Any) -> Settings:
+    def resolved(self, student: AdapterDescription, vae: Any, cfg_guidance: float) -> ComparisonSettings:
         """With values for what is None; `vae` is the autoencoder's geometry. Raises UserError if some make no sense."""
         trained = student.distillation
         truly = trained.teacher_guidance == "cfg"
-        published = student.guidance if truly or self.negative_prompt is None else 4.0
+        published = student.guidance if truly or self.negative_prompt is None else cfg_guidance
         settings = dataclasses.replace(
             self,
             steps=trained.nfe if self.steps is None else self.steps,
@@ -110,8 +102,8 @@ class Settings:
         for name in ("steps", "teacher_steps"):
             if getattr(settings, name) < 1:
                 raise UserError(f"{name} is {getattr(settings, name)}, but has to be at least 1")
-        if settings.rescaled and settings.negative_prompt is None:
-            raise UserError("rescaled is of true guidance, which needs a negative_prompt")
+        if settings.norm_preserving and settings.negative_prompt is None:
+            raise UserError("norm_preserving is of true guidance, which needs a negative_prompt")
         if None in (settings.height, settings.width):
             raise UserError("the model does not say how large its pictures are: name height and width")
         return settings
@@ -142,7 +134,7 @@ class Comparison:
         self,
         model: str | Path,
         adapter: str | Path,
-        settings: Settings,
+        settings: ComparisonSettings,
         batch_size: int | None = None,
         mesh: str = "",
         raw: bool = False,
@@ -153,19 +145,19 @@ class Comparison:
         if self.batch_size < 1 or self.batch_size % shards:
             raise UserError(f"batch_size is {batch_size}, but has to be a positive multiple of data × fsdp = {shards}")
         student, restore = open_student(adapter, directory)
-        vae = directory.geometry("vae")
-        self.settings = settings = settings.resolved(student, vae)
+        vae = directory.config("vae")
+        self.settings = settings = settings.resolved(student, vae, directory.family.cfg_guidance)
         self.rows, self.columns = token_grid(settings.height, settings.width, vae.factor)
-        self.channels = directory.geometry("transformer").in_channels
+        self.channels = directory.config("transformer").in_channels
         self.euler = teacher_grid(directory.scheduler, self.rows * self.columns)
         trained_for = student.distillation
-        bounds = warp(boundaries(settings.steps, trained_for.final_step_ratio), trained_for.shift)
+        bounds = sigma_of(boundaries(settings.steps, trained_for.final_step_ratio), trained_for.shift)
         self.grid = Grid.of(euler_grid(settings.teacher_steps, *self.euler), bounds)
 
         dtype = default_dtype()
         with memory_watched(offload=True):  # nothing here could be
-            self.encode = PROMPTS[directory.description["pipeline"]](directory, dtype, self.mesh)
-            self.graphdef, base, trained = arc_model.split(directory.student(student.adapter, dtype))
+            self.encode = directory.family.prompts(directory, dtype, self.mesh)
+            self.graphdef, base, trained = student.split_model(directory.student(student.adapter, dtype))
             trained = restore(sharded(self.mesh, trained), raw)
             base = directory.load("transformer", base, state_shardings(self.mesh, base))
             self.state = nnx.merge_state(base, trained)
@@ -187,14 +179,14 @@ class Comparison:
 
         As many as `batch_size`. Raises UserError if the memory does not suffice.
         """
-        latents = noise(self.settings.seed, len(prompts), self.rows * self.columns, self.channels, first)
+        latents = seeded_noise(self.settings.seed, len(prompts), self.rows * self.columns, self.channels, first)
         spec = partition_spec(self.mesh, ("batch", "tokens", None), latents.shape)
         latents = jax.device_put(latents, NamedSharding(self.mesh, spec))
         with memory_watched(offload=True):
             conditioning = teachers = self._encoded(prompts)
             if self.negative is not None:
                 scale = jnp.float32(self.settings.guidance)
-                teachers = Guided(conditioning, self.negative, scale, self.settings.rescaled)
+                teachers = Guided(conditioning, self.negative, scale, self.settings.norm_preserving)
             with jax.set_mesh(self.mesh):
                 inputs = (self.graphdef, self.state, latents, conditioning, teachers)
                 return jax.tree.map(np.asarray, compare_models(*inputs, self.grid, *self.euler))

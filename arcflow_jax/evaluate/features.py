@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from arcflow_jax.convert.hub import fetch, is_repository
+from arcflow_jax.data.prompts import library
+from arcflow_jax.data.tokenizers import load_tokenizer, token_length, tokenize
 from arcflow_jax.errors import UserError, one_line
-from arcflow_jax.prompt_sources import library
-from arcflow_jax.tokenizers import load_tokenizer, token_length, tokenize
+from arcflow_jax.storage.hub import fetch, is_repository
 
 # The network of Heusel et al. 2017 as the authors of StyleGAN2-ADA publish it, and as others after them compare with
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"

@@ -22,9 +22,9 @@ import numpy as np
 
 from arcflow_jax.errors import UserError
 from arcflow_jax.evaluate.frechet import frechet_distance
-from arcflow_jax.evaluate.picture_sets import PictureSet
+from arcflow_jax.evaluate.image_sets import PictureSet
 from arcflow_jax.evaluate.statistics import DISTANCES, Networks, Progress, Statistics, gather, reference
-from arcflow_jax.geometry import write_json
+from arcflow_jax.storage.files import write_json
 
 REFERENCES = ("real", "teacher")
 

@@ -20,7 +20,7 @@ from PIL import Image
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.evaluate.features import CLIP, Clip, Inception, centre, resized
 from arcflow_jax.evaluate.frechet import Moments
-from arcflow_jax.evaluate.picture_sets import Folder, PictureSet
+from arcflow_jax.evaluate.image_sets import Folder, PictureSet
 
 METRICS = ("fid", "pfid", "clip")
 DISTANCES = METRICS[:2]

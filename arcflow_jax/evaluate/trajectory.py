@@ -37,8 +37,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arcflow_jax.basis import Curve, Span
 from arcflow_jax.errors import UserError
+from arcflow_jax.flow.curve import Curve, Span
 
 # Nodes and weights of Gauss's rule on [−1, 1], which is applied between each point and the next
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(8)

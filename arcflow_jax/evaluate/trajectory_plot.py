@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from arcflow_jax.prompt_sources import library
+from arcflow_jax.data.prompts import library
 
 LINES = {  # label, colour, style
     "total": ("total", "#1c1917", "-"),

@@ -29,8 +29,8 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.evaluate.comparison import Comparison
 from arcflow_jax.evaluate.trajectory import Grid
 from arcflow_jax.evaluate.trajectory_plot import plot
-from arcflow_jax.geometry import digest, read_json, write_json
-from arcflow_jax.run_log import left
+from arcflow_jax.storage.files import digest, read_json, write_json
+from arcflow_jax.training.log import left
 
 REPORT, PARTIAL, PLOT = "trajectory.json", "trajectory.partial.json", "trajectory.png"
 FORMAT = "arcflow_jax trajectory report"

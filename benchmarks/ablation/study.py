@@ -14,19 +14,19 @@ from typing import Any
 
 import jax
 
-from arcflow_jax.config import Recipe, read_config
-from arcflow_jax.conversion import convert_model
+from arcflow_jax.checkpoints.conversion import convert_model
+from arcflow_jax.checkpoints.model_directory import DESCRIPTION
+from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.demo.evaluate import Results, Sampler, measure, run_samplers
-from arcflow_jax.demo.pictures import Caption, caption_of
 from arcflow_jax.demo.run import TEST_PROMPTS, TRAIN_PROMPTS
+from arcflow_jax.demo.world import Caption, caption_of
 from arcflow_jax.errors import UserError
-from arcflow_jax.geometry import read_json, write_json
-from arcflow_jax.model_directory import DESCRIPTION
 from arcflow_jax.pipeline import ArcFlowPipeline
-from arcflow_jax.prompt_sources import read_prompts
-from arcflow_jax.run_log import LOG, left
-from arcflow_jax.train import train
+from arcflow_jax.storage.files import read_json, write_json
+from arcflow_jax.training.log import LOG, left
+from arcflow_jax.training.loop import train
+from arcflow_jax.training.recipe import Recipe, read_config
 from benchmarks.ablation.cells import COMPARED, seeds
 
 SOURCE = ASSETS / "tiny-flux"

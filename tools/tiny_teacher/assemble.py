@@ -14,11 +14,11 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from arcflow_jax.convert import autoencoder_kl as autoencoder_table
 from arcflow_jax.convert import flux as flux_table
+from arcflow_jax.convert import vae_kl as autoencoder_table
 from arcflow_jax.convert.engine import export_tensors
-from arcflow_jax.demo import pictures
-from arcflow_jax.models.autoencoder_kl import AutoencoderKL
+from arcflow_jax.demo import world as pictures
+from arcflow_jax.networks.vae_kl import AutoencoderKL
 from tools.tiny_teacher import autoencoder, common, denoiser
 
 MODEL_INDEX = {

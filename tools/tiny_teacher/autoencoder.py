@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from arcflow_jax.demo import pictures
-from arcflow_jax.models.autoencoder import Autoencoder
-from arcflow_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from arcflow_jax.demo import world as pictures
+from arcflow_jax.networks.vae import Autoencoder
+from arcflow_jax.networks.vae_kl import AutoencoderKL, AutoencoderKLConfig
 from tools.tiny_teacher.common import psnr, save_state, train
 
 CONFIG = AutoencoderKLConfig(

@@ -17,16 +17,16 @@ import jax.numpy as jnp
 from flax import nnx
 from safetensors.flax import load_file, save_file
 
-from arcflow_jax import latents as packing
-from arcflow_jax.arc_model import ArcModel
-from arcflow_jax.components import CLIP, T5, Network
 from arcflow_jax.convert.engine import import_tensors
-from arcflow_jax.convert.safetensors_source import read_folder
-from arcflow_jax.demo import pictures
-from arcflow_jax.geometry import geometry, read_json
-from arcflow_jax.models.autoencoder import Autoencoder
-from arcflow_jax.models.flux import Flux, FluxConditioning, FluxConfig
-from arcflow_jax.tokenizers import load_tokenizer, token_length, tokenize
+from arcflow_jax.data.tokenizers import load_tokenizer, token_length, tokenize
+from arcflow_jax.demo import world as pictures
+from arcflow_jax.families import latents as packing
+from arcflow_jax.families.family import CLIP, T5, Network
+from arcflow_jax.networks.flux import Flux, FluxConditioning, FluxConfig
+from arcflow_jax.networks.student import ArcModel
+from arcflow_jax.networks.vae import Autoencoder
+from arcflow_jax.storage.files import parse_config, read_json
+from arcflow_jax.storage.safetensors import read_folder
 from tools.tiny_teacher import autoencoder, common
 
 CONFIG = FluxConfig(
@@ -78,7 +78,7 @@ def make_embeddings(work: Path) -> None:
 
     def embed(network: Network, encoder: str, tokenizer: str) -> Any:
         folder = work / "text" / encoder
-        config = geometry(network.geometry, read_json(folder / "config.json"), str(folder))
+        config = parse_config(network.config, read_json(folder / "config.json"), str(folder))
         graphdef, abstract = nnx.split(network.abstract(config))
         state = import_tensors(network.table, read_folder(folder), abstract)
         tokenizer = load_tokenizer(work / "text" / tokenizer)
@@ -136,9 +136,9 @@ def new_model() -> ArcModel:
     rngs = nnx.Rngs(0)
     model = ArcModel(Flux(CONFIG, rngs=rngs), param_dtype=jnp.float32, rngs=rngs)
     # Gates start closed and the output at zero, so that training starts from the identity (Peebles & Xie 2023)
-    for blocks in (model.trunk.transformer_blocks.norm1, model.trunk.transformer_blocks.norm1_context):
+    for blocks in (model.backbone.transformer_blocks.norm1, model.backbone.transformer_blocks.norm1_context):
         blocks.linear.kernel[...] = jnp.zeros_like(blocks.linear.kernel[...])
-    modulation = model.trunk.single_transformer_blocks.norm.linear
+    modulation = model.backbone.single_transformer_blocks.norm.linear
     modulation.kernel[...] = jnp.zeros_like(modulation.kernel[...])
     for linear in (model.output.norm_out.linear, model.output.proj_out):
         linear.kernel[...] = jnp.zeros_like(linear.kernel[...])

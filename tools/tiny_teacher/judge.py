@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from arcflow_jax.demo import pictures
+from arcflow_jax.demo import world as pictures
 from arcflow_jax.demo.judge import Judge, agreement
 from tools.tiny_teacher.common import save_state, train
 

@@ -20,20 +20,21 @@ import numpy as np
 from flax import nnx
 from safetensors.flax import load_file, save_file
 
-from arcflow_jax import latents as packing
-from arcflow_jax.arc_model import ArcModel
-from arcflow_jax.components import PIPELINES, QWEN2_5_VL
-from arcflow_jax.convert import autoencoder_kl_qwen as autoencoder_table
+from arcflow_jax import families
 from arcflow_jax.convert import qwen2_5_vl as text_table
 from arcflow_jax.convert import qwen_image as transformer_table
+from arcflow_jax.convert import vae_qwen as autoencoder_table
 from arcflow_jax.convert.engine import import_tensors
-from arcflow_jax.convert.safetensors_source import read_folder
-from arcflow_jax.geometry import geometry, read_json
-from arcflow_jax.models.autoencoder_kl_qwen import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
-from arcflow_jax.models.qwen2_5_vl import Qwen2_5VLConfig, Qwen2_5VLText
-from arcflow_jax.models.qwen_image import QwenImage, QwenImageConditioning, QwenImageConfig
-from arcflow_jax.prompts import QwenPrompts
-from arcflow_jax.tokenizers import load_tokenizer, tokenize
+from arcflow_jax.data.tokenizers import load_tokenizer, tokenize
+from arcflow_jax.families import latents as packing
+from arcflow_jax.families.qwen_image import QWEN2_5_VL
+from arcflow_jax.families.text import QwenPrompts
+from arcflow_jax.networks.qwen2_5_vl import Qwen2_5VLConfig, Qwen2_5VLText
+from arcflow_jax.networks.qwen_image import QwenImage, QwenImageConditioning, QwenImageConfig
+from arcflow_jax.networks.student import ArcModel
+from arcflow_jax.networks.vae_qwen import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
+from arcflow_jax.storage.files import parse_config, read_json
+from arcflow_jax.storage.safetensors import read_folder
 from tools.make_tiny_qwen import CONFIGS, LENGTH, PIPELINE, SCHEDULER, make_tokenizer, write_json
 from tools.tiny_teacher import autoencoder, common, denoiser, text
 from tools.tiny_teacher.assemble import write_component, write_prompts
@@ -85,7 +86,7 @@ def make_text(work: Path, seed: int = 0) -> None:
     sizes = {"hidden_size": text.WIDTH, "intermediate_size": 2 * text.WIDTH, "vocab_size": vocabulary}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     config |= {"text_config": config["text_config"] | sizes}
-    encoder = Qwen2_5VLText(geometry(Qwen2_5VLConfig, config, "text_encoder"), rngs=nnx.Rngs(seed))
+    encoder = Qwen2_5VLText(parse_config(Qwen2_5VLConfig, config, "text_encoder"), rngs=nnx.Rngs(seed))
 
     def features(encoder: Qwen2_5VLText, ids: jax.Array) -> jax.Array:  # [B, T] -> [B, D]
         last = (ids != tokenizer.pad_token_id).sum(axis=1) - 1
@@ -118,7 +119,7 @@ def make_latents(work: Path) -> None:
 def make_embeddings(work: Path) -> None:
     """Embeds every caption, and last the empty prompt: [·, T, D], and their lengths, [·]."""
     folder = work / "text" / "text_encoder"
-    config = geometry(Qwen2_5VLConfig, read_json(folder / "config.json"), str(folder))
+    config = parse_config(Qwen2_5VLConfig, read_json(folder / "config.json"), str(folder))
     graphdef, abstract = nnx.split(QWEN2_5_VL.abstract(config))
     state = import_tensors(text_table, read_folder(folder), abstract)
     ids, ends = token_ids(load_tokenizer(work / "text" / "tokenizer"), [*map(str, denoiser.CAPTIONS), ""])
@@ -152,8 +153,8 @@ def new_model() -> ArcModel:
     """With gates closed and the output at zero, as for FLUX.1."""
     rngs = nnx.Rngs(0)
     model = ArcModel(QwenImage(CONFIG, rngs=rngs), param_dtype=jnp.float32, rngs=rngs)
-    (last,) = model.trunk.last_block.values()
-    stacked = model.trunk.transformer_blocks
+    (last,) = model.backbone.last_block.values()
+    stacked = model.backbone.transformer_blocks
     for layer in (stacked.img_mod, stacked.txt_mod, last.img_mod, last.txt_mod, model.output.norm_out):
         layer.linear.kernel[...] = jnp.zeros_like(layer.linear.kernel[...])
     model.output.proj_out.kernel[...] = jnp.zeros_like(model.output.proj_out.kernel[...])
@@ -173,7 +174,7 @@ def assemble(work: Path) -> None:
     libraries = {"text_encoder": "transformers"}
     index = {"_class_name": PIPELINE, "scheduler": ["diffusers", SCHEDULER["_class_name"]]}
     index["tokenizer"] = ["transformers", "Qwen2Tokenizer"]
-    for name, network in PIPELINES[PIPELINE].items():
+    for name, network in families.of_pipeline(PIPELINE, PIPELINE).networks.items():
         index[name] = [libraries.get(name, "diffusers"), network.class_name]
     write_json(out / "model_index.json", index)
     (out / "scheduler").mkdir()

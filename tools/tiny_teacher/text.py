@@ -26,11 +26,11 @@ from safetensors.numpy import save_file
 from arcflow_jax.convert import clip as clip_table
 from arcflow_jax.convert import t5 as t5_table
 from arcflow_jax.convert.engine import export_tensors
-from arcflow_jax.demo import pictures
-from arcflow_jax.layers import Linear
-from arcflow_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
-from arcflow_jax.models.t5 import T5Config, T5Encoder
-from arcflow_jax.tokenizers import load_tokenizer, tokenize
+from arcflow_jax.data.tokenizers import load_tokenizer, tokenize
+from arcflow_jax.demo import world as pictures
+from arcflow_jax.networks.clip import CLIPTextConfig, CLIPTextEncoder
+from arcflow_jax.networks.layers import Linear
+from arcflow_jax.networks.t5 import T5Config, T5Encoder
 from tools.tiny_teacher import common
 from tools.tiny_teacher.tokenizers import CLIP_LENGTH, T5_LENGTH, make_clip_tokenizer, make_t5_tokenizer
 
@@ -78,7 +78,7 @@ def train_encoder(
     batch: int = 128,
     peak: float = 3e-3,
 ) -> nnx.Module:
-    """The trained encoder, its final norm, of that name, rescaled so that `features` have unit mean square."""
+    """The trained encoder, its final norm, of that name, norm_preserving so that `features` have unit mean square."""
     graphdef, state = nnx.split(Probed(encoder, nnx.Rngs(seed)))
     cuts = np.cumsum(ANSWERS)[:-1]
 

@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer, T5TokenizerFast, TokenizersBackend
 
-from arcflow_jax.demo import pictures
+from arcflow_jax.demo import world as pictures
 
 CLIP_LENGTH, T5_LENGTH = 32, 16  # tokens; the longest caption has 11 words
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"

@@ -1,0 +1,204 @@
+"""Converts a PyTorch pipeline, a diffusers folder of safetensors, to a model directory (see `model_directory.py`).
+
+The folder may be on the hub. Of a component whose layout the authors publish as a single file (flux1-dev.safetensors,
+ae.safetensors), such a file may stand in for the weights in the folder, which still says what the network is like.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.progress import Progress
+
+from arcflow_jax import families
+from arcflow_jax.checkpoints.model_directory import CHECKPOINT, DESCRIPTION, FORMAT, VERSION, Digest, fingerprint
+from arcflow_jax.checkpoints.writer import Stream, write_checkpoint
+from arcflow_jax.console import progress_bar
+from arcflow_jax.convert.engine import Fill, Tensor, cast, check, layers, nearest
+from arcflow_jax.errors import UserError
+from arcflow_jax.families import Family, Network
+from arcflow_jax.networks.states import nest, shapes_of
+from arcflow_jax.storage import hub
+from arcflow_jax.storage.atomic import refuse_used, whole_directory
+from arcflow_jax.storage.files import parse_config, read_json
+from arcflow_jax.storage.safetensors import read_file, read_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """A component that has been looked at and can be converted.
+
+    Attributes:
+      name: e.g. "transformer".
+      network: its kind.
+      config: its config.json.
+      weights: the folder or file that they come from.
+      source_dtype: of the source's weights, the widest if it mixes several.
+      dtype: of the converted weights.
+      fills: each target with its source tensors.
+      bytes: size of the converted weights.
+    """
+
+    name: str
+    network: Network
+    config: dict[str, Any]
+    weights: Path
+    source_dtype: np.dtype
+    dtype: np.dtype
+    fills: list[tuple[Fill, list[Tensor]]]
+    bytes: int
+
+
+def look_at(source: Path, name: str, network: Network, dtype: Any, file: Path | None) -> Component:
+    """Checks a component's config, tensor names, shapes and dtypes; reads no weights. Raises UserError."""
+    weights = file or source / name
+    tensors = read_file(file) if file else read_folder(weights)
+    config_file = source / name / "config.json"
+    config = read_json(config_file)
+    dimensions = parse_config(network.config, config, str(config_file))
+    try:
+        abstract = nnx.state(network.abstract(dimensions))
+    except (TypeError, ValueError, ArithmeticError) as error:  # null for a number, 3 heads for a width of 10, …
+        raise UserError(f"{config_file} does not describe a {network.class_name} that can be built: {error}") from error
+    table = nearest(network.tables(dimensions), tensors)
+    fills = list(check(table, tensors, shapes_of(abstract), str(weights)))
+    used = [tensor for _, group in fills for tensor in group]
+    source_dtype = np.dtype(jnp.result_type(*{tensor.dtype for tensor in used}))
+    dtype = np.dtype(dtype or source_dtype)
+    size = sum(math.prod(tensor.shape) for tensor in used) * dtype.itemsize
+    return Component(name, network, config, weights, source_dtype, dtype, fills, size)
+
+
+def look_at_index(source: Path) -> Family:
+    """The family of the model. Raises UserError if it is not one that can be converted."""
+    if not (source / "model_index.json").is_file():
+        raise UserError(f"{source} is not a diffusers model folder: it has no model_index.json")
+    index = read_json(source / "model_index.json")
+    family = families.of_pipeline(index.get("_class_name"), source)
+    known = {*family.networks, *family.tokenizers, "scheduler"}
+    for name, entry in index.items():
+        if not name.startswith("_") and name not in known and entry != [None, None]:
+            raise UserError(f"{source}: component {name} ({entry}) is not supported")
+    for name, network in family.networks.items():
+        entry = index.get(name)
+        if not isinstance(entry, list) or entry[-1:] != [network.class_name]:
+            raise UserError(f"{source}: model_index.json has {name} as {entry}, expected {network.class_name}")
+    return family
+
+
+def fetch(repository: str, revision: str | None, files: Mapping[str, Path]) -> Path:
+    """The folder of a hub repository, with all that `convert_model` reads from it. Raises UserError."""
+    family = look_at_index(hub.fetch(repository, revision, ["model_index.json"]))
+    patterns = ["model_index.json", "scheduler/*", *(f"{name}/*" for name in family.tokenizers)]
+    for name in family.networks:
+        patterns += [f"{name}/config.json", *([] if name in files else hub.weights_of(name))]
+    return hub.fetch(repository, revision, patterns)
+
+
+def convert_model(
+    source: str | Path,
+    out: str | Path,
+    dtype: Any = None,
+    revision: str | None = None,
+    files: Mapping[str, str | Path] | None = None,
+) -> Path:
+    """Converts the diffusers folder `source` to the model directory `out`.
+
+    Weights pass through one layer at a time, so that memory holds a few layers, whatever the size of model and
+    files. `out` appears at the end, complete, or not at all.
+
+    Args:
+      source: a folder with model_index.json and the components' folders, or the hub id of one.
+      out: a directory that does not exist yet, or is empty.
+      dtype: of the converted weights; by default each component keeps its own.
+      revision: of a hub id: branch, tag or commit; by default the main branch.
+      files: component → the safetensors file that its weights come from, rather than from its folder; it may be in
+        the authors' layout. The folder's config.json applies.
+
+    Raises:
+      UserError: if the source is incomplete or wrong, or `out` cannot be written.
+    """
+    folder, out = Path(source), Path(out).absolute()
+    files = {name: Path(file) for name, file in (files or {}).items()}
+    refuse_used(out)
+    if folder.is_dir():
+        if revision is not None:
+            raise UserError(f"{source} is a folder, and only a model on the hub has a revision")
+    elif hub.is_repository(source):
+        folder = fetch(str(source), revision, files)
+    else:
+        raise UserError(f"source folder {source} does not exist, and a hub id is owner/name")
+    family = look_at_index(folder)
+    if unknown := sorted(files.keys() - family.networks):
+        raise UserError(f"a {family.pipeline} has no {', '.join(unknown)}, only {', '.join(family.networks)}")
+    for name in family.tokenizers:
+        if not (folder / name).is_dir():
+            raise UserError(f"component folder {folder / name} is missing")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    components = [
+        look_at(folder, name, network, dtype, files.get(name)) for name, network in family.networks.items()
+    ]
+    needed = sum(component.bytes for component in components)
+    with whole_directory(out, needed) as aside, progress_bar(of_bytes=True) as progress:
+        for name in family.tokenizers:
+            shutil.copytree(folder / name, aside / name)
+        digests = {component.name: convert_component(component, aside, progress) for component in components}
+        description = {
+            "format": FORMAT,
+            "version": VERSION,
+            "pipeline": family.pipeline,
+            "components": {
+                component.name: {
+                    "class": component.network.class_name,
+                    "dtype": component.dtype.name,
+                    "source_dtype": component.source_dtype.name,
+                    "config": component.config,
+                    "fingerprint": fingerprint(digests[component.name]),
+                }
+                for component in components
+            },
+            "scheduler": scheduler,
+            "fingerprint": fingerprint(digests["transformer"]),
+            "files": {
+                path.relative_to(aside).as_posix(): path.stat().st_size
+                for path in sorted(aside.rglob("*"))
+                if path.is_file()
+            },
+        }
+        (aside / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+    return out
+
+
+def convert_component(component: Component, out: Path, progress: Progress) -> list[tuple[str, bytes]]:
+    """Writes one component's checkpoint under `out`, and returns the digests of its arrays.
+
+    The digests are of the source's values, so that a model has one fingerprint whatever the dtype it is converted to.
+    """
+    task = progress.add_task(component.name, total=component.bytes, text="")
+    digests = []
+
+    def stream(fill: Fill, tensors: list[Tensor]) -> Stream:
+        def read() -> Iterator[np.ndarray]:
+            digest = Digest(fill.target, fill.shape, component.source_dtype)
+            found = layers(fill, tensors, component.source_dtype, str(component.weights))
+            for name, layer in zip(fill.names, found, strict=True):
+                digest.update(layer)
+                converted = cast(layer, component.dtype, f"{component.weights}: {name}")
+                yield converted
+                progress.advance(task, converted.nbytes)
+            digests.append(digest.finish())
+
+        return Stream(fill.shape, component.dtype, fill.stacked, read)
+
+    streams = {fill.target: stream(fill, tensors) for fill, tensors in component.fills}
+    write_checkpoint(out / component.name / CHECKPOINT, nest(streams))
+    return digests

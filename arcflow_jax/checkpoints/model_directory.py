@@ -1,0 +1,247 @@
+"""A converted model: one directory that holds everything a pipeline needs.
+
+    model.json                  format, pipeline, each component's class, config, dtype and fingerprint, scheduler,
+                                the transformer's fingerprint, and the size of every file
+    transformer/, vae/, …       an Orbax checkpoint a component: a nested dict, its keys the parts of a variable's path
+    tokenizer/, tokenizer_2/    as they came
+
+The transformer's fingerprint names the base that an adapter was trained on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+from collections.abc import Coroutine, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from arcflow_jax import families
+from arcflow_jax.checkpoints.names import in_memory, on_disk
+from arcflow_jax.errors import UserError, first_few, one_line, out_of_memory
+from arcflow_jax.families import Family, Network
+from arcflow_jax.networks.states import flatten, nest, unflatten, unnest
+from arcflow_jax.networks.student import AdapterConfig, ArcModel
+from arcflow_jax.storage.files import parse_config, read_json
+
+T = TypeVar("T")
+DESCRIPTION = "model.json"
+FORMAT = "arcflow_jax model"
+VERSION = 1
+# Where a component's folder has its checkpoint
+CHECKPOINT = "state"
+
+
+class Digest:
+    """One tensor's part in a fingerprint: the SHA-256 of its path, shape, dtype and bytes, which may come in parts."""
+
+    def __init__(self, path: str, shape: tuple[int, ...], dtype: np.dtype):
+        self.path = on_disk(path)
+        self.sha = hashlib.sha256(f"{on_disk(path)} {tuple(shape)} {np.dtype(dtype).name}\n".encode())
+
+    def update(self, part: np.ndarray) -> None:
+        """Takes in the next rows."""
+        self.sha.update(np.asarray(part, order="C").reshape(-1).view(np.uint8))
+
+    def finish(self) -> tuple[str, bytes]:
+        """The path and the hash."""
+        return self.path, self.sha.digest()
+
+
+def digest(path: str, array: np.ndarray) -> tuple[str, bytes]:
+    """The `Digest` of a whole array."""
+    whole = Digest(path, array.shape, array.dtype)
+    whole.update(array)
+    return whole.finish()
+
+
+def fingerprint(digests: Iterable[tuple[str, bytes]]) -> str:
+    """SHA-256 over the digests of all tensors, whatever the order in which they come."""
+    return hashlib.sha256(b"".join(part for _, part in sorted(digests))).hexdigest()
+
+
+def shape(arrays: Mapping[str, Any], path: str) -> tuple[int, ...] | None:
+    """Of one array, None if there is no such array."""
+    return tuple(arrays[path].shape) if path in arrays else None
+
+
+async def settled(reading: Coroutine[Any, Any, T]) -> T:
+    """What `reading` returns; where it fails, its other reads have come to an end when it does.
+
+    Orbax gives up at the first read that fails. The others would outlive the event loop that they report to, and
+    print tracebacks that nobody can catch.
+    """
+    before = asyncio.all_tasks()
+    try:
+        return await reading
+    except Exception:
+        if others := asyncio.all_tasks() - before:
+            await asyncio.wait(others)
+        raise
+
+
+class ArrayReader(ocp.type_handlers.ArrayHandler):
+    """Reads arrays to devices."""
+
+    async def deserialize(self, *args: Any) -> Any:
+        return await settled(super().deserialize(*args))
+
+
+class MetadataReader(ocp.type_handlers.NumpyHandler):
+    """Reads shapes of what the converter has written, which are NumPy arrays."""
+
+    async def metadata(self, *args: Any) -> Any:
+        return await settled(super().metadata(*args))
+
+
+def reader() -> ocp.PyTreeCheckpointHandler:
+    """Orbax's handler of a component's checkpoint."""
+    handlers = ((jax.Array, ArrayReader()), (np.ndarray, MetadataReader()))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=ocp.type_handlers.create_type_handler_registry(*handlers))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDirectory:
+    """The reading side; `conversion.py` writes.
+
+    Attributes:
+      path: of the directory.
+      description: what model.json says.
+    """
+
+    path: Path
+    description: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> ModelDirectory:
+        """Reads model.json, and no weights.
+
+        Raises:
+          UserError: if `path` is not a converted model, or one of another format version.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise UserError(f"model directory {path} does not exist")
+        if (path / "model_index.json").is_file():
+            raise UserError(f"{path} is a PyTorch model: run arcflow convert --source {path} --out DIR first")
+        if not (path / DESCRIPTION).is_file():
+            raise UserError(f"{path} is not a converted model: it has no {DESCRIPTION}; arcflow convert makes one")
+        description = read_json(path / DESCRIPTION)
+        if description.get("format") != FORMAT:
+            raise UserError(f"{path / DESCRIPTION} does not describe an {FORMAT}")
+        if description.get("version") != VERSION:
+            raise UserError(
+                f"{path} has format version {description.get('version')}, this program reads {VERSION}: convert again"
+            )
+        keys = {"pipeline", "components", "scheduler", "fingerprint", "files"}
+        if missing := sorted(keys - description.keys()):
+            raise UserError(f"{path / DESCRIPTION} is damaged: it lacks {', '.join(missing)}")
+        family = families.of_pipeline(description["pipeline"], path)
+        if missing := sorted(family.networks.keys() - description["components"].keys()):
+            raise UserError(f"{path / DESCRIPTION} is damaged: it lacks {', '.join(missing)}")
+        return cls(path, description)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the transformer."""
+        return self.description["fingerprint"]
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """The scheduler's config."""
+        return self.description["scheduler"]
+
+    @property
+    def family(self) -> Family:
+        """The model family."""
+        return families.of_pipeline(self.description["pipeline"], self.path)
+
+    @property
+    def networks(self) -> dict[str, Network]:
+        """Component → kind of network."""
+        return self.family.networks
+
+    def config_json(self, component: str) -> dict[str, Any]:
+        """The component's config.json."""
+        return self.description["components"][component]["config"]
+
+    def config(self, component: str) -> Any:
+        """The config dataclass of a component, e.g. a FluxConfig."""
+        where = f"{self.path / DESCRIPTION}, {component}"
+        return parse_config(self.networks[component].config, self.config_json(component), where)
+
+    def dtype(self, component: str) -> np.dtype:
+        """In which the component's weights are kept."""
+        return jax.numpy.dtype(self.description["components"][component]["dtype"])
+
+    def abstract(self, component: str, dtype: Any = None) -> nnx.Module:
+        """The component's network with shapes in place of arrays, by default in the dtype of its weights."""
+        return self.networks[component].abstract(self.config(component), dtype or self.dtype(component))
+
+    def student(self, adapter: AdapterConfig, dtype: Any) -> ArcModel:
+        """The transformer with a student's head and LoRA, shapes in place of arrays."""
+        return self.networks["transformer"].student(self.config("transformer"), adapter, dtype)
+
+    def load(
+        self,
+        component: str,
+        abstract_state: nnx.State,
+        shardings: nnx.State | jax.sharding.Sharding | None = None,
+        part: str = "",
+    ) -> nnx.State:
+        """The weights of a component, read straight to where they are to live: no host holds them all.
+
+        Args:
+          component: e.g. "transformer".
+          abstract_state: of the network, e.g. `nnx.state(directory.abstract(component))`; its dtypes are given to
+            the weights.
+          shardings: a sharding a variable, as `sharding.state_shardings` gives, or one for all; by default the
+            first device.
+          part: the module that alone is read, e.g. "decoder", where `abstract_state` has nothing but that.
+
+        Raises:
+          UserError: if the checkpoint is damaged or does not fit the network.
+        """
+        if shardings is None:
+            shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        if isinstance(shardings, jax.sharding.Sharding):
+            one = shardings
+            shardings = jax.tree.map(lambda _: one, abstract_state)
+        targets = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract_state, shardings
+        )
+        wanted = {on_disk(path): variable.get_value() for path, variable in flatten(targets).items()}
+        self.check_files(component)
+        checkpoint = (self.path / component / CHECKPOINT).absolute()
+        try:
+            stored = unnest(reader().metadata(checkpoint).tree)
+            stored = {path: array for path, array in stored.items() if not part or path.startswith(f"{part}.")}
+            # Looked at first, because Orbax leaves unfinished reads behind when one array of many does not fit
+            wrong = [path for path in sorted(wanted | stored) if shape(wanted, path) != shape(stored, path)]
+            if not wrong:
+                targets = nest(wanted)
+                restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
+                args = ocp.args.PyTreeRestore(targets, restore_args=restore_args, partial_restore=bool(part))
+                with ocp.Checkpointer(reader()) as checkpointer:
+                    restored = unnest(checkpointer.restore(checkpoint, args=args))
+                return unflatten(abstract_state, {in_memory(path): array for path, array in restored.items()})
+        except Exception as error:  # Orbax and TensorStore raise all sorts, down to the bare Exception
+            if out_of_memory(error):
+                raise
+            detail = one_line(error.__cause__ or error)
+            raise UserError(f"{self.path / component} is damaged: {detail}; convert the model again") from error
+        raise UserError(f"{self.path / component} does not fit the network: {len(wrong)} differ ({first_few(wrong)})")
+
+    def check_files(self, component: str) -> None:
+        """Raises UserError if a file of a component is gone or has another size than when it was written."""
+        for name, size in self.description["files"].items():
+            file = self.path / name
+            if name.startswith(f"{component}/") and not (file.is_file() and file.stat().st_size == size):
+                fault = "truncated" if file.is_file() else "missing"
+                raise UserError(f"{self.path / component} is damaged: {name} is {fault}; convert the model again")

@@ -1,0 +1,324 @@
+"""Students in the layout of the ArcFlow authors' export, which diffusers and PEFT read: import and export.
+
+They may be on the hub.
+
+    FOLDER/config.json                             class, geometry of the teacher's backbone, number of modes
+    FOLDER/diffusion_pytorch_model.safetensors     head, output norm and LoRA; metadata `policy_config`
+
+The layout has no LoRA alpha (the scale is 1) and does not name the base. Of sampling it says what `policy_config`
+says, JSON: {"type": "ArcFlow"} in the published students, and in others what differs from them (`POLICY`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from arcflow_jax.storage.atomic import refuse_used, whole_directory
+from arcflow_jax.checkpoints.model_directory import ModelDirectory
+from arcflow_jax.checkpoints.training import DESCRIPTION, AdapterDescription, Checkpoints, load_adapter
+from arcflow_jax.convert.adapter import AdapterTable
+from arcflow_jax.convert.engine import Tensor, export_tensors, import_tensors
+from arcflow_jax.errors import UserError
+from arcflow_jax import families
+from arcflow_jax.flow.distill import Distillation
+from arcflow_jax.networks.student import split_model
+from arcflow_jax.networks.lora import linear_layers
+from arcflow_jax.networks.student import AdapterConfig
+from arcflow_jax.storage import hub
+from arcflow_jax.storage.files import parse_config, read_json
+from arcflow_jax.storage.safetensors import PICKLES, read_folder, read_header
+
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """What a student was trained for."""
+
+    steps: int
+    shift: float
+    final_step_ratio: float
+    guidance: float
+
+    @classmethod
+    def published(cls, transformer: Mapping[str, Any], where: object) -> Sampling:
+        """Of the authors' students: FLUX.1's are fed their guidance, Qwen-Image's teacher had CFG.
+
+        Args:
+          transformer: the base's entry in its model.json.
+          where: it was read.
+        """
+        family = families.of_transformer(transformer["class"], where)
+        config = parse_config(family.networks["transformer"].config, transformer["config"], str(where))
+        return cls(steps=2, shift=3.2, final_step_ratio=1.0, guidance=family.published_guidance(config))
+
+
+# Settings under the names of the authors' training configs. `policy_config` holds those that are not as published.
+POLICY = {
+    "steps": "nfe",
+    "shift": "shift",
+    "final_step_ratio": "timestep_ratio",
+    "guidance": "distilled_guidance_scale",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+    """What config.json says beside the backbone's geometry."""
+
+    num_gaussians: int  # K
+
+    REQUIRED: ClassVar[dict[str, Any]] = {"logweights_channels": 4}
+
+
+def import_adapter(
+    source: str | Path, base: str | Path, out: str | Path, revision: str | None = None, **sampling: float | None
+) -> Path:
+    """Turns a student in the authors' layout into what `arcflow train` leaves, without optimizer. Returns `out`.
+
+    Args:
+      source: the folder, or its safetensors file, or a hub id (see `find`).
+      base: the converted model that the student was distilled from. The layout does not name it: geometry is
+        checked, and the result names this model's fingerprint.
+      out: a directory that does not exist yet, or is empty. It appears complete, or not at all.
+      revision: of a hub id: branch, tag or commit; by default the main branch.
+      sampling: fields of `Sampling` that overrule what the file says; None does not.
+
+    Raises:
+      UserError: if the source is incomplete or wrong, does not fit the base, or `out` cannot be written.
+    """
+    out = Path(out).absolute()
+    refuse_used(out)
+    directory = ModelDirectory.open(base)
+    description, adapter = read_student(find(source, revision), directory, **sampling)
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(adapter))
+    with whole_directory(out, needed) as aside:
+        description.write(aside)
+        with Checkpoints(aside) as checkpoints:
+            checkpoints.save_ema(adapter)
+    return out
+
+
+def open_student(
+    source: str | Path, directory: ModelDirectory
+) -> tuple[AdapterDescription, Callable[[nnx.State, bool], nnx.State]]:
+    """A student to sample from: a training run's, or one in the authors' layout; on disk or on the hub (see `find`).
+
+    Returns:
+      What it says of itself, and a function that reads its weights to where an abstract adapter's shardings say:
+      averaged or, if its second argument is true, as the last iteration left them.
+
+    Raises:
+      UserError: if there is none, it is incomplete or wrong, or not of this base.
+    """
+    found = find(source)
+    if found.is_file() or ((found / CONFIG).is_file() and not (found / DESCRIPTION).is_file()):
+        description, adapter = read_student(found, directory)
+
+        def place(abstract: nnx.State, raw: bool) -> nnx.State:
+            if raw:
+                raise UserError(f"{source} holds averaged weights only: leave --raw out")
+            return jax.tree.map(lambda x, at: jax.device_put(x, at.sharding), adapter, abstract)
+
+        return description, place
+    description, checkpoints = load_adapter(found, directory.fingerprint)
+
+    def restore(abstract: nnx.State, raw: bool) -> nnx.State:
+        with checkpoints:
+            return checkpoints.restore_adapter(abstract, raw)
+
+    return description, restore
+
+
+def find(source: str | Path, revision: str | None = None) -> Path:
+    """A student's folder or file, which is `source` itself, or is fetched from the hub.
+
+    Args:
+      source: a path or, if there is nothing, a hub id: owner/name or, of a folder in that repository,
+        owner/name/folder.
+      revision: of a hub id: branch, tag or commit; by default the main branch.
+
+    Raises:
+      UserError: if there is neither, or the hub does not give it.
+    """
+    path = Path(source)
+    if path.exists():
+        if revision is not None:
+            raise UserError(f"{source} is not on the hub, and only a student there has a revision")
+        return path
+    named = hub.split_folder(source)
+    if named is None:
+        raise UserError(f"adapter {source} does not exist, and a hub id is owner/name or owner/name/folder")
+    repository, folder = named
+    files = [f"{folder}/{file}".lstrip("/") for file in (CONFIG, DESCRIPTION, "checkpoints/*")]
+    try:
+        found = hub.fetch(repository, revision, [*files, *hub.weights_of(folder)]) / folder
+    except UserError as error:
+        raise UserError(f"adapter {source} does not exist on this machine, and {error}") from error
+    if not found.is_dir():
+        raise UserError(f"{source} on the hub holds no student's files")
+    return found
+
+
+def read_student(
+    source: Path, directory: ModelDirectory, **sampling: float | None
+) -> tuple[AdapterDescription, nnx.State]:
+    """Description and weights, NumPy arrays in float32, of a student in the authors' layout; see `import_adapter`."""
+    config, tensors, policy = read_export(source)
+    modes = check_config(config, directory, source)
+    values = read_policy(policy, source) | {name: value for name, value in sampling.items() if value is not None}
+    transformer = directory.description["components"]["transformer"]
+    settings = dataclasses.replace(Sampling.published(transformer, directory.path), **values)
+
+    table = AdapterTable(directory.networks["transformer"].table)
+    rank, targets = table.lora(tensors, linear_layers(directory.abstract("transformer").backbone))
+    if not rank:
+        raise UserError(
+            f"{source} holds no LoRA: it has no tensor *.lora_A.weight of a layer that {directory.path} has"
+        )
+    description = AdapterDescription(
+        base=directory.fingerprint,
+        adapter=AdapterConfig(modes=modes, rank=rank, alpha=float(rank), dropout=0.0, targets=targets),
+        distillation=Distillation(nfe=settings.steps, shift=settings.shift, final_step_ratio=settings.final_step_ratio),
+        guidance=settings.guidance,
+        transformer=transformer,
+    )
+    _, _, abstract = split_model(directory.student(description.adapter, jnp.float32))
+    return description, import_tensors(table, tensors, abstract, np.float32, str(source))
+
+
+def export_adapter(run: str | Path, out: str | Path, *, raw: bool = False, dtype: Any = np.float16) -> Path:
+    """Writes a student in the authors' layout, for their PyTorch loader, diffusers and PEFT. Returns `out`.
+
+    Args:
+      run: what `arcflow train` left.
+      out: a directory that does not exist yet, or is empty. It appears complete, or not at all.
+      raw: the weights of the last iteration instead of the averaged ones.
+      dtype: of the tensors: float16, as the authors have it, bfloat16 or float32.
+
+    Raises:
+      UserError: if `run` holds no student that the layout has room for, a value does not fit in `dtype`, or `out`
+        cannot be written.
+    """
+    run, out = Path(run), Path(out).absolute()
+    refuse_used(out)
+    description, checkpoints = load_adapter(run)
+    check_exportable(description, run)
+    adapter = description.adapter
+    network = families.of_transformer(description.transformer["class"], run / DESCRIPTION).networks["transformer"]
+    backbone = parse_config(network.config, description.transformer["config"], str(run / DESCRIPTION))
+    _, _, abstract = split_model(network.student(backbone, adapter, jnp.float32))
+    with checkpoints:
+        state = checkpoints.restore_adapter(abstract, raw)
+
+    tensors = {}
+    for name, array in export_tensors(AdapterTable(network.table), state).items():
+        if name.endswith("lora_B.weight") and adapter.alpha != adapter.rank:
+            array = array * np.float32(adapter.alpha / adapter.rank)
+        tensors[name] = cast(array, jnp.dtype(dtype), f"{run}: {name}")
+    config = {
+        "_class_name": f"Arc{network.class_name}",
+        **dataclasses.asdict(backbone),
+        "logweights_channels": HeadConfig.REQUIRED["logweights_channels"],
+        "num_gaussians": adapter.modes,
+    }
+    with whole_directory(out, sum(tensor.nbytes for tensor in tensors.values())) as aside:
+        (aside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        save_file(tensors, aside / WEIGHTS, metadata={"policy_config": json.dumps(policy_of(description, run))})
+        shutil.copymode(aside / CONFIG, aside / WEIGHTS)  # safetensors makes files that only their owner may read
+    return out
+
+
+def read_export(source: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """The config, the tensors, still on disk, and the policy of a folder or its safetensors file. Raises UserError."""
+    if source.is_file() and source.suffix in PICKLES:
+        raise UserError(f"{source} is a pickle: unpickling runs whatever code it brings, so only safetensors are read")
+    folder, file = (source, source / WEIGHTS) if source.is_dir() else (source.parent, source)
+    tensors = read_folder(folder) if source.is_dir() else read_header(file)
+    policy: Any = {"type": "ArcFlow"}
+    if file.is_file():
+        with safe_open(file, "np") as opened:
+            text = (opened.metadata() or {}).get("policy_config", json.dumps(policy))
+        try:
+            policy = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}: its metadata policy_config is not valid JSON: {error}") from None
+    if not isinstance(policy, dict) or policy.get("type") != "ArcFlow":
+        raise UserError(f"{file}: its metadata policy_config is {json.dumps(policy)}, which is not of type ArcFlow")
+    return read_json(folder / CONFIG), tensors, policy
+
+
+def check_config(config: Mapping[str, Any], directory: ModelDirectory, source: Path) -> int:
+    """The number of modes; raises UserError if config.json describes a student of another network than the base."""
+    network = directory.networks["transformer"]
+    class_name = f"Arc{network.class_name}"
+    if config.get("_class_name") != class_name:
+        raise UserError(f"{source} is of class {config.get('_class_name')}, a student of this base is of {class_name}")
+    theirs = dataclasses.asdict(parse_config(network.config, dict(config), f"{source}, {CONFIG}"))
+    ours = dataclasses.asdict(directory.config("transformer"))
+    if different := [f"{name} {theirs[name]} instead of {ours[name]}" for name in ours if theirs[name] != ours[name]]:
+        raise UserError(f"{source} was trained on another base than {directory.path}: it has {', '.join(different)}")
+    modes = parse_config(HeadConfig, dict(config), f"{source}, {CONFIG}").num_gaussians
+    if not isinstance(modes, int) or modes < 2:
+        raise UserError(f"{source}, {CONFIG}: num_gaussians is {modes!r}, but has to be a whole number above 1")
+    return modes
+
+
+def check_exportable(description: AdapterDescription, run: Path) -> None:
+    """Raises UserError if the student lacks what a student in the authors' layout has."""
+    if description.transformer is None:
+        raise UserError(f"{run / DESCRIPTION} does not say its base's geometry yet: arcflow train adds it on going on")
+    if not description.adapter.targets:
+        raise UserError(f"{run} holds a student without LoRA, which the authors' loader passes over")
+    if description.adapter.basis != "momentum":
+        raise UserError(
+            f"{run} holds a student of basis {description.adapter.basis}: the authors' layout knows momentum alone"
+        )
+    if description.adapter.modes == 1:
+        raise UserError(f"{run} holds a linear student, which has no log-momenta: the authors' layout wants them")
+
+
+def read_policy(policy: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """The fields of `Sampling` that a policy_config sets. Raises UserError on one that is not a number."""
+    values = {ours: policy[theirs] for ours, theirs in POLICY.items() if theirs in policy}
+    for name, value in values.items():
+        if type(value) is not int and (type(value) is not float or name == "steps"):
+            raise UserError(
+                f"{source}: policy_config has {POLICY[name]} {value!r}, which is not a number that it can be"
+            )
+    return values
+
+
+def policy_of(description: AdapterDescription, run: Path) -> dict[str, Any]:
+    """The policy_config of a student: `read_policy` undone."""
+    settings = description.distillation
+    sampling = Sampling(settings.nfe, settings.shift, settings.final_step_ratio, description.guidance)
+    published = dataclasses.asdict(Sampling.published(description.transformer, run))
+    given = {POLICY[name]: value for name, value in dataclasses.asdict(sampling).items() if value != published[name]}
+    return given | {"type": "ArcFlow"}
+
+
+def cast(array: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
+    """`array` in `dtype`. Raises UserError that names `where` if it holds NaN, or a value becomes infinite."""
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if not np.isfinite(result).all():
+        largest = float(np.abs(array).max())
+        if math.isfinite(largest):
+            raise UserError(f"{where} holds {largest:.3g}, too large for {dtype}: try --dtype bfloat16")
+        raise UserError(f"{where} holds NaN or infinite values: the training diverged")
+    return result

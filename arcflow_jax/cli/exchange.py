@@ -1,0 +1,112 @@
+"""`arcflow convert` and `arcflow export`: models and students from PyTorch, and back."""
+
+from __future__ import annotations
+
+import enum
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from arcflow_jax.errors import UserError
+
+
+class Precision(enum.StrEnum):
+    bfloat16 = enum.auto()
+    float32 = enum.auto()
+
+
+class ExportPrecision(enum.StrEnum):
+    float16 = enum.auto()
+    bfloat16 = enum.auto()
+    float32 = enum.auto()
+
+
+def convert(
+    out: Annotated[Path, typer.Option(help="The directory to write. It must not exist yet, or be empty.")],
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="The PyTorch model, FLUX.1 or Qwen-Image: a diffusers folder with model_index.json and the folders "
+            "that it names (transformer/, text_encoder/, vae/, …), weights as safetensors; or a hub id, OWNER/NAME."
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Of a hub id: branch, tag or commit. By default the main branch.")
+    ] = None,
+    transformer: Annotated[
+        Path | None,
+        typer.Option(
+            help="A single file, such as flux1-dev.safetensors, with the transformer's weights, in the authors' layout "
+            "or diffusers'. SOURCE then needs only transformer/config.json."
+        ),
+    ] = None,
+    vae: Annotated[
+        Path | None, typer.Option(help="The same for the autoencoder, such as ae.safetensors and vae/config.json.")
+    ] = None,
+    dtype: Annotated[
+        Precision | None, typer.Option(help="Of the converted weights. By default each component keeps its own.")
+    ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of --source, a released student: a folder with config.json and "
+            "diffusion_pytorch_model.safetensors, or that file; or a hub id, OWNER/NAME or OWNER/NAME/FOLDER. With "
+            "--base."
+        ),
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="The converted model that the released student was distilled from.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Network calls of the released student. By default what its file says, or 2.")
+    ] = None,
+    shift: Annotated[float | None, typer.Option(help="Its time shift. By default what its file says, or 3.2.")] = None,
+    final_step_ratio: Annotated[
+        float | None, typer.Option(help="Length of its last step. By default what its file says, or 1.0.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Its guidance scale. By default what its file says, or the published one.")
+    ] = None,
+) -> None:
+    """Converts a PyTorch model to a model directory for training and sampling, or a released student to one
+    that arcflow sample takes as --adapter.
+
+    Every tensor is checked by name, shape and value; nothing is filled in or left out. OUT appears complete at the
+    end, or not at all.
+    """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no arithmetic here: leave an accelerator, if any, to others
+    sampling = {"steps": steps, "shift": shift, "final_step_ratio": final_step_ratio, "guidance": guidance}
+    if adapter is not None:
+        if base is None or any(value is not None for value in (source, transformer, vae, dtype)):
+            raise UserError("a released student, --adapter, is converted with --base, and without a model's options")
+        from arcflow_jax.checkpoints.student_formats import import_adapter
+
+        print(f"converted {adapter} to {import_adapter(adapter, base, out, revision, **sampling)}")
+        return
+    if source is None:
+        raise UserError("name the model to convert with --source, or a released student with --adapter")
+    if base is not None or any(value is not None for value in sampling.values()):
+        raise UserError("--base, --steps, --shift, --final-step-ratio and --guidance belong to --adapter")
+    from arcflow_jax.checkpoints.conversion import convert_model
+
+    files = {name: file for name, file in {"transformer": transformer, "vae": vae}.items() if file is not None}
+    print(f"converted {source} to {convert_model(source, out, dtype and dtype.value, revision, files)}")
+
+
+def export(
+    adapter: Annotated[Path, typer.Option(help="What arcflow train wrote.")],
+    out: Annotated[Path, typer.Option(help="The directory to write. It must not exist yet, or be empty.")],
+    raw: Annotated[
+        bool, typer.Option("--raw", help="The last iteration's weights instead of the averaged ones.")
+    ] = False,
+    dtype: Annotated[ExportPrecision, typer.Option(help="Of the exported tensors.")] = ExportPrecision.float16,
+) -> None:
+    """Writes a student as the ArcFlow authors release theirs: config.json and safetensors for their PyTorch loader,
+    diffusers and PEFT.
+    """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no arithmetic here: leave an accelerator, if any, to others
+    from arcflow_jax.checkpoints.student_formats import export_adapter
+
+    print(f"exported {adapter} to {export_adapter(adapter, out, raw=raw, dtype=dtype.value)}")

@@ -1,0 +1,70 @@
+"""`arcflow train` and `arcflow embed-prompts`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    context: typer.Context,
+    config: Annotated[str, typer.Option(help="The recipe: FILE.py, or FILE.py:VARIANT.")],
+    step: Annotated[
+        int | None,
+        typer.Option(help="Go on from this checkpoint instead of the newest. Newer ones are deleted."),
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(help="A:B, write a JAX trace of iterations A to B, counted from 1, to OUT/profile."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only check everything, and print the recipe, sizes, memory and the mesh."),
+    ] = False,
+    coordinator: Annotated[
+        str | None, typer.Option(help="HOST:PORT on the first of several machines, where the others find it.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(help="How many machines run this command.")] = None,
+    process_id: Annotated[int | None, typer.Option(help="Which of them this is, from 0.")] = None,
+) -> None:
+    """Distils a converted teacher into a few-step student.
+
+    Any value of the recipe can be overridden: --config.steps=1000 --config.optimizer.learning_rate=1e-4. A run whose
+    directory (--config.out) is there already goes on from its last checkpoint. SIGTERM makes it save and end with
+    exit code 0.
+
+    On several machines the same command runs on each. On TPU pods and under SLURM they find one another; elsewhere
+    --coordinator, --processes and --process-id tell them.
+    """
+    from arcflow_jax.parallel.processes import initialize, is_main
+    from arcflow_jax.training.dry_run import report
+    from arcflow_jax.training.loop import train as run
+    from arcflow_jax.training.recipe import Recipe, read_config
+
+    recipe = Recipe.of(read_config(config, context.args))
+    initialize(coordinator, processes, process_id)
+    if dry_run:
+        print(report(recipe))
+        return
+    out = run(recipe, step=step, profile=profile)
+    if is_main():
+        print(f"the student is in {out}")
+
+
+def embed_prompts(
+    context: typer.Context,
+    config: Annotated[str, typer.Option(help="The recipe: FILE.py, or FILE.py:VARIANT.")],
+    out: Annotated[Path, typer.Option(help="The directory to write. It must not exist yet, or be empty.")],
+) -> None:
+    """Writes the text embeddings of a recipe's prompts, for training where the encoders do not fit.
+
+    arcflow train then reads them, with the same recipe and --config.embeddings=OUT. Where the encoders fit, training
+    without costs less: embeddings take 4.2 MB a prompt for FLUX.1, 3.7 MB for Qwen-Image. Embedding that was
+    interrupted goes on.
+    """
+    from arcflow_jax.training.embeddings import embed_prompts as embed
+    from arcflow_jax.training.recipe import Recipe, read_config
+
+    print(f"the embeddings are in {embed(Recipe.of(read_config(config, context.args)), out)}")

@@ -1,0 +1,87 @@
+"""Qwen-Image's autoencoder for one frame: diffusers' AutoencoderKLQwenImage to models.autoencoder_kl_qwen.
+
+A kernel [out, in, time, height, width] is causal: the frame itself meets its last slice, and the others the frames
+before, which one picture does not have. In the other direction those slices become zero.
+"""
+
+import numpy as np
+
+from arcflow_jax.convert.rules import CONV, POINTWISE, Form, Rule, conv
+
+
+def three_slices(x: np.ndarray) -> np.ndarray:
+    """[out, in, height, width] as the last of three slices in time."""
+    nothing = np.zeros_like(x)
+    return np.stack([nothing, nothing, x], axis=2)
+
+
+def in_time(slices: int) -> Form:
+    """The layout of a causal kernel, of which the last slice in time is ours."""
+    before = three_slices if slices == 3 else lambda x: x[:, :, None]
+    return Form(lambda x: CONV.to_ours(x[:, :, -1]), lambda x: before(CONV.to_theirs(x)))
+
+
+def gamma(dimensions: int) -> Form:
+    """The layout of a norm's scale, which they keep with dimensions of 1 to broadcast."""
+    return Form(lambda x: x.reshape(-1), lambda x: x.reshape(-1, *[1] * dimensions))
+
+
+CAUSAL, CAUSAL_POINTWISE = in_time(3), in_time(1)
+VIDEO_NORM, IMAGE_NORM = gamma(3), gamma(2)
+
+
+def causal(source: str, target: str, form: Form = CAUSAL) -> tuple[Rule, Rule]:
+    return Rule(f"{source}.weight", f"{target}.kernel", form), Rule(f"{source}.bias", f"{target}.bias")
+
+
+def resnet(name: str) -> tuple[Rule, ...]:
+    return (
+        Rule(f"{name}.norm1.gamma", f"{name}.norm1.scale", VIDEO_NORM),
+        *causal(f"{name}.conv1", f"{name}.conv1"),
+        Rule(f"{name}.norm2.gamma", f"{name}.norm2.scale", VIDEO_NORM),
+        *causal(f"{name}.conv2", f"{name}.conv2"),
+        *causal(f"{name}.conv_shortcut", f"{name}.conv_shortcut", CAUSAL_POINTWISE),
+    )
+
+
+def attention(name: str) -> tuple[Rule, ...]:
+    layers = [f"{name}.{layer}" for layer in ("to_q", "to_k", "to_v")]
+    kernels, biases = (tuple(f"{layer}.{leaf}" for layer in layers) for leaf in ("kernel", "bias"))
+    return (
+        Rule(f"{name}.norm.gamma", f"{name}.norm.scale", IMAGE_NORM),
+        *(Rule(f"{name}.to_qkv.weight", kernel, POINTWISE, kernels) for kernel in kernels),
+        *(Rule(f"{name}.to_qkv.bias", bias, fused=biases) for bias in biases),
+        Rule(f"{name}.proj.weight", f"{name}.proj.kernel", POINTWISE),
+        Rule(f"{name}.proj.bias", f"{name}.proj.bias"),
+    )
+
+
+def ends_and_middle(half: str) -> tuple[Rule, ...]:
+    """What encoder and decoder have alike."""
+    return (
+        *causal(f"{half}.conv_in", f"{half}.conv_in"),
+        *resnet(f"{half}.mid_block.resnets.{{i}}"),
+        *attention(f"{half}.mid_block.attentions.{{i}}"),
+        Rule(f"{half}.norm_out.gamma", f"{half}.norm_out.scale", VIDEO_NORM),
+        *causal(f"{half}.conv_out", f"{half}.conv_out"),
+    )
+
+
+RULES: tuple[Rule, ...] = (
+    *ends_and_middle("encoder"),
+    *resnet("encoder.down_blocks.{i}"),
+    *conv("encoder.down_blocks.{i}.resample.1", "encoder.down_blocks.{i}.conv"),
+    *causal("quant_conv", "encoder.quant_conv", CAUSAL_POINTWISE),
+    *causal("post_quant_conv", "decoder.post_quant_conv", CAUSAL_POINTWISE),
+    *ends_and_middle("decoder"),
+    *resnet("decoder.up_blocks.{i}.resnets.{j}"),
+    *conv("decoder.up_blocks.{i}.upsamplers.0.resample.1", "decoder.up_blocks.{i}.upsampler"),
+)
+
+# What joins and splits frames
+IGNORED = (
+    "encoder.down_blocks.{i}.time_conv.weight",
+    "encoder.down_blocks.{i}.time_conv.bias",
+    "decoder.up_blocks.{i}.upsamplers.0.time_conv.weight",
+    "decoder.up_blocks.{i}.upsamplers.0.time_conv.bias",
+)

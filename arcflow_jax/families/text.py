@@ -1,0 +1,136 @@
+"""Prompts in, conditioning out: what the text sides of all families have in common."""
+
+# B prompts, N image tokens, T text tokens
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from arcflow_jax.data.tokenizers import load_tokenizer, token_length, tokenize
+from arcflow_jax.networks.conditioning import Conditioning
+from arcflow_jax.parallel.mesh import batched, replicated, state_shardings
+from arcflow_jax.parallel.offload import Weights
+from arcflow_jax.parallel.processes import from_part
+
+
+class Model(Protocol):
+    """What the text side asks of a converted model (`checkpoints.ModelDirectory`)."""
+
+    path: Path
+
+    def config(self, component: str) -> Any: ...
+
+    def abstract(self, component: str, dtype: Any = None) -> nnx.Module: ...
+
+    def load(self, component: str, abstract_state: nnx.State, shardings: Any = None) -> nnx.State: ...
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def apply_encoder(graphdef: nnx.GraphDef, state: nnx.State, ids: jax.Array) -> Any:
+    """The outputs of a text encoder for token ids [B, T]."""
+    return nnx.merge(graphdef, state)(ids)
+
+
+def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """Of a batch: split over the data axes or, where they do not divide it, whole on each device."""
+    return replicated(mesh) if rows % (mesh.shape["data"] * mesh.shape["fsdp"]) else batched(mesh)
+
+
+class Encoder:
+    """A frozen text encoder with its tokenizer. The weights are kept elsewhere.
+
+    Args:
+      model: the converted model.
+      component, tokenizer: folders in it.
+      dtype: to compute in.
+      max_tokens: length that prompts are cut and padded to, if the tokenizer does not have a smaller maximum.
+    """
+
+    def __init__(self, model: Model, component: str, tokenizer: str, dtype: Any, max_tokens: int):
+        self.graphdef, self.abstract = nnx.split(model.abstract(component, dtype))
+        self.tokenizer = load_tokenizer(model.path / tokenizer)
+        self.length = token_length(self.tokenizer, max_tokens)
+
+    def ids(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:  # [B, T] int32, [B] bool
+        """Token ids, and which prompts were too long and were cut."""
+        return tokenize(self.tokenizer, prompts, self.length)
+
+    def __call__(self, state: nnx.State, ids: np.ndarray, mesh: Mesh) -> Any:
+        """The encoder's outputs for token ids [B, T]."""
+        return apply_encoder(self.graphdef, state, from_part(ids, mesh))
+
+
+class PromptEncoder:
+    """The text side of a family: its frozen encoders, loaded. Each family says what they make of a prompt.
+
+    Args:
+      model: the converted model.
+      dtype: that the encoders compute in.
+      mesh: over which weights and batch are split.
+      offload: whether the weights wait in host memory while nothing is encoded (see `offload.Weights`).
+
+    Attributes:
+      cut: how many prompts so far had more tokens than the encoder takes, and were cut.
+    """
+
+    ENCODERS: ClassVar[dict[str, str]]  # component → folder of its tokenizer
+    MAX_TOKENS: ClassVar[int] = 512
+
+    def __init__(self, model: Model, dtype: Any, mesh: Mesh, offload: bool = False):
+        self.model, self.mesh, self.cut = model, mesh, 0
+        self.encoders = {
+            component: Encoder(model, component, tokenizer, dtype, self.MAX_TOKENS)
+            for component, tokenizer in self.ENCODERS.items()
+        }
+        states = {
+            component: model.load(component, encoder.abstract, state_shardings(mesh, encoder.abstract))
+            for component, encoder in self.encoders.items()
+        }
+        self.weights = Weights(states, offload)
+
+    def __call__(self, prompts: Sequence[str], *, guidance: float, rows: int, columns: int) -> Conditioning:
+        """Conditioning of B prompts for images of rows × columns tokens.
+
+        Args:
+          prompts: on several processes, each one's own (see `processes.local_part`); B counts all.
+          guidance: scale that the guidance embedding is fed; a transformer without one ignores it.
+        """
+        return self.batches([prompts], guidance=guidance, rows=rows, columns=columns)[0]
+
+    def batches(
+        self, batches: Sequence[Sequence[str]], *, guidance: float, rows: int, columns: int
+    ) -> list[Conditioning]:
+        """The same for several batches one after the other."""
+        embedded = self.weights.run(lambda states: [self._embed(states, prompts)[0] for prompts in batches])
+        settings = {"guidance": guidance, "rows": rows, "columns": columns}
+        return [self.conditioning(self.model, self.mesh, each, **settings) for each in embedded]
+
+    def embed(self, prompts: Sequence[str]) -> tuple[dict[str, jax.Array], np.ndarray]:
+        """What the encoders make of B prompts, each array [B, ...], and which prompts were cut, [B]."""
+        return self.weights.run(lambda states: self._embed(states, prompts))
+
+    def _embed(
+        self, states: Mapping[str, nnx.State], prompts: Sequence[str]
+    ) -> tuple[dict[str, jax.Array], np.ndarray]:
+        """`embed`, with the encoders' weights by component. It adds to `cut`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def conditioning(
+        model: Model, mesh: Mesh, embedded: Mapping[str, jax.Array], *, guidance: float, rows: int, columns: int
+    ) -> Conditioning:
+        """Conditioning from what `embed` gave, now or when a cache was written."""
+        raise NotImplementedError
+
+    @staticmethod
+    def abstract_conditioning(model: Model, mesh: Mesh, batch: int, tokens: int, dtype: Any) -> Conditioning:
+        """Shapes and shardings of the conditioning of a batch of images of N tokens; needs no weights."""
+        raise NotImplementedError

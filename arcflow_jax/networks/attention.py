@@ -1,0 +1,149 @@
+"""Softmax attention behind one function, by the kernel that suits the platform.
+
+    cudnn      NVIDIA GPUs, fused: bfloat16 or float16, heads of up to 128
+    splash     TPUs, fused: heads of 128 or 256
+    chunked    anywhere: the scores of some 128 queries at a time
+    xla        anywhere: all scores at once, for short sequences
+
+The platform is that of the mesh in context (`jax.set_mesh`), which may be one that this machine does not have, or
+else JAX's default. Under a mesh of several devices each computes its own examples and heads, or its own queries,
+against the keys and values of the whole sequence.
+"""
+
+# B batch, S queries, T keys, H heads, E head dim
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from arcflow_jax.parallel.mesh import partition_spec
+
+# Overrides the choice in what is traced inside `with attention_kernel("chunked"): …`; part of jit's cache key
+attention_kernel = jax.make_user_context(None)
+
+SHORT = 1024  # tokens up to which all scores at once cost nothing worth saving
+CHUNK = 128  # queries: on CPUs their scores stay in the cache
+SPLASH_BLOCKS = (512, 384, 256)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+    """softmax(q kᵀ / √E) v of queries [B, S, H, E] and keys and values [B, T, H, E]: [B, S, H, E].
+
+    Scores and softmax are float32. Every kernel gives the same result to rounding.
+
+    Args:
+      q, k, v: as above.
+      lengths: how many of an example's keys, the first ones, are attended, [B] int32, each at least 1; None for all.
+
+    Raises:
+      ValueError: `attention_kernel` is set to a kernel that there is not.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    name = attention_kernel.value or choose(platform(mesh), q)
+    kernels = {"xla": xla, "cudnn": cudnn, "chunked": chunked, "splash": splash}
+    if name not in kernels:
+        raise ValueError(f"no attention kernel {name!r}, there are {', '.join(kernels)}")
+    kernel = functools.partial(splash, interpret=platform(mesh) != "tpu") if name == "splash" else kernels[name]
+    if mesh.size <= 1:
+        return kernel(q, k, v, lengths)
+    queries = query_spec(mesh, q.shape)
+    keys = PartitionSpec(queries[0], None, queries[2])
+    # Pallas kernels do not say over which mesh axes their results vary
+    specs = (queries, keys, keys, PartitionSpec(queries[0]))
+    return jax.shard_map(kernel, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, lengths)
+
+
+def platform(mesh: AbstractMesh) -> str:
+    """What is compiled for: "cpu", "gpu" or "tpu"."""
+    device = mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def choose(platform: str, q: jax.Array) -> str:
+    """The name of the kernel for queries [B, S, H, E]."""
+    tokens, head_dim = q.shape[1], q.shape[3]
+    if platform == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128:
+        return "cudnn"
+    if tokens <= SHORT:
+        return "xla"
+    return "splash" if platform == "tpu" and head_dim in (128, 256) else "chunked"
+
+
+def query_spec(mesh: AbstractMesh, shape: tuple[int, ...]) -> PartitionSpec:
+    """How queries [B, S, H, E] are split over a mesh.
+
+    Heads are split over `sequence` too (arXiv 2309.14509), and queries where the heads do not suffice.
+    """
+    by_heads = partition_spec(mesh, ("batch", None, "attending_heads", None), shape)
+    if "sequence" in jax.tree.leaves(tuple(by_heads)):
+        return by_heads
+    return partition_spec(mesh, ("batch", "tokens", "heads", None), shape)
+
+
+def xla(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="xla")
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")
+
+
+def chunked(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    """As many even chunks of queries as keep a chunk within `CHUNK`, recomputed one by one in the backward pass."""
+    b, s, h, e = q.shape
+    chunks = -(-s // CHUNK)
+    size = -(-s // chunks)
+    q = pad(q, chunks * size).reshape(b, chunks, size, h, e).swapaxes(0, 1)
+    out = jax.lax.map(jax.checkpoint(lambda q: xla(q, k, v, lengths)), q)
+    return out.swapaxes(0, 1).reshape(b, chunks * size, h, e)[:, :s]
+
+
+def splash(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, interpret: bool = False) -> jax.Array:
+    """JAX's fused kernel for TPUs, of Dao 2023 (arXiv 2307.08691); `interpret` runs it on other platforms.
+
+    Sequences are padded to whole blocks. Padded keys, and those that are not attended, stand in a segment of their
+    own, which no query belongs to.
+    """
+    # Imported late: Pallas takes a second to import, and only TPUs want it
+    from jax.experimental.pallas.ops.tpu import splash_attention as lib
+
+    b, s, t = q.shape[0], q.shape[1], k.shape[1]
+    (block_q, padded_s), (block_k, padded_t) = blocking(s), blocking(t)
+    q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)  # the kernel does not scale its scores
+    q, k, v = (pad(x, length).swapaxes(1, 2) for x, length in ((q, padded_s), (k, padded_t), (v, padded_t)))
+    kernel = lib.make_splash_mha(
+        lib.MultiHeadMask([lib.FullMask((padded_s, padded_t))] * q.shape[1]),
+        block_sizes=lib.BlockSizes(
+            block_q=block_q,
+            block_kv=block_k,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_k,
+            block_q_dq=block_q,
+            block_kv_dq=block_k,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    segments = None
+    if padded_t != t or lengths is not None:
+        ends = jnp.full(b, t) if lengths is None else lengths
+        outside = jnp.arange(padded_t) >= ends[:, None]
+        segments = lib.SegmentIds(jnp.zeros((b, padded_s), jnp.int32), outside.astype(jnp.int32))
+    out = jax.vmap(kernel)(q, k, v, segments)
+    return out.swapaxes(1, 2)[:, :s]
+
+
+def blocking(length: int) -> tuple[int, int]:
+    """The block that a sequence is cut in and its length in whole blocks: the least padding, then the largest block."""
+    padded, block = min((-(-length // block) * block, -block) for block in SPLASH_BLOCKS)
+    return -block, padded
+
+
+def pad(x: jax.Array, length: int) -> jax.Array:
+    """Zeros after the end of a sequence [B, S, H, E], to `length`."""
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))

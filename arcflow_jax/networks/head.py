@@ -1,0 +1,116 @@
+"""What stands on a backbone: the teacher's output layer, and the student's head that predicts a curve."""
+
+# B batch, N tokens, D width, K coefficients, C latent channels; 4 latent pixels a token
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from arcflow_jax.flow import legendre, momentum
+from arcflow_jax.networks.layers import Adapter, Base, LayerNorm, Linear
+
+
+class OutputNorm(nnx.Module):
+    """Layer norm scaled and shifted by the time embedding (diffusers' AdaLayerNormContinuous: scale comes first)."""
+
+    def __init__(self, width: int, *, kind: type[nnx.Variable], dtype: Any, rngs: nnx.Rngs):
+        self.linear = Linear(width, 2 * width, axes=("embed", None), kind=kind, dtype=dtype, rngs=rngs)
+
+    def __call__(self, hidden: jax.Array, temb: jax.Array) -> jax.Array:
+        scale, shift = jnp.split(self.linear(jax.nn.silu(temb))[:, None], 2, axis=-1)  # [B, 1, D]
+        return LayerNorm(hidden.shape[-1], eps=1e-6, affine=False)(hidden) * (1 + scale) + shift
+
+
+class OutputLayer(nnx.Module):
+    """The teacher's: hidden [B, N, D] and time embedding [B, D] to a velocity [B, N, 4C], in float32."""
+
+    def __init__(self, width: int, out_channels: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.norm_out = OutputNorm(width, kind=Base, dtype=dtype, rngs=rngs)
+        self.proj_out = Linear(width, out_channels, axes=("embed", None), dtype=dtype, rngs=rngs)
+
+    def __call__(self, hidden: jax.Array, temb: jax.Array) -> jax.Array:
+        return self.proj_out(self.norm_out(hidden, temb)).astype(jnp.float32)
+
+
+class CurveHead(nnx.Module):
+    """The student's: an output norm of its own and linear projections, to a curve with K coefficients in float32.
+
+    Output rows are mode-major, feature k·4C + c·4 + pixel, as in the authors' export.
+    """
+
+    def __init__(self, width: int, out_channels: int, modes: int, *, rngs: nnx.Rngs):
+        self.norm_out = OutputNorm(width, kind=Adapter, dtype=jnp.float32, rngs=rngs)
+        self.width, self.channels, self.modes = width, out_channels // 4, modes
+
+    def project(self, rows: int, rngs: nnx.Rngs) -> Linear:
+        return Linear(self.width, rows, axes=("embed", None), kind=Adapter, rngs=rngs)
+
+    def initialize_from(self, output: OutputLayer, noise: jax.Array) -> None:
+        """Sets the weights so that the student's first velocity is the teacher's, but for what is moved by `noise`,
+        [K, C], standard normal."""
+        self.norm_out.linear.kernel[...] = output.norm_out.linear.kernel[...].astype(jnp.float32)
+        self.norm_out.linear.bias[...] = output.norm_out.linear.bias[...].astype(jnp.float32)
+
+
+class MomentumHead(CurveHead):
+    """To a `momentum.Mixture`: means, and for each pixel logits and log-momenta, feature k·4 + pixel.
+
+    With one mode there is no momentum, and the head is that of a *linear* student.
+    """
+
+    def __init__(self, width: int, out_channels: int, modes: int, momenta: tuple[float, float], *, rngs: nnx.Rngs):
+        super().__init__(width, out_channels, modes, rngs=rngs)
+        sizes = momentum.head_sizes(modes, self.channels)
+        self.proj_out_means = self.project(sizes.means, rngs)
+        self.proj_out_logweights = self.project(sizes.logits, rngs)
+        self.proj_out_loggamma = self.project(sizes.log_momenta, rngs) if modes > 1 else None
+        self.momenta = momenta
+
+    def __call__(self, hidden: jax.Array, temb: jax.Array) -> momentum.Mixture:
+        y = self.norm_out(hidden, temb)
+        b, n, _ = y.shape
+        momenta = jnp.zeros((b, n, 0)) if self.proj_out_loggamma is None else self.proj_out_loggamma(y)
+        return momentum.Mixture(
+            means=self.proj_out_means(y).reshape(b, n, self.modes, -1, 4).astype(jnp.float32),
+            logits=self.proj_out_logweights(y).reshape(b, n, self.modes, 4).astype(jnp.float32),
+            log_momenta=momenta.reshape(b, n, self.modes - 1, 4).astype(jnp.float32),
+        )
+
+    def initialize_from(self, output: OutputLayer, noise: jax.Array) -> None:
+        """See `CurveHead`. Every mode's mean is the teacher's output layer with its bias moved by 0.05 · `noise`, which
+        tells the modes apart; the modes are equally likely; momenta start log-spaced."""
+        super().initialize_from(output, noise)
+        kernel = output.proj_out.kernel[...].astype(jnp.float32)
+        bias = output.proj_out.bias[...].astype(jnp.float32)
+        self.proj_out_means.kernel[...] = jnp.tile(kernel, (1, self.modes))
+        self.proj_out_means.bias[...] = jnp.tile(bias, self.modes) + 0.05 * jnp.repeat(noise.ravel(), 4)
+        self.proj_out_logweights.kernel[...] = jnp.zeros_like(self.proj_out_logweights.kernel[...])
+        self.proj_out_logweights.bias[...] = jnp.zeros_like(self.proj_out_logweights.bias[...])
+        if self.proj_out_loggamma is not None:
+            start = momentum.initial_log_momenta(self.modes, self.momenta)  # [K − 1]
+            self.proj_out_loggamma.kernel[...] = jnp.zeros_like(self.proj_out_loggamma.kernel[...])
+            self.proj_out_loggamma.bias[...] = jnp.repeat(start, 4)
+
+
+class LegendreHead(CurveHead):
+    """To a `legendre.Series`."""
+
+    def __init__(self, width: int, out_channels: int, modes: int, *, rngs: nnx.Rngs):
+        super().__init__(width, out_channels, modes, rngs=rngs)
+        self.proj_out_coefficients = self.project(modes * out_channels, rngs)
+
+    def __call__(self, hidden: jax.Array, temb: jax.Array) -> legendre.Series:
+        y = self.proj_out_coefficients(self.norm_out(hidden, temb))
+        return legendre.Series(y.reshape(*y.shape[:2], self.modes, -1, 4).astype(jnp.float32))
+
+    def initialize_from(self, output: OutputLayer, noise: jax.Array) -> None:
+        """See `CurveHead`. c_0 is the teacher's output layer, the others are 0: nothing is moved."""
+        super().initialize_from(output, noise)
+        for name in ("kernel", "bias"):
+            ours, theirs = (getattr(layer, name) for layer in (self.proj_out_coefficients, output.proj_out))
+            first = theirs[...].astype(jnp.float32)
+            ours[...] = jnp.zeros_like(ours[...]).at[..., : first.shape[-1]].set(first)

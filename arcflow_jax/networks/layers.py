@@ -1,0 +1,253 @@
+"""The layers that every network here is made of: linear with an optional adapter, norms, convolution, stacks.
+
+Weights are NNX variables of one of two kinds. `Base` is the frozen teacher; `Adapter` is what distillation
+trains. They are siblings, so that a filter on one never catches the other: gradients, optimizer, EMA and
+checkpoints see `Adapter` only. Each variable carries `axes`, the logical names of its trailing dimensions;
+`sharding.py` maps those to mesh axes.
+
+Arithmetic follows the dtype of the activations: weights are cast to it where they are used. Norms run in float32.
+"""
+
+# B batch, N tokens, D width, r LoRA rank, L stacked layers; H, W, C height, width, channels of an image
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Axes = tuple[str | None, ...]
+
+
+class Base(nnx.Variable):
+    """A weight of the teacher: frozen during distillation."""
+
+
+class Adapter(nnx.Variable):
+    """A weight that distillation trains: LoRA, momentum head, the student's output norm."""
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["dropout_key"], meta_fields=["adapters"])
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """How a network is read: as the teacher (`TEACHER`) or, with its adapters on, as the student.
+
+    Attributes:
+      adapters: whether LoRA adapters take part. Static: the two readings are different programs.
+      dropout_key: PRNG key of the LoRA dropout, or None for no dropout (sampling, the teacher).
+    """
+
+    adapters: bool
+    dropout_key: jax.Array | None = None
+
+    def fold(self, index: int | jax.Array) -> Mode:
+        """The same mode with a dropout key of its own for block `index`."""
+        if self.dropout_key is None:
+            return self
+        return dataclasses.replace(self, dropout_key=jax.random.fold_in(self.dropout_key, index))
+
+
+TEACHER = Mode(adapters=False)
+STUDENT = Mode(adapters=True)
+
+
+def fan_in_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """N(0, 1/fan_in) over all but the last dimension: [.., in, out]."""
+    fan_in = 1
+    for size in shape[:-1]:
+        fan_in *= size
+    return (jax.random.normal(key, shape) * fan_in**-0.5).astype(dtype)
+
+
+class Linear(nnx.Module):
+    """x @ kernel + bias, plus a low-rank adapter when one is attached and the mode asks for it.
+
+    Args:
+      d_in, d_out: widths. kernel is [d_in, d_out].
+      axes: logical names of kernel's two dimensions.
+      kind: `Base` or `Adapter`.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        bias: bool = True,
+        axes: Axes = ("embed", "mlp"),
+        kind: type[nnx.Variable] = Base,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = kind(fan_in_normal(rngs.params(), (d_in, d_out), dtype), axes=axes)
+        self.bias = kind(jnp.zeros((d_out,), dtype), axes=axes[-1:]) if bias else None
+        self.lora: LoRA | None = nnx.data(None)
+
+    def __call__(self, x: jax.Array, mode: Mode = TEACHER) -> jax.Array:  # [..., d_in] -> [..., d_out]
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        if self.lora is not None and mode.adapters:
+            y = y + self.lora(x, mode)
+        return y
+
+
+class LoRA(nnx.Module):
+    """The low-rank update of a linear layer, (alpha / r) · (x A) B, of Hu et al. 2021 (arXiv 2106.09685).
+
+    A is [.., d_in, r], B is [.., r, d_out]; leading dimensions are those of a stacked kernel. Without effect until
+    `start` and training.
+    """
+
+    def __init__(self, kernel: nnx.Variable, rank: int, *, alpha: float, dropout: float, salt: int):
+        *lead, d_in, d_out = kernel.shape
+        in_axis, out_axis = kernel.axes
+        self.a = Adapter(jnp.zeros((*lead, d_in, rank)), axes=(in_axis, "rank"))
+        self.b = Adapter(jnp.zeros((*lead, rank, d_out)), axes=("rank", out_axis))
+        self.scale = alpha / rank
+        self.dropout = dropout
+        self.salt = salt  # tells this layer's random numbers from those of the others
+
+    def initialize(self, key: jax.Array) -> None:
+        """A ~ N(0, 1/r) and B = 0: the update is zero, and its gradient is not."""
+        rank = self.a.shape[-1]
+        self.a[...] = jax.random.normal(jax.random.fold_in(key, self.salt), self.a.shape) * rank**-0.5
+        self.b[...] = jnp.zeros(self.b.shape)
+
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
+        if self.dropout and mode.dropout_key is not None:
+            key = jax.random.fold_in(mode.dropout_key, self.salt)
+            keep = jax.random.bernoulli(key, 1.0 - self.dropout, x.shape)
+            x = jnp.where(keep, x / (1.0 - self.dropout), 0)
+        return (x @ self.a[...].astype(x.dtype)) @ self.b[...].astype(x.dtype) * self.scale
+
+
+class Embedding(nnx.Module):
+    """A table of vectors, [vocabulary, D], read by integer index."""
+
+    def __init__(self, size: int, width: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.embedding = Base(
+            (jax.random.normal(rngs.params(), (size, width)) * 0.02).astype(dtype), axes=("vocab", "embed")
+        )
+
+    def __call__(self, ids: jax.Array) -> jax.Array:  # [..., ] -> [..., D]
+        return self.embedding[...][ids]
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last dimension, in float32; with scale and bias unless `affine` is off."""
+
+    def __init__(self, width: int, *, eps: float, affine: bool = True, dtype: Any = jnp.float32):
+        self.scale = Base(jnp.ones((width,), dtype), axes=("norm",)) if affine else None
+        self.bias = Base(jnp.zeros((width,), dtype), axes=("norm",)) if affine else None
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
+        if self.scale is not None:
+            y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · scale over the last dimension, in float32."""
+
+    def __init__(self, width: int, *, eps: float, dtype: Any = jnp.float32):
+        self.scale = Base(jnp.ones((width,), dtype), axes=("norm",))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation of an image [B, H, W, C] over H, W and the channels of a group, in float32."""
+
+    def __init__(self, channels: int, groups: int, *, eps: float = 1e-6, dtype: Any = jnp.float32):
+        self.scale = Base(jnp.ones((channels,), dtype), axes=("norm",))
+        self.bias = Base(jnp.zeros((channels,), dtype), axes=("norm",))
+        self.groups = groups
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # Sums over pixels first, then over the channels of a group: the image is read twice and never reshaped.
+        y = x.astype(jnp.float32)
+
+        def group_mean(per_channel: jax.Array) -> jax.Array:  # [B, C] -> [B, C]
+            grouped = per_channel.reshape(x.shape[0], self.groups, -1)
+            return jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape).reshape(per_channel.shape)
+
+        mean = group_mean(y.mean((1, 2)))
+        variance = group_mean(jnp.square(y - mean[:, None, None]).mean((1, 2)))
+        gain = jax.lax.rsqrt(variance + self.eps) * self.scale[...].astype(jnp.float32)  # [B, C]
+        shift = self.bias[...].astype(jnp.float32) - mean * gain
+        return (y * gain[:, None, None] + shift[:, None, None]).astype(x.dtype)
+
+
+class Conv(nnx.Module):
+    """A k×k convolution of an image [B, H, W, C]; kernel is [k, k, in, out]."""
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        size: int,
+        *,
+        stride: int = 1,
+        padding: tuple[tuple[int, int], tuple[int, int]] | str = "SAME",
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        shape = (size, size, c_in, c_out)
+        self.kernel = Base(fan_in_normal(rngs.params(), shape, dtype), axes=(None, None, "conv_in", "conv_out"))
+        self.bias = Base(jnp.zeros((c_out,), dtype), axes=("conv_out",))
+        self.stride = stride
+        self.padding = padding
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jax.lax.conv_general_dilated(
+            x,
+            self.kernel[...].astype(x.dtype),
+            (self.stride, self.stride),
+            self.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y + self.bias[...].astype(x.dtype)
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`layers` copies of a block as one module whose weights are [L, ...]; run it with `scan_blocks`."""
+
+    @nnx.split_rngs(splits=layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make_all(rngs: nnx.Rngs) -> nnx.Module:
+        return make(rngs)
+
+    return make_all(rngs)
+
+
+def scan_blocks(blocks: nnx.Module, carry: Any, call: Callable[[Any, Any, Mode], Any], mode: Mode) -> Any:
+    """Runs a stack of blocks one after the other: carry = call(block, carry, mode of that block).
+
+    The loop is a `lax.scan`, so compile time does not grow with depth, and each block is rematerialised in the
+    backward pass, so that only the carry of each layer is kept.
+    """
+    graphdef, state = nnx.split(blocks)
+    layers = jax.tree.leaves(state)[0].shape[0]
+
+    @jax.checkpoint
+    def step(carry, layer):
+        index, weights = layer
+        return call(nnx.merge(graphdef, weights), carry, mode.fold(index)), None
+
+    carry, _ = jax.lax.scan(step, carry, (jnp.arange(layers), state))
+    return carry

@@ -1,0 +1,126 @@
+"""Qwen2.5-VL's language model, which turns a prompt into Qwen-Image's text tokens (the text side of transformers'
+Qwen2_5_VLForConditionalGeneration).
+
+    ids [B, N]  --decoder layers, causal-->  hidden [B, N, D], normed
+
+Prompts are padded at the end: a token attends to those before it only, so that padding needs no mask. Without
+pictures the three axes of its rotary embedding have the same position, and are one. Attribute names are those of the
+checkpoint.
+"""
+
+# B batch, N tokens, D width, H heads, G heads of keys and values, E head dim
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from arcflow_jax.networks.layers import TEACHER, Embedding, Linear, RMSNorm, scan_blocks, stack
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen2_5VLConfig:
+    """Geometry of the language model, under the names of its config.json."""
+
+    REQUIRED: ClassVar[dict[str, Any]] = {"hidden_act": "silu", "use_sliding_window": False, "rope_type": "default"}
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float
+    rope_theta: float = 1e6
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @staticmethod
+    def flat(config: dict[str, Any]) -> dict[str, Any]:
+        """A config.json with what newer ones keep in `text_config` and `rope_parameters` on the top level."""
+        config = config | (config.get("text_config") or {})
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        return config | rope | {"rope_type": "default" if kind == "mrope" else kind}
+
+
+def rotary(tokens: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of the rotary angles of positions 0, 1, …, each [N, E/2] float32 (arXiv 2104.09864)."""
+    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    angle = jnp.arange(tokens, dtype=jnp.float32)[:, None] * frequencies.astype(np.float32)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates each pair of features E/2 apart of x [B, N, H, E] by its angle, in float32."""
+    cos, sin = (t[None, :, None, :] for t in rope)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention; H / G heads share keys and values (arXiv 2305.13245)."""
+
+    def __init__(self, config: Qwen2_5VLConfig, *, dtype: Any, rngs: nnx.Rngs):
+        def project(heads: int) -> Linear:
+            width = heads * config.head_dim
+            return Linear(config.hidden_size, width, axes=("embed", "heads"), dtype=dtype, rngs=rngs)
+
+        self.q_proj = project(config.num_attention_heads)
+        self.k_proj = project(config.num_key_value_heads)
+        self.v_proj = project(config.num_key_value_heads)
+        inner = config.num_attention_heads * config.head_dim
+        self.o_proj = Linear(inner, config.hidden_size, bias=False, axes=("heads", "embed"), dtype=dtype, rngs=rngs)
+        self.head_dim = config.head_dim
+
+    def __call__(self, x: jax.Array, rope: Any) -> jax.Array:  # [B, N, D] -> [B, N, D]
+        q, k, v = (f(x).reshape(*x.shape[:2], -1, self.head_dim) for f in (self.q_proj, self.k_proj, self.v_proj))
+        y = jax.nn.dot_product_attention(rotate(q, rope), rotate(k, rope), v, is_causal=True)  # [B, N, H, E]
+        return self.o_proj(y.reshape(*x.shape[:2], -1))
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: Qwen2_5VLConfig, *, dtype: Any, rngs: nnx.Rngs):
+        def linear(d_in: int, d_out: int, axes: tuple[str, str]) -> Linear:
+            return Linear(d_in, d_out, bias=False, axes=axes, dtype=dtype, rngs=rngs)
+
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size, ("embed", "mlp"))
+        self.up_proj = linear(config.hidden_size, config.intermediate_size, ("embed", "mlp"))
+        self.down_proj = linear(config.intermediate_size, config.hidden_size, ("mlp", "embed"))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nnx.Module):
+    def __init__(self, config: Qwen2_5VLConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, rope: Any) -> jax.Array:
+        x = x + self.self_attn(self.input_layernorm(x), rope)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen2_5VLText(nnx.Module):
+    """See the module's docstring. It computes in the dtype of its embedding table."""
+
+    def __init__(self, config: Qwen2_5VLConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.layers = stack(lambda rngs: Layer(config, dtype=dtype, rngs=rngs), config.num_hidden_layers, rngs)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:  # [B, N] -> [B, N, D]
+        rope = rotary(ids.shape[1], self.config.head_dim, self.config.rope_theta)
+        x = scan_blocks(self.layers, self.embed_tokens(ids), lambda layer, x, _: layer(x, rope), TEACHER)
+        return self.norm(x)

@@ -1,0 +1,193 @@
+"""Qwen-Image's transformer (diffusers' QwenImageTransformer2DModel) up to, not including, its output layer.
+
+    tokens, σ, text
+      → L blocks: text and image keep weights of their own and attend to each other
+      → hidden image tokens and the time embedding
+
+The output norm and projection are `head.OutputLayer`: the student retrains them. Attribute names are those of the
+checkpoint. Text is padded to a static length; its padding is never attended, so that what a prompt gives depends
+neither on the other prompts of its batch nor on that length.
+"""
+
+# B batch, N image tokens, T text tokens with padding, S = N + T, D width, H heads, E head dim, L blocks
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from arcflow_jax.networks import flux
+from arcflow_jax.networks.attention import attention
+from arcflow_jax.networks.conditioning import interleave
+from arcflow_jax.networks.flux import EmbeddingMLP, FeedForward, Modulation, attended, modulate, qkv, rotary, rotate
+from arcflow_jax.networks.layers import TEACHER, Linear, Mode, RMSNorm, scan_blocks, stack
+from arcflow_jax.parallel.mesh import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenImageConfig:
+    """Geometry of a Qwen-Image transformer, under the names of its config.json."""
+
+    in_channels: int
+    num_layers: int
+    attention_head_dim: int
+    num_attention_heads: int
+    joint_attention_dim: int
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+
+    REQUIRED: ClassVar[dict[str, Any]] = {
+        "patch_size": 2,
+        "guidance_embeds": False,
+        "zero_cond_t": False,
+        "use_additional_t_cond": False,
+        "use_layer3d_rope": False,
+    }
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["text", "lengths", "positions"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class QwenImageConditioning:
+    """What a Qwen-Image velocity depends on besides state and σ.
+
+    Attributes:
+      text: Qwen2.5-VL hidden states, [B, T, joint_attention_dim], finite in the padding too.
+      lengths: how many text tokens, the first ones, are the prompt's; [B] int32, each at least 1.
+      positions: (0, row, column) of each image token from the centre, [N, 3], as `latents.centred_positions` gives.
+    """
+
+    text: jax.Array
+    lengths: jax.Array
+    positions: jax.Array
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.text)
+
+    def repeat(self, times: int) -> QwenImageConditioning:
+        """For a batch in which each example stands `times` times in a row."""
+        if times == 1:
+            return self
+        text, lengths = (jnp.repeat(x, times, axis=0) for x in (self.text, self.lengths))
+        return QwenImageConditioning(text, lengths, self.positions)
+
+    def paired(self, negative: QwenImageConditioning) -> QwenImageConditioning:
+        """For a batch in which each example is followed by itself under its negative."""
+        text, lengths = interleave(self.text, negative.text), interleave(self.lengths, negative.lengths)
+        return QwenImageConditioning(text, lengths, self.positions)
+
+
+class TimeEmbedding(nnx.Module):
+    """The modulation vector: σ through an MLP."""
+
+    FEATURES = 256
+
+    def __init__(self, config: QwenImageConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.timestep_embedder = EmbeddingMLP(self.FEATURES, config.width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, sigma: jax.Array, dtype: Any, mode: Mode) -> jax.Array:  # [B] -> [B, D]
+        return self.timestep_embedder(flux.sinusoid(sigma, self.FEATURES).astype(dtype), mode)
+
+
+def positions(image: jax.Array, length: int) -> jax.Array:  # [N, 3] -> [N + length, 3]
+    """Of the image tokens, then of `length` text tokens, who go on diagonally where the image's larger half ends."""
+    start = image[:, 1:].max() + 1
+    text = jnp.broadcast_to((start + jnp.arange(length))[:, None], (length, image.shape[1]))
+    return jnp.concatenate([image, text.astype(image.dtype)])
+
+
+class JointAttention(flux.JointAttention):
+    """Attention over image and text tokens together, each with projections of its own; padding is not attended."""
+
+    def __call__(self, text: jax.Array, image: jax.Array, rope: Any, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        of_image = qkv(image, self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k)
+        of_text = qkv(text, self.add_q_proj, self.add_k_proj, self.add_v_proj, self.norm_added_q, self.norm_added_k)
+        # The image first, so that what is attended is one piece: fused kernels take a length, and no mask
+        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(of_image, of_text, strict=True))  # [B, S, H, E]
+        tokens = image.shape[1]
+        out = attention(rotate(q, rope), rotate(k, rope), v, tokens + lengths)
+        return self.to_add_out(attended(out[:, tokens:])), self.to_out(attended(out[:, :tokens]))
+
+
+class Block(nnx.Module):
+    """Text and image with weights of their own: joint attention, then an MLP each, both modulated and gated."""
+
+    def __init__(self, config: QwenImageConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.img_mod = Modulation(config.width, 6, dtype=dtype, rngs=rngs)
+        self.txt_mod = Modulation(config.width, 6, dtype=dtype, rngs=rngs)
+        self.attn = JointAttention(config, dtype=dtype, rngs=rngs)
+        self.img_mlp = FeedForward(config.width, dtype=dtype, rngs=rngs)
+        self.txt_mlp = FeedForward(config.width, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, text: jax.Array, image: jax.Array, temb: jax.Array, rope: Any, lengths: jax.Array, mode: Mode
+    ) -> tuple[jax.Array, jax.Array]:
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.img_mod(temb)
+        t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = self.txt_mod(temb)
+
+        text_update, image_update = self.attn(
+            modulate(text, t_shift, t_scale), modulate(image, shift, scale), rope, lengths
+        )
+        image = image + gate * image_update
+        text = text + t_gate * text_update
+
+        image = image + mlp_gate * self.img_mlp(modulate(image, mlp_shift, mlp_scale), mode)
+        text = text + t_mlp_gate * self.txt_mlp(modulate(text, t_mlp_shift, t_mlp_scale), mode)
+        return text, image
+
+
+class QwenImage(nnx.Module):
+    """The backbone. Computes in `dtype`; weights are stored in `param_dtype`.
+
+    The last block stands apart from the stack, under its number in the checkpoint: nobody reads the text that it
+    gives, so that nothing can be learned there, and its `txt_mlp` is no target of LoRA.
+    """
+
+    def __init__(
+        self, config: QwenImageConfig, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
+    ):
+        self.config = config
+        self.dtype = dtype
+        options = {"dtype": param_dtype, "rngs": rngs}
+        last = config.num_layers - 1
+        self.img_in = Linear(config.in_channels, config.width, axes=(None, "embed"), **options)
+        self.txt_norm = RMSNorm(config.joint_attention_dim, eps=1e-6, dtype=param_dtype)
+        self.txt_in = Linear(config.joint_attention_dim, config.width, axes=(None, "embed"), **options)
+        self.time_text_embed = TimeEmbedding(config, **options)
+        self.transformer_blocks = stack(lambda rngs: Block(config, dtype=param_dtype, rngs=rngs), last, rngs)
+        self.last_block = nnx.Dict({str(last): Block(config, **options)})
+
+    def __call__(
+        self, tokens: jax.Array, sigma: jax.Array, conditioning: QwenImageConditioning, mode: Mode = TEACHER
+    ) -> tuple[jax.Array, jax.Array]:
+        """Hidden image tokens [B, N, D] and the time embedding [B, D].
+
+        Args:
+          tokens: packed latents, [B, N, in_channels].
+          sigma: noise level in [0, 1], [B].
+          conditioning: see QwenImageConditioning.
+          mode: teacher, or student with its adapters.
+        """
+        image = self.img_in(tokens.astype(self.dtype))
+        text = self.txt_in(self.txt_norm(conditioning.text.astype(self.dtype)))
+        temb = self.time_text_embed(sigma, self.dtype, mode.fold(0))
+        rope = rotary(positions(conditioning.positions, text.shape[1]), self.config.axes_dims_rope)
+
+        def split(tokens: jax.Array) -> jax.Array:  # [B, .., D]
+            return constrain(tokens, "batch", "tokens", None)
+
+        def run(block: Block, carry: Any, mode: Mode) -> Any:
+            return jax.tree.map(split, block(*carry, temb, rope, conditioning.lengths, mode))
+
+        carry = scan_blocks(self.transformer_blocks, (split(text), split(image)), run, mode.fold(1))
+        (last,) = self.last_block.values()
+        _, image = run(last, carry, mode.fold(2))
+        return image, temb

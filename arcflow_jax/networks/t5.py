@@ -1,0 +1,129 @@
+"""The T5 v1.1 encoder, which turns a prompt into FLUX.1's text tokens (transformers' T5EncoderModel).
+
+    ids [B, N]  --encoder-->  hidden [B, N, D]
+
+As FLUX.1 uses it there is no attention mask: padding is attended, and its outputs are text tokens too.
+"""
+
+# B batch, N tokens, D width, H heads, E head dim, L layers
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from arcflow_jax.networks.layers import TEACHER, Base, Embedding, Linear, RMSNorm, scan_blocks, stack
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Geometry of a T5 encoder, under the names of its config.json."""
+
+    REQUIRED: ClassVar[dict[str, Any]] = {"feed_forward_proj": "gated-gelu"}
+
+    vocab_size: int
+    d_model: int
+    d_kv: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+
+
+def distance_buckets(distances: np.ndarray, buckets: int, max_distance: int) -> np.ndarray:
+    """The bucket, in [0, `buckets`), of each key-minus-query distance: its row in the relative attention bias.
+
+    Half of the buckets are for keys after the query. Of each half, half are single distances, and the others grow
+    logarithmically up to `max_distance`, beyond which all distances share the last. Mesh TensorFlow's rule.
+    """
+    # NumPy's float32, as the weights were trained with: a logarithm that is off by one bit moves a bucket's edge.
+    half = buckets // 2
+    exact = half // 2
+    far = np.abs(distances)
+    octaves = np.log(np.maximum(far, exact).astype(np.float32) / np.float32(exact)) / math.log(max_distance / exact)
+    logarithmic = np.minimum(exact + (octaves * (half - exact)).astype(np.int32), half - 1)
+    return np.where(distances > 0, half, 0) + np.where(far < exact, far, logarithmic)
+
+
+class Attention(nnx.Module):
+    """Self-attention; T5 folds the usual 1/√E into its weights, so the scores are not scaled."""
+
+    def __init__(self, config: T5Config, *, dtype: Any, rngs: nnx.Rngs):
+        def linear(d_in: int, d_out: int, axes: tuple[str, str]) -> Linear:
+            return Linear(d_in, d_out, bias=False, axes=axes, dtype=dtype, rngs=rngs)
+
+        inner = config.num_heads * config.d_kv
+        self.q = linear(config.d_model, inner, ("embed", "heads"))
+        self.k = linear(config.d_model, inner, ("embed", "heads"))
+        self.v = linear(config.d_model, inner, ("embed", "heads"))
+        self.o = linear(inner, config.d_model, ("heads", "embed"))
+        self.heads = config.num_heads
+
+    def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:  # [B, N, D], [1, H, N, N] -> [B, N, D]
+        q, k, v = (f(x).reshape(*x.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v))  # [B, N, H, E]
+        y = jax.nn.dot_product_attention(q, k, v, bias=bias, scale=1.0)
+        return self.o(y.reshape(*x.shape[:2], -1))
+
+
+class FeedForward(nnx.Module):
+    def __init__(self, config: T5Config, *, dtype: Any, rngs: nnx.Rngs):
+        def linear(d_in: int, d_out: int, axes: tuple[str, str]) -> Linear:
+            return Linear(d_in, d_out, bias=False, axes=axes, dtype=dtype, rngs=rngs)
+
+        self.wi_0 = linear(config.d_model, config.d_ff, ("embed", "mlp"))
+        self.wi_1 = linear(config.d_model, config.d_ff, ("embed", "mlp"))
+        self.wo = linear(config.d_ff, config.d_model, ("mlp", "embed"))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.wo(jax.nn.gelu(self.wi_0(x), approximate=True) * self.wi_1(x))
+
+
+class Block(nnx.Module):
+    def __init__(self, config: T5Config, *, dtype: Any, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon, dtype=dtype)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.ff_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon, dtype=dtype)
+        self.ff = FeedForward(config, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
+        x = x + self.attention(self.attention_norm(x), bias)
+        return x + self.ff(self.ff_norm(x))
+
+
+class T5Encoder(nnx.Module):
+    """See the module's docstring. It computes in the dtype of its embedding table."""
+
+    def __init__(self, config: T5Config, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.shared = Embedding(config.vocab_size, config.d_model, dtype=dtype, rngs=rngs)
+        # One for all layers; the checkpoint keeps it in its first block.
+        self.relative_attention_bias = Base(
+            jnp.zeros((config.relative_attention_num_buckets, config.num_heads), dtype), axes=(None, "heads")
+        )
+        self.blocks = stack(lambda rngs: Block(config, dtype=dtype, rngs=rngs), config.num_layers, rngs)
+        self.final_layer_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon, dtype=dtype)
+
+    def attention_bias(self, tokens: int) -> jax.Array:
+        """What attention adds to the scores of `tokens` tokens, [1, H, N query, N key], float32."""
+        buckets = distance_buckets(
+            np.arange(1 - tokens, tokens),
+            self.config.relative_attention_num_buckets,
+            self.config.relative_attention_max_distance,
+        )
+        by_distance = self.relative_attention_bias[...].astype(jnp.float32)[buckets]  # [2N - 1, H]
+        position = jnp.arange(tokens)
+        distance = position[None, :] - position[:, None]  # key minus query
+        return by_distance[distance + tokens - 1].transpose(2, 0, 1)[None]
+
+    def __call__(self, ids: jax.Array) -> jax.Array:  # [B, N] -> [B, N, D]
+        bias = self.attention_bias(ids.shape[1])
+        x = scan_blocks(self.blocks, self.shared(ids), lambda block, x, _: block(x, bias), TEACHER)
+        return self.final_layer_norm(x)

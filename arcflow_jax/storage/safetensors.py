@@ -1,0 +1,164 @@
+"""The tensors of a component folder (transformer/, vae/, …) or of a single file, by name, read from disk one at a time.
+
+A folder holds one safetensors file or shards with an index, under the names that diffusers and transformers give
+them. Pickled weights are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from arcflow_jax.errors import UserError, first_few
+from arcflow_jax.storage.files import read_json
+
+STEMS = ("diffusion_pytorch_model", "model")  # of diffusers, of transformers
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+NO_PICKLES = (
+    "unpickling runs whatever code a file brings, so only safetensors are read; save the model as safetensors first"
+)
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FileTensor:
+    """A tensor that stays on disk until `np.asarray` asks for it.
+
+    It is read by offset, not through a memory map as the safetensors library does: mapped pages count as resident
+    memory, and a 10 GB shard would be resident as a whole in the end.
+    """
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, rows: slice) -> FileTensor:
+        """Part of its first axis, still on disk."""
+        start, stop, _ = rows.indices(self.shape[0])
+        shape = (stop - start, *self.shape[1:])
+        return dataclasses.replace(
+            self, offset=self.offset + start * math.prod(self.shape[1:]) * self.dtype.itemsize, shape=shape
+        )
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        size = math.prod(self.shape)
+        try:
+            array = np.fromfile(self.path, self.dtype, size, offset=self.offset)
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
+        if array.size != size:
+            raise UserError(f"{self.path} became shorter while it was read")
+        return array.reshape(self.shape).astype(dtype or self.dtype, copy=False)
+
+
+def read_header(path: Path) -> dict[str, FileTensor]:
+    """The tensors of one safetensors file.
+
+    Raises:
+      UserError: if the file is missing, truncated, corrupt or of a dtype unknown here.
+    """
+    try:
+        with safe_open(path, "np"):  # checks lengths, offsets and JSON
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated or corrupt: {cut_short(path) or error}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise UserError(f"{path}: {name} has dtype {entry['dtype']}, which is not supported")
+        offset = 8 + length + entry["data_offsets"][0]
+        tensors[name] = FileTensor(path, offset, tuple(entry["shape"]), np.dtype(DTYPES[entry["dtype"]]))
+    return tensors
+
+
+def cut_short(path: Path) -> str | None:
+    """Which tensors lie beyond the end of the file, if it has a header that says so."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, size)))
+        room = size - 8 - length
+        cut = [name for name, entry in header.items() if name != "__metadata__" and entry["data_offsets"][1] > room]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return f"it ends before {len(cut)} of its tensors ({first_few(cut)})" if cut else None
+
+
+def read_file(path: Path) -> dict[str, FileTensor]:
+    """Name → tensor of one file that the user has named.
+
+    Raises:
+      UserError: if the file is missing or damaged, or holds pickles.
+    """
+    if path.suffix in PICKLES:
+        raise UserError(f"{path} is a pickle: {NO_PICKLES}")
+    if not path.is_file():
+        raise UserError(f"{path} is not a file")
+    return read_header(path)
+
+
+def read_folder(folder: Path) -> dict[str, FileTensor]:
+    """Name → tensor of all files of a component folder.
+
+    Raises:
+      UserError: if the folder, its weights or a shard is missing, a file is damaged, the weights are pickles, or
+        index and shards disagree.
+    """
+    if not folder.is_dir():
+        raise UserError(f"component folder {folder} is missing")
+    for stem in STEMS:
+        if (folder / f"{stem}.safetensors").is_file():
+            return read_header(folder / f"{stem}.safetensors")
+        if (folder / f"{stem}.safetensors.index.json").is_file():
+            return read_shards(folder / f"{stem}.safetensors.index.json")
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        raise UserError(f"{folder} holds pickled weights only ({first_few(pickles)}): {NO_PICKLES}")
+    expected = " or ".join(f"{stem}.safetensors[.index.json]" for stem in STEMS)
+    raise UserError(f"{folder} holds no weights: there is no {expected}")
+
+
+def read_shards(index: Path) -> dict[str, FileTensor]:
+    """The tensors of the shards that an index names, which index and shards must agree on."""
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise UserError(f"{index} has no weight_map from tensor names to file names")
+    missing = sorted({file for file in files.values() if not (index.parent / file).is_file()})
+    if missing:
+        raise UserError(f"{index.parent} lacks {len(missing)} of the shards that its index names: {first_few(missing)}")
+    shards = {file: read_header(index.parent / file) for file in sorted(set(files.values()))}
+    absent = [f"{name} in {file}" for name, file in files.items() if name not in shards[file]]
+    if absent:
+        raise UserError(f"{index} names {len(absent)} tensors that are not there: {first_few(absent)}")
+    extra = [f"{name} in {file}" for file, shard in shards.items() for name in shard if files.get(name) != file]
+    if extra:
+        raise UserError(f"{index} does not name {len(extra)} tensors of its shards: {first_few(extra)}")
+    return {name: shards[file][name] for name, file in files.items()}

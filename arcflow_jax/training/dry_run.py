@@ -1,0 +1,59 @@
+"""What a run would be: the recipe with all overrides, how much it trains, memory, and the mesh."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from arcflow_jax.parallel.mesh import state_shardings
+from arcflow_jax.training.plan import Plan, parameters
+from arcflow_jax.training.recipe import Recipe
+
+
+def report(recipe: Recipe) -> str:
+    """The text that `arcflow train --dry-run` prints. Loads no weights and writes nothing.
+
+    Raises:
+      UserError: if the model or the prompts do not fit the recipe.
+    """
+    plan = Plan.make(recipe)
+    trained, whole = parameters(plan.adapter), parameters(plan.base)
+    optimizer = jax.eval_shape(plan.optimizer.init, plan.adapter)
+    parts = {
+        "base": plan.base,
+        "adapter": plan.adapter,
+        "average": plan.adapter,
+        "optimizer": optimizer,
+        "gradients": plan.adapter,
+    }
+    if not recipe.embeddings:
+        components = plan.directory.description["components"]
+        encoders = [name for name in components if name.startswith("text_encoder")]
+        parts["text encoders"] = [nnx.state(plan.directory.abstract(name, recipe.dtype)) for name in encoders]
+    sizes = {name: bytes_per_device(plan.mesh, state) for name, state in parts.items()}
+    tokens = ", ".join(f"{rows} × {columns}" for rows, columns in plan.grids.values())
+    memory = [*sizes.items(), ("together", sum(sizes.values()))]
+    return "\n".join(
+        [
+            json.dumps(recipe.resolved(), indent=2),
+            "",
+            f"parameters  teacher {whole:,}, trained {trained:,}: {100 * trained / whole:.2f} %",
+            f"prompts     {plan.prompts}; {recipe.batch} an iteration of {tokens} tokens",
+            f"mesh        {', '.join(f'{name} {size}' for name, size in plan.mesh.shape.items())}: "
+            f"{plan.mesh.size} × {plan.mesh.devices.flat[0].device_kind}",
+            "memory of one device, from shapes and how they are split:",
+            *(f"  {name:14} {size / 2**30:9.3f} GiB" for name, size in memory),
+            "without activations and what XLA needs on the way: arcflow compile-report has those",
+        ]
+    )
+
+
+def bytes_per_device(mesh: Mesh, abstract: Any) -> int:
+    """What one device holds of a tree of variables."""
+    leaves = zip(jax.tree.leaves(abstract), jax.tree.leaves(state_shardings(mesh, abstract)), strict=True)
+    return sum(math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize for x, sharding in leaves)

@@ -1,0 +1,212 @@
+"""Text embeddings that are made beforehand: writes a cache (`data.embeddings`), and reads it in place of the encoders."""
+
+# P prompts of a shard
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from arcflow_jax.checkpoints.model_directory import ModelDirectory
+from arcflow_jax.console import progress_bar
+from arcflow_jax.data.embeddings import (
+    DESCRIPTION,
+    FORMAT,
+    SHARD,
+    VERSION,
+    read_description,
+    read_shard,
+    shard_path,
+    write_shard,
+)
+from arcflow_jax.data.images import captions, read_pictures
+from arcflow_jax.data.prompts import read_prompts
+from arcflow_jax.errors import UserError
+from arcflow_jax.parallel.mesh import make_mesh
+from arcflow_jax.parallel.processes import from_part
+from arcflow_jax.storage.atomic import check_room, incomplete, refuse_used
+from arcflow_jax.storage.files import digest, read_json, write_json
+from arcflow_jax.storage.safetensors import read_header
+from arcflow_jax.training.recipe import Recipe
+
+
+def encoders_fingerprint(directory: ModelDirectory) -> str:
+    """SHA-256 over weights and tokenizers of a model's text side.
+
+    Raises:
+      UserError: if the model was converted before fingerprints of all components were kept.
+    """
+    sha = hashlib.sha256()
+    for component, tokenizer in directory.family.prompts.ENCODERS.items():
+        stored = directory.description["components"][component]
+        weights = stored.get("fingerprint")
+        if weights is None:
+            raise UserError(f"{directory.path} keeps no fingerprint of its {component}: convert the model again")
+        # The fingerprint is of the source's values: weights that are kept in another dtype embed a little differently
+        rounded = f" {stored['dtype']}" if stored["dtype"] != stored.get("source_dtype", stored["dtype"]) else ""
+        sha.update(f"{component} {weights}{rounded}\n".encode())
+        for file in sorted((directory.path / tokenizer).iterdir()):
+            if file.is_file():
+                sha.update(f"{tokenizer}/{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return sha.hexdigest()
+
+
+def embed_prompts(recipe: Recipe, out: Path) -> Path:
+    """Writes the embeddings of all prompts that a recipe's run encodes, each once, to the directory `out`.
+
+    What a run that was interrupted has written is in a directory beside `out`, and the next goes on from there. `out`
+    appears at the end, complete, or not at all.
+
+    Raises:
+      UserError: if the prompts or the model do not fit the recipe, or `out` exists or cannot be written; if what is
+        there already is of other prompts or encoders.
+    """
+    out = out.absolute()
+    refuse_used(out)
+    directory = ModelDirectory.open(recipe.model)
+    mesh = make_mesh(recipe.mesh)
+    if recipe.images:
+        found = captions(recipe.images, read_pictures(recipe.images))
+    else:
+        found = read_prompts(recipe.prompts, recipe.prompts_field)
+    print(found, flush=True)
+    prompts = list(dict.fromkeys([*found.texts, *recipe.other_prompts]))
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "encoders": encoders_fingerprint(directory),
+        "dtype": recipe.dtype,
+        "prompts": len(prompts),
+        "shard": SHARD,
+        "list": digest(prompts),
+    }
+    shards = [prompts[i : i + SHARD] for i in range(0, len(prompts), SHARD)]
+    aside = incomplete(out)
+    paths = [shard_path(aside, i) for i in range(len(shards))]
+    try:
+        begin_cache(aside, description)
+        missing = {path: shard for path, shard in zip(paths, shards, strict=True) if not path.exists()}
+        if missing:
+            encode = directory.family.prompts(directory, recipe.dtype, mesh)
+            write_shards(missing, encode, recipe.batch, total=len(prompts))
+        cut = sum(int(np.asarray(read_header(path)["cut"]).sum()) for path in paths)
+        if out.exists():  # an empty directory
+            out.rmdir()
+        os.replace(aside, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    if cut:
+        print(f"{cut} prompts had more tokens than the encoder takes, and were cut", flush=True)
+    return out
+
+
+def begin_cache(aside: Path, description: dict[str, Any]) -> None:
+    """Makes the directory that a cache is written to, or checks that the unfinished one that is there is the same."""
+    if (aside / DESCRIPTION).exists():
+        if read_json(aside / DESCRIPTION) != description:
+            raise UserError(
+                f"{aside} is an unfinished cache of other prompts or encoders: remove it, or name another --out"
+            )
+        return
+    aside.mkdir(parents=True, exist_ok=True)
+    write_json(aside / DESCRIPTION, description)
+
+
+def write_shards(shards: Mapping[Path, Sequence[str]], encode: Any, batch: int, total: int) -> None:
+    """Writes the shards of these prompts, out of `total`, one after the other.
+
+    Raises:
+      UserError: before the first is written, if the disk has no room for all.
+    """
+    done = total - sum(map(len, shards.values()))
+    with progress_bar() as progress:
+        task = progress.add_task("embedding", total=total, completed=done, text="")
+        for i, (path, prompts) in enumerate(shards.items()):
+            arrays = embed_shard(encode, prompts, batch)
+            if i == 0:
+                check_room(path, len(shards) * sum(array.nbytes for array in arrays.values()))
+            write_shard(path, arrays)
+            done += len(prompts)
+            progress.update(task, completed=done)
+            if not progress.console.is_terminal:  # where no bar can move
+                print(f"embedded {done} of {total} prompts", flush=True)
+
+
+def embed_shard(encode: Any, prompts: Sequence[str], batch: int) -> dict[str, np.ndarray]:
+    """The arrays of a shard, [P, ...], made in batches of one size, so that the encoders are compiled once."""
+    parts = []
+    for first in range(0, len(prompts), batch):
+        some = list(prompts[first : first + batch])
+        embedded, cut = encode.embed(some + some[-1:] * (batch - len(some)))
+        parts.append({name: np.asarray(x)[: len(some)] for name, x in (embedded | {"cut": cut}).items()})
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    texts = [prompt.encode() for prompt in prompts]
+    arrays["prompts"] = np.frombuffer(b"".join(texts), np.uint8)
+    arrays["prompt_ends"] = np.cumsum([len(text) for text in texts], dtype=np.int64)
+    return arrays
+
+
+class CachedPrompts:
+    """Prompts to conditioning as `prompts.FluxPrompts` does it, with embeddings from a cache in place of encoders.
+
+    Args:
+      folder: the cache.
+      directory: the model.
+      dtype: that the recipe computes in.
+      mesh: over which the batch is split.
+      prompts: that will be asked for.
+
+    Attributes:
+      cut: how many of the prompts so far had more tokens than the encoder takes, and were cut.
+
+    Raises:
+      UserError: if the cache is missing, unfinished or damaged, was made by other encoders or in another dtype, or
+        lacks a prompt.
+    """
+
+    def __init__(self, folder: str | Path, directory: ModelDirectory, dtype: str, mesh: Mesh, prompts: Iterable[str]):
+        self.folder, self.directory, self.mesh = Path(folder), directory, mesh
+        description = read_description(self.folder)
+        if description["encoders"] != encoders_fingerprint(directory):
+            raise UserError(f"the embeddings in {folder} are of other encoders than those of {directory.path}")
+        if description["dtype"] != dtype:
+            raise UserError(
+                f"the embeddings in {folder} are {description['dtype']}, the recipe computes in {dtype}: embed the "
+                f"prompts again with --config.dtype={dtype}"
+            )
+        self.shards = []
+        self.rows: dict[str, tuple[int, int]] = {}  # of each prompt, shard and row
+        for i in range(-(-description["prompts"] // description["shard"])):
+            shard, texts = read_shard(shard_path(self.folder, i))
+            self.shards.append(shard)
+            self.rows |= {text: (i, row) for row, text in enumerate(texts)}
+        self.check(prompts)
+        self.cut = 0
+
+    def check(self, prompts: Iterable[str]) -> None:
+        """Raises UserError unless the cache has all these prompts."""
+        missing = [prompt for prompt in prompts if prompt not in self.rows]
+        if missing:
+            raise UserError(
+                f"the embeddings in {self.folder} lack {len(missing)} of the prompts, the first is "
+                f"{missing[0][:60]!r}: run arcflow embed-prompts on them"
+            )
+
+    def __call__(self, prompts: Sequence[str], *, guidance: float, rows: int, columns: int) -> Any:
+        """Conditioning of B prompts for pictures of rows × columns tokens. Raises UserError if the cache lacks one."""
+        self.check(prompts)
+        places = [self.rows[prompt] for prompt in prompts]
+        self.cut += sum(int(self.shards[shard]["cut"][row]) for shard, row in places)
+        names = self.shards[0].keys() - {"cut"}
+        embedded = {
+            name: from_part(np.concatenate([self.shards[i][name][row : row + 1] for i, row in places]), self.mesh)
+            for name in names
+        }
+        conditioning = self.directory.family.prompts.conditioning
+        return conditioning(self.directory, self.mesh, embedded, guidance=guidance, rows=rows, columns=columns)

@@ -1,0 +1,161 @@
+"""What a distillation run carries from step to step, and the step itself."""
+
+# B batch, N tokens, C latent channels
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from arcflow_jax.flow.distill import Distillation, distil, teacher_share
+from arcflow_jax.networks.conditioning import Conditioning, Guided
+from arcflow_jax.parallel.mesh import batched, replicated, state_shardings
+from arcflow_jax.training import optimizer as optim
+
+
+@dataclasses.dataclass(frozen=True)
+class EmaConfig:
+    """The moving average of the adapter: see `optim.ema_decay`."""
+
+    start: int
+    power: float
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """Iterations that were without effect, because their loss or gradient was not finite."""
+
+    total: jax.Array
+    in_row: jax.Array  # the last ones, up to now
+
+    def after(self, finite: jax.Array) -> Skipped:
+        """The counts after an iteration that was, or was not, finite."""
+        return Skipped(self.total + ~finite, jnp.where(finite, 0, self.in_row + 1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes; the frozen base is not in it."""
+
+    step: jax.Array  # iterations done
+    adapter: nnx.State
+    ema: nnx.State
+    opt_state: optax.OptState
+    skipped: Skipped
+
+    @classmethod
+    def create(cls, adapter: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+        step, total, in_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # each its own, to be donated
+        average = jax.tree.map(jnp.copy, adapter)
+        return cls(step, adapter, average, optimizer.init(adapter), Skipped(total, in_row))
+
+    def items(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {
+            "step": self.step,
+            "adapter": self.adapter,
+            "ema": self.ema,
+            "optimizer": self.opt_state,
+            "skipped": dataclasses.asdict(self.skipped),
+        }
+
+    @classmethod
+    def from_items(cls, items: dict[str, Any]) -> TrainState:
+        """`items` undone."""
+        skipped = Skipped(**items["skipped"])
+        return cls(items["step"], items["adapter"], items["ema"], items["optimizer"], skipped)
+
+    @property
+    def updates(self) -> jax.Array:
+        """Iterations that had an effect: what warm-up and the average's width count in."""
+        return self.step - self.skipped.total
+
+
+def train_step(
+    state: TrainState,
+    base: nnx.State,
+    conditioning: Conditioning,
+    key: jax.Array,
+    negative: Conditioning | None = None,
+    latents: jax.Array | None = None,
+    *,
+    graphdef: nnx.GraphDef,
+    settings: Distillation,
+    guidance: float,
+    optimizer: optax.GradientTransformation,
+    optimizer_config: optim.OptimizerConfig,
+    ema: EmaConfig,
+    steady: bool,
+    mesh: Mesh,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One iteration of distillation on the prompts of `conditioning`, batch first.
+
+    If the loss or its gradient is not finite, the iteration is skipped: it counts, and changes nothing else.
+
+    Args:
+      base: the teacher's weights.
+      key: of the run; the step's own is folded from it, so that a resumed run draws the same numbers.
+      negative: conditioning of the negative prompt, as large a batch, where the teacher is guided by "cfg".
+      latents: of real pictures [B, N, 4C], one a prompt; without them the iteration starts in noise.
+      guidance: scale of "cfg".
+      mesh: over which the batch and the state are split.
+      steady: whether the teacher's share has reached zero, which batches its calls (see `distill`). Static.
+
+    Returns:
+      The next state, and what to log: loss, of each segment loss and velocity error, gradient norm, learning rate,
+      teacher share, and how many iterations were skipped, in all and the last ones in a row.
+    """
+    noise_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
+    batch, tokens = conditioning.batch_size, conditioning.positions.shape[0]
+    share = None if steady else teacher_share(state.step, settings.decay)
+    shardings = state_shardings(mesh, state)
+    model = nnx.merge(graphdef, base, state.adapter)
+    noise = jax.random.normal(noise_key, (batch, tokens, model.backbone.config.in_channels))
+    noise = jax.lax.with_sharding_constraint(noise, batched(mesh))
+
+    teachers = conditioning if negative is None else Guided(conditioning, negative, guidance)
+
+    def student(adapter, x, sigma, dropout_key):
+        # The gradient is split as the adapter is, where it arises
+        adapter = jax.lax.with_sharding_constraint(adapter, shardings.adapter)
+        return nnx.merge(graphdef, base, adapter).student_curve(x, sigma, conditioning, dropout_key)
+
+    def teacher(x, sigma):
+        return model.teacher_velocity(x, sigma, teachers.repeat(len(x) // batch))
+
+    loss, grads, log = distil(
+        student, state.adapter, teacher, noise, loss_key, settings=settings, share=share, latents=latents
+    )
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.adapter)
+    adapter = optax.apply_updates(state.adapter, updates)
+    decay = optim.ema_decay(state.updates, ema.start, ema.power)
+    average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, adapter)
+    adapter, average, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (adapter, average, opt_state),
+        (state.adapter, state.ema, state.opt_state),
+    )
+    skipped = state.skipped.after(finite)
+    log = {
+        **log,
+        "segment_loss": log["loss"],
+        "loss": loss,
+        "gradient_norm": norm,
+        "learning_rate": optim.learning_rate(optimizer_config, state.updates),
+        "teacher_share": jnp.zeros(()) if steady else share,
+        "skipped": skipped.total,
+        "skipped_in_row": skipped.in_row,
+    }
+    state = TrainState(state.step + 1, adapter, average, opt_state, skipped)
+    # Every process reads the log
+    return jax.lax.with_sharding_constraint((state, log), (shardings, jax.tree.map(lambda _: replicated(mesh), log)))

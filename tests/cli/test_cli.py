@@ -1,0 +1,241 @@
+"""The command line from the outside: what bad input is told, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save, save_file
+
+from arcflow_jax.checkpoints.conversion import convert_model
+from arcflow_jax.checkpoints.model_directory import ModelDirectory
+from arcflow_jax.checkpoints.training import AdapterDescription
+from arcflow_jax.data.output import contact_sheet, read_latents
+from arcflow_jax.demo import ASSETS
+from arcflow_jax.errors import UserError
+from arcflow_jax.training.loop import train
+from arcflow_jax.training.recipe import Recipe, read_config
+from tests.helpers.command_line import assert_refused, run
+
+ROOT = Path(__file__).parents[2]
+TINY = str(ROOT / "configs" / "tiny.py")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return convert_model(ASSETS / "tiny-flux", tmp_path_factory.mktemp("model") / "teacher")
+
+
+@pytest.fixture(scope="module")
+def student(model, tmp_path_factory) -> Path:
+    """The adapter before its first iteration."""
+    config = read_config(
+        TINY,
+        [
+            f"--config.model={model}",
+            f"--config.prompts={ASSETS / 'prompts-test.txt'}",
+            f"--config.out={tmp_path_factory.mktemp('run') / 'student'}",
+            "--config.steps=0",
+            "--config.preview_every=0",
+            "--config.mesh=(1, 1, 1, 1)",
+        ],
+    )
+    return train(Recipe.of(config))
+
+
+@pytest.mark.parametrize(
+    "command", ["convert", "train", "embed-prompts", "sample", "demo", "evaluate metrics", "evaluate export"]
+)
+def test_help_names_every_option(capfd, command):
+    code, stdout, _ = run(capfd, *command.split(), "--help")
+    assert code == 0
+    assert {"sample": "--prompt", "train": "--config"}.get(command, "--out") in stdout
+
+
+def test_tools_are_the_same_entry_points(tmp_path):
+    for tool in ("convert", "train", "embed_prompts", "sample", "demo", "evaluate"):
+        done = subprocess.run(
+            [sys.executable, ROOT / "tools" / f"{tool}.py", "--help"], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        assert "--help" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.optimiser.lr=1", r"optimiser.*overrides have the form --config\.key=value"),
+        ("--config.steps=many", "steps"),
+        ("--steps=3", r"Unknown command line flag 'steps'"),
+        ("steps=3", r"cannot read steps=3"),
+        ("--config.distillation.nfe=0", "nfe is 0, but has to be at least 1"),
+        ("--config.batch=0", "batch is 0, but has to be at least 1"),
+        ("--config.seed=-1", "seed is -1, but has to be at least 0"),
+        ("--config.resolutions=(64, 64)", r"resolutions is \(64, 64\), but has to list sizes as \(height, width\)"),
+        ("--config.resolutions=()", r"resolutions is \(\), but has to list sizes"),
+        ("--config.model=/nowhere", "model directory /nowhere does not exist"),
+    ],
+)
+def test_train_refuses_bad_settings(capfd, tmp_path, override, message):
+    out = f"--config.out={tmp_path / 'run'}"
+    assert_refused(capfd, tmp_path, "train", "--config", TINY, out, override, message=message)
+
+
+def test_train_refuses_bad_recipes(capfd, tmp_path):
+    assert_refused(capfd, tmp_path, "train", "--config", "missing.py", message=r"config missing\.py does not exist")
+    assert_refused(
+        capfd, tmp_path, "train", "--config", f"{TINY}:cubic", message="known are arcflow, linear and legendre"
+    )
+
+
+def test_train_refuses_bad_inputs(capfd, tmp_path, model):
+    def refused(message: str, *overrides: str) -> None:
+        common = (f"--config.model={model}", f"--config.out={tmp_path / 'run'}", "--config.steps=1")
+        assert_refused(capfd, tmp_path, "train", "--config", TINY, *common, *overrides, message=message)
+
+    prompts = f"--config.prompts={ASSETS / 'prompts-test.txt'}"
+    refused("cannot read prompts from nothing.txt", "--config.prompts=nothing.txt")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n\n")
+    refused("holds no prompts", f"--config.prompts={empty}")
+    refused(
+        "image size 60x64: height and width have to be positive multiples of 16",
+        prompts,
+        "--config.resolutions=((60, 64),)",
+    )
+    refused("does not have the size of 1 devices", prompts, "--config.mesh=(3, 1, 1, 1)")
+    refused("nowhere holds no embeddings", prompts, "--config.embeddings=nowhere")
+    refused("LoRA target 'mlp' names no linear layer", prompts, "--config.adapter.targets=('mlp',)")
+    file = tmp_path / "file"
+    file.write_text("")
+    refused("cannot write to", prompts, f"--config.out={file / 'run'}")
+
+
+def test_embed_prompts_refuses_bad_inputs(capfd, tmp_path, model):
+    common = ("embed-prompts", "--config", TINY, f"--config.model={model}")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+
+    def refused(message: str, *arguments: object) -> None:
+        assert_refused(capfd, tmp_path, *common, *arguments, message=message)
+
+    refused("full exists already", "--out", tmp_path / "full")
+    refused("is not a directory", "--out", tmp_path / "full" / "file" / "out")
+    refused("cannot read prompts from nothing.txt", "--out", tmp_path / "out", "--config.prompts=nothing.txt")
+    refused("model directory /nowhere does not exist", "--out", tmp_path / "out", "--config.model=/nowhere")
+
+
+def test_sample_writes_pictures_with_their_settings(capfd, tmp_path, model, student):
+    arguments = ("--model", model, "--adapter", student, "--seed", 5, "--out", tmp_path)
+    code, stdout, stderr = run(capfd, "sample", *arguments, "--prompt", "a red circle", "--prompt", "a blue square")
+    assert code == 0, stderr
+    first, second = map(Path, stdout.split())
+    assert first.name == "0000-seed5-a-red-circle.png"
+    with Image.open(second) as image:
+        assert image.size == (64, 64)
+        assert image.text["prompt"] == "a blue square"
+        assert image.text["seed"] == "5"
+        assert image.text["adapter"] == str(student)
+        assert image.text["base"] == ModelDirectory.open(model).fingerprint
+        assert image.text["steps"] == "2"
+        assert (image.text["height"], image.text["width"]) == ("64", "64")
+
+
+def test_sample_from_files_and_on_one_sheet(capfd, tmp_path, model, student):
+    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue ring\n")
+    noise = np.random.default_rng(0).standard_normal((4, 16, 16), np.float32)
+    save_file({"latents": noise}, tmp_path / "noise.safetensors")
+    np.save(tmp_path / "noise.npy", noise)
+    pictures = []
+    for suffix in ("safetensors", "npy"):
+        out = tmp_path / suffix
+        code, stdout, stderr = run(
+            capfd,
+            *("sample", "--model", model, "--adapter", student, "--out", out, "--images", 2, "--grid"),
+            *("--prompts-file", tmp_path / "prompts.txt", "--latents", tmp_path / f"noise.{suffix}"),
+        )
+        assert code == 0, stderr
+        *paths, grid = map(Path, stdout.split())
+        assert [path.name for path in paths[1:3]] == ["0001-a-red-circle.png", "0002-a-blue-ring.png"]
+        pictures.append([np.asarray(Image.open(path)) for path in paths])
+        with Image.open(paths[3]) as image:
+            assert image.text["latents"] == str(tmp_path / f"noise.{suffix}")
+            assert "seed" not in image.text
+        sheet = np.asarray(Image.open(grid))
+        np.testing.assert_array_equal(sheet[:64, -64:], pictures[-1][1])  # a row a prompt
+        np.testing.assert_array_equal(sheet[-64:, :64], pictures[-1][2])
+        assert sheet.shape == (132, 132, 3)
+    np.testing.assert_array_equal(*pictures)
+
+
+def test_contact_sheet():
+    images = [Image.new("RGB", (6, 4), (i, 0, 0)) for i in range(5)]
+    sheet = np.asarray(contact_sheet(images, gap=1))
+    assert sheet.shape == (9, 20, 3)  # two rows of three
+    assert sheet[0, 14].tolist() == [2, 0, 0]
+    assert sheet[5, 7].tolist() == [4, 0, 0]
+    assert (sheet[5, 14] == 255).all()
+    assert contact_sheet(images[:1]).size == (6, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.safetensors", b"123", "cannot read latents from .*x.safetensors: "),
+        ("x.npy", b"123", "cannot read latents from .*x.npy: "),
+        ("x.pt", b"123", r"has to be a \.safetensors or a \.npy file"),
+        ("x.npy", None, "cannot read latents from .*x.npy: .*No such file"),
+        ("x.safetensors", save({"a": np.zeros(1), "b": np.zeros(1)}), "has to hold one tensor, not 2"),
+    ],
+)
+def test_latents_files_that_do_not_fit(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_latents(tmp_path / name)
+
+
+def test_no_pickle_is_loaded(tmp_path):
+    np.save(tmp_path / "x.npy", np.array([object()]), allow_pickle=True)
+    with pytest.raises(UserError, match="cannot read latents"):
+        read_latents(tmp_path / "x.npy")
+
+
+def test_sample_refuses_bad_input(capfd, tmp_path, model, student):
+    def refused(message: str, *arguments: object) -> None:
+        assert_refused(capfd, tmp_path, "sample", "--out", tmp_path / "out", *arguments, message=message)
+
+    whole = ("--model", model, "--adapter", student)
+    refused("a prompt is empty", *whole, "--prompt", " ")
+    refused("positive multiples of 16", *whole, "--prompt", "a ring", "--height", 65)
+    refused("steps is 0", *whole, "--prompt", "a ring", "--steps", 0)
+    refused("name the student with --adapter", "--model", model, "--prompt", "a ring")
+    refused("either with --prompt or with --prompts-file", *whole)
+    refused("either with --prompt or with --prompts-file", *whole, "--prompt", "a ring", "--prompts-file", "x.txt")
+    refused("cannot read prompts from nothing.txt", *whole, "--prompts-file", "nothing.txt")
+    refused("has to be a .safetensors or a .npy file", *whole, "--prompt", "a ring", "--latents", "x.bin")
+    refused("'heads=2' is not one of data, fsdp", *whole, "--prompt", "a ring", "--mesh", "heads=2")
+    refused("batch_size is 0", *whole, "--prompt", "a ring", "--batch-size", 0)
+    refused("final_step_ratio is -1.0", *whole, "--prompt", "a ring", "--final-step-ratio", -1)
+    refused("leave --adapter out", *whole, "--teacher", "--prompt", "a ring")
+    refused("does not exist", "--model", tmp_path / "none", "--teacher", "--prompt", "a ring")
+    refused("run arcflow convert", "--model", ASSETS / "tiny-flux", "--teacher", "--prompt", "a ring")
+    refused("holds no adapter", "--model", model, "--adapter", tmp_path, "--prompt", "a ring")
+    file = tmp_path / "file"
+    file.write_text("")
+    refused("cannot write pictures", *whole, "--prompt", "a ring", "--out", file / "out")
+
+
+def test_sample_refuses_an_adapter_of_another_base(capfd, tmp_path, model, student):
+    description = AdapterDescription.read(student)
+    other = tmp_path / "other"
+    other.mkdir()
+    AdapterDescription("0" * 64, description.adapter, description.distillation, description.guidance).write(other)
+    fingerprint = ModelDirectory.open(model).fingerprint[:12]
+    message = f"was trained on base 000000000000…, this model is {fingerprint}…"
+    arguments = ("--model", model, "--adapter", other, "--prompt", "a ring", "--out", tmp_path / "out")
+    assert_refused(capfd, tmp_path, "sample", *arguments, message=message)

@@ -1,0 +1,300 @@
+"""Programs compiled for TPUs that are not there: the counts against counts by hand, and errors at the door."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from arcflow_jax.cli.app import main
+from arcflow_jax.compile_report import report
+from arcflow_jax.compile_report.child import needed
+from arcflow_jax.compile_report.collectives import Traffic, collectives
+from arcflow_jax.compile_report.programs import sampler, train_step
+from arcflow_jax.compile_report.work import flops
+from arcflow_jax.networks.attention import attention, attention_kernel
+from arcflow_jax.parallel.mesh import MESH_AXES
+from arcflow_jax.training.recipe import Recipe, read_config
+
+ROOT = Path(__file__).parents[2]
+FLUX_DEV = ROOT / "configs" / "flux.1-dev"
+
+
+def count(f, *shapes) -> int:
+    return flops(jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).jaxpr)
+
+
+def test_flops_of_loops_and_branches():
+    product = 2 * 8 * 16 * 16
+
+    def looped(x, w):
+        x, _ = jax.lax.scan(lambda x, _: (x @ w, None), x, length=5)
+        return jax.lax.cond(x.sum() > 0, lambda x: x @ w @ w, lambda x: x, x)
+
+    assert count(jax.jit(looped), (8, 16), (16, 16)) == (5 + 2) * product
+    # The backward pass of x W: one product for each gradient, and one more forward where it is recomputed
+    assert count(jax.grad(lambda x, w: (x @ w).sum(), (0, 1)), (8, 16), (16, 16)) == 3 * product
+    squared = jax.checkpoint(lambda x, w: jnp.sin(x @ w))
+    assert count(jax.grad(lambda x, w: squared(x, w).sum(), (0, 1)), (8, 16), (16, 16)) == 4 * product
+    assert count(lambda a, b: jnp.einsum("bij,bkj->bik", a, b), (3, 4, 5), (3, 6, 5)) == 2 * 3 * 4 * 5 * 6
+    with pytest.raises(ValueError, match="while loop of unknown length"):
+        count(lambda x, w: jax.lax.while_loop(lambda x: x.sum() > 0, lambda x: x @ w, x), (8, 16), (16, 16))
+
+
+def test_flops_of_convolutions():
+    def convolve(x, w):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", dimension_numbers=numbers)
+
+    assert count(convolve, (2, 8, 8, 3), (3, 3, 3, 7)) == 2 * (2 * 4 * 4 * 7) * (3 * 3 * 3)
+
+
+def test_flops_of_fused_attention():
+    """Two products forward; in the backward pass splash computes seven, two of them anew in each of its kernels."""
+    b, s, h, e = 2, 1024, 3, 128
+    product = 2 * b * h * s * s * e
+    rows = 2 * b * h * s * e  # Σ output · its gradient, outside the kernels
+    q = (b, s, h, e)
+    with attention_kernel("splash"):
+        assert count(attention, q, q, q) == 2 * product
+        assert count(jax.grad(lambda q, k, v: (attention(q, k, v) ** 2).sum()), q, q, q) == (2 + 7) * product + rows
+        mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh.update(axis_sizes=(2, 1, 3, 2))):
+            assert count(attention, q, q, q) == 2 * product  # a twelfth on each device
+
+
+def test_flops_of_flux_sampling():
+    """FLUX.1-dev at 1024², two steps: every weight matrix by its tokens, and attention."""
+    config = read_config(str(ROOT / "configs" / "flux.py"), [f"--config.model={FLUX_DEV}"])
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES)
+    program = sampler(Recipe.of(config), mesh, 1)
+    counted = flops(program.function.trace(*program.arguments, **program.keywords).jaxpr.jaxpr)
+    n, t, d = 4096, 512, 3072
+    double = 19 * ((n + t) * (4 * d * d + 8 * d * d) + 2 * 6 * d * d)  # attention, MLP; modulation of one vector each
+    single = 38 * ((n + t) * (3 * d * d + 4 * d * d + 5 * d * d) + 3 * d * d)
+    embeddings = n * 64 * d + t * 4096 * d + 2 * (256 * d + d * d) + (768 * d + d * d)
+    head = n * d * (1024 + 64 + 60) + 2 * d * d
+    scores = (19 + 38) * 2 * (n + t) ** 2 * d
+    assert counted == 2 * 2 * (double + single + embeddings + head + scores)
+    assert counted / 2 == pytest.approx(74.4e12, rel=0.01)
+
+
+@pytest.mark.parametrize("steady", [False, True])
+def test_flops_of_flux_training(steady):
+    """FLUX.1-dev at 1024²: in each segment the teacher four times, the student once, once more to recompute, and its
+    gradient, which costs less than two more because the base needs none."""
+    config = read_config(f"{ROOT / 'configs' / 'flux.py'}:published", [f"--config.model={FLUX_DEV}"])
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES)
+    program = train_step(Recipe.of(config), mesh, 1, steady=steady)
+    counted = flops(program.function.trace(*program.arguments, **program.keywords).jaxpr.jaxpr)
+    teacher, student = 74.4e12, 79.1e12
+    assert 2 * (4 * teacher + 3 * student) < counted < 2 * (4 * teacher + 3.8 * student)
+
+
+def test_flops_of_qwen_image_sampling():
+    """The same for Qwen-Image, of which every block is a double one; 512 tokens of text, padding included."""
+    config = read_config(str(ROOT / "configs" / "qwen.py"), [f"--config.model={ROOT / 'configs' / 'qwen-image'}"])
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES)
+    program = sampler(Recipe.of(config), mesh, 1)
+    counted = flops(program.function.trace(*program.arguments, **program.keywords).jaxpr.jaxpr)
+    n, t, d = 4096, 512, 3072
+    blocks = 60 * ((n + t) * (4 * d * d + 8 * d * d) + 2 * 6 * d * d)
+    embeddings = n * 64 * d + t * 3584 * d + 256 * d + d * d
+    head = n * d * (1024 + 64 + 60) + 2 * d * d
+    scores = 60 * 2 * (n + t) ** 2 * d
+    assert counted == 2 * 2 * (blocks + embeddings + head + scores)
+
+
+@pytest.mark.parametrize("steady", [False, True])
+def test_flops_of_qwen_image_training(steady):
+    """As FLUX.1-dev's, but for the teacher, who is asked with the prompt and without: eight times in each segment."""
+    config = read_config(str(ROOT / "configs" / "qwen.py"), [f"--config.model={ROOT / 'configs' / 'qwen-image'}"])
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES)
+    program = train_step(Recipe.of(config), mesh, 1, steady=steady)
+    counted = flops(program.function.trace(*program.arguments, **program.keywords).jaxpr.jaxpr)
+    teacher, student = 78.3e12, 82.7e12
+    assert 2 * (8 * teacher + 3 * student) < counted < 2 * (8 * teacher + 3.8 * student)
+
+
+ON_8_DEVICES = """
+    import json, jax
+    from jax.sharding import PartitionSpec as P
+    from arcflow_jax.compile_report.collectives import collectives
+
+    mesh = jax.make_mesh((8,), ("i",), (jax.sharding.AxisType.Auto,))
+
+    def f(x):  # [4, 32] on each device
+        def step(x, _):
+            y = jax.lax.psum(jax.numpy.sin(x), "i")
+            return jax.lax.ppermute(y, "i", [(i, (i + 1) % 8) for i in range(8)]), None
+        x, _ = jax.lax.scan(step, x, length=5)
+        whole = jax.lax.all_gather(jax.numpy.cos(x), "i")  # [8, 4, 32]
+        return jax.lax.psum_scatter(jax.numpy.sin(whole), "i")
+
+    x = jax.ShapeDtypeStruct((32, 32), "float32", sharding=jax.NamedSharding(mesh, P("i")))
+    mapped = jax.shard_map(f, mesh=mesh, in_specs=P("i"), out_specs=P("i"))
+    found = collectives(jax.jit(mapped).lower(x).compile().as_text())
+    print(json.dumps({kind: [t.count, t.bytes] for kind, t in found.items()}))
+"""
+
+
+def test_collectives_of_a_compiled_program():
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(ON_8_DEVICES)],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    part = 4 * 32 * 4  # bytes of one device's [4, 32]
+    assert json.loads(done.stdout) == {
+        "all-reduce": [5, 5 * part],
+        "all-gather": [1, 8 * part],
+        "reduce-scatter": [1, part],
+        "collective-permute": [5, 5 * part],
+    }
+
+
+# As XLA for TPUs writes it: asynchronous, the length of a loop in its condition only
+TPU_HLO = """
+HloModule jit_f
+
+%body (arg: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %arg = (s32[]{:T(128)}, bf16[4,8]{1,0:T(8,128)(2,1)}) parameter(0)
+  %x = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%arg), index=1
+  %all-gather-start = (bf16[4,8]{1,0:T(8,128)(2,1)}, bf16[16,8]{1,0:T(8,128)(2,1)}) all-gather-start(%x), dimensions={0}
+  %all-gather-done = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather-done(%all-gather-start)
+}
+
+%condition (arg: (s32[], bf16[4,8])) -> pred[] {
+  %arg.1 = (s32[]{:T(128)}, bf16[4,8]{1,0:T(8,128)(2,1)}) parameter(0)
+  %constant.7 = s32[]{:T(128)} constant(19)
+  %i = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %constant.7), direction=LT
+}
+
+ENTRY %main (p: bf16[4,8]) -> bf16[4,8] {
+  %p = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %w = (s32[]{:T(128)}, bf16[4,8]{1,0:T(8,128)(2,1)}) while(%t), condition=%condition, body=%body
+  ROOT %all-reduce = (f32[8]{0:T(128)}, pred[3]{0:T(128)}) all-reduce(%a, %b), replica_groups=[1,4]<=[4], to_apply=%add
+}
+"""
+
+
+def test_collectives_of_a_tpu_program():
+    assert collectives(TPU_HLO) == {
+        "all-reduce": Traffic(1, 8 * 4 + 3),
+        "all-gather": Traffic(19, 19 * 16 * 8 * 2),
+    }
+
+
+def test_what_an_out_of_memory_message_says():
+    message = "RESOURCE_EXHAUSTED: CompileTimeHbmOom: program needs (26.04G) exceeds available HBM (15.75G)"
+    assert needed(message) == 26.04 * 2**30
+    assert needed("no figures") is None
+
+
+@pytest.fixture
+def tiny_model(tmp_path) -> Path:
+    """FLUX.1-dev's config files, for two blocks of two heads."""
+    for name in ("model_index.json", "transformer/config.json", "vae/config.json", "tokenizer_2/tokenizer_config.json"):
+        values = json.loads((FLUX_DEV / name).read_text())
+        if name.startswith("transformer"):
+            values |= {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "joint_attention_dim": 64}
+        file = tmp_path / "model" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values))
+    return tmp_path / "model"
+
+
+def run(capfd, *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        main(["compile-report", "--config", str(ROOT / "configs" / "flux.py"), *map(str, arguments)])
+    return caught.value.code or 0, *capfd.readouterr()
+
+
+def test_report_of_a_tiny_model(capfd, tmp_path, tiny_model):
+    pytest.importorskip("libtpu")
+    out = tmp_path / "report.json"
+    common = (f"--config.model={tiny_model}", "--height", 512, "--width", 1024, "--out", out)
+    code, stdout, stderr = run(capfd, "--topology", "v5e:2x2", "--mesh", "tensor=2,sequence=2", *common)
+    assert code == 0, stderr
+    assert "v5e:2x2" in stdout
+    (row,) = json.loads(out.read_text())
+    assert row["status"] == "compiled"
+    assert row["mesh"] == [1, 1, 2, 2]
+    assert row["peak"] >= row["arguments"] + row["temporaries"] > 0
+    assert row["collectives"]
+    n, t, d = 32 * 64, 512, 256
+    assert row["flops"] > 2 * 2 * (12 * 2 * d * d * (n + t) + 2 * 2 * (n + t) ** 2 * d)  # blocks and attention alone
+    assert row["roofline"]["seconds"] >= row["flops"] / 4 / 197e12
+
+
+def test_report_of_training_on_two_slices(capfd, tmp_path, tiny_model):
+    pytest.importorskip("libtpu")
+    out = tmp_path / "report.json"
+    common = (f"--config.model={tiny_model}", "--height", 256, "--width", 256, "--out", out, "--program", "train")
+    code, stdout, stderr = run(
+        capfd, "--topology", "v5e:2x2*2", "--mesh", "data=2,fsdp=4", "--batch", 8, "--config.adapter.rank=8", *common
+    )
+    assert code == 0, stderr
+    assert "s at 50 %" in stdout
+    (row,) = json.loads(out.read_text())
+    assert row["status"] == "compiled"
+    assert row["devices"] == 8
+    assert row["roofline"]["half_peak"] == pytest.approx(2 * row["flops"] / 8 / 197e12)
+    assert "all-gather" in row["collectives"]
+
+
+def test_out_of_memory_is_a_row(capfd, tmp_path, tiny_model):
+    pytest.importorskip("libtpu")
+    out = tmp_path / "report.json"
+    common = (f"--config.model={tiny_model}", "--height", 1024, "--width", 1024, "--out", out)
+    code, stdout, stderr = run(capfd, "--topology", "v5e:1x1", "--batch", 4096, *common)
+    assert code == 0, stderr
+    assert "out of memory" in stdout
+    (row,) = json.loads(out.read_text())
+    assert row["needed"] > row["capacity"]
+
+
+def test_errors_come_before_any_compilation(capfd, tmp_path, tiny_model, monkeypatch):
+    def refused(message: str, *arguments: object) -> None:
+        code, _, stderr = run(capfd, *arguments)
+        assert code == 2
+        assert stderr.count("\n") == 1, stderr
+        assert message in stderr
+
+    model = f"--config.model={tiny_model}"
+    refused("mesh '4': '4' is not one of data, fsdp, tensor, sequence", "--topology", "v5e:2x2", "--mesh", "4", model)
+    refused("--height and --width go together", "--topology", "v5e:2x2", "--height", 512, model)
+    with monkeypatch.context() as patched:
+        patched.setattr(report.importlib.util, "find_spec", lambda name: None)
+        refused("libtpu, the compiler for TPUs, is not installed", "--topology", "v5e:2x2", model)
+    if importlib.util.find_spec("libtpu") is None:
+        return
+    refused("topology 'v5p-8' is unknown: known are v5e, v5p", "--topology", "v5p-8", model)
+    good = ("--topology", "v5e:2x2")
+    refused("topology 'v6e:3x3' is refused", *good, "--topology", "v6e:3x3", model)
+    refused("does not have the size of 4 devices", *good, "--mesh", "tensor=3", model)
+    refused(
+        "data 1 of the mesh is not a multiple of the 2 slices", "--topology", "v5e:2x2*2", "--mesh", "fsdp=8", model
+    )
+    refused("batch 1 does not divide", *good, "--mesh", "data=4", model)
+    refused("model directory /nowhere does not exist", *good, "--config.model=/nowhere")
+
+
+def test_tool_is_the_same_entry_point(tmp_path):
+    tool = ROOT / "tools" / "compile_report.py"
+    done = subprocess.run([sys.executable, tool, "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--topology" in done.stdout

@@ -1,0 +1,257 @@
+"""The trajectory report of whole models: against the pipeline, in batches, interrupted, on several devices."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from PIL import Image
+
+from arcflow_jax.checkpoints.conversion import convert_model
+from arcflow_jax.checkpoints.model_directory import ModelDirectory
+from arcflow_jax.checkpoints.training import AdapterDescription, Checkpoints
+from arcflow_jax.demo import ASSETS
+from arcflow_jax.errors import UserError
+from arcflow_jax.evaluate.comparison import Comparison, ComparisonSettings, compare_models
+from arcflow_jax.evaluate.trajectory_report import PARTIAL, PLOT, REPORT, Tally, evaluate
+from arcflow_jax.flow.distill import Distillation
+from arcflow_jax.networks.student import AdapterConfig, split_model
+from arcflow_jax.pipeline import ArcFlowPipeline, Guided
+from arcflow_jax.training.state import TrainState
+from tests.cli.test_cli import assert_refused, run
+from tools.make_tiny_qwen import make_tiny_qwen
+
+PROMPTS = ["a red circle", "a large green ring", "a blue square on the left"]
+SETTINGS = ComparisonSettings(teacher_steps=6, seed=3, height=32, width=96)
+OPTIONS = ("--teacher-steps", 6, "--seed", 3, "--height", 32, "--width", 96)
+FLUX_TARGETS = ("transformer_blocks.ff.*", "single_transformer_blocks.proj_out")
+
+
+def write_student(model: Path, run: Path, targets: tuple[str, ...], distillation: Distillation, basis: str) -> Path:
+    """What a training run leaves, of random values."""
+    adapter = AdapterConfig(modes=3, rank=2, alpha=4.0, dropout=0.0, targets=targets, basis=basis)
+    directory = ModelDirectory.open(model)
+    _, _, abstract = split_model(directory.student(adapter, jnp.float32))
+    rng = np.random.default_rng(0)
+    values = jax.tree.map(lambda x: jnp.asarray(0.05 * rng.standard_normal(x.shape), x.dtype), abstract)
+    run.mkdir()
+    AdapterDescription(directory.fingerprint, adapter, distillation, guidance=2.0).write(run)
+    with Checkpoints(run) as checkpoints:
+        checkpoints.save(TrainState.create(values, optax.identity()))
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return convert_model(ASSETS / "tiny-flux", tmp_path_factory.mktemp("model") / "teacher")
+
+
+@pytest.fixture(scope="module")
+def student(model) -> Path:
+    return write_student(model, model.with_name("student"), FLUX_TARGETS, Distillation(shift=2.0), "momentum")
+
+
+@pytest.fixture(scope="module")
+def prompts(model) -> Path:
+    path = model.with_name("prompts.txt")
+    path.write_text("\n".join(PROMPTS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def report(model, student) -> dict:
+    """Of three prompts in batches of two."""
+    before = compare_models._cache_size()
+    found = evaluate(Comparison(model, student, SETTINGS, batch_size=2), PROMPTS, model.with_name("report"))
+    assert compare_models._cache_size() == before + 1  # the last batch is filled up
+    return found
+
+
+def endpoint_errors(model: Path, student: Path, negative: str | None = None) -> np.ndarray:
+    """Mean square distance between what `arcflow sample` makes of two prompts with student and with teacher."""
+    teacher, few = ArcFlowPipeline.from_pretrained(model), ArcFlowPipeline.from_pretrained(model, student)
+    rows, columns = teacher.grid(SETTINGS.height, SETTINGS.width)
+    conditioning = few.encode(PROMPTS[:2], guidance=2.0, rows=rows, columns=columns)
+    noise = few.noise(SETTINGS.seed, 2, rows, columns)
+    guided = conditioning
+    if negative is not None:
+        away = few.encode([negative] * 2, guidance=2.0, rows=rows, columns=columns)
+        guided = Guided(conditioning, away, jnp.float32(2.0), norm_preserving=False)
+    made = few.denoise(noise, conditioning, 2) - teacher.denoise(noise, guided, SETTINGS.teacher_steps)
+    return np.square(made).mean((1, 2))
+
+
+def test_endpoint_is_that_of_the_pipeline(report, model, student):
+    np.testing.assert_allclose(report["endpoint"]["student"]["each"][:2], endpoint_errors(model, student), rtol=1e-4)
+
+
+def assert_adds_up(report: dict) -> None:
+    """The parts to the total at every σ, a segment's beginning to the last one's end, the end to the endpoint."""
+    before = 0.0
+    for segment in report["segments"]:
+        for kind, curve in segment["curves"].items():
+            parts = [curve[name] for name in ("local", "drift", "cross", "closed_form") if name in curve]
+            np.testing.assert_allclose(np.sum(parts, 0), curve["total"], rtol=1e-4, atol=1e-6, err_msg=kind)
+        state = segment["curves"]["state"]
+        assert state["total"][0] == before
+        assert state["drift"][:2] == pytest.approx([before] * 2, rel=0.5)
+        assert [state["sigma"][0], state["sigma"][-1]] == segment["sigma"]
+        assert segment["closed_form"] < 1e-5
+        assert segment["velocity"]["total"] == pytest.approx(np.mean(segment["curves"]["velocity"]["total"]))
+        before = segment["state"]["total"]
+    each = report["endpoint"]["student"]["each"]
+    assert report["endpoint"]["student"]["mean"] == pytest.approx(np.mean(each))
+    assert before == pytest.approx(np.mean(each))
+    assert report["endpoint"]["student"]["standard_error"] == pytest.approx(np.std(each, ddof=1) / len(each) ** 0.5)
+    teacher = report["endpoint"]["teacher"]
+    assert report["endpoint"]["relative"] == pytest.approx(np.mean(each) / np.mean(teacher["each"]))
+    assert teacher["median"] == np.median(teacher["each"])
+
+
+def test_figures_add_up(report, model):
+    assert len(report["segments"]) == 2
+    assert report["segments"][1]["state"]["drift"] > 1e-3
+    assert_adds_up(report)
+    out = model.with_name("report")
+    assert json.loads((out / REPORT).read_text()) == report
+    with Image.open(out / PLOT) as plot:
+        assert plot.size == (1200, 1050)
+    assert sorted(path.name for path in out.iterdir()) == [REPORT, PLOT]
+
+
+def same(a: dict, b: dict) -> None:
+    """But for rounding."""
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-6), *(
+        {name: each[name] for name in ("endpoint", "segments")} for each in (a, b)
+    ))  # fmt: skip
+
+
+def test_interrupted_goes_on_in_other_batches(capfd, tmp_path, monkeypatch, report, model, student, prompts):
+    """Through the command line: killed after a prompt, refused to another evaluation, finished, and shown again."""
+    compare, seen, dies_at = Comparison.__call__, [], 1
+
+    def watched(self, texts, first):
+        if first >= dies_at:
+            raise KeyboardInterrupt
+        seen.append((first, len(texts)))
+        return compare(self, texts, first)
+
+    monkeypatch.setattr(Comparison, "__call__", watched)
+    out = tmp_path / "out"
+    command = ("evaluate", "trajectory", "--model", model, "--adapter", student, "--prompts", prompts, "--out", out)
+    code, _, _ = run(capfd, *command, *OPTIONS, "--batch-size", 1)
+    assert code == 130
+    assert [path.name for path in out.iterdir()] == [PARTIAL]
+    assert_refused(capfd, tmp_path, *command, *OPTIONS, "--seed", 4, message=r"another evaluation, .* differs in seed:")
+    assert_refused(capfd, tmp_path, *command, *OPTIONS, "--count", 2, message="it differs in prompts, prompts_sha256")
+
+    dies_at = 3
+    code, stdout, stderr = run(capfd, *command, *OPTIONS, "--batch-size", 2)
+    assert code == 0, stderr
+    assert seen == [(0, 1), (1, 2)]
+    assert "compared 3 of 3 prompts" in stdout
+    found = json.loads((out / REPORT).read_text())
+    same(found, report)
+    assert found["of"] == report["of"]
+    assert sorted(path.name for path in out.iterdir()) == [REPORT, PLOT]
+
+    dies_at = 0
+    (out / PLOT).unlink()
+    code, again, stderr = run(capfd, *command, *OPTIONS)
+    assert code == 0, stderr
+    assert again in stdout
+    assert (out / PLOT).exists()
+    assert_refused(capfd, tmp_path, *command, message="another evaluation, it differs in teacher_steps, seed, height")
+
+
+def test_bad_input(capfd, tmp_path, monkeypatch, model, student, prompts):
+    whole = ("--model", model, "--adapter", student, "--prompts", prompts)
+
+    def refused(message: str, *arguments: object) -> None:
+        command = ("evaluate", "trajectory", "--out", tmp_path / "out", *arguments)
+        assert_refused(capfd, tmp_path, *command, message=message)
+
+    refused("cannot read prompts from nothing.txt", "--prompts", "nothing.txt")
+    refused("count is 4, but has to be from 1 to 3", *whole, "--count", 4)
+    refused("count is 0, but has to be from 1 to 3", *whole, "--count", 0)
+    refused("steps is 0, but has to be at least 1", *whole, "--steps", 0)
+    refused("teacher_steps is -1, but has to be at least 1", *whole, "--teacher-steps", -1)
+    refused("4 steps of the teacher are too few to compare 3 segments with", *whole, "--teacher-steps", 4, "--steps", 3)
+    refused("batch_size is 0, but has to be a positive multiple of data × fsdp = 1", *whole, "--batch-size", 0)
+    refused("norm_preserving is of true guidance, which needs a negative_prompt", *whole, "--norm_preserving")
+    refused("positive multiples of 16", *whole, "--height", 65)
+    refused("'heads=2' is not one of data, fsdp", *whole, "--mesh", "heads=2")
+    refused("holds no adapter", "--model", model, "--adapter", tmp_path, "--prompts", prompts)
+    file = tmp_path / "file"
+    file.write_text("")
+    refused("cannot write to .*Not a directory", *whole, "--out", file / "out")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refused(r"plots need matplotlib: pip install matplotlib, or arcflow_jax\[eval\]", *whole)
+
+
+def test_values_that_are_not_finite():
+    sizes = {"state": {"total": np.array([[1.0, 1.0], [1.0, np.nan]])}}
+    tally = Tally(student=[0.0], teacher=[0.0])
+    with pytest.raises(UserError, match="prompt 3 makes values that are not finite"):
+        tally.add(sizes, np.ones(2), 2)
+    tally.add(sizes, np.ones(2), 1)  # the other only fills the batch up
+    assert (tally.done, tally.student) == (2, [0.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("given", "trained", "expected"),
+    [
+        ({}, {}, (2.5, None)),
+        ({"guidance": 1.5}, {}, (1.5, None)),
+        ({"negative_prompt": ""}, {}, (4.0, "")),
+        ({"negative_prompt": "blur", "guidance": 3.0}, {}, (3.0, "blur")),
+        ({}, {"teacher_guidance": "cfg", "negative_prompt": "grey"}, (2.5, "grey")),
+        ({"negative_prompt": ""}, {"teacher_guidance": "cfg", "negative_prompt": "grey"}, (2.5, "")),
+    ],
+)
+def test_guidance_is_by_default_the_students(model, given, trained, expected):
+    description = AdapterDescription("", AdapterConfig(3, 2, 2.0, 0.0, ()), Distillation(nfe=4, **trained), 2.5)
+    settings = ComparisonSettings(**given).resolved(description, ModelDirectory.open(model).config("vae"))
+    assert (settings.guidance, settings.negative_prompt) == expected
+    assert (settings.steps, settings.height, settings.width) == (4, 64, 64)
+
+
+@pytest.mark.slow
+def test_qwen_image_truly_guided(tmp_path):
+    """And a student in another basis."""
+    model = convert_model(make_tiny_qwen(tmp_path / "source"), tmp_path / "model")
+    distillation = Distillation(shift=2.0, teacher_guidance="cfg", negative_prompt="grey")
+    student = write_student(model, tmp_path / "student", ("transformer_blocks.img_mlp.*",), distillation, "legendre")
+    found = evaluate(Comparison(model, student, SETTINGS, batch_size=2), PROMPTS[:2], tmp_path / "out")
+    expected = endpoint_errors(model, student, negative="grey")
+    np.testing.assert_allclose(found["endpoint"]["student"]["each"], expected, rtol=1e-4)
+    assert np.abs(endpoint_errors(model, student) / expected - 1).max() > 1e-3  # which the tolerance would see
+    assert_adds_up(found)
+
+
+@pytest.mark.slow
+def test_eight_devices_find_the_same(report, model, student, prompts, tmp_path):
+    """In a process that has eight CPU devices."""
+    options = {"model": model, "adapter": student, "prompts": prompts, "batch-size": 4}
+    common = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    meshes = ("data=2,fsdp=2,tensor=2", "tensor=2,sequence=-1")
+    script = f"""
+from arcflow_jax.cli.app import app
+for mesh in {meshes!r}:
+    command = ["evaluate", "trajectory", *{[*common, *map(str, OPTIONS)]!r}, "--mesh", mesh]
+    app([*command, "--out", {str(tmp_path)!r} + "/" + mesh], standalone_mode=False)
+"""
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    environment = os.environ | {"XLA_FLAGS": flags}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    for mesh in meshes:
+        same(json.loads((tmp_path / mesh / REPORT).read_text()), report)

@@ -1,0 +1,494 @@
+"""The distillation loss: against the authors' values, and what has to hold for any student and teacher."""
+
+# B batch, N tokens, D features of a token, K modes, M visited states
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from arcflow_jax.errors import UserError
+from arcflow_jax.flow import distill, momentum
+from arcflow_jax.flow.curve import Span
+from arcflow_jax.flow.distill import Distillation, Draws, distil, segment_loss, teacher_share, visit_times
+from arcflow_jax.flow.momentum import Mixture
+from arcflow_jax.flow.schedule import sigma_of
+from tests.helpers import golden
+
+B, N, D, K = 2, 3, 8, 3
+SETTINGS = Distillation()
+
+
+def assert_close(actual, desired):
+    """To float32's rounding, relative to the largest value."""
+    np.testing.assert_allclose(actual, desired, rtol=0, atol=2e-6 * np.abs(desired).max())
+
+
+# The authors' values. Their variants: teacher share, raw start and length of each example's segment, settings
+
+VARIANTS = {
+    "r1.0_seg0": (1.0, (1.0, 1.0), 0.5, {}),
+    "r1.0_seg1": (1.0, (0.5, 0.5), 0.5, {}),
+    "r0.5_seg0": (0.5, (1.0, 1.0), 0.5, {}),
+    "r0.5_seg1": (0.5, (0.5, 0.5), 0.5, {}),
+    "r0.0_seg0": (0.0, (1.0, 1.0), 0.5, {}),
+    "r0.0_seg1": (0.0, (0.5, 0.5), 0.5, {}),
+    "win0_r0.5": (0.5, (1.0, 1.0), 0.5, {"window": 0}),
+    "win0_r0.0": (0.0, (1.0, 1.0), 0.5, {"window": 0}),
+    "drop0.9_r0.5": (0.5, (1.0, 1.0), 0.5, {"mode_dropout": 0.9}),
+    "nodrop_default2": (0.5, (1.0, 1.0), 0.5, {"mode_dropout": 0.0, "states": 2, "window": 0}),
+    "tensorseg_r0.3": (0.3, (1.0, 0.2), (0.4, 0.2), {}),
+}
+
+
+def authors_teacher(x, sigma):
+    return jnp.tanh(0.7 * x - 1.3 * sigma[:, None, None])
+
+
+class Golden:
+    """One variant of case 05: what goes in, and what came out (cut to the first 2×4 pixels: tokens 0 and 1)."""
+
+    def __init__(self, name: str, *, steady: bool = False):
+        case = golden.load("05_piid_segment")
+        share, start, length, changes = VARIANTS[name]
+        self.settings = dataclasses.replace(SETTINGS, **changes)
+        self.mixture = golden.mixture(*(case[f"inputs/{key}"] for key in ("means", "logits", "loggammas")))
+        modes = case.get(f"inputs/{name}/rand_drop", np.zeros((2, 4, 1, 1, 1)))[..., 0, 0, 0]
+        student, teacher = (case[f"inputs/{name}/rand_{who}"] for who in ("student", "teacher"))
+        self.rest = (
+            jnp.asarray(golden.tokens(case["inputs/x_t_src"])),
+            jnp.float32(start),
+            jnp.broadcast_to(jnp.float32(length), (2,)),
+            Draws(*(jnp.float32(u) for u in (modes, student, teacher))),
+            None if steady else jnp.float32(share),
+        )
+        self.out = {key.split("/")[-1]: value for key, value in case.items() if f"s/{name}/" in key}
+
+    def tokens_of(self, name: str) -> np.ndarray:  # [M, B, 2, D]
+        return golden.tokens(self.out[name]).reshape(self.settings.states, 2, 2, 64)
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def golden_segment(mixture, x, start, length, draws, share, settings):
+    visits = distill.visit(mixture, authors_teacher, x, start, length, draws, settings=settings, share=share)
+    predicted = distill.predict(mixture, visits, start, length, settings=settings)
+    return visits, predicted, golden_loss(mixture, x, start, length, draws, share, settings)
+
+
+def golden_loss(mixture, x, start, length, draws, share, settings):
+    return segment_loss(mixture, authors_teacher, x, start, length, draws, settings=settings, share=share)
+
+
+@pytest.mark.parametrize(
+    ("name", "steady"),
+    [(name, False) for name in VARIANTS] + [("r0.0_seg0", True), ("r0.0_seg1", True), ("win0_r0.0", True)],
+)
+def test_segment_equals_golden(name, steady):
+    case = Golden(name, steady=steady)
+    visits, predicted, (loss, end, log) = golden_segment(case.mixture, *case.rest, settings=case.settings)
+    # Times within rounding; states within what the clamp of the authors' φ moves them by; velocities as suggested
+    np.testing.assert_allclose(sigma_of(visits.arrive, 3.2).ravel(), case.out["timesteps"], atol=5e-7)
+    np.testing.assert_allclose(visits.states[:, :, :2], case.tokens_of("x_t_a"), atol=5e-5)
+    np.testing.assert_allclose(visits.targets[:, :, :2], case.tokens_of("tgt_u"), atol=5e-5)
+    np.testing.assert_allclose(predicted[:, :, :2], case.tokens_of("pred_u"), atol=1e-4)
+    np.testing.assert_allclose(end[:, :2], golden.tokens(case.out["x_t_dst"]), atol=5e-5)
+    assert loss == pytest.approx(float(case.out["loss"]), rel=2e-6)
+    assert log["loss"] == loss
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def authors_gradient(mixture, *rest, settings):
+    """With the authors' φ, because it has no gradient where it is clamped."""
+    with mock.patch.object(momentum, "phi", golden.authors_phi):
+        return jax.grad(lambda mixture: golden_loss(mixture, *rest, settings)[0])(mixture)
+
+
+@pytest.mark.parametrize("name", ["r1.0_seg0", "r0.5_seg0", "r0.0_seg1", "tensorseg_r0.3"])
+def test_gradient_equals_golden(name):
+    case = Golden(name)
+    ours = authors_gradient(case.mixture, *case.rest, settings=case.settings)
+    theirs = golden.mixture(*(case.out[key] for key in ("means", "logweights", "loggammas")))
+    for field in ("means", "logits", "log_momenta"):
+        expected = getattr(theirs, field)
+        atol = 2e-5 * float(jnp.abs(expected).max())  # the gradient of their φ loses digits just above the clamp
+        np.testing.assert_allclose(getattr(ours, field)[:, :2], expected, rtol=0, atol=atol)
+
+
+# Any student, any teacher
+
+
+def random_mixture(dtype=jnp.float32) -> Mixture:
+    rng = np.random.default_rng(0)
+    return Mixture(
+        jnp.asarray(rng.standard_normal((B, N, K, D // 4, 4)), dtype),
+        jnp.asarray(rng.standard_normal((B, N, K, 4)), dtype),
+        jnp.asarray(2 * rng.standard_normal((B, N, K - 1, 4)), dtype),
+    )
+
+
+NOISE = np.random.default_rng(1).standard_normal((B, N, D)).astype(np.float32)
+
+
+def student(weight, x, sigma):
+    """A little network: its mixture depends on weight, state, noise level."""
+    h = jnp.tanh(x[:, :, None] * weight + sigma[:, None, None, None])  # [B, N, K, D]
+    means = h.reshape(B, N, K, D // 4, 4)
+    return Mixture(means, means.sum(3), means[:, :, 1:].mean(3))
+
+
+def teacher(x, sigma):
+    """Reads per-example conditioning, in the row order that is asked of teachers."""
+    conditioning = jnp.repeat(jnp.array([0.3, -0.9]), len(x) // B)
+    return jnp.sin(x + conditioning[:, None, None]) * (1 + sigma[:, None, None])
+
+
+WEIGHT = jnp.linspace(-1.0, 1.0, K * D).reshape(K, D)
+
+
+PLAIN = dataclasses.replace(SETTINGS, final_step_ratio=0.5, mode_dropout=0.0)
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def iteration(weight, key, share, settings=PLAIN, latents=None):
+    """(loss, gradient, log)"""
+    return distil(keyed, weight, teacher, NOISE, key, settings=settings, share=share, latents=latents)
+
+
+def keyed(weight, x, sigma, key):
+    return student(weight, x, sigma)
+
+
+def watched_loss(key, share):
+    """((loss, log), calls): the calls of the student, (x, σ, key) each. Uncompiled, so that they can be seen."""
+    calls = []
+
+    def watched(weight, x, sigma, key):
+        calls.append((np.array(x), float(sigma[0]), np.array(jax.random.key_data(key))))
+        return student(weight, x, sigma)
+
+    with jax.disable_jit():
+        loss, _, log = distil(watched, WEIGHT, teacher, NOISE, key, settings=PLAIN, share=share)
+    return (loss, log), calls
+
+
+KEY = jax.random.key(5)
+HALF = jnp.float32(0.5)
+
+
+def test_steady_phase_is_the_general_one_at_share_zero():
+    general, gradient, log = iteration(WEIGHT, KEY, jnp.zeros(()), settings=SETTINGS)
+    steady, steady_gradient, steady_log = iteration(WEIGHT, KEY, None, settings=SETTINGS)
+    assert steady == pytest.approx(float(general), rel=1e-6)
+    assert_close(steady_gradient, gradient)
+    assert_close(steady_log["loss"], log["loss"])
+    assert_close(steady_log["velocity_error"], log["velocity_error"])
+
+
+def test_teacher_is_called_once_when_steady():
+    """Once in the program, in which the segments are a loop: on all states of a segment together."""
+
+    batches = []
+
+    def counted(x, sigma):
+        batches.append((x.shape, sigma.shape))
+        return teacher(x, sigma)
+
+    jax.eval_shape(lambda: distil(keyed, WEIGHT, counted, NOISE, KEY, settings=SETTINGS, share=None))
+    assert set(batches) == {((4 * B, N, D), (4 * B,))}
+
+
+def test_share_is_traced():
+    before = iteration._cache_size()
+    losses = {float(iteration(WEIGHT, KEY, jnp.float32(share))[0]) for share in (1.0, 0.5, 0.0)}
+    assert len(losses) == 3
+    assert iteration._cache_size() <= before + 1
+
+
+def test_gradient_is_that_of_the_whole_loss():
+    """Though it is taken segment by segment."""
+    _, gradient, _ = iteration(WEIGHT, KEY, HALF)
+    whole = jax.jit(jax.grad(lambda weight: iteration(weight, KEY, HALF)[0]))(WEIGHT)
+    assert_close(gradient, whole)
+
+
+@pytest.mark.parametrize("share", [HALF, None])
+def test_gradient_flows_through_the_mean_velocity_alone(share):
+    """Frozen: the trajectory (from x and the mixture) and the teacher, even if its weights are differentiated."""
+    draws = Draws(*(np.random.default_rng(2).random((B, size), np.float32) for size in (K, 4, 3)))
+    mixture, x, start, length = random_mixture(), NOISE, jnp.ones(B), jnp.full(B, 0.5)
+
+    def loss(mixture, x, scale):
+        return segment_loss(
+            mixture, lambda x, s: scale * teacher(x, s), x, start, length, draws, settings=SETTINGS, share=share
+        )
+
+    def matched(mixture, visits):
+        predicted = distill.predict(mixture, visits, start, length, settings=SETTINGS)
+        return SETTINGS.loss_scale / 2 * jnp.square(predicted - visits.targets).mean()
+
+    @jax.jit
+    def gradients(mixture, x):
+        visits = distill.visit(mixture, teacher, x, start, length, draws, settings=SETTINGS, share=share)
+        return (
+            jax.grad(lambda *a: loss(*a)[0], argnums=(0, 1, 2))(mixture, x, 1.0),
+            jax.grad(lambda *a: loss(*a)[1].sum(), argnums=(0, 1, 2))(mixture, x, 1.0),
+            jax.grad(matched)(mixture, visits),
+        )
+
+    (of_loss, *others), of_end, expected = gradients(mixture, x)
+    jax.tree.map(assert_close, of_loss, expected)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves((others, of_end)))
+    assert all((leaf != 0).any() for leaf in jax.tree.leaves(of_loss))
+
+
+def test_total_is_weighted_by_length_and_segments_follow_one_another():
+    (total, log), calls = watched_loss(KEY, None)
+    lengths = np.array([2 / 3, 1 / 3])
+    assert total == pytest.approx(float((lengths * log["loss"]).sum()), rel=1e-6)
+    states, sigmas, _ = zip(*calls, strict=True)
+
+    @jax.jit
+    def follow(x, sigma, sigma_next):
+        return x - student(WEIGHT, x, jnp.full(B, sigma)).displacement(Span(sigma, sigma_next), sigma, sigma_next)
+
+    np.testing.assert_allclose(sigmas, sigma_of(np.array([1.0, 1 / 3]), 3.2), rtol=1e-6)
+    np.testing.assert_array_equal(states[0], NOISE)
+    # Without the teacher and mode dropout, the trajectory is the student's own
+    np.testing.assert_allclose(states[1], follow(states[0], *sigmas), atol=1e-5)
+
+
+def test_a_key_for_every_segment_and_the_same_ones_again():
+    (loss, _), calls = watched_loss(KEY, HALF)
+    (again, _), _ = watched_loss(KEY, HALF)
+    (other, _), other_calls = watched_loss(jax.random.key(6), HALF)
+    assert loss == again != other
+    assert len({tuple(key.tolist()) for *_, key in [*calls, *other_calls]}) == 4
+
+
+@pytest.mark.parametrize("share", [HALF, None])
+def test_student_that_knows_the_teacher_has_no_loss(share):
+    """The teacher moves each example with its own constant velocity; so do the modes, some `off` too fast."""
+    c = jnp.array([[[0.7]], [[-1.3]]]) * jnp.ones((B, N, D))
+
+    @jax.jit
+    def loss(off):
+        mixture = Mixture(
+            means=jnp.repeat((c + off).reshape(B, N, 1, D // 4, 4), K, 2),
+            logits=random_mixture().logits,
+            log_momenta=jnp.zeros((B, N, K - 1, 4)),
+        )
+        return distil(
+            lambda *_: mixture,
+            (),
+            lambda x, sigma: jnp.repeat(c, len(x) // B, 0),
+            NOISE,
+            KEY,
+            settings=SETTINGS,
+            share=share,
+        )
+
+    total, _, log = loss(0.0)
+    assert total < 1e-10
+    assert log["velocity_error"].max() < 1e-10
+    total, _, log = loss(0.1)
+    np.testing.assert_allclose([total, *log["loss"]], 30 / 2 * 0.1**2, rtol=1e-4)
+    np.testing.assert_allclose(log["velocity_error"], 0.1**2 / ((0.7**2 + 1.3**2) / 2), rtol=1e-4)
+
+
+@pytest.mark.parametrize("share", [HALF, None])
+def test_linear_student(share):
+    """K = 1, no momenta."""
+    mixture = jax.tree.map(lambda leaf: leaf[:, :, :1], random_mixture())
+    mixture = dataclasses.replace(mixture, log_momenta=mixture.log_momenta[:, :, :0])
+
+    draws = Draws(*(np.random.default_rng(2).random((B, size), np.float32) for size in (1, 4, 3)))
+
+    @jax.jit
+    @jax.grad
+    def gradient(mixture):
+        return segment_loss(mixture, teacher, NOISE, 1.0, 0.5, draws, settings=SETTINGS, share=share)[0]
+
+    means = gradient(mixture).means
+    assert np.isfinite(means).all()
+    assert (means != 0).all()
+
+
+def test_border_is_float32():
+    """Networks may compute in bfloat16: what they are given, and what becomes of what they give, is float32."""
+    given = []
+
+    def half_student(_, x, sigma, key):
+        given.extend([x.dtype, sigma.dtype])
+        return random_mixture(dtype=jnp.bfloat16)
+
+    def half_teacher(x, sigma):
+        given.extend([x.dtype, sigma.dtype])
+        return x.astype(jnp.bfloat16)
+
+    for share in (HALF, None):
+        loss, _, log = jax.eval_shape(
+            functools.partial(distil, half_student, (), half_teacher, settings=SETTINGS, share=share),
+            jnp.asarray(NOISE, jnp.bfloat16),
+            KEY,
+        )
+        assert {loss.dtype, *(leaf.dtype for leaf in log.values()), *given} == {jnp.dtype(jnp.float32)}
+
+
+# Optional terms, and real latents
+
+
+@pytest.mark.parametrize("share", [HALF, None])
+def test_state_term(share):
+    """Modes that are `off` too fast: after a span of σ, the student's state is off by off · σ from a straight path."""
+    c = jnp.array([[[0.7]], [[-1.3]]]) * jnp.ones((B, N, D))
+    settings = dataclasses.replace(SETTINGS, nfe=1, loss_scale=0.0, mode_dropout=0.0, state_weight=3.0)
+
+    def straight(x, sigma):
+        return jnp.repeat(c, len(x) // B, 0)
+
+    def loss(off):
+        mixture = Mixture((c + off).reshape(B, N, 1, D // 4, 4), jnp.zeros((B, N, 1, 4)), jnp.zeros((B, N, 0, 4)))
+        draws = Draws.draw(KEY, B, 1, 4)
+        x, start, length = NOISE, jnp.ones(B), jnp.ones(B)
+        visits = distill.visit(mixture, straight, x, start, length, draws, settings=settings, share=share)
+        total, *_ = segment_loss(mixture, straight, x, start, length, draws, settings=settings, share=share)
+        return total, visits, distill.matched(visits, length, settings=settings)
+
+    loss = jax.jit(loss)
+    assert loss(0.0)[0] < 1e-10
+    total, visits, (_, until) = loss(0.1)
+    # From the segment's start: where the student led there, its own error is in the visited state as well
+    travelled = np.asarray((NOISE - visits.states)[..., 0, 0]) / np.asarray(c[:, 0, 0])  # [M, B] by the teacher's c
+    sigma_a = np.asarray(sigma_of(visits.arrive, settings.shift))
+    target = NOISE - travelled[..., None, None] * np.asarray(c) - (sigma_a - until)[..., None, None] * np.asarray(c)
+    students = NOISE - (1 - np.asarray(until))[..., None, None] * (np.asarray(c) + 0.1)
+    assert total == pytest.approx(3 / 2 * np.square(students - target).mean(), rel=1e-4)
+    assert total > 1e-6
+
+
+def test_state_term_has_a_gradient_and_is_off_by_default():
+    settings = dataclasses.replace(PLAIN, state_weight=2.0)
+    (loss, gradient, _), (more, other, _) = (iteration(WEIGHT, KEY, HALF, settings=s) for s in (PLAIN, settings))
+    assert more > loss
+    assert np.abs(other - gradient).max() > 1e-4
+
+
+LATENTS = np.random.default_rng(7).standard_normal((B, N, D)).astype(np.float32)
+
+
+def test_with_data_each_example_is_one_segment_from_its_latent():
+    noise, latents = np.random.default_rng(8).standard_normal((2, 64, N, D)).astype(np.float32)
+    seen = []
+
+    def still(_, x, sigma, key):
+        seen.append((np.array(x), np.array(sigma)))
+        return Mixture(jnp.zeros((64, N, 1, D // 4, 4)), jnp.zeros((64, N, 1, 4)), jnp.zeros((64, N, 0, 4)))
+
+    with jax.disable_jit():
+        options = {"settings": PLAIN, "share": None, "latents": latents}
+        *_, log = distil(still, (), lambda x, sigma: x, jnp.asarray(noise), KEY, **options)
+    assert log["loss"].shape == (1,)
+    ((x, sigma),) = seen
+    first, second = (np.isclose(sigma, sigma_of(start, 3.2)) for start in (1.0, 1 / 3))
+    assert (first ^ second).all()
+    assert 0.4 < first.mean() < 0.9  # two thirds of the raw time are the first segment's
+    np.testing.assert_allclose(x, latents + sigma[:, None, None] * (noise - latents), atol=1e-5)
+
+
+def test_flow_matching_term():
+    """Of a student whose velocity is constant, by hand; its gradient is that of both terms."""
+    settings = dataclasses.replace(PLAIN, data_weight=2.0)
+    run = functools.partial(iteration, WEIGHT, KEY, None, latents=LATENTS)
+    (loss, gradient, _), (more, other, log) = run(), run(settings=settings)
+    assert more == pytest.approx(float(loss + 2.0 * log["reconstruction"][0]), rel=1e-6)
+    assert np.abs(other - gradient).max() > 1e-4
+
+    constant = Mixture(jnp.full((B, N, 1, D // 4, 4), 0.3), jnp.zeros((B, N, 1, 4)), jnp.zeros((B, N, 0, 4)))
+    options = {"settings": settings, "share": None, "latents": LATENTS}
+    *_, log = jax.jit(lambda: distil(lambda *_: constant, (), teacher, NOISE, KEY, **options))()
+    assert log["reconstruction"][0] == pytest.approx(0.5 * np.square(0.3 - (NOISE - LATENTS)).mean(), rel=1e-5)
+
+
+# Times and draws
+
+
+timed = jax.jit(visit_times, static_argnames="settings")
+
+
+@hypothesis_settings(deadline=None, max_examples=30)
+@given(
+    seed=st.integers(0, 2**16),
+    share=st.floats(0, 1, width=32),
+    start=st.floats(0.125, 1, width=32),
+    part=st.floats(0.05, 1),
+    window=st.sampled_from([0, 3, 8]),
+)
+def test_times_run_through_the_segment_and_leave_room_for_the_window(seed, share, start, part, window):
+    settings = dataclasses.replace(SETTINGS, window=window)
+    draws = Draws(*(np.random.default_rng(seed).random((B, size), np.float32) for size in (K, 4, 3)))
+    start = np.full(B, start, np.float32)
+    length = np.float32(part) * start
+    room = np.asarray(settings.window_length(length))
+    arrive, leave = map(np.asarray, timed(draws, start, length, settings=settings, share=share))
+    assert arrive.shape == leave.shape == (4, B)
+    assert (room <= length).all()
+    whole = np.concatenate([start[None], np.stack([arrive, leave], 1).reshape(-1, B)])
+    assert (np.diff(whole, axis=0) <= 1e-7).all()
+    assert (leave[-1] - room >= start - length - 1e-6).all()
+    # The teacher is given the whole of its share, the student the rest but for what it leaves to the end.
+    np.testing.assert_allclose((arrive - leave).sum(0), share * (length - room), atol=1e-5)
+    np.testing.assert_allclose(
+        start - leave[-1], (length - room) * (share + (1 - share) * draws.student.max(-1)), atol=1e-5
+    )
+
+
+def test_window_divides_the_segment_in_whole_substeps():
+    window = Distillation(window=3, substeps=128).window_length
+    assert window(jnp.float32(0.5)) == pytest.approx(3 / 128)
+    assert window(jnp.float32(0.3)) == pytest.approx(3 * 0.3 / 38)  # 38.4 substeps, of which 38 fit
+    assert window(jnp.float32(1 / 128)) == pytest.approx(1 / 128)  # no longer than the segment
+
+
+def test_draws_are_uniform_and_independent():
+    draws = Draws.draw(jax.random.key(0), 4000, 3, 4)
+    assert [leaf.shape for leaf in jax.tree.leaves(draws)] == [(4000, 3), (4000, 4), (4000, 3)]
+    columns = np.concatenate(jax.tree.leaves(draws), 1)
+    assert columns.min() >= 0
+    assert columns.max() < 1
+    np.testing.assert_allclose(columns.mean(0), 0.5, atol=5 * 12**-0.5 / 4000**0.5)
+    correlation = np.corrcoef(columns.T) - np.eye(10)
+    assert np.abs(correlation).max() < 5 / 4000**0.5
+
+
+def test_teacher_share_falls_to_zero():
+    np.testing.assert_allclose([teacher_share(step, 4) for step in (0, 1, 4, 9)], [1, 0.75, 0, 0])
+    assert teacher_share(jnp.int32(0), 0) == 0
+    assert jax.jit(lambda step: teacher_share(step, 2000))(jnp.int32(500)) == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("nfe", 0),
+        ("states", 0),
+        ("substeps", 0),
+        ("shift", 0.0),
+        ("final_step_ratio", -1.0),
+        ("mode_dropout", 1.0),
+        ("state_weight", -1.0),
+        ("data_weight", -1.0),
+        ("teacher_guidance", "none"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(name, value):
+    with pytest.raises(UserError, match=name):
+        dataclasses.replace(SETTINGS, **{name: value})

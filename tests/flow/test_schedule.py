@@ -1,0 +1,88 @@
+"""The time sigma_of, the segments and the Euler grid."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arcflow_jax.flow.schedule import boundaries, euler_grid, scheduler_shift, sigma_of, timestep_of
+from tests.helpers import golden
+
+times = st.floats(0, 1, width=32)
+shifts = st.floats(0.25, 8, width=32)
+
+
+@settings(deadline=None)
+@given(times, times, shifts)
+def test_warp_is_monotone_and_unwarp_undoes_it(t, other, shift):
+    low, high = sorted([t, other])
+    assert 0 <= sigma_of(low, shift) <= sigma_of(high, shift) <= 1
+    assert timestep_of(sigma_of(t, shift), shift) == pytest.approx(t, abs=1e-6)
+
+
+def test_warp_keeps_its_ends_and_moves_the_middle():
+    sigma = sigma_of(jnp.array([0.0, 0.5, 1.0]), 3.2)
+    np.testing.assert_array_equal(sigma[jnp.array([0, 2])], [0.0, 1.0])
+    assert sigma[1] == pytest.approx(16 / 21)
+    np.testing.assert_array_equal(sigma_of(jnp.linspace(0, 1, 9), 1.0), jnp.linspace(0, 1, 9))
+
+
+def test_warp_equals_the_authors():
+    case = golden.load("02_momentum_integration")
+    sigma = sigma_of(case["inputs/raw_t_end"], 3.2)
+    np.testing.assert_allclose(sigma, case["outputs/sigma_end_f64"], rtol=1e-14)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 8), st.floats(0.1, 2))
+def test_segments_are_equal_but_the_last(segments, ratio):
+    bounds = np.asarray(boundaries(segments, ratio))
+    lengths = -np.diff(bounds)
+    assert bounds.shape == (segments + 1,)
+    assert bounds[0] == 1
+    assert bounds[-1] == 0
+    np.testing.assert_allclose(lengths[:-1], lengths[:1].repeat(segments - 1), atol=1e-6)
+    if segments > 1:
+        assert lengths[-1] / lengths[0] == pytest.approx(ratio, rel=1e-4)
+
+
+def test_euler_grid_is_the_scheduler_of_diffusers():
+    pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    steps, shift = 7, 3.2
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+    np.testing.assert_allclose(euler_grid(steps, shift), scheduler.sigmas.numpy(), atol=1e-6)
+
+
+def test_euler_grid_of_qwen_image_is_stretched():
+    """As its scheduler_config.json and its pipeline in diffusers have it, for 1024² and 4096 tokens."""
+    pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    config = {"base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "use_dynamic_shifting": True}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config, shift_terminal=0.02)
+    shift = scheduler_shift(config, tokens=4096)
+    for steps in (2, 9):
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=math.log(shift))
+        np.testing.assert_allclose(euler_grid(steps, shift, 0.02), scheduler.sigmas.numpy(), atol=1e-6)
+    np.testing.assert_array_equal(euler_grid(1, shift, 0.02), [1.0, 0.0])
+
+
+def test_shift_is_an_argument_of_the_compiled_function():
+    compiled = jax.jit(lambda shift: euler_grid(4, shift))
+    for shift in (1.0, 3.2):
+        np.testing.assert_allclose(compiled(shift), euler_grid(4, shift), rtol=1e-6)
+    assert compiled._cache_size() == 1
+
+
+def test_scheduler_shift_is_constant_or_grows_with_the_picture():
+    assert scheduler_shift({"shift": 3.0}, tokens=4096) == 3.0
+    flux = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}  # FLUX.1-dev's
+    assert scheduler_shift(flux, tokens=256) == pytest.approx(math.exp(0.5))
+    assert scheduler_shift(flux, tokens=4096) == pytest.approx(math.exp(1.15))

@@ -1,0 +1,111 @@
+"""Five iterations of distillation on a tiny random FLUX, over whatever devices and processes there are.
+
+Run as a script, in a process that a test gives several devices: python tests/few_iterations.py MESHES [ADDRESS ID]
+prints the losses in each of several meshes; with an address it is one of two processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from arcflow_jax.families.family import FLUX
+from arcflow_jax.families.latents import position_ids
+from arcflow_jax.flow.distill import Distillation
+from arcflow_jax.networks.flux import FluxConditioning, FluxConfig
+from arcflow_jax.networks.student import AdapterConfig, split_model
+from arcflow_jax.parallel.mesh import make_mesh, state_shardings
+from arcflow_jax.parallel.processes import from_part, initialize, local_part
+from arcflow_jax.training.optimizer import OptimizerConfig, make_optimizer
+from arcflow_jax.training.plan import initial_state
+from arcflow_jax.training.state import EmaConfig, TrainState, train_step
+
+STEPS, BATCH, ROWS, TEXT = 5, 8, 4, 4
+FLUX_CONFIG = FluxConfig(
+    in_channels=16,
+    num_layers=1,
+    num_single_layers=2,
+    attention_head_dim=8,
+    num_attention_heads=4,
+    joint_attention_dim=12,
+    pooled_projection_dim=10,
+    guidance_embeds=True,
+    axes_dims_rope=(2, 2, 4),
+)
+TARGETS = ("single_transformer_blocks.proj_*", "transformer_blocks.ff.*", "time_text_embed.timestep_embedder.*")
+ADAPTER = AdapterConfig(modes=3, rank=8, alpha=8.0, dropout=0.1, targets=TARGETS)
+OPTIMIZER = OptimizerConfig(1e-2, 1, 0, 0.9, 0.95, 0.0, 50.0, 0, ())
+
+
+def conditioning(mesh: Mesh) -> FluxConditioning:
+    """Of which this process makes its own part."""
+    index, count = local_part(mesh)
+    rng = np.random.default_rng(0)
+    text = rng.standard_normal((BATCH, TEXT, FLUX_CONFIG.joint_attention_dim)).astype(np.float32)
+    pooled = rng.standard_normal((BATCH, FLUX_CONFIG.pooled_projection_dim)).astype(np.float32)
+    mine = slice(index * BATCH // count, (index + 1) * BATCH // count)
+    arrays = (from_part(x[mine], mesh) for x in (text, pooled, np.linspace(1, 4, BATCH, dtype=np.float32)))
+    return FluxConditioning(*arrays, jnp.asarray(position_ids(ROWS, ROWS)))
+
+
+def random_weights(abstract: nnx.State, mesh: Mesh) -> nnx.State:
+    rng = np.random.default_rng(1)
+
+    def draw(x: jax.ShapeDtypeStruct, sharding: jax.NamedSharding) -> jax.Array:
+        array = 0.15 * rng.standard_normal(x.shape).astype(np.float32)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(draw, abstract, state_shardings(mesh, abstract))
+
+
+def few_iterations(sizes: Sequence[int]) -> tuple[list[float], TrainState, Mesh]:
+    """The losses, and the state that is left, in a mesh of these sizes."""
+    mesh = make_mesh(sizes)
+    graphdef, abstract_base, abstract = split_model(FLUX.student(FLUX_CONFIG, ADAPTER, jnp.float32))
+    optimizer = make_optimizer(OPTIMIZER, abstract)
+
+    base = random_weights(abstract_base, mesh)
+    key = jax.random.key(2)
+    state = initial_state(graphdef, base, abstract, key, mesh, optimizer)
+    step = functools.partial(
+        train_step,
+        graphdef=graphdef,
+        settings=Distillation(states=2, decay=4),
+        guidance=1.0,
+        optimizer=optimizer,
+        optimizer_config=OPTIMIZER,
+        ema=EmaConfig(1, 8.0),
+        steady=False,
+        mesh=mesh,
+    )
+    step, prompts, losses = jax.jit(step, donate_argnums=0), conditioning(mesh), []
+    with jax.set_mesh(mesh):
+        for _ in range(STEPS):
+            state, log = step(state, base, prompts, key)
+            losses.append(float(log["loss"]))
+    return losses, state, mesh
+
+
+def main(meshes: str, address: str | None = None, process: str | None = None) -> None:
+    if address is not None:
+        initialize(address, 2, int(process))
+    found = []
+    for sizes in json.loads(meshes):
+        losses, state, mesh = few_iterations(sizes)
+        found.append(losses)
+        shardings = jax.tree.leaves(state_shardings(mesh, state))
+        for x, sharding in zip(jax.tree.leaves(state), shardings, strict=True):
+            assert x.sharding.is_equivalent_to(sharding, x.ndim), (sizes, x.shape, x.sharding)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,162 @@
+"""The attention kernels agree in value and gradient, alone and on a mesh, and each platform gets its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from arcflow_jax.networks.attention import attention, attention_kernel, blocking, choose
+
+
+def inputs(b: int, s: int, t: int, h: int, e: int):
+    rng = np.random.default_rng(0)
+    q, weight = (rng.standard_normal((b, s, h, e)).astype(np.float32) for _ in range(2))
+    k, v = (rng.standard_normal((b, t, h, e)).astype(np.float32) for _ in range(2))
+    return q, k, v, weight
+
+
+def by_hand(q, k, v, weight):
+    """Value, and gradient of Σ weight · value, in float64 NumPy."""
+    q, k, v, weight = (np.asarray(x, np.float64) for x in (q, k, v, weight))
+    scale = q.shape[-1] ** -0.5
+    scores = np.einsum("bshe,bthe->bhst", q, k) * scale
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    dp = np.einsum("bshe,bthe->bhst", weight, v)
+    ds = p * (dp - (p * dp).sum(-1, keepdims=True)) * scale
+    return np.einsum("bhst,bthe->bshe", p, v), (
+        np.einsum("bhst,bthe->bshe", ds, k),
+        np.einsum("bhst,bshe->bthe", ds, q),
+        np.einsum("bhst,bshe->bthe", p, weight),
+    )
+
+
+# One short sequence that splash pads in queries and keys, one that chunks unevenly, one of different lengths
+@pytest.mark.parametrize("shape", [(2, 32, 32, 2, 128), (1, 1100, 1100, 1, 128), (1, 150, 512, 2, 128)])
+@pytest.mark.parametrize("kernel", ["xla", "chunked", "splash"])
+def test_kernels_are_attention(kernel, shape):
+    q, k, v, weight = inputs(*shape)
+    value, gradients = by_hand(q, k, v, weight)
+    with attention_kernel(kernel), jax.default_matmul_precision("highest"):
+        ours, vjp = jax.vjp(attention, q, k, v)
+        ours_gradients = vjp(weight)
+    np.testing.assert_allclose(ours, value, atol=1e-5)
+    for mine, theirs in zip(ours_gradients, gradients, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-5 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("kernel", ["xla", "chunked", "splash"])
+def test_keys_past_the_length_do_not_count(kernel):
+    """Each example is as if its keys ended where its length says; what lies beyond gets no gradient."""
+    q, k, v, weight = inputs(2, 600, 300, 1, 128)
+    lengths = [300, 130]
+    with attention_kernel(kernel), jax.default_matmul_precision("highest"):
+        ours, vjp = jax.vjp(lambda *qkv: attention(*qkv, jnp.array(lengths)), q, k, v)
+        ours_gradients = vjp(weight)
+    for i, n in enumerate(lengths):
+        value, (dq, dk, dv) = by_hand(*(x[i : i + 1] for x in (q, k[:, :n], v[:, :n], weight)))
+        np.testing.assert_allclose(ours[i : i + 1], value, atol=1e-5)
+        for mine, theirs in zip(ours_gradients, (dq, dk, dv), strict=True):
+            np.testing.assert_allclose(mine[i, : theirs.shape[1]], theirs[0], atol=2e-5 * np.abs(theirs).max())
+            assert not np.any(mine[i, theirs.shape[1] :])
+
+
+def test_softmax_is_float32():
+    """bfloat16 inputs lose their own rounding and that of the probabilities, not that of a bfloat16 sum of scores."""
+    q, k, v, weight = inputs(1, 640, 640, 1, 128)
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q * 8, k, v))
+    value, _ = by_hand(q, k, v, weight)
+    for kernel in ("xla", "chunked", "splash"):
+        with attention_kernel(kernel):
+            ours = attention(q, k, v)
+        assert ours.dtype == jnp.bfloat16
+        # Scores reach 40, where bfloat16 is off by up to 0.1, and a probability by a tenth
+        assert np.abs(np.asarray(ours, np.float64) - value).mean() < 0.005  # scores in bfloat16 give 0.009
+
+
+def test_each_platform_gets_its_kernel():
+    def chosen(platform: str, tokens: int, head_dim: int, dtype=jnp.bfloat16) -> str:
+        return choose(platform, jax.ShapeDtypeStruct((1, tokens, 4, head_dim), dtype))
+
+    assert chosen("gpu", 4608, 128) == "cudnn"
+    assert chosen("gpu", 32, 32, jnp.float16) == "cudnn"
+    assert chosen("gpu", 4608, 128, jnp.float32) == "chunked"  # cuDNN has 16 bits only
+    assert chosen("gpu", 4608, 512) == "chunked"
+    assert chosen("gpu", 4608, 36) == "chunked"
+    assert chosen("tpu", 4608, 128) == "splash"
+    assert chosen("tpu", 4608, 128, jnp.float32) == "splash"
+    assert chosen("tpu", 4608, 64) == "chunked"
+    assert chosen("tpu", 32, 128) == "xla"
+    assert chosen("cpu", 4608, 128) == "chunked"
+    assert chosen("cpu", 32, 128) == "xla"
+
+
+def test_override_is_part_of_the_jit_key():
+    traced = []
+
+    @jax.jit
+    def f(q):
+        traced.append(attention_kernel.value)
+        return attention(q, q, q)
+
+    q = jnp.ones((1, 8, 1, 8))
+    f(q)
+    with attention_kernel("chunked"):
+        f(q)
+        f(q)
+    assert traced == [None, "chunked"]
+    with attention_kernel("flash"), pytest.raises(ValueError, match="no attention kernel 'flash', there are xla, "):
+        f(q)
+
+
+def test_blocks_pad_little():
+    assert blocking(4608) == (512, 4608)  # FLUX.1 at 1024²
+    assert blocking(2304) == (384, 2304)  # half of it
+    assert blocking(1152) == (384, 1152)
+    assert blocking(32) == (256, 256)
+    assert blocking(4609) == (256, 4864)
+
+
+ON_A_MESH = """
+    import jax, numpy as np
+    from arcflow_jax.networks.attention import attention, attention_kernel
+    from arcflow_jax.parallel.mesh import make_mesh
+
+    rng = np.random.default_rng(0)
+
+    def both(q, k, v, lengths):
+        value, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, lengths), q, k, v)
+        return value, *vjp(jax.numpy.cos(value))
+
+    # Heads over tensor and sequence; heads over tensor and queries over sequence; nothing that divides
+    for shape, parts, lengths in [
+        ((2, 300, 4, 128), 8, None), ((2, 300, 2, 128), 8, np.array([290, 7])), ((1, 129, 3, 128), 1, None)
+    ]:
+        q, k, v = (rng.standard_normal(shape).astype(np.float32) for _ in range(3))
+        with attention_kernel("xla"):
+            expected = jax.jit(both)(q, k, v, lengths)
+        for kernel in ("chunked", "splash"):
+            with jax.set_mesh(make_mesh((2, 1, 2, 2))), attention_kernel(kernel):
+                ours = jax.jit(both)(q, k, v, lengths)
+            for x, y in zip(ours, expected, strict=True):
+                np.testing.assert_allclose(x, y, atol=2e-6 * max(10, np.abs(y).max()))
+            assert len({str(shard.index) for shard in ours[0].addressable_shards}) == parts, ours[0].sharding
+"""
+
+
+def test_kernels_on_a_mesh():
+    """Each of 8 devices computes a part of its own, of value and gradient; what does not divide stays whole."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(ON_A_MESH)],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,274 @@
+"""Teacher and student readings of one base, against the authors' values (cases 06a–d) and peft."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from arcflow_jax.convert import flux as table
+from arcflow_jax.convert.adapter import AdapterTable
+from arcflow_jax.convert.engine import import_tensors
+from arcflow_jax.errors import UserError
+from arcflow_jax.families.latents import pack, position_ids
+from arcflow_jax.networks.conditioning import Guided
+from arcflow_jax.networks.flux import Flux, FluxConditioning, FluxConfig
+from arcflow_jax.networks.layers import Adapter, Base
+from arcflow_jax.networks.lora import merged_kernel
+from arcflow_jax.networks.student import AdapterConfig, ArcModel, merged_graphdef, merged_state, split_model
+from configs.flux import get_config
+from tests.networks.test_flux import TINY, inputs, relative_error, twin_output
+
+GOLDEN = Path(__file__).parents[2] / "data" / "golden"
+CONFIG = dataclasses.replace(TINY, num_single_layers=2)
+LORA = AdapterConfig(
+    modes=4,
+    rank=4,
+    alpha=4,
+    dropout=0.0,
+    targets=(
+        "single_transformer_blocks.proj_mlp",
+        "single_transformer_blocks.proj_out",
+        "transformer_blocks.ff.*",
+        "transformer_blocks.ff_context.*",
+        "time_text_embed.timestep_embedder.*",
+    ),
+)
+HEAD_ONLY = dataclasses.replace(LORA, targets=())
+
+
+def golden(case: str) -> dict[str, np.ndarray]:
+    return dict(np.load(next(GOLDEN.glob(f"{case}_*.npz"))))
+
+
+def make(adapter: AdapterConfig) -> ArcModel:
+    rngs = nnx.Rngs(0)
+    return ArcModel(Flux(CONFIG, rngs=rngs), param_dtype=jnp.float32, rngs=rngs).attach_student(adapter, rngs)
+
+
+def load(adapter: AdapterConfig, tensors: dict[str, np.ndarray] | None = None) -> ArcModel:
+    """The authors' tiny teacher, and the student whose export `tensors` is."""
+    graphdef, base, state = split_model(nnx.eval_shape(lambda: make(adapter)))
+    base = import_tensors(table, load_file(GOLDEN / "flux_tiny_teacher.safetensors"), base)
+    if tensors is None:
+        state = nnx.state(make(adapter), Adapter)
+    else:
+        state = import_tensors(AdapterTable(table), tensors, state)
+    return nnx.merge(graphdef, base, state)
+
+
+def golden_inputs(values: dict[str, np.ndarray], prefix: str = "") -> tuple:
+    latents = values["inputs/latents"]
+    conditioning = FluxConditioning(
+        text=values[f"inputs/{prefix}encoder_hidden_states"],
+        pooled=values[f"inputs/{prefix}pooled_projections"],
+        guidance=values[f"inputs/{prefix}guidance"],
+        positions=position_ids(latents.shape[2] // 2, latents.shape[3] // 2),
+    )
+    return as_tokens(latents), values["inputs/timestep"], conditioning
+
+
+def as_tokens(nchw: np.ndarray) -> jax.Array:
+    return pack(jnp.moveaxis(jnp.asarray(nchw), 1, -1))
+
+
+def check_mixture(mixture, values: dict[str, np.ndarray]) -> None:
+    modes = range(values["outputs/means"].shape[1])
+    for k in modes:
+        means = mixture.means[:, :, k].reshape(*mixture.means.shape[:2], -1)
+        assert relative_error(means, as_tokens(values["outputs/means"][:, k])) < 1e-5
+    weights = jax.nn.log_softmax(mixture.logits, axis=2)
+    for ours, theirs in ((weights, "logweights"), (mixture.log_momenta, "loggammas")):
+        theirs = values[f"outputs/{theirs}"]
+        for k in range(theirs.shape[1]):
+            assert relative_error(ours[:, :, k], as_tokens(theirs[:, k])) < 1e-5
+
+
+def test_golden_06a_head_starts_from_the_teacher():
+    values = golden("06a")
+    model = load(LORA)
+    model.head.initialize_from(model.output, values["inputs/randn_1"].reshape(4, 16))
+    for name in ("means", "logweights", "loggamma"):
+        layer = getattr(model.head, f"proj_out_{name}")
+        np.testing.assert_allclose(layer.kernel[...].T, values[f"outputs/proj_out_{name}.weight"], atol=1e-6)
+        np.testing.assert_allclose(layer.bias[...], values[f"outputs/proj_out_{name}.bias"], atol=1e-6)
+
+
+def test_golden_06b_teacher_velocity():
+    values = golden("06b")
+    model = load(LORA)
+    velocity = model.teacher_velocity(*golden_inputs(values))
+    assert relative_error(velocity, as_tokens(values["outputs/u"])) < 1e-5
+    negative = model.teacher_velocity(*golden_inputs(values, prefix="neg_"))
+    guided = velocity + 3 * (velocity - negative)
+    assert relative_error(guided, as_tokens(values["outputs/u_cfg4"])) < 2e-5
+
+
+def test_true_guidance_is_both_calls_in_one():
+    """An example with its own negative; the guidance embedding is fed 1."""
+    values = golden("06b")
+    model = load(LORA)
+    tokens, sigma, positive = golden_inputs(values)
+    _, _, negative = golden_inputs(values, prefix="neg_")
+    unguided = (dataclasses.replace(c, guidance=jnp.ones(len(tokens))) for c in (positive, negative))
+    teacher = jax.jit(model.teacher_velocity)
+    u, away = (teacher(tokens, sigma, c) for c in unguided)
+    guided = jax.jit(model.teacher_velocity)(tokens, sigma, Guided(positive, negative, 4.0))
+    assert relative_error(guided, away + 4 * (u - away)) < 1e-5
+    assert relative_error(u, away) > 0.1
+
+
+def test_golden_06c_student_without_lora():
+    values = golden("06c")
+    model = load(HEAD_ONLY, load_file(GOLDEN / "06c_head.safetensors"))
+    check_mixture(model.student_curve(*golden_inputs(values)), values)
+
+
+def test_golden_06d_student_with_lora():
+    values = golden("06d")
+    exported = load_file(GOLDEN / "arcflux_tiny_adapter" / "diffusion_pytorch_model.safetensors")
+    model = load(LORA, exported)
+    check_mixture(model.student_curve(*golden_inputs(values)), values)
+    assert json.loads((GOLDEN / "arcflux_tiny_adapter" / "config.json").read_text())["num_gaussians"] == LORA.modes
+
+
+def test_student_starts_as_the_teacher():
+    model = load(LORA)
+    tokens, sigma, conditioning = inputs(CONFIG)
+    model.head.initialize_from(model.output, jnp.zeros((4, 16)))
+    mixture = model.student_curve(tokens, sigma, conditioning)
+    mean = mixture.means.mean(2).reshape(tokens.shape)
+    assert relative_error(mean, np.asarray(model.teacher_velocity(tokens, sigma, conditioning))) < 1e-5
+
+
+def test_lora_is_peft():
+    torch, peft, diffusers = map(pytest.importorskip, ("torch", "peft", "diffusers"))
+    torch.manual_seed(0)
+    twin = diffusers.FluxTransformer2DModel(**dataclasses.asdict(CONFIG)).eval()
+    tensors = {name: tensor.numpy().copy() for name, tensor in twin.state_dict().items()}
+    targets = r".*\.(ff\.net\.0\.proj|ff\.net\.2|proj_mlp)|single_transformer_blocks\.\d+\.proj_out"
+    peft.inject_adapter_in_model(peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets), twin)
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    lora = {name.replace(".default", ""): t.numpy() for name, t in twin.state_dict().items() if "lora" in name}
+
+    config = AdapterConfig(
+        modes=1,
+        rank=3,
+        alpha=6,
+        dropout=0.0,
+        targets=("transformer_blocks.ff.*", "single_transformer_blocks.proj_*"),
+    )
+    graphdef, base, state = split_model(nnx.eval_shape(lambda: make(config)))
+    head = {key: value for key, value in nnx.to_flat_state(state) if key[0] == "head"}
+    lora_state = nnx.from_flat_state([(k, v) for k, v in nnx.to_flat_state(state) if k[0] != "head"])
+    lora_state = import_tensors(AdapterTable(table), lora, lora_state)
+    zeros = nnx.from_flat_state([(k, v.replace(jnp.zeros(v.shape))) for k, v in head.items()])
+    base = import_tensors(table, tensors, base)
+    model = nnx.merge(graphdef, base, nnx.merge_state(lora_state, zeros))
+
+    # The student's head on the teacher's output layer is the twin with its adapters on
+    model.head.initialize_from(model.output, jnp.zeros((1, 16)))
+    tokens, sigma, c = inputs(CONFIG)
+    ours = model.student_curve(tokens, sigma, c).means.reshape(tokens.shape)
+    theirs = twin_output(twin, tokens, sigma, c)
+    assert relative_error(ours, theirs) < 1e-5
+    assert relative_error(model.teacher_velocity(tokens, sigma, c), theirs) > 1e-2
+
+
+def test_gradient_and_dropout_reach_the_adapter_only():
+    model = load(LORA)
+    model.initialize_student(jax.random.key(0))
+    graphdef, base, adapter = split_model(model)
+    tokens, sigma, conditioning = inputs(CONFIG)
+
+    def loss(adapter, key):
+        mixture = nnx.merge(graphdef, base, adapter).student_curve(tokens, sigma, conditioning, key)
+        return (mixture.means**2).mean() + (mixture.log_momenta**2).mean()
+
+    grads = jax.grad(loss)(adapter, None)
+    names = {".".join(map(str, path)): np.abs(value[...]).max() for path, value in nnx.to_flat_state(grads)}
+    assert len([name for name in names if name.endswith("lora.b")]) == 8
+    for name, size in names.items():
+        # the update B starts at zero, so that A has no gradient yet
+        expected_zero = name.endswith("lora.a") or "logweights" in name
+        assert (size == 0) == expected_zero, name
+    assert not any(isinstance(v, Base) for _, v in nnx.to_flat_state(adapter))
+
+
+def test_lora_dropout_is_drawn_per_layer_and_from_the_key():
+    config = dataclasses.replace(LORA, dropout=0.5)
+    model = load(config)
+    model.initialize_student(jax.random.key(0))
+    for path, module in nnx.iter_modules(model):
+        if path and path[-1] == "lora":
+            module.b[...] = jnp.ones_like(module.b[...])
+    args = inputs(CONFIG)
+    a, again, b = (model.student_curve(*args, jax.random.key(seed)).means for seed in (0, 0, 1))
+    np.testing.assert_array_equal(a, again)
+    assert not np.allclose(a, b)
+    assert not np.allclose(a, model.student_curve(*args).means)
+
+
+def test_merged_student_is_the_student():
+    exported = load_file(GOLDEN / "arcflux_tiny_adapter" / "diffusion_pytorch_model.safetensors")
+    model = load(LORA, exported)
+    args = inputs(CONFIG)
+    expected = model.student_curve(*args)
+    graphdef, base, adapter = split_model(model)
+    merged = nnx.merge(merged_graphdef(graphdef, base, adapter), merged_state(graphdef, base, adapter))
+    assert not any("lora" in map(str, path) for path, _ in nnx.to_flat_state(nnx.state(merged)))
+    assert relative_error(merged.student_curve(*args).means, np.asarray(expected.means)) < 1e-5
+    # and without its adapters the student would be another
+    assert relative_error(model.teacher_velocity(*args), np.asarray(merged.teacher_velocity(*args))) > 1e-3
+
+
+@pytest.mark.parametrize(("dtype", "step"), [(jnp.float32, 2**-23), (jnp.bfloat16, 2**-7)])
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_merged_kernel_against_float64(lead, dtype, step):
+    rng = np.random.default_rng(0)
+    kernel, a, b = (rng.standard_normal((*lead, *shape)) for shape in ((24, 40), (24, 5), (5, 40)))
+    kernel, a, b = jnp.asarray(kernel, dtype), jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+    merged = jax.jit(merged_kernel)(kernel, a, b, 0.5)
+    exact = np.float64(kernel) + np.float64(a) @ np.float64(b) * 0.5
+    assert merged.dtype == dtype
+    # Half a step of the result, and what float32 loses in sums of numbers of the size of one
+    np.testing.assert_allclose(np.float64(merged), exact, rtol=step / 2, atol=1e-5)
+
+
+def test_lora_target_that_names_nothing_is_refused():
+    with pytest.raises(UserError, match=r"'transformer_blocks\.mlp\.\*' names no linear layer"):
+        make(dataclasses.replace(LORA, targets=("transformer_blocks.mlp.*",)))
+
+
+def test_published_student_of_flux_dev_is_the_authors():
+    """Shapes only. The counts are those of the authors' own model; shares of all recipes stand in test_recipes."""
+    config = FluxConfig(
+        in_channels=64,
+        num_layers=19,
+        num_single_layers=38,
+        attention_head_dim=128,
+        num_attention_heads=24,
+        joint_attention_dim=4096,
+        pooled_projection_dim=768,
+        guidance_embeds=True,
+    )
+    adapter = AdapterConfig(**get_config("published").adapter)
+
+    def build() -> ArcModel:
+        rngs = nnx.Rngs(0)
+        return ArcModel(Flux(config, rngs=rngs), param_dtype=jnp.bfloat16, rngs=rngs).attach_student(adapter, rngs)
+
+    _, base, trained = split_model(nnx.eval_shape(build))
+    counts = [sum(math.prod(x.shape) for x in jax.tree.leaves(state)) for state in (base, trained)]
+    assert counts == [11_901_408_320, 652_405_884]

@@ -1,0 +1,34 @@
+"""SIGTERM at one of two processes: both end after the same iteration."""
+
+from __future__ import annotations
+
+import signal
+import socket
+
+from tests.helpers.processes import child
+
+TWO_PROCESSES = """
+import sys, time
+import jax
+from arcflow_jax.parallel.preemption import Preemption
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+with Preemption() as preemption:
+    for step in range(1, 3000):
+        print(step, flush=True)
+        if preemption.reached(step):
+            break
+        time.sleep(0.02 if sys.argv[2] == "0" else 0.03)
+"""
+
+
+def test_two_processes_end_at_the_same_iteration():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    both = [child(TWO_PROCESSES, address, index) for index in range(2)]
+    assert both[1].stdout.readline() == "1\n"
+    both[1].send_signal(signal.SIGTERM)  # one of them is told
+    ends = [process.communicate(timeout=300)[0].split()[-1] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert ends[0] == ends[1]
+    assert int(ends[0]) < 2999

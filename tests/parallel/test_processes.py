@@ -1,0 +1,161 @@
+"""The same distillation on one device, on eight in several meshes, and on two processes that find one another."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from arcflow_jax.checkpoints.conversion import convert_model
+from arcflow_jax.demo import ASSETS
+from arcflow_jax.errors import UserError
+from arcflow_jax.parallel import processes as distributed
+from tests.helpers import few_steps
+from tests.training.test_train import CONFIGS, losses, recipe, train
+
+
+@pytest.fixture(scope="module")
+def one_device() -> list[float]:
+    found, *_ = few_steps.few_iterations((1, 1, 1, 1))
+    assert np.isfinite(found).all()
+    assert len(set(found)) == few_steps.STEPS
+    return found
+
+
+def start(devices: int, *command: object) -> subprocess.Popen:
+    """Python in a process with so many CPU devices."""
+    env = {
+        **os.environ,
+        # Without optimisation: what takes time here is compiling
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "PYTHONPATH": os.pathsep.join([str(CONFIGS.parent), str(Path(__file__).parent)]),
+    }
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    return stdout
+
+
+def free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)]
+
+
+@pytest.mark.slow
+def test_eight_devices_train_as_one(one_device):
+    found = json.loads(finish(start(8, few_steps.__file__, json.dumps(MESHES))).splitlines()[-1])
+    for mesh, of_mesh in zip(MESHES, found, strict=True):
+        np.testing.assert_allclose(of_mesh, one_device, rtol=1e-4, err_msg=str(mesh))
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_device(one_device):
+    address, meshes = free_address(), json.dumps([(2, 2, 2, 1)])
+    processes = [start(4, few_steps.__file__, meshes, address, i) for i in (0, 1)]
+    for process in processes:
+        (found,) = json.loads(finish(process).splitlines()[-1])
+        np.testing.assert_allclose(found, one_device, rtol=1e-4)
+
+
+ENDLESS = """
+    import sys
+    from pathlib import Path
+    from arcflow_jax.parallel.processes import initialize
+    from tests.training.test_train import recipe, train
+    model, out, address, process = sys.argv[1:]
+    initialize(address, 2, int(process))
+    train(recipe(Path(model), Path(out), mesh=(2, 2, 2, 1), steps=10_000))
+"""
+
+
+@pytest.mark.slow
+def test_run_of_two_processes_is_killed_and_goes_on_in_one(tmp_path):
+    """They save every two iterations; one device goes on in the mesh that it has."""
+    model = convert_model(ASSETS / "tiny-flux", tmp_path / "model")
+    run, address = tmp_path / "two" / "run", free_address()
+    run.parent.mkdir()
+    processes = [start(4, "-c", textwrap.dedent(ENDLESS), model, run, address, i) for i in (0, 1)]
+    try:
+        while not ((run / "checkpoints" / "4").is_dir() and len(losses(run)) >= 5):
+            assert all(process.poll() is None for process in processes), "ended by itself"
+            time.sleep(0.2)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    two = {line["step"]: line["loss"] for line in map(json.loads, (run / "log.jsonl").read_text().splitlines())}
+    assert list(two) == list(range(1, len(two) + 1))  # written by one of them
+
+    last = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+    train(recipe(model, run, steps=last + 2))
+    after = {line["step"]: line["loss"] for line in map(json.loads, (run / "log.jsonl").read_text().splitlines())}
+    straight = losses(train(recipe(model, tmp_path / "straight", steps=last + 2)))
+    np.testing.assert_allclose([two[i] for i in range(1, last + 1)], straight[:last], rtol=1e-4)
+    np.testing.assert_allclose([after[last + 1], after[last + 2]], straight[last:], rtol=1e-4)
+
+
+PARTS = """
+    import sys
+    import jax, numpy as np
+    from jax.sharding import Mesh
+    from arcflow_jax.parallel.processes import from_part, initialize, is_main, local_part
+    from arcflow_jax.parallel.mesh import MESH_AXES
+    initialize(sys.argv[1], 2, int(sys.argv[2]))
+    assert is_main() == (sys.argv[2] == "0")
+    whole = np.arange(16.0).reshape(8, 2)
+    shuffled = [jax.devices()[i] for i in (0, 4, 1, 5, 2, 6, 3, 7)]
+    found = []
+    for devices, mesh in [
+        (jax.devices(), (8, 1, 1, 1)),
+        (jax.devices(), (2, 2, 2, 1)),
+        (jax.devices(), (1, 4, 1, 2)),
+        (jax.devices(), (1, 1, 8, 1)),
+        (shuffled, (8, 1, 1, 1)),
+    ]:
+        mesh = Mesh(np.array(devices).reshape(mesh), MESH_AXES)
+        index, count = local_part(mesh)
+        batch = from_part(whole[index * 8 // count:(index + 1) * 8 // count], mesh)
+        assert batch.shape == whole.shape
+        for shard in batch.addressable_shards:
+            np.testing.assert_array_equal(shard.data, whole[shard.index])
+        found.append((index, count))
+    print(found)
+"""
+
+
+def test_each_process_brings_its_part_of_a_batch():
+    address = free_address()
+    processes = [start(4, "-c", textwrap.dedent(PARTS), address, i) for i in (0, 1)]
+    first, second = (finish(process).strip() for process in processes)
+    assert first == "[(0, 2), (0, 2), (0, 2), (0, 1), (0, 1)]"
+    assert second == "[(1, 2), (1, 2), (1, 2), (0, 1), (0, 1)]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("host:1", 2, None), "go together: give all three"),
+        (("host", 2, 0), "--coordinator is 'host', but has to be HOST:PORT"),
+        (("host:1", 2, 2), "--process-id is 2, of --processes 2 it has to be from 0 to 1"),
+    ],
+)
+def test_processes_that_make_no_sense_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        distributed.initialize(*arguments)

@@ -1,0 +1,335 @@
+"""Runs that are killed, told to end, diverge or fill the disk; what they log, draw and trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import struct
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from arcflow_jax.checkpoints.conversion import convert_model
+from arcflow_jax.checkpoints.training import Checkpoints
+from arcflow_jax.cli.app import main
+from arcflow_jax.demo import ASSETS
+from arcflow_jax.errors import UserError
+from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.training import loop as train_module
+from arcflow_jax.training.log import RunLog
+from arcflow_jax.training.loop import train
+from arcflow_jax.training.plan import Plan
+from arcflow_jax.training.recipe import Recipe, read_config
+from tests.helpers.full_disk import disk_for_files_up_to
+from tests.helpers.processes import child
+
+ROOT = Path(__file__).parents[2]
+TINY = str(ROOT / "configs" / "tiny.py")
+PROMPTS = ["a red circle", "a green square", "a blue ring on the left", "a large yellow triangle"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return convert_model(ASSETS / "tiny-flux", tmp_path_factory.mktemp("model") / "teacher")
+
+
+def overrides(model: Path, out: Path, **changes: object) -> list[str]:
+    """The tiny recipe, cut down to iterations of a fraction of a second."""
+    prompts = out.parent / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    values = {
+        **{"model": model, "prompts": prompts, "out": out, "resolutions": ((32, 32),), "batch": 4, "steps": 4},
+        **{"log_every": 1, "save_every": 10, "mesh": (1, 1, 1, 1), "preview_every": 0},
+        **{"adapter.modes": 3, "adapter.rank": 2, "adapter.dropout": 0.1},
+        **{"distillation.decay": 1000, "distillation.states": 2, "optimizer.learning_rate": 2e-3, "ema.start": 0},
+        **changes,
+    }
+    return [f"--config.{name}={value}" for name, value in values.items()]
+
+
+def recipe(model: Path, out: Path, **changes: object) -> Recipe:
+    return Recipe.of(read_config(TINY, overrides(model, out, **changes)))
+
+
+def log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def saved(run: Path) -> dict[str, np.ndarray]:
+    """Every array of the newest checkpoint."""
+    with Checkpoints(run, read_only=True) as checkpoints:
+        restored = checkpoints.manager.restore(checkpoints.latest)
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(restored)}
+
+
+def assert_same(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> None:
+    assert one.keys() == two.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+
+
+def events(run: Path) -> list[Event]:
+    """What TensorBoard shows: all events, without those that a later start takes back."""
+    kept: list[Event] = []
+    for path in sorted((run / "tensorboard").iterdir(), key=lambda path: int(path.suffix[1:])):
+        data, position = path.read_bytes(), 0
+        while position + 12 <= len(data):
+            (size,) = struct.unpack_from("<Q", data, position)
+            event = Event.FromString(data[position + 12 : position + 12 + size])
+            if event.session_log.status == SessionLog.START:
+                kept = [other for other in kept if other.step < event.step]
+            kept.append(event)
+            position += 16 + size
+    return kept
+
+
+KILLED_AT_13 = """
+import os, signal, sys, time
+from pathlib import Path
+from tests.training.test_train_runs import RunLog, recipe, train
+model, out = map(Path, sys.argv[1:])
+iteration = RunLog.iteration
+def killing(log, step, values):
+    line = iteration(log, step, values)
+    if step == 13:
+        while not (out / "checkpoints" / "10").exists():  # saving goes on in the background
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return line
+RunLog.iteration = killing
+train(recipe(model, out, steps=20))
+"""
+
+
+@pytest.mark.slow
+def test_kill_and_resume_is_bit_identical(model, tmp_path):
+    killed = child(KILLED_AT_13, model, tmp_path / "killed")
+    straight = train(recipe(model, tmp_path / "straight", steps=20))
+    output, _ = killed.communicate(timeout=600)
+    assert killed.returncode == -signal.SIGKILL, output
+    assert [line["step"] for line in log(tmp_path / "killed")] == list(range(1, 14))
+    with open(tmp_path / "killed" / "log.jsonl", "a") as file:
+        file.write('{"step": 14, "lo')  # as a kill may leave it
+    resumed = train(recipe(model, tmp_path / "killed", steps=20))
+    assert_same(saved(straight), saved(resumed))
+    timings = ("time", "iterations_per_second")
+    lines = [[{name: x for name, x in line.items() if name not in timings} for line in log(run)]
+             for run in (straight, resumed)]  # fmt: skip
+    assert lines[0] == lines[1]
+    assert [line["step"] for line in lines[0]] == list(range(1, 21))
+    shown = [[(e.step, v.tag) for e in events(run) for v in e.summary.value if v.tag == "loss"]
+             for run in (straight, resumed)]  # fmt: skip
+    assert shown[0] == shown[1] == [(step, "loss") for step in range(1, 21)]
+
+    # what is left can be sampled from, averaged or not
+    sampled = [ArcFlowPipeline.from_pretrained(model, straight, raw=raw)(PROMPTS[:1], height=32, width=32, seed=3)
+               for raw in (False, True)]  # fmt: skip
+    assert np.any(np.asarray(sampled[0][0]) != np.asarray(sampled[1][0]))
+
+
+def test_told_to_end_saves_and_exits_with_0(model, tmp_path, monkeypatch, capfd):
+    iteration = RunLog.iteration
+
+    def telling(self, step, values):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return iteration(self, step, values)
+
+    monkeypatch.setattr(RunLog, "iteration", telling)
+    before = signal.getsignal(signal.SIGTERM)
+    assert exit_code(["train", "--config", TINY, *overrides(model, tmp_path / "run")]) == 0
+    assert "told to end" in capfd.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["2"]
+    monkeypatch.setattr(RunLog, "iteration", iteration)
+    train(recipe(model, tmp_path / "run"))
+    assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def exit_code(arguments: list[str]) -> int:
+    try:
+        main(arguments)
+    except SystemExit as exit:
+        return exit.code or 0
+    return 0
+
+
+def test_full_disk_under_the_log(model, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    settings = recipe(model, run)
+    numbers = ("loss", "gradient_norm", "learning_rate", "teacher_share", "skipped", "skipped_in_row")
+    values = {"segment_loss": jnp.ones(2), **dict.fromkeys(numbers, jnp.ones(()))}
+
+    def write_a_line() -> None:
+        with RunLog(run, settings, 0) as log:
+            log.iteration(1, values)
+
+    message = r"^cannot write to .*/run, its checkpoints are intact: File too large$"
+    with disk_for_files_up_to(0), pytest.raises(UserError, match=message):
+        write_a_line()
+    assert capsys.readouterr().err == ""
+
+
+def poison(monkeypatch, iterations: set[int]) -> None:
+    """Makes the guidance of some iterations, counted from 1, NaN, and with it loss and gradient."""
+    real = train_module.PROMPTS["FluxPipeline"]
+
+    class Poisoned(real):
+        seen = 0
+
+        def __call__(self, prompts, **settings):
+            conditioning = super().__call__(prompts, **settings)
+            self.seen += 1
+            if self.seen in iterations:
+                return dataclasses.replace(conditioning, guidance=conditioning.guidance * jnp.nan)
+            return conditioning
+
+    monkeypatch.setitem(train_module.PROMPTS, "FluxPipeline", Poisoned)
+
+
+def test_iterations_that_are_not_finite_are_skipped(model, tmp_path, monkeypatch):
+    poison(monkeypatch, {2})
+    run = train(recipe(model, tmp_path / "run", steps=3, save_every=1, keep_last=3))
+    assert [line["skipped"] for line in log(run)] == [0, 1, 1]
+    assert [line["skipped_in_row"] for line in log(run)] == [0, 1, 0]
+    assert [line["loss"] is None for line in log(run)] == [False, True, False]
+    with Checkpoints(run) as checkpoints:
+        one, two, three = (checkpoints.manager.restore(step) for step in (1, 2, 3))
+    assert [int(x["step"]) for x in (one, two, three)] == [1, 2, 3]
+    for part in ("adapter", "ema", "optimizer"):
+        jax.tree.map(np.testing.assert_array_equal, one[part], two[part])
+        changed = jax.tree.map(lambda x, y: bool(np.any(np.asarray(x) != np.asarray(y))), two[part], three[part])
+        assert any(jax.tree.leaves(changed))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(three))
+
+
+def test_too_many_in_a_row_stop_the_run(model, tmp_path, monkeypatch, capfd):
+    poison(monkeypatch, set(range(2, 100)))
+    arguments = overrides(model, tmp_path / "run", steps=90, max_skipped=2)
+    assert exit_code(["train", "--config", TINY, *arguments]) == 2
+    error = capfd.readouterr().err
+    assert re.fullmatch(r"error: stopped: the loss or gradient of the last 3 iterations was not finite; .*\n", error)
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["4"]
+
+
+def test_other_settings_are_named(model, tmp_path):
+    train(recipe(model, tmp_path / "run", steps=0))
+    with pytest.raises(
+        UserError, match=r"other settings: optimizer.learning_rate was 0.002, not 0.1, seed was 0, not 1;"
+    ):
+        train(recipe(model, tmp_path / "run", **{"seed": 1, "optimizer.learning_rate": 0.1}))
+    train(recipe(model, tmp_path / "run", steps=0, log_every=7))  # which decides nothing
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["log_every"] == 7
+
+
+class FakeWandb(types.ModuleType):
+    """What the run calls of Weights & Biases, which is not installed where tests run."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.started: list[dict] = []
+        self.logged: list[tuple[int, dict]] = []
+        self.__spec__ = types.SimpleNamespace()
+        self.Image = lambda image: image.size
+
+    def init(self, **settings):
+        self.started.append(settings)
+        return types.SimpleNamespace(log=lambda values, step: self.logged.append((step, values)), finish=lambda: None)
+
+
+@pytest.mark.slow
+def test_pictures_trace_and_weights_and_biases(model, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
+    run = tmp_path / "run"
+    shown = recipe(model, run, steps=2, preview_every=2, preview_prompts=("a red circle", "a ring"), wandb_project="w")
+    train(shown, profile="2:2")
+
+    with Image.open(run / "previews" / "000002.png") as image:
+        sheet = np.asarray(image.convert("RGB"), np.int32)
+    # rows under a line of names, each under its prompt; pictures of 32 pixels are drawn six times as large
+    teacher, raw, averaged = (
+        np.stack([sheet[40 + 212 * row :, 196 * column :][:192:6, :192:6] for row in range(2)]) for column in range(3)
+    )
+    assert sheet.shape == (20 + 2 * 212, 3 * 196 - 4, 3)
+    assert (sheet[:20] < 128).any()
+    assert (sheet[20:40] < 128).any()
+    for one, two in ((teacher[0], teacher[1]), (teacher, raw), (raw, averaged)):
+        assert np.any(one != two)
+    straight = ArcFlowPipeline.from_pretrained(model)
+    expected = straight(["a red circle", "a ring"], height=32, width=32, seed=0, guidance=shown.guidance, batch_size=2)
+    np.testing.assert_allclose(teacher, np.stack([np.asarray(each, np.int32) for each in expected]), atol=1)
+    for raw_weights, there in ((True, raw), (False, averaged)):
+        student = ArcFlowPipeline.from_pretrained(model, run, raw=raw_weights)
+        expected = student(["a red circle", "a ring"], height=32, width=32, seed=0, batch_size=2)
+        np.testing.assert_allclose(there, np.stack([np.asarray(each, np.int32) for each in expected]), atol=2)
+
+    tags = {value.tag for event in events(run) for value in event.summary.value}
+    assert {"loss", "segment_loss/1", "gradient_norm", "teacher_share", "preview"} <= tags
+    assert list((run / "profile").rglob("*.xplane.pb"))
+    output = capfd.readouterr().out
+    assert re.search(r"trains 0\.\d+ of \d\.\d+ million parameters \(\d+\.\d+ %\) on 1 \w+ devices", output)
+    assert re.search(
+        r"iteration 2 of 2: loss [\d.]+ \(segments [\d.]+ [\d.]+\), gradient \S+, rate 0.0002, teacher 100 %, "
+        r"[\d.]+ it/s, 0:00:00 left",
+        output,
+    )
+    assert [step for step, _ in wandb.logged] == [1, 2, 2]
+    assert wandb.logged[-1][1]["preview"] == (3 * 196 - 4, 20 + 2 * 212)
+
+    train(dataclasses.replace(shown, steps=2))
+    assert [each["id"] for each in wandb.started] == [wandb.started[0]["id"]] * 2
+    with pytest.raises(UserError, match=r"profile 1:2: this run makes iterations 3 to 2, and no others"):
+        train(shown, profile="1:2")
+
+
+@pytest.mark.parametrize("text", ["3", "0:1", "5:4", "a:b"])
+def test_profile_that_is_none(model, tmp_path, text):
+    with pytest.raises(UserError, match=re.escape(f"profile {text!r} is not A:B")):
+        train(recipe(model, tmp_path / "run"), profile=text)
+
+
+def test_dry_run(model, tmp_path, capfd):
+    run = tmp_path / "run"
+    changed = overrides(model, run, **{"optimizer.warmup": 7})
+    assert exit_code(["train", "--dry-run", "--config", TINY, *changed]) == 0
+    output = capfd.readouterr().out
+    settings, _, rest = output.partition("\n}\n")
+    assert json.loads(settings + "}")["optimizer"]["warmup"] == 7
+    assert not run.exists()
+    teacher, trained = (
+        int(x.replace(",", "")) for x in re.search(r"teacher ([\d,]+), trained ([\d,]+): ", rest).groups()
+    )
+    memory = dict(re.findall(r"^  (\S.*\S) +([\d.]+) GiB$", rest, re.M))
+    gib = {name: float(size) * 2**30 for name, size in memory.items()}
+    tolerance = 0.0006 * 2**30
+    assert gib["base"] == pytest.approx(4 * teacher, abs=tolerance)  # float32
+    assert gib["optimizer"] == pytest.approx(8 * trained, abs=tolerance)  # two moments
+    for name in ("adapter", "average", "gradients"):
+        assert gib[name] == pytest.approx(4 * trained, abs=tolerance)
+    assert gib["together"] == pytest.approx(sum(gib.values()) - gib["together"], abs=4 * tolerance)
+    assert "data 1, fsdp 1, tensor 1, sequence 1" in rest
+
+    assert exit_code(["train", "--dry-run", "--config", TINY, *changed, "--config.embeddings=cached"]) == 0
+    cached = dict(re.findall(r"^  (\S.*\S) +([\d.]+) GiB$", capfd.readouterr().out, re.M))
+    assert memory.keys() - cached.keys() == {"text encoders"}
+    assert float(cached["together"]) == pytest.approx(
+        float(memory["together"]) - float(memory["text encoders"]), abs=0.002
+    )
+
+
+def test_weights_and_biases_that_is_not_there(model, tmp_path):
+    if "wandb" in sys.modules:
+        pytest.skip("it is installed")
+    with pytest.raises(UserError, match="pip install wandb"):
+        Plan.make(recipe(model, tmp_path / "run", wandb_project="w"))
