@@ -87,7 +87,7 @@ def ours(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
     from arcflow_jax.convert import flux as table
     from arcflow_jax.convert.adapter import AdapterTable
     from arcflow_jax.convert.engine import export_tensors
-    from arcflow_jax.families.family import FLUX
+    from arcflow_jax.families.flux import FLUX
     from arcflow_jax.families.latents import position_ids
     from arcflow_jax.flow.distill import Distillation, Draws
     from arcflow_jax.networks.flux import FluxConditioning, FluxConfig

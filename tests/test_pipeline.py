@@ -59,7 +59,7 @@ def write_adapter(model: Path, run: Path, seed: int) -> Path:
     run.mkdir()
     AdapterDescription(directory.fingerprint, ADAPTER, Distillation(shift=1.0), guidance=2.0).write(run)
     with Checkpoints(run) as checkpoints:
-        checkpoints.save(TrainState.create(adapter, optax.identity()))
+        checkpoints.save(0, TrainState.create(adapter, optax.identity()).items())
     return run
 
 
@@ -95,8 +95,10 @@ def test_batch_size_changes_nothing_but_rounding(pipe):
     assert_same_pictures(one_by_one, filled_up)
     assert np.abs(pixels(one_by_one)[0] - pixels(one_by_one)[1]).max() > 20
     after = compiled()
-    assert after["sample"] == before["sample"] + 1  # the last batch is filled up, and needs no program of its own
-    assert after["decode"] == before["decode"] + 1
+    assert (
+        after["sample_student"] == before["sample_student"] + 1
+    )  # the last batch is filled up, and needs no program of its own
+    assert after["decode_latents"] == before["decode_latents"] + 1
 
     rows, columns = pipe.grid(**SIZE)
     latents = [pipe.noise(3, count, rows, columns, first) for count, first in ((3, 0), (1, 2), (2, 2))]
@@ -138,7 +140,7 @@ def test_compiles_once_for_a_shape_and_a_number_of_steps(pipe, model):
         seen.append(pictures(steps=steps))
         assert np.abs(seen[i] - seen[i - 1]).max() > 1
         pictures(steps=steps, seed=5)
-        assert compiled() == {**before, "sample": before["sample"] + i}
+        assert compiled() == {**before, "sample_student": before["sample_student"] + i}
 
 
 def test_lora_apart_and_merged_agree(pipe, model, student):
@@ -299,8 +301,8 @@ def test_offload(pipe, model, student, monkeypatch, host):
     activations = 2**20
     assert held["loaded"] < activations
     assert held["apply_encoder"] < size(lean.encode.weights.state) + activations
-    assert held["sample"] < size(lean.transformer.state) + activations
-    assert held["decode"] < size(lean.vae.state) + activations
+    assert held["sample_student"] < size(lean.transformer.state) + activations
+    assert held["decode_latents"] < size(lean.vae.state) + activations
     assert held["done"] < activations
     assert size(lean.transformer.state) > 5 * activations
     assert_same_pictures(images, pipe(PROMPTS, seed=3, batch_size=2, **SIZE), levels=0)
@@ -333,7 +335,7 @@ def out_of_memory(*args, **kwargs):
     return jax.block_until_ready(jnp.zeros(2**50, jnp.uint8))
 
 
-@pytest.mark.parametrize("stage", ["apply_encoder", "sample", "decode"])
+@pytest.mark.parametrize("stage", ["apply_encoder", "sample_student", "decode_latents"])
 def test_out_of_memory_while_sampling(pipe, monkeypatch, stage):
     monkeypatch.setattr(text if stage == "apply_encoder" else pipeline, stage, out_of_memory)
     with pytest.raises(

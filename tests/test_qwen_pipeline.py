@@ -19,16 +19,16 @@ from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.student_formats import WEIGHTS, export_adapter, import_adapter
 from arcflow_jax.checkpoints.training import AdapterDescription
-from arcflow_jax.data.embeddings import CachedPrompts, embed_prompts
 from arcflow_jax.data.tokenizers import load_tokenizer
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
-from arcflow_jax.families import text as prompts_module
+from arcflow_jax.families import text
 from arcflow_jax.families.latents import unpack
-from arcflow_jax.families.text import QwenPrompts
+from arcflow_jax.families.qwen_image import QwenPrompts
 from arcflow_jax.parallel import offload
 from arcflow_jax.parallel.mesh import MESH_AXES
 from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.training.embeddings import CachedPrompts, embed_prompts
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe, read_config
 from tests.checkpoints.test_student_formats import attach_student, metadata, predicted, write_run
@@ -276,14 +276,14 @@ def test_encoder_and_transformer_are_never_on_the_device_together(model, student
 
         return call
 
-    for name, module in (("_apply", prompts_module), ("sample", pipeline)):
+    for name, module in (("apply_encoder", text), ("sample_student", pipeline)):
         monkeypatch.setattr(module, name, watched(getattr(module, name), name))
     settings = {"seed": 3, "height": 32, "width": 32}
     made = pixels(lean(PROMPTS, **settings))
     monkeypatch.undo()
     assert seen == {
-        "_apply": before | {"encoder": before["encoder"] + 1},
-        "sample": before | {"transformer": before["transformer"] + 1},
+        "apply_encoder": before | {"encoder": before["encoder"] + 1},
+        "sample_student": before | {"transformer": before["transformer"] + 1},
     }
     np.testing.assert_array_equal(made, pixels(straight(PROMPTS, **settings)))
 

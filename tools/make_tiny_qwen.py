@@ -27,7 +27,7 @@ from transformers import Qwen2Tokenizer
 from arcflow_jax import families
 from arcflow_jax.convert.engine import export_tensors
 from arcflow_jax.demo import ASSETS
-from arcflow_jax.families.text import QwenPrompts
+from arcflow_jax.families.qwen_image import QwenPrompts
 from arcflow_jax.storage.files import parse_config
 
 PIPELINE = "QwenImagePipeline"

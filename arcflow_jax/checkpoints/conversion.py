@@ -21,6 +21,7 @@ from rich.progress import Progress
 
 from arcflow_jax import families
 from arcflow_jax.checkpoints.model_directory import CHECKPOINT, DESCRIPTION, FORMAT, VERSION, Digest, fingerprint
+from arcflow_jax.checkpoints.names import on_disk
 from arcflow_jax.checkpoints.writer import Stream, write_checkpoint
 from arcflow_jax.console import progress_bar
 from arcflow_jax.convert.engine import Fill, Tensor, cast, check, layers, nearest
@@ -199,6 +200,6 @@ def convert_component(component: Component, out: Path, progress: Progress) -> li
 
         return Stream(fill.shape, component.dtype, fill.stacked, read)
 
-    streams = {fill.target: stream(fill, tensors) for fill, tensors in component.fills}
+    streams = {on_disk(fill.target): stream(fill, tensors) for fill, tensors in component.fills}
     write_checkpoint(out / component.name / CHECKPOINT, nest(streams))
     return digests

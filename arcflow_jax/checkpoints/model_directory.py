@@ -223,7 +223,7 @@ class ModelDirectory:
             stored = unnest(reader().metadata(checkpoint).tree)
             stored = {path: array for path, array in stored.items() if not part or path.startswith(f"{part}.")}
             # Looked at first, because Orbax leaves unfinished reads behind when one array of many does not fit
-            wrong = [path for path in sorted(wanted | stored) if shape(wanted, path) != shape(stored, path)]
+            wrong = [in_memory(path) for path in sorted(wanted | stored) if shape(wanted, path) != shape(stored, path)]
             if not wrong:
                 targets = nest(wanted)
                 restore_args = ocp.checkpoint_utils.construct_restore_args(targets)

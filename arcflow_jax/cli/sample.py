@@ -47,8 +47,7 @@ def sample(
 ) -> None:
     """Makes pictures from prompts, one PNG each, with the settings in its metadata."""
     from arcflow_jax.data.output import contact_sheet, file_name, make_folder, read_latents, save_picture
-    from arcflow_jax.data.prompts import read_prompts
-    from arcflow_jax.families.text import check_prompts
+    from arcflow_jax.data.prompts import check_prompts, read_prompts
     from arcflow_jax.pipeline import ArcFlowPipeline
 
     adapter = options.which_student(model, adapter, raw, teacher)

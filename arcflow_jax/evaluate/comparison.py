@@ -26,6 +26,7 @@ from arcflow_jax.flow import sampler
 from arcflow_jax.flow.schedule import boundaries, euler_grid, sigma_of
 from arcflow_jax.generate import TEACHER_STEPS, default_dtype, memory_watched, seeded_noise, teacher_grid
 from arcflow_jax.networks.conditioning import Guided
+from arcflow_jax.networks.student import split_model
 from arcflow_jax.parallel.mesh import parse_mesh, partition_spec, sharded, state_shardings
 
 
@@ -157,7 +158,7 @@ class Comparison:
         dtype = default_dtype()
         with memory_watched(offload=True):  # nothing here could be
             self.encode = directory.family.prompts(directory, dtype, self.mesh)
-            self.graphdef, base, trained = student.split_model(directory.student(student.adapter, dtype))
+            self.graphdef, base, trained = split_model(directory.student(student.adapter, dtype))
             trained = restore(sharded(self.mesh, trained), raw)
             base = directory.load("transformer", base, state_shardings(self.mesh, base))
             self.state = nnx.merge_state(base, trained)

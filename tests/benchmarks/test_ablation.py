@@ -11,7 +11,7 @@ from flax import nnx
 from PIL import Image
 
 from arcflow_jax.errors import UserError
-from arcflow_jax.families.family import FLUX
+from arcflow_jax.families.flux import FLUX
 from arcflow_jax.networks.student import split_model
 from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.recipe import Recipe, read_config

@@ -232,7 +232,7 @@ def describe(model: Path, **changes) -> None:
         (lambda model: (model / "model.json").write_text("{}"), "does not describe"),
         (lambda model: describe(model, version=99), "format version 99, this program reads 1"),
         (lambda model: describe(model, components={}), "is damaged: it lacks text_encoder, text_encoder_2, transf"),
-        (lambda model: describe(model, pipeline="OtherPipeline"), "OtherPipeline, known are FluxPipeline"),
+        (lambda model: describe(model, pipeline="OtherPipeline"), "OtherPipeline, supported are FluxPipeline"),
     ],
 )
 def test_open_refuses(copy, damage, message):

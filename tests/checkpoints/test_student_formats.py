@@ -90,7 +90,8 @@ def write_run(
     describe(path, AdapterDescription(directory.fingerprint, adapter, settings, guidance, transformer))
     raw, averaged = random_student(directory, adapter, 1), ema(random_student(directory, adapter, 2))
     with Checkpoints(path) as checkpoints:
-        checkpoints.save(TrainState(jnp.int32(7), raw, averaged, (jnp.zeros(3),), Skipped(jnp.int32(0), jnp.int32(0))))
+        state = TrainState(jnp.int32(7), raw, averaged, (jnp.zeros(3),), Skipped(jnp.int32(0), jnp.int32(0)))
+        checkpoints.save(7, state.items())
     return raw, averaged
 
 

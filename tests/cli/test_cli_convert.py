@@ -257,7 +257,7 @@ def test_usage_errors(capfd, arguments):
 
 def test_help_does_not_wait_for_jax():
     program = (
-        "import sys\nfrom arcflow_jax.cli import main\ntry: main(['convert', '--help'])\n"
+        "import sys\nfrom arcflow_jax.cli.app import main\ntry: main(['convert', '--help'])\n"
         "finally: assert not {'jax', 'flax', 'orbax'} & sys.modules.keys()"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -280,7 +280,7 @@ def test_the_script_is_the_same_command(source, tmp_path):
 def test_ctrl_c(source, tmp_path):
     program = f"""
 import os, signal, sys
-sys.path.insert(0, {str(ROOT / "tests")!r})
+sys.path.insert(0, {str(ROOT)!r})
 from arcflow_jax.cli import app as cli
 from arcflow_jax.checkpoints import conversion
 from tests.cli.test_cli_convert import stopping

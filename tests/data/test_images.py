@@ -12,11 +12,12 @@ from PIL import Image
 
 from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
-from arcflow_jax.data.images import LatentEncoder, Picture, pixels, read_pictures
+from arcflow_jax.data.images import Picture, pixels, read_pictures
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import pack
 from arcflow_jax.parallel.mesh import make_mesh
+from arcflow_jax.training.latents import LatentEncoder
 
 
 def save(file, size=(8, 8), color=(255, 0, 0)):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
-from arcflow_jax.cli.app import Teacher
+from arcflow_jax.cli.reports import Teacher
 from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.demo import ASSETS, report, run
 from arcflow_jax.demo import world as pictures

@@ -45,7 +45,7 @@ def write_student(model: Path, run: Path, targets: tuple[str, ...], distillation
     run.mkdir()
     AdapterDescription(directory.fingerprint, adapter, distillation, guidance=2.0).write(run)
     with Checkpoints(run) as checkpoints:
-        checkpoints.save(TrainState.create(values, optax.identity()))
+        checkpoints.save(0, TrainState.create(values, optax.identity()).items())
     return run
 
 
@@ -219,7 +219,7 @@ def test_values_that_are_not_finite():
 )
 def test_guidance_is_by_default_the_students(model, given, trained, expected):
     description = AdapterDescription("", AdapterConfig(3, 2, 2.0, 0.0, ()), Distillation(nfe=4, **trained), 2.5)
-    settings = ComparisonSettings(**given).resolved(description, ModelDirectory.open(model).config("vae"))
+    settings = ComparisonSettings(**given).resolved(description, ModelDirectory.open(model).config("vae"), 4.0)
     assert (settings.guidance, settings.negative_prompt) == expected
     assert (settings.steps, settings.height, settings.width) == (4, 64, 64)
 

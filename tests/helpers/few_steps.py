@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from arcflow_jax.families.family import FLUX
+from arcflow_jax.families.flux import FLUX
 from arcflow_jax.families.latents import position_ids
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.flux import FluxConditioning, FluxConfig

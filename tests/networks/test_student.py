@@ -27,7 +27,7 @@ from arcflow_jax.networks.student import AdapterConfig, ArcModel, merged_graphde
 from configs.flux import get_config
 from tests.networks.test_flux import TINY, inputs, relative_error, twin_output
 
-GOLDEN = Path(__file__).parents[2] / "data" / "golden"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CONFIG = dataclasses.replace(TINY, num_single_layers=2)
 LORA = AdapterConfig(
     modes=4,

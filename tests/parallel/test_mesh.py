@@ -13,8 +13,9 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 from arcflow_jax.compile_report.programs import open_model
-from arcflow_jax.families.family import CLIP, T5
+from arcflow_jax.families.flux import CLIP, T5
 from arcflow_jax.networks.clip import CLIPTextConfig
+from arcflow_jax.networks.student import split_model
 from arcflow_jax.networks.t5 import T5Config
 from arcflow_jax.parallel.mesh import MESH_AXES, state_shardings
 from arcflow_jax.training.optimizer import make_optimizer
@@ -33,7 +34,7 @@ def flux() -> dict[str, object]:
     """What a run of FLUX.1-dev holds, as shapes."""
     recipe = Recipe.of(read_config(str(ROOT / "configs" / "flux.py")))
     student = open_model(ROOT / "configs" / "flux.1-dev").student(recipe.adapter, jnp.bfloat16)
-    _, base, adapter = student.split_model(student)
+    _, base, adapter = split_model(student)
     optimizer = make_optimizer(recipe.optimizer, adapter)
     state = jax.eval_shape(functools.partial(TrainState.create, optimizer=optimizer), adapter)
     return {"base": base, "adapter": state.adapter, "ema": state.ema, "optimizer": state.opt_state}

@@ -15,8 +15,9 @@ from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.training import Checkpoints
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
+from arcflow_jax.generate import sample_student
 from arcflow_jax.networks.student import ArcModel
-from arcflow_jax.pipeline import ArcFlowPipeline, sample
+from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe, read_config
 
@@ -83,9 +84,9 @@ def test_interrupted_run_goes_on_bit_for_bit(model, tmp_path):
     pipeline = ArcFlowPipeline.from_pretrained(model, adapter=straight)
     images = pipeline(PROMPTS[:2], height=32, width=48, seed=3)
     assert [image.size for image in images] == [(48, 32)] * 2
-    compiled = sample._cache_size()
+    compiled = sample_student._cache_size()
     others = pipeline(PROMPTS[2:], height=32, width=48, seed=4, guidance=1.5)
-    assert sample._cache_size() == compiled  # nothing of a request is in the program
+    assert sample_student._cache_size() == compiled  # nothing of a request is in the program
     assert np.any(np.asarray(others[0]) != np.asarray(images[0]))
 
 

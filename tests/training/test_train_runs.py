@@ -19,13 +19,14 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from arcflow_jax import families
 from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.training import Checkpoints
 from arcflow_jax.cli.app import main
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
+from arcflow_jax.families import flux
 from arcflow_jax.pipeline import ArcFlowPipeline
-from arcflow_jax.training import loop as train_module
 from arcflow_jax.training.log import RunLog
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.plan import Plan
@@ -183,7 +184,7 @@ def test_full_disk_under_the_log(model, tmp_path, capsys):
 
 def poison(monkeypatch, iterations: set[int]) -> None:
     """Makes the guidance of some iterations, counted from 1, NaN, and with it loss and gradient."""
-    real = train_module.PROMPTS["FluxPipeline"]
+    real = flux.FAMILY.prompts
 
     class Poisoned(real):
         seen = 0
@@ -195,7 +196,7 @@ def poison(monkeypatch, iterations: set[int]) -> None:
                 return dataclasses.replace(conditioning, guidance=conditioning.guidance * jnp.nan)
             return conditioning
 
-    monkeypatch.setitem(train_module.PROMPTS, "FluxPipeline", Poisoned)
+    monkeypatch.setitem(families._FAMILIES, "FluxPipeline", dataclasses.replace(flux.FAMILY, prompts=Poisoned))
 
 
 def test_iterations_that_are_not_finite_are_skipped(model, tmp_path, monkeypatch):

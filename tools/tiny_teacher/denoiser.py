@@ -21,7 +21,8 @@ from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.data.tokenizers import load_tokenizer, token_length, tokenize
 from arcflow_jax.demo import world as pictures
 from arcflow_jax.families import latents as packing
-from arcflow_jax.families.family import CLIP, T5, Network
+from arcflow_jax.families.family import Network
+from arcflow_jax.families.flux import CLIP, T5
 from arcflow_jax.networks.flux import Flux, FluxConditioning, FluxConfig
 from arcflow_jax.networks.student import ArcModel
 from arcflow_jax.networks.vae import Autoencoder

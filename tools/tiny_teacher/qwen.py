@@ -27,8 +27,7 @@ from arcflow_jax.convert import vae_qwen as autoencoder_table
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.data.tokenizers import load_tokenizer, tokenize
 from arcflow_jax.families import latents as packing
-from arcflow_jax.families.qwen_image import QWEN2_5_VL
-from arcflow_jax.families.text import QwenPrompts
+from arcflow_jax.families.qwen_image import QWEN2_5_VL, QwenPrompts
 from arcflow_jax.networks.qwen2_5_vl import Qwen2_5VLConfig, Qwen2_5VLText
 from arcflow_jax.networks.qwen_image import QwenImage, QwenImageConditioning, QwenImageConfig
 from arcflow_jax.networks.student import ArcModel

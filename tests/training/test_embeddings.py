@@ -17,13 +17,13 @@ import pytest
 
 from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
-from arcflow_jax.data import embeddings
-from arcflow_jax.data.embeddings import CachedPrompts, embed_prompts, read_shard, shard_path, write_shard
+from arcflow_jax.data.embeddings import read_shard, shard_path, write_shard
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
-from arcflow_jax.families.text import FluxPrompts
+from arcflow_jax.families.flux import FluxPrompts
 from arcflow_jax.parallel.mesh import make_mesh
-from arcflow_jax.training import loop as training
+from arcflow_jax.training import embeddings, loop, plan
+from arcflow_jax.training.embeddings import CachedPrompts, embed_prompts
 from arcflow_jax.training.recipe import Recipe
 from tests.training.test_train import losses, recipe
 
@@ -56,15 +56,15 @@ def cache(model, tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_training_from_a_cache_is_training_on_the_fly(model, cache, tmp_path, monkeypatch, capfd):
     compiled = []
-    step = training.train_step
+    step = plan.train_step
 
     @functools.wraps(step)
     def traced(state, base, conditioning, *args, **settings):
         compiled.append(conditioning.positions.shape[0])
         return step(state, base, conditioning, *args, **settings)
 
-    monkeypatch.setattr(training, "train_step", traced)
-    fly = training.train(small(model, tmp_path / "fly"))
+    monkeypatch.setattr(plan, "train_step", traced)
+    fly = loop.train(small(model, tmp_path / "fly"))
     assert sorted(compiled) == [4, 6]  # tokens: each resolution once
     out = capfd.readouterr().out
     assert f"7 prompts from {tmp_path / 'prompts.txt'}, 1 empty ones left out" in out
@@ -73,7 +73,7 @@ def test_training_from_a_cache_is_training_on_the_fly(model, cache, tmp_path, mo
         raise AssertionError("the encoders were loaded")
 
     monkeypatch.setattr(FluxPrompts, "__init__", no_encoders)
-    cached = training.train(small(model, tmp_path / "cached", embeddings=str(cache)))
+    cached = loop.train(small(model, tmp_path / "cached", embeddings=str(cache)))
     np.testing.assert_allclose(losses(cached), losses(fly), rtol=1e-5)
     assert np.ptp(losses(fly)) > 1e-3  # of different batches
 
