@@ -24,8 +24,8 @@ def imported_modules(path: Path) -> set[str]:
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            if getattr(node.func, "id", getattr(node.func, "attr", "")) in ("import_module", "library", "__import__"):
-                found.add(str(node.args[0].value))
+            called = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            found |= {str(node.args[0].value)} if called in ("import_module", "library", "__import__") else set()
     return found
 
 

@@ -95,9 +95,7 @@ def test_batch_size_changes_nothing_but_rounding(pipe):
     assert_same_pictures(one_by_one, filled_up)
     assert np.abs(pixels(one_by_one)[0] - pixels(one_by_one)[1]).max() > 20
     after = compiled()
-    assert (
-        after["sample_student"] == before["sample_student"] + 1
-    )  # the last batch is filled up, and needs no program of its own
+    assert after["sample_student"] == before["sample_student"] + 1  # the last batch is filled up
     assert after["decode_latents"] == before["decode_latents"] + 1
 
     rows, columns = pipe.grid(**SIZE)
@@ -427,8 +425,8 @@ def test_mesh_that_does_not_fit(text, message):
 
 
 def test_mesh_of_one_device():
-    for text in ("", "tensor=1", "sequence=-1"):
-        assert parse_mesh(text).devices.ravel().tolist() == jax.devices()[:1]
+    for name in ("", "tensor=1", "sequence=-1"):
+        assert parse_mesh(name).devices.ravel().tolist() == jax.devices()[:1]
 
 
 @pytest.mark.parametrize(

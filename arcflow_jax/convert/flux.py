@@ -1,4 +1,4 @@
-"""FLUX.1's transformer: diffusers' FluxTransformer2DModel to `backbone` (models.flux.Flux) and `output` (the last layer).
+"""FLUX.1's transformer: diffusers' FluxTransformer2DModel to `backbone` and `output` (the last layer).
 
 A checkpoint without guidance embedding has no target for its rules, which then rest.
 """

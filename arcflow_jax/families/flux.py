@@ -1,4 +1,4 @@
-"""FLUX.1: a transformer of double and single blocks, T5 for the text tokens, CLIP for the pooled vector, AutoencoderKL."""
+"""FLUX.1: a transformer of double and single blocks, T5 for text tokens, CLIP for the pooled vector, AutoencoderKL."""
 
 # B prompts, N image tokens, T text tokens
 

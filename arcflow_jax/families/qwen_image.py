@@ -1,4 +1,4 @@
-"""Qwen-Image: a transformer of double blocks without guidance embedding, Qwen2.5-VL for the text, a causal video VAE."""
+"""Qwen-Image: a transformer of double blocks without guidance embedding, Qwen2.5-VL for text, a causal video VAE."""
 
 # B prompts, N image tokens, T text tokens
 

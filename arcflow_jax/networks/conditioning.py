@@ -1,6 +1,6 @@
 """What a velocity depends on besides the state and σ: the contract of a family's conditioning, and CFG.
 
-A family's own conditioning is a pytree (`networks.flux.FluxConditioning`, …). Everything else knows it by this contract.
+A family's own conditioning is a pytree (`networks.flux.FluxConditioning`, …). All else knows it by this contract.
 """
 
 # B batch, N image tokens

@@ -22,7 +22,7 @@ def cannot_write(what: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to. It becomes `path` at the end, or is removed if anything goes wrong."""
+    """A temporary path beside `path` to write to. It becomes `path` at the end, or is removed if something fails."""
     aside = path.with_name(f"{path.name}.tmp")
     try:
         yield aside

@@ -1,4 +1,4 @@
-"""Text embeddings that are made beforehand: writes a cache (`data.embeddings`), and reads it in place of the encoders."""
+"""Text embeddings that are made beforehand: writes a cache, and reads it in place of the encoders."""
 
 # P prompts of a shard
 

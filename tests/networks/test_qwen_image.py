@@ -166,7 +166,7 @@ def test_paired_with_negatives():
 
 
 def test_true_guidance_plain_and_rescaled():
-    """Of prompt and negative, each with a length of its own, in one call; norm_preserving as diffusers' pipeline does it."""
+    """Of prompt and negative, each with a length of its own, in one call; norm-preserving as diffusers."""
     model = new_teacher(THREE_HEADS)
     tokens, sigma, c = inputs(THREE_HEADS, 2, 2, (2, 4))
     negative = dataclasses.replace(c, text=c.text[::-1], lengths=np.array([3, 1], np.int32))
