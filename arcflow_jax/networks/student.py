@@ -106,7 +106,7 @@ class ArcModel(nnx.Module):
     def _guided_velocity(self, tokens: jax.Array, sigma: jax.Array, conditioning: Guided) -> jax.Array:
         """negative + scale · (positive − negative), in one call.
 
-        An example and its negative are neighbours in the batch, so that in a batch that is split over devices an example
+        An example and its negative are neighbours in the batch, so that on a batch that is split over devices it
         stays on its device.
         """
         pairs = conditioning.positive.paired(conditioning.negative)
