@@ -145,9 +145,7 @@ def convert_model(
         if not (folder / name).is_dir():
             raise UserError(f"component folder {folder / name} is missing")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    components = [
-        look_at(folder, name, network, dtype, files.get(name)) for name, network in family.networks.items()
-    ]
+    components = [look_at(folder, name, network, dtype, files.get(name)) for name, network in family.networks.items()]
     needed = sum(component.bytes for component in components)
     with whole_directory(out, needed) as aside, progress_bar(of_bytes=True) as progress:
         for name in family.tokenizers:

@@ -26,18 +26,17 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from arcflow_jax.storage.atomic import refuse_used, whole_directory
+from arcflow_jax import families
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.training import DESCRIPTION, AdapterDescription, Checkpoints, load_adapter
 from arcflow_jax.convert.adapter import AdapterTable
 from arcflow_jax.convert.engine import Tensor, export_tensors, import_tensors
 from arcflow_jax.errors import UserError
-from arcflow_jax import families
 from arcflow_jax.flow.distill import Distillation
-from arcflow_jax.networks.student import split_model
 from arcflow_jax.networks.lora import linear_layers
-from arcflow_jax.networks.student import AdapterConfig
+from arcflow_jax.networks.student import AdapterConfig, split_model
 from arcflow_jax.storage import hub
+from arcflow_jax.storage.atomic import refuse_used, whole_directory
 from arcflow_jax.storage.files import parse_config, read_json
 from arcflow_jax.storage.safetensors import PICKLES, read_folder, read_header
 

@@ -173,7 +173,7 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def save(self, step: int, items: dict[str, Any]) -> None:
-        """Saves what a run has after `step` steps. Raises UserError if this or the last checkpoint cannot be written."""
+        """Saves what a run has after `step` steps. Raises UserError if this or the last save fails."""
         if self.latest != step:
             self._write(step, items)
 

@@ -20,17 +20,16 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from tests.helpers.source_folder import CONFIGS, random_state, write_source
 
-from arcflow_jax.checkpoints import conversion
+from arcflow_jax.checkpoints import conversion, writer
+from arcflow_jax.checkpoints.model_directory import Digest, ModelDirectory, digest, fingerprint, nest, unnest
 from arcflow_jax.convert import t5
-from arcflow_jax.checkpoints import writer
-from arcflow_jax.networks.states import flatten
 from arcflow_jax.convert.engine import export_tensors
 from arcflow_jax.errors import UserError
-from arcflow_jax.checkpoints.model_directory import Digest, ModelDirectory, digest, fingerprint, nest, unnest
 from arcflow_jax.networks.flux import FluxConfig
+from arcflow_jax.networks.states import flatten
 from arcflow_jax.parallel.mesh import make_mesh, state_shardings
+from tests.helpers.source_folder import CONFIGS, random_state, write_source
 
 # Orbax leaves unfinished reads behind when one of many fails
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -19,34 +19,33 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from tests.helpers.fake_hub import ID, serving
 from flax import nnx
-from tests.helpers.full_disk import disk_for_files_up_to
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from tests.helpers.source_folder import weights_file, write_source
-from tests.networks.test_student import GOLDEN, LORA, check_mixture, golden, golden_inputs
-from tests.cli.test_cli import assert_refused, run
-from tests.networks.test_flux import inputs, relative_error, twin_output
 
-from arcflow_jax.networks.student import split_model
-from arcflow_jax.checkpoints.student_formats import import_adapter, open_student
-from arcflow_jax.networks.student import AdapterConfig, ArcModel
-from arcflow_jax.checkpoints.training import AdapterDescription, Checkpoints
 from arcflow_jax.checkpoints.conversion import convert_model
+from arcflow_jax.checkpoints.model_directory import ModelDirectory
+from arcflow_jax.checkpoints.student_formats import import_adapter, open_student
+from arcflow_jax.checkpoints.training import AdapterDescription, Checkpoints
 from arcflow_jax.convert import flux as table
 from arcflow_jax.convert.adapter import AdapterTable
 from arcflow_jax.convert.engine import export_tensors
-from arcflow_jax.storage.safetensors import read_header
 from arcflow_jax.demo import ASSETS
-from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.errors import UserError
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
-from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.flow.distill import Distillation
+from arcflow_jax.networks.student import AdapterConfig, ArcModel, split_model
 from arcflow_jax.parallel.mesh import parse_mesh, sharded
+from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.storage.safetensors import read_header
 from arcflow_jax.training.loop import describe
 from arcflow_jax.training.state import Skipped, TrainState
+from tests.cli.test_cli import assert_refused, run
+from tests.helpers.fake_hub import ID, serving
+from tests.helpers.full_disk import disk_for_files_up_to
+from tests.helpers.source_folder import weights_file, write_source
+from tests.networks.test_flux import inputs, relative_error, twin_output
+from tests.networks.test_student import GOLDEN, LORA, check_mixture, golden, golden_inputs
 
 ROOT = Path(__file__).parents[2]
 RELEASED = GOLDEN / "arcflux_tiny_adapter"

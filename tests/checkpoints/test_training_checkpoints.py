@@ -15,13 +15,13 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tests.helpers.full_disk import disk_for_files_up_to
-from tests.helpers.processes import child
 
 from arcflow_jax.checkpoints.training import Checkpoints
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.layers import Adapter
 from arcflow_jax.training.state import Skipped, TrainState
+from tests.helpers.full_disk import disk_for_files_up_to
+from tests.helpers.processes import child
 
 
 def state(step: int, size: int = 4) -> TrainState:
