@@ -1,27 +1,36 @@
-# make demo   convert the bundled teacher, distil it, compare 2 steps with 50: runs/demo/index.html
-# make test   linter, formatter, test suite; then the tests that need no torch on Python 3.12, if it is there
+# make demo    converts the bundled teacher, distils it, compares 2 steps with 50: runs/demo/index.html
+# make test    make check, then the test suite, then on Python 3.12 and 3.13, where they are, the tests that need no torch
+# make check   linter, formatter and type checker, in seconds
 #
-# Both make their own virtual environments. PYTHON names the Python to use, 3.11 or newer.
+# Each makes its own virtual environments. PYTHON names the Python to use, 3.11 or newer.
 
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])")
 PINS = $(wildcard tests/constraints-$(VERSION).txt)
-# The first Python 3.12 that starts, pyenv's included
-PYTHON312 := $(shell for p in python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python); do \
+# The first Python of a version that starts, pyenv's included
+find_python = $(shell for p in python$(1) $(wildcard $(HOME)/.pyenv/versions/$(1)*/bin/python); do \
 	if $$p -c "" 2>/dev/null; then echo $$p; break; fi; done)
+PYTHON3.12 := $(call find_python,3.12)
+PYTHON3.13 := $(call find_python,3.13)
+PYTEST = -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: demo test clean
+.PHONY: demo test check clean
 
 demo: .venv/demo.installed
 	.venv/bin/arcflow demo
 
-test: .venv/test.installed $(if $(PYTHON312),.venv-3.12/test.installed)
+test: check $(if $(PYTHON3.12),.venv-3.12/test.installed) $(if $(PYTHON3.13),.venv-3.13/smoke.installed)
+	.venv/bin/python $(PYTEST)
+ifneq ($(PYTHON3.12),)
+	.venv-3.12/bin/python $(PYTEST) -m "not slow"
+endif
+ifneq ($(PYTHON3.13),)
+	.venv-3.13/bin/python -m pytest tests/flow tests/convert tests/data tests/test_public_api.py -m "not slow"
+endif
+
+check: .venv/test.installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile
-ifneq ($(PYTHON312),)
-	.venv-3.12/bin/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
-endif
 
 .venv/bin/python:
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'arcflow_jax needs Python 3.11 or newer'"
@@ -37,9 +46,14 @@ endif
 	touch $@
 
 .venv-3.12/test.installed: setup.py tests/constraints-3.12.txt
-	$(PYTHON312) -m venv .venv-3.12
+	$(PYTHON3.12) -m venv .venv-3.12
 	.venv-3.12/bin/pip install --quiet --editable ".[test]" --constraint tests/constraints-3.12.txt
 	touch $@
 
+.venv-3.13/smoke.installed: setup.py tests/constraints-3.12.txt
+	$(PYTHON3.13) -m venv .venv-3.13
+	.venv-3.13/bin/pip install --quiet --editable ".[test]" --constraint tests/constraints-3.12.txt
+	touch $@
+
 clean:
-	rm -rf .venv .venv-3.12 runs build *.egg-info
+	rm -rf .venv .venv-3.12 .venv-3.13 runs build *.egg-info
