@@ -1,4 +1,4 @@
-"""Names on disk. The backbone is called `trunk` there, as in the first version of the formats, so that old files load."""
+"""Names on disk. The backbone is called `trunk` there, as in the first version of the formats: old files load."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_taken_when_asked(tmp_pat
     damage(tmp_path / "checkpoints" / "6", how)
     like = state(0, size=4000)
     with Checkpoints(tmp_path) as checkpoints:
-        with pytest.raises(UserError, match=r"^checkpoint 6 in .* is damaged; arcflow train --step 3 goes on from"):
+        with pytest.raises(UserError, match=r"^checkpoint 6 in .* is damaged; arcflow train --step 3 resumes from"):
             restore(checkpoints, like)
         with pytest.raises(UserError, match="has no checkpoint 5; there are 3, 6"):
             restore(checkpoints, like, 5)

@@ -122,7 +122,7 @@ DAMAGE = {
     ),
     "senseless config": (
         lambda s: edit(s / "transformer" / "config.json", num_layers="two"),
-        r"transformer/config.json does not describe a FluxTransformer2DModel that can be built",
+        r"transformer/config.json num_layers is 'two', but has to be a whole number",
     ),
     "config of other widths": (
         lambda s: edit(s / "transformer" / "config.json", num_attention_heads=4),
@@ -132,7 +132,7 @@ DAMAGE = {
         lambda s: edit(s / "vae" / "config.json", act_fn="relu"),
         r"vae/config.json: act_fn is 'relu', only 'silu' is supported",
     ),
-    "pickles": (only_pickles, r"pickled weights only \(diffusion_pytorch_model.bin\): unpickling runs whatever code"),
+    "pickles": (only_pickles, r"pickled weights only \(diffusion_pytorch_model.bin\): unpickling runs any code"),
     "truncated": (
         lambda s: truncate(weights_file(s, "transformer")),
         r"is truncated or corrupt: it ends before 1 of its tensors \(x_embedder.weight\)$",
