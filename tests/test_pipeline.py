@@ -42,7 +42,7 @@ ADAPTER = AdapterConfig(
     modes=3, rank=2, alpha=4.0, dropout=0.0, targets=("transformer_blocks.ff.*", "single_transformer_blocks.proj_out")
 )
 SIZE = {"height": 32, "width": 64}
-OF_ITS_OWN = ("prompt", "picture")  # what a picture does not share with others of the same settings
+OF_ITS_OWN = ("prompt", "image")  # what a picture does not share with others of the same settings
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_batch_size_changes_nothing_but_rounding(pipe):
 def test_pictures_of_a_prompt(pipe):
     images = pipe(PROMPTS[:2], images_per_prompt=2, **SIZE)
     assert [image.info["prompt"] for image in images] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
-    assert [image.info["picture"] for image in images] == [0, 1, 2, 3]
+    assert [image.info["image"] for image in images] == [0, 1, 2, 3]
     assert_same_pictures(images, pipe([PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]], **SIZE), levels=0)
     rest = pipe(PROMPTS[1], images_per_prompt=2, first=2, **SIZE)
     assert [image.info for image in rest] == [image.info for image in images[2:]]
@@ -224,7 +224,7 @@ def test_pictures_know_their_settings(pipe, model, student):
     assert checksum != ArcFlowPipeline.from_pretrained(model, other).origin["adapter_checksum"]
     assert settings == {
         "prompt": PROMPTS[0],
-        "picture": 0,
+        "image": 0,
         "seed": 5,
         "steps": 2,
         "guidance": 2.0,

@@ -122,7 +122,7 @@ DAMAGE = {
     ),
     "senseless config": (
         lambda s: edit(s / "transformer" / "config.json", num_layers="two"),
-        r"transformer/config.json num_layers is 'two', but has to be a whole number",
+        r"transformer/config.json: num_layers is 'two', but has to be a whole number",
     ),
     "config of other widths": (
         lambda s: edit(s / "transformer" / "config.json", num_attention_heads=4),

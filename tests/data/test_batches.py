@@ -42,7 +42,7 @@ def test_batches_larger_than_the_list_go_round():
 
 
 def test_parts_that_do_not_divide_the_batch():
-    with pytest.raises(UserError, match="batch 6 does not divide by the 4 parts"):
+    with pytest.raises(UserError, match="batch 6 is not divisible by 4"):
         prompt_batches(PROMPTS, 6, seed=0, part=(0, 4))
 
 

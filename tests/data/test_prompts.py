@@ -133,7 +133,7 @@ def test_what_is_not_there(tmp_path):
     refused("data/a.jsonl", r"cannot read prompts from data/a\.jsonl: No such file")  # not a hub id
     refused(
         "prompts",
-        "no such file or folder, a data set's id is OWNER/NAME, and sets known by name are hpsv2 and coco-10k",
+        "prompts does not exist, and a hub id has the form owner/name; sets known by name are hpsv2 and coco-10k",
     )
     refused(tmp_path, r"no file in it ends in \.txt, \.jsonl, \.parquet")
     (tmp_path / "broken.jsonl").write_text("{")
