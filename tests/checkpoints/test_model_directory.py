@@ -1,4 +1,4 @@
-"""Converted models: what the converter wrote is what is read, and damage is told."""
+"""Converted models: what the converter wrote is what is read, and damage is reported."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from arcflow_jax.networks.states import flatten
 from arcflow_jax.parallel.mesh import make_mesh, state_shardings
 from tests.helpers.source_folder import CONFIGS, random_state, write_source
 
-# Orbax leaves unfinished reads behind when one of many fails
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+# Unfinished reads would report to a closed event loop
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +273,7 @@ def overwrite(file: Path) -> None:
 
 
 def test_overwritten_bytes_are_refused(converted, tmp_path):
-    """Of each kind of file that a checkpoint has; and nothing but our one line is printed."""
+    """In each kind of file of a checkpoint; and nothing but our one line is printed."""
     program = """
 import sys
 from flax import nnx
