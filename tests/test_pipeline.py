@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from arcflow_jax import generate, pipeline
-from arcflow_jax.checkpoints import model_directory
+from arcflow_jax.checkpoints import arrays
 from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.training import AdapterDescription, Checkpoints, load_adapter
@@ -344,7 +344,7 @@ def test_out_of_memory_while_sampling(pipe, monkeypatch, stage):
 
 
 def test_out_of_memory_while_loading(model, student, monkeypatch):
-    monkeypatch.setattr(model_directory.ArrayReader, "deserialize", out_of_memory)
+    monkeypatch.setattr(arrays.Arrays, "deserialize", out_of_memory)
     with pytest.raises(UserError, match=r"^out of memory, try smaller .*, more devices \(mesh\): RESOURCE"):
         ArcFlowPipeline.from_pretrained(model, student, offload=True)
 

@@ -155,8 +155,9 @@ class Checkpoints:
         self.run, self.read_only = run, read_only
         self._log = contextlib.ExitStack()
         keep = AnyPreservationPolicy([LatestN(keep_last), *([EveryNSteps(keep_every)] if keep_every else [])])
+        # Orbax's own read_only would log three warnings; without a save or delete it has no other effect
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep, cleanup_tmp_directories=not read_only, read_only=read_only
+            preservation_policy=keep, create=not read_only, cleanup_tmp_directories=not read_only
         )
         directory = (run / "checkpoints").absolute()
         with self._writing():

@@ -158,7 +158,7 @@ def hooks() -> tuple[object, list[object]]:
     return sys.unraisablehook, list(logging.getLogger("absl").filters)
 
 
-def test_saving_and_restoring_leave_no_global_hook(tmp_path):
+def test_saving_and_restoring_leave_no_global_hook(tmp_path, caplog):
     before = hooks()
     with Checkpoints(tmp_path) as checkpoints:
         save(checkpoints, state(1))
@@ -167,6 +167,7 @@ def test_saving_and_restoring_leave_no_global_hook(tmp_path):
         assert hooks() == before
         assert_is(restore(checkpoints, state(0)), state(1))
     assert hooks() == before
+    assert not [record.message for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_other_messages_of_orbax_are_logged_while_a_run_is_saved(tmp_path, caplog):

@@ -118,7 +118,7 @@ def test_a_cache_that_was_interrupted_goes_on(model, cache, tmp_path, monkeypatc
 
     def killed(path: Path, arrays: dict[str, np.ndarray]) -> None:
         if path.name == "shard-00001.safetensors":
-            path.with_suffix(".tmp").write_bytes(b"half")
+            path.with_name(f"{path.name}.tmp").write_bytes(b"half")
             raise KeyboardInterrupt
         write_shard(path, arrays)
 
