@@ -19,11 +19,11 @@ import orbax.checkpoint as ocp
 T = TypeVar("T")
 
 
-async def settled(reading: Coroutine[Any, Any, T]) -> T:
-    """What `reading` returns. Where it fails, the other reads that it began have ended when it raises."""
+async def settled(read: Coroutine[Any, Any, T]) -> T:
+    """Awaits a read of many arrays. If one fails, the others have ended when the error is raised."""
     before = asyncio.all_tasks()
     try:
-        return await reading
+        return await read
     except Exception:
         if others := asyncio.all_tasks() - before:
             await asyncio.wait(others)

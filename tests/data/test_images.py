@@ -76,7 +76,7 @@ def test_pixels_cover_the_size_and_the_middle_is_kept(tmp_path):
         pixels(tmp_path / "broken.png", 16, 16)
 
 
-def test_latents_are_the_autoencoders(tmp_path):
+def test_latents_are_those_of_the_vae(tmp_path):
     directory = ModelDirectory.open(convert_model(ASSETS / "tiny-flux", tmp_path / "teacher"))
     rng = np.random.default_rng(0)
     images = []

@@ -74,7 +74,7 @@ def test_folder_of_all_kinds_in_the_order_of_paths(tmp_path):
 
 
 def test_large_files_are_read_once(tmp_path, monkeypatch):
-    """A column at a time, not the pictures beside it, and each file once."""
+    """A column at a time, not the images beside it, and each file once."""
     opened, columns = [], []
     path_open = Path.open
     iter_batches = parquet.ParquetFile.iter_batches
@@ -86,7 +86,7 @@ def test_large_files_are_read_once(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("1")
     write_json_lines(tmp_path / "b.jsonl", [{"prompt": "2"}])
     monkeypatch.setattr(Path, "open", lambda self, *args: opened.append(self) or path_open(self, *args))
-    write_parquet(tmp_path / "c.parquet", {"picture": [b"0" * 1000], "prompt": ["3"]})
+    write_parquet(tmp_path / "c.parquet", {"image": [b"0" * 1000], "prompt": ["3"]})
     assert len(read_prompts(tmp_path).texts) == 3
     assert opened == [tmp_path / "a.txt", tmp_path / "b.jsonl"]
     assert columns == [["prompt"]]
