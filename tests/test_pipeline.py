@@ -178,7 +178,7 @@ def test_given_latents(pipe):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (np.zeros((1, 8, 16), np.float32), r"latents are \[1, 8, 16\], 2 pictures .* \[2, 8, 16\] or \[2, 4, 4, 8\]"),
+        (np.zeros((1, 8, 16), np.float32), r"latents are \[1, 8, 16\], 2 images .* \[2, 8, 16\] or \[2, 4, 4, 8\]"),
         (np.zeros((2, 16, 8, 4), np.float32), r"latents are \[2, 16, 8, 4\]"),
         (np.zeros((2, 4, 8, 16), np.float32), r"latents are \[2, 4, 8, 16\]"),
         (np.zeros((2, 8, 16), np.int32), "latents are of int32"),

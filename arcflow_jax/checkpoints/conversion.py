@@ -19,7 +19,7 @@ from flax import nnx
 from rich.progress import Progress
 
 from arcflow_jax import families
-from arcflow_jax.checkpoints.model_directory import CHECKPOINT, DESCRIPTION, FORMAT, VERSION, Digest, fingerprint
+from arcflow_jax.checkpoints.model_directory import CHECKPOINT, DESCRIPTION, FORMAT, VERSION, ArrayDigest, fingerprint
 from arcflow_jax.checkpoints.names import on_disk
 from arcflow_jax.checkpoints.writer import Stream, write_checkpoint
 from arcflow_jax.console import progress_bar
@@ -95,7 +95,7 @@ def read_index(source: Path) -> Family:
     return family
 
 
-def fetch(repository: str, revision: str | None, files: Mapping[str, Path]) -> Path:
+def fetch_model(repository: str, revision: str | None, files: Mapping[str, Path]) -> Path:
     """Downloads the files of a hub repository that `convert_model` reads, and returns the folder. Raises UserError."""
     family = read_index(hub.fetch(repository, revision, ["model_index.json"]))
     patterns = ["model_index.json", "scheduler/*", *(f"{name}/*" for name in family.tokenizers)]
@@ -134,7 +134,7 @@ def convert_model(
         if revision is not None:
             raise UserError(f"{source} is a folder, and only a model on the hub has a revision")
     elif hub.is_repository(source):
-        folder = fetch(str(source), revision, files)
+        folder = fetch_model(str(source), revision, files)
     else:
         raise UserError(f"source folder {hub.not_found(source)}")
     family = read_index(folder)
@@ -189,7 +189,7 @@ def convert_component(component: Component, out: Path, progress: Progress) -> li
 
     def stream(fill: Fill, tensors: list[Tensor]) -> Stream:
         def read() -> Iterator[np.ndarray]:
-            digest = Digest(fill.target, fill.shape, component.source_dtype)
+            digest = ArrayDigest(fill.target, fill.shape, component.source_dtype)
             found = layers(fill, tensors, component.source_dtype, str(component.weights))
             for name, layer in zip(fill.names, found, strict=True):
                 digest.update(layer)

@@ -39,7 +39,7 @@ VERSION = 1
 CHECKPOINT = "state"
 
 
-class Digest:
+class ArrayDigest:
     """One array's part in a fingerprint: the SHA-256 of its path, shape, dtype and bytes, which may come in parts."""
 
     def __init__(self, path: str, shape: tuple[int, ...], dtype: np.dtype):
@@ -53,13 +53,6 @@ class Digest:
     def finish(self) -> tuple[str, bytes]:
         """The path and the hash."""
         return self.path, self.sha.digest()
-
-
-def digest(path: str, array: np.ndarray) -> tuple[str, bytes]:
-    """The `Digest` of a whole array."""
-    whole = Digest(path, array.shape, array.dtype)
-    whole.update(array)
-    return whole.finish()
 
 
 def fingerprint(digests: Iterable[tuple[str, bytes]]) -> str:

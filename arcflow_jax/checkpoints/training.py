@@ -74,9 +74,10 @@ class AdapterDescription:
         if (values.get("format"), values.get("version")) != (FORMAT, VERSION):
             raise UserError(f"{file} is not of {FORMAT} version {VERSION}")
         description = parse_config(cls, values, str(file))
-        for name, kind in (("class", str), ("config", dict)) if description.transformer is not None else ():
-            if not isinstance(description.transformer.get(name), kind):
-                raise UserError(f"{file}, transformer: {name} is missing or has the wrong type")
+        if description.transformer is not None:
+            for name, kind in (("class", str), ("config", dict)):
+                if not isinstance(description.transformer.get(name), kind):
+                    raise UserError(f"{file}, transformer: {name} is missing or has the wrong type")
         return description
 
     def check_base(self, fingerprint: str, run: Path) -> None:
