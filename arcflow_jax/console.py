@@ -1,4 +1,4 @@
-"""What the user sees while something long goes on: one progress bar for all commands, and durations."""
+"""The progress bar of all commands, and how durations are printed."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from rich.progress import (
 
 
 def progress_bar(*, of_bytes: bool = False, transient: bool = False, disable: bool = False) -> Progress:
-    """A bar on stderr, shown on a terminal only: description, how much of the whole, time spent and left.
+    """A bar on stderr: description, amount done and total, elapsed and remaining time. It shows on a terminal only.
 
-    A task may have a field `text`, which stands at the end of its line. What is printed to stdout scrolls by above the
-    bar where both are the same terminal.
+    A task has a field `text`, which is shown at the end of its line. Where stdout and stderr are the same terminal,
+    lines that are printed to stdout appear above the bar.
 
     Args:
       of_bytes: amounts are bytes; otherwise counts.
-      transient: takes the bar away at the end.
-      disable: shows nothing, as on all processes of a run but the first.
+      transient: removes the bar at the end.
+      disable: shows nothing. Only the first process of a run shows a bar.
     """
     console = Console(stderr=True)
     amounts: list[ProgressColumn] = (
@@ -48,6 +48,6 @@ def progress_bar(*, of_bytes: bool = False, transient: bool = False, disable: bo
 
 
 def duration(seconds: float) -> str:
-    """A time as h:mm:ss."""
+    """A duration as h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -377,6 +377,6 @@ class ArcFlowPipeline:
             )
             for i, picture in zip(range(start, len(prompts)), np.concatenate(pixels), strict=False):
                 image = Image.fromarray(picture)
-                image.info = {"prompt": prompts[i], "picture": first + i} | self._described(settings)
+                image.info = {"prompt": prompts[i], "image": first + i} | self._described(settings)
                 progress("writing", i + 1)
                 yield image

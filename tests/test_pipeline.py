@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from arcflow_jax import generate, pipeline
-from arcflow_jax.checkpoints import model_directory
+from arcflow_jax.checkpoints import arrays
 from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.training import AdapterDescription, Checkpoints, load_adapter
@@ -42,7 +42,7 @@ ADAPTER = AdapterConfig(
     modes=3, rank=2, alpha=4.0, dropout=0.0, targets=("transformer_blocks.ff.*", "single_transformer_blocks.proj_out")
 )
 SIZE = {"height": 32, "width": 64}
-OF_ITS_OWN = ("prompt", "picture")  # what a picture does not share with others of the same settings
+OF_ITS_OWN = ("prompt", "image")  # what a picture does not share with others of the same settings
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_batch_size_changes_nothing_but_rounding(pipe):
 def test_pictures_of_a_prompt(pipe):
     images = pipe(PROMPTS[:2], images_per_prompt=2, **SIZE)
     assert [image.info["prompt"] for image in images] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
-    assert [image.info["picture"] for image in images] == [0, 1, 2, 3]
+    assert [image.info["image"] for image in images] == [0, 1, 2, 3]
     assert_same_pictures(images, pipe([PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]], **SIZE), levels=0)
     rest = pipe(PROMPTS[1], images_per_prompt=2, first=2, **SIZE)
     assert [image.info for image in rest] == [image.info for image in images[2:]]
@@ -178,7 +178,7 @@ def test_given_latents(pipe):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (np.zeros((1, 8, 16), np.float32), r"latents are \[1, 8, 16\], 2 pictures .* \[2, 8, 16\] or \[2, 4, 4, 8\]"),
+        (np.zeros((1, 8, 16), np.float32), r"latents are \[1, 8, 16\], 2 images .* \[2, 8, 16\] or \[2, 4, 4, 8\]"),
         (np.zeros((2, 16, 8, 4), np.float32), r"latents are \[2, 16, 8, 4\]"),
         (np.zeros((2, 4, 8, 16), np.float32), r"latents are \[2, 4, 8, 16\]"),
         (np.zeros((2, 8, 16), np.int32), "latents are of int32"),
@@ -224,7 +224,7 @@ def test_pictures_know_their_settings(pipe, model, student):
     assert checksum != ArcFlowPipeline.from_pretrained(model, other).origin["adapter_checksum"]
     assert settings == {
         "prompt": PROMPTS[0],
-        "picture": 0,
+        "image": 0,
         "seed": 5,
         "steps": 2,
         "guidance": 2.0,
@@ -344,7 +344,7 @@ def test_out_of_memory_while_sampling(pipe, monkeypatch, stage):
 
 
 def test_out_of_memory_while_loading(model, student, monkeypatch):
-    monkeypatch.setattr(model_directory.ArrayReader, "deserialize", out_of_memory)
+    monkeypatch.setattr(arrays.Arrays, "deserialize", out_of_memory)
     with pytest.raises(UserError, match=r"^out of memory, try smaller .*, more devices \(mesh\): RESOURCE"):
         ArcFlowPipeline.from_pretrained(model, student, offload=True)
 

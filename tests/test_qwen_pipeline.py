@@ -31,8 +31,8 @@ from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.training.embeddings import CachedPrompts, embed_prompts
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe, read_config
-from tests.checkpoints.test_student_formats import attach_student, metadata, predicted, write_run
-from tests.checkpoints.test_student_formats import student as student_model
+from tests.helpers.students import attach_student, metadata, predicted, write_run
+from tests.helpers.students import student as student_model
 from tests.networks.test_qwen_image import inputs, twin_velocity
 from tests.parallel.test_processes import finish, start
 from tests.training.test_train import losses

@@ -1,13 +1,12 @@
 """Converts a PyTorch pipeline, a diffusers folder of safetensors, to a model directory (see `model_directory.py`).
 
-The folder may be on the hub. Of a component whose layout the authors publish as a single file (flux1-dev.safetensors,
-ae.safetensors), such a file may stand in for the weights in the folder, which still says what the network is like.
+The folder may be on the hub. The weights of a component may come from a single file instead, also in the layout of the
+model's authors (flux1-dev.safetensors, ae.safetensors). The component's config.json still comes from the folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from flax import nnx
 from rich.progress import Progress
 
 from arcflow_jax import families
-from arcflow_jax.checkpoints.model_directory import CHECKPOINT, DESCRIPTION, FORMAT, VERSION, Digest, fingerprint
+from arcflow_jax.checkpoints.model_directory import CHECKPOINT, DESCRIPTION, FORMAT, VERSION, ArrayDigest, fingerprint
 from arcflow_jax.checkpoints.names import on_disk
 from arcflow_jax.checkpoints.writer import Stream, write_checkpoint
 from arcflow_jax.console import progress_bar
@@ -30,22 +29,22 @@ from arcflow_jax.families import Family, Network
 from arcflow_jax.networks.states import nest, shapes_of
 from arcflow_jax.storage import hub
 from arcflow_jax.storage.atomic import refuse_used, whole_directory
-from arcflow_jax.storage.files import parse_config, read_json
+from arcflow_jax.storage.files import parse_config, read_json, write_json
 from arcflow_jax.storage.safetensors import read_file, read_folder
 
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """A component that has been looked at and can be converted.
+    """A component that has been inspected and can be converted.
 
     Attributes:
       name: e.g. "transformer".
-      network: its kind.
+      network: its kind of network.
       config: its config.json.
       weights: the folder or file that they come from.
-      source_dtype: of the source's weights, the widest if it mixes several.
+      source_dtype: of the source's weights; if the source mixes several, one that holds all of them exactly.
       dtype: of the converted weights.
-      fills: each target with its source tensors.
+      fills: each target array with its source tensors.
       bytes: size of the converted weights.
     """
 
@@ -59,8 +58,8 @@ class Component:
     bytes: int
 
 
-def look_at(source: Path, name: str, network: Network, dtype: Any, file: Path | None) -> Component:
-    """Checks a component's config, tensor names, shapes and dtypes; reads no weights. Raises UserError."""
+def inspect_component(source: Path, name: str, network: Network, dtype: Any, file: Path | None) -> Component:
+    """Checks a component's config, tensor names, shapes and dtypes, and reads no weights. Raises UserError."""
     weights = file or source / name
     tensors = read_file(file) if file else read_folder(weights)
     config_file = source / name / "config.json"
@@ -79,8 +78,8 @@ def look_at(source: Path, name: str, network: Network, dtype: Any, file: Path | 
     return Component(name, network, config, weights, source_dtype, dtype, fills, size)
 
 
-def look_at_index(source: Path) -> Family:
-    """The family of the model. Raises UserError if it is not one that can be converted."""
+def read_index(source: Path) -> Family:
+    """The model's family, from its model_index.json. Raises UserError if the model cannot be converted."""
     if not (source / "model_index.json").is_file():
         raise UserError(f"{source} is not a diffusers model folder: it has no model_index.json")
     index = read_json(source / "model_index.json")
@@ -96,9 +95,9 @@ def look_at_index(source: Path) -> Family:
     return family
 
 
-def fetch(repository: str, revision: str | None, files: Mapping[str, Path]) -> Path:
-    """The folder of a hub repository, with all that `convert_model` reads from it. Raises UserError."""
-    family = look_at_index(hub.fetch(repository, revision, ["model_index.json"]))
+def fetch_model(repository: str, revision: str | None, files: Mapping[str, Path]) -> Path:
+    """Downloads the files of a hub repository that `convert_model` reads, and returns the folder. Raises UserError."""
+    family = read_index(hub.fetch(repository, revision, ["model_index.json"]))
     patterns = ["model_index.json", "scheduler/*", *(f"{name}/*" for name in family.tokenizers)]
     for name in family.networks:
         patterns += [f"{name}/config.json", *([] if name in files else hub.weights_of(name))]
@@ -112,18 +111,18 @@ def convert_model(
     revision: str | None = None,
     files: Mapping[str, str | Path] | None = None,
 ) -> Path:
-    """Converts the diffusers folder `source` to the model directory `out`.
+    """Converts the diffusers folder `source` to the model directory `out`, and returns `out`.
 
-    Weights pass through one layer at a time, so that memory holds a few layers, whatever the size of model and
-    files. `out` appears at the end, complete, or not at all.
+    Weights are converted one layer at a time, so memory holds a few layers whatever the size of the model. `out`
+    appears complete, or not at all.
 
     Args:
-      source: a folder with model_index.json and the components' folders, or the hub id of one.
+      source: a folder with model_index.json and the components' folders, or a hub id (see `hub.split_folder`).
       out: a directory that does not exist yet, or is empty.
       dtype: of the converted weights; by default each component keeps its own.
       revision: of a hub id: branch, tag or commit; by default the main branch.
-      files: component → the safetensors file that its weights come from, rather than from its folder; it may be in
-        the authors' layout. The folder's config.json applies.
+      files: component → a safetensors file to take its weights from, instead of from its folder. The file may be in
+        the layout of the model's authors. The config.json in the folder applies.
 
     Raises:
       UserError: if the source is incomplete or wrong, or `out` cannot be written.
@@ -135,17 +134,19 @@ def convert_model(
         if revision is not None:
             raise UserError(f"{source} is a folder, and only a model on the hub has a revision")
     elif hub.is_repository(source):
-        folder = fetch(str(source), revision, files)
+        folder = fetch_model(str(source), revision, files)
     else:
-        raise UserError(f"source folder {source} does not exist, and a hub id is owner/name")
-    family = look_at_index(folder)
+        raise UserError(f"source folder {hub.not_found(source)}")
+    family = read_index(folder)
     if unknown := sorted(files.keys() - family.networks):
         raise UserError(f"a {family.pipeline} has no {', '.join(unknown)}, only {', '.join(family.networks)}")
     for name in family.tokenizers:
         if not (folder / name).is_dir():
             raise UserError(f"component folder {folder / name} is missing")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    components = [look_at(folder, name, network, dtype, files.get(name)) for name, network in family.networks.items()]
+    components = [
+        inspect_component(folder, name, network, dtype, files.get(name)) for name, network in family.networks.items()
+    ]
     needed = sum(component.bytes for component in components)
     with whole_directory(out, needed) as aside, progress_bar(of_bytes=True) as progress:
         for name in family.tokenizers:
@@ -173,21 +174,22 @@ def convert_model(
                 if path.is_file()
             },
         }
-        (aside / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+        write_json(aside / DESCRIPTION, description)
     return out
 
 
 def convert_component(component: Component, out: Path, progress: Progress) -> list[tuple[str, bytes]]:
     """Writes one component's checkpoint under `out`, and returns the digests of its arrays.
 
-    The digests are of the source's values, so that a model has one fingerprint whatever the dtype it is converted to.
+    The digests are of the source's values in the source's dtype, so a model has the same fingerprint in every dtype
+    that it is converted to.
     """
     task = progress.add_task(component.name, total=component.bytes, text="")
     digests = []
 
     def stream(fill: Fill, tensors: list[Tensor]) -> Stream:
         def read() -> Iterator[np.ndarray]:
-            digest = Digest(fill.target, fill.shape, component.source_dtype)
+            digest = ArrayDigest(fill.target, fill.shape, component.source_dtype)
             found = layers(fill, tensors, component.source_dtype, str(component.weights))
             for name, layer in zip(fill.names, found, strict=True):
                 digest.update(layer)

@@ -1,21 +1,22 @@
-"""A converted model: one directory that holds everything a pipeline needs.
+"""A converted model: one directory with everything that a pipeline needs.
 
-    model.json                  format, pipeline, each component's class, config, dtype and fingerprint, scheduler,
-                                the transformer's fingerprint, and the size of every file
-    transformer/, vae/, …       an Orbax checkpoint a component: a nested dict, its keys the parts of a variable's path
-    tokenizer/, tokenizer_2/    as they came
+    model.json                  format, pipeline, each component's class, config, dtype, source dtype and fingerprint,
+                                scheduler config, the transformer's fingerprint, and the size of every file
+    transformer/, vae/, …       one Orbax checkpoint per component: a nested dict, keyed by the parts of a variable's
+                                path (see `names`)
+    tokenizer/, tokenizer_2/    copied from the source
 
-The transformer's fingerprint names the base that an adapter was trained on.
+A fingerprint is of the values of the source, whatever the dtype of the converted weights. The transformer's fingerprint
+identifies the base that an adapter was trained on.
 """
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import hashlib
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from arcflow_jax import families
+from arcflow_jax.checkpoints.arrays import handler
 from arcflow_jax.checkpoints.names import in_memory, on_disk
 from arcflow_jax.errors import UserError, first_few, one_line, out_of_memory
 from arcflow_jax.families import Family, Network
@@ -30,7 +32,6 @@ from arcflow_jax.networks.states import flatten, nest, unflatten, unnest
 from arcflow_jax.networks.student import AdapterConfig, ArcModel
 from arcflow_jax.storage.files import parse_config, read_json
 
-T = TypeVar("T")
 DESCRIPTION = "model.json"
 FORMAT = "arcflow_jax model"
 VERSION = 1
@@ -38,15 +39,15 @@ VERSION = 1
 CHECKPOINT = "state"
 
 
-class Digest:
-    """One tensor's part in a fingerprint: the SHA-256 of its path, shape, dtype and bytes, which may come in parts."""
+class ArrayDigest:
+    """One array's part in a fingerprint: the SHA-256 of its path, shape, dtype and bytes, which may come in parts."""
 
     def __init__(self, path: str, shape: tuple[int, ...], dtype: np.dtype):
         self.path = on_disk(path)
         self.sha = hashlib.sha256(f"{on_disk(path)} {tuple(shape)} {np.dtype(dtype).name}\n".encode())
 
     def update(self, part: np.ndarray) -> None:
-        """Takes in the next rows."""
+        """Adds the next rows."""
         self.sha.update(np.asarray(part, order="C").reshape(-1).view(np.uint8))
 
     def finish(self) -> tuple[str, bytes]:
@@ -54,65 +55,23 @@ class Digest:
         return self.path, self.sha.digest()
 
 
-def digest(path: str, array: np.ndarray) -> tuple[str, bytes]:
-    """The `Digest` of a whole array."""
-    whole = Digest(path, array.shape, array.dtype)
-    whole.update(array)
-    return whole.finish()
-
-
 def fingerprint(digests: Iterable[tuple[str, bytes]]) -> str:
-    """SHA-256 over the digests of all tensors, whatever the order in which they come."""
+    """SHA-256 over the digests of all arrays, in any order."""
     return hashlib.sha256(b"".join(part for _, part in sorted(digests))).hexdigest()
 
 
 def shape(arrays: Mapping[str, Any], path: str) -> tuple[int, ...] | None:
-    """Of one array, None if there is no such array."""
+    """The shape of one array; None if there is no such array."""
     return tuple(arrays[path].shape) if path in arrays else None
-
-
-async def settled(reading: Coroutine[Any, Any, T]) -> T:
-    """What `reading` returns; where it fails, its other reads have come to an end when it does.
-
-    Orbax gives up at the first read that fails. The others would outlive the event loop that they report to, and
-    print tracebacks that nobody can catch.
-    """
-    before = asyncio.all_tasks()
-    try:
-        return await reading
-    except Exception:
-        if others := asyncio.all_tasks() - before:
-            await asyncio.wait(others)
-        raise
-
-
-class ArrayReader(ocp.type_handlers.ArrayHandler):
-    """Reads arrays to devices."""
-
-    async def deserialize(self, *args: Any) -> Any:
-        return await settled(super().deserialize(*args))
-
-
-class MetadataReader(ocp.type_handlers.NumpyHandler):
-    """Reads shapes of what the converter has written, which are NumPy arrays."""
-
-    async def metadata(self, *args: Any) -> Any:
-        return await settled(super().metadata(*args))
-
-
-def reader() -> ocp.PyTreeCheckpointHandler:
-    """Orbax's handler of a component's checkpoint."""
-    handlers = ((jax.Array, ArrayReader()), (np.ndarray, MetadataReader()))
-    return ocp.PyTreeCheckpointHandler(type_handler_registry=ocp.type_handlers.create_type_handler_registry(*handlers))
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelDirectory:
-    """The reading side; `conversion.py` writes.
+    """A converted model, to be read; `conversion.py` writes it.
 
     Attributes:
       path: of the directory.
-      description: what model.json says.
+      description: the content of model.json.
     """
 
     path: Path
@@ -123,7 +82,7 @@ class ModelDirectory:
         """Reads model.json, and no weights.
 
         Raises:
-          UserError: if `path` is not a converted model, or one of another format version.
+          UserError: if `path` is not a converted model, or is of another format version.
         """
         path = Path(path)
         if not path.is_dir():
@@ -177,7 +136,7 @@ class ModelDirectory:
         return parse_config(self.networks[component].config, self.config_json(component), where)
 
     def dtype(self, component: str) -> np.dtype:
-        """In which the component's weights are kept."""
+        """The dtype in which the component's weights are stored."""
         return jax.numpy.dtype(self.description["components"][component]["dtype"])
 
     def abstract(self, component: str, dtype: Any = None) -> nnx.Module:
@@ -195,15 +154,14 @@ class ModelDirectory:
         shardings: nnx.State | jax.sharding.Sharding | None = None,
         part: str = "",
     ) -> nnx.State:
-        """The weights of a component, read straight to where they are to live: no host holds them all.
+        """The weights of a component, read directly to their devices: no host holds all of them.
 
         Args:
           component: e.g. "transformer".
-          abstract_state: of the network, e.g. `nnx.state(directory.abstract(component))`; its dtypes are given to
-            the weights.
-          shardings: a sharding a variable, as `sharding.state_shardings` gives, or one for all; by default the
-            first device.
-          part: the module that alone is read, e.g. "decoder", where `abstract_state` has nothing but that.
+          abstract_state: of the network, e.g. `nnx.state(directory.abstract(component))`; the weights get its dtypes.
+          shardings: one for each variable, as from `mesh.state_shardings`, or one for all; by default the first
+            device.
+          part: reads one module only, e.g. "decoder"; `abstract_state` has only that module then.
 
         Raises:
           UserError: if the checkpoint is damaged or does not fit the network.
@@ -220,18 +178,18 @@ class ModelDirectory:
         self.check_files(component)
         checkpoint = (self.path / component / CHECKPOINT).absolute()
         try:
-            stored = unnest(reader().metadata(checkpoint).tree)
+            stored = unnest(handler().metadata(checkpoint).tree)
             stored = {path: array for path, array in stored.items() if not part or path.startswith(f"{part}.")}
-            # Looked at first, because Orbax leaves unfinished reads behind when one array of many does not fit
+            # Checked first, for one error that lists all that differ
             wrong = [in_memory(path) for path in sorted(wanted | stored) if shape(wanted, path) != shape(stored, path)]
             if not wrong:
                 targets = nest(wanted)
                 restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
                 args = ocp.args.PyTreeRestore(targets, restore_args=restore_args, partial_restore=bool(part))
-                with ocp.Checkpointer(reader()) as checkpointer:
+                with ocp.Checkpointer(handler()) as checkpointer:
                     restored = unnest(checkpointer.restore(checkpoint, args=args))
                 return unflatten(abstract_state, {in_memory(path): array for path, array in restored.items()})
-        except Exception as error:  # Orbax and TensorStore raise all sorts, down to the bare Exception
+        except Exception as error:  # Orbax and TensorStore raise all kinds of errors, down to the bare Exception
             if out_of_memory(error):
                 raise
             detail = one_line(error.__cause__ or error)
@@ -239,7 +197,7 @@ class ModelDirectory:
         raise UserError(f"{self.path / component} does not fit the network: {len(wrong)} differ ({first_few(wrong)})")
 
     def check_files(self, component: str) -> None:
-        """Raises UserError if a file of a component is gone or has another size than when it was written."""
+        """Raises UserError if a file of a component is missing or has another size than when it was written."""
         for name, size in self.description["files"].items():
             file = self.path / name
             if name.startswith(f"{component}/") and not (file.is_file() and file.stat().st_size == size):

@@ -1,12 +1,11 @@
-"""Students in the layout of the ArcFlow authors' export, which diffusers and PEFT read: import and export.
+"""Import and export of students in the layout of the ArcFlow authors, which diffusers and PEFT read.
 
-They may be on the hub.
-
-    FOLDER/config.json                             class, geometry of the teacher's backbone, number of modes
+    FOLDER/config.json                             class, config of the teacher's backbone, number of modes
     FOLDER/diffusion_pytorch_model.safetensors     head, output norm and LoRA; metadata `policy_config`
 
-The layout has no LoRA alpha (the scale is 1) and does not name the base. Of sampling it says what `policy_config`
-says, JSON: {"type": "ArcFlow"} in the published students, and in others what differs from them (`POLICY`).
+A student may be on the hub. The layout has no LoRA alpha (the scale is 1) and does not name the base. The JSON in
+`policy_config` is {"type": "ArcFlow"} in the published students. An export adds those sampling settings to it that
+differ from the published ones (`POLICY`).
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from arcflow_jax.networks.lora import linear_layers
 from arcflow_jax.networks.student import AdapterConfig, split_model
 from arcflow_jax.storage import hub
 from arcflow_jax.storage.atomic import refuse_used, whole_directory
-from arcflow_jax.storage.files import parse_config, read_json
+from arcflow_jax.storage.files import parse_config, read_json, write_json
 from arcflow_jax.storage.safetensors import PICKLES, read_folder, read_header
 
 CONFIG = "config.json"
@@ -46,7 +45,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """What a student was trained for."""
+    """The settings that a student was distilled for: steps (NFE), timestep shift, last segment's ratio, guidance."""
 
     steps: int
     shift: float
@@ -55,18 +54,18 @@ class Sampling:
 
     @classmethod
     def published(cls, transformer: Mapping[str, Any], where: object) -> Sampling:
-        """Of the authors' students: FLUX.1's are fed their guidance, Qwen-Image's teacher had CFG.
+        """The settings of the authors' published students of this base.
 
         Args:
-          transformer: the base's entry in its model.json.
-          where: it was read.
+          transformer: the base's entry in its model.json, with class and config.
+          where: where the entry was read, for errors.
         """
         family = families.of_transformer(transformer["class"], where)
         config = parse_config(family.networks["transformer"].config, transformer["config"], str(where))
         return cls(steps=2, shift=3.2, final_step_ratio=1.0, guidance=family.published_guidance(config))
 
 
-# Settings under the names of the authors' training configs. `policy_config` holds those that are not as published.
+# The settings' names in the authors' training configs, which `policy_config` uses
 POLICY = {
     "steps": "nfe",
     "shift": "shift",
@@ -77,7 +76,7 @@ POLICY = {
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:
-    """What config.json says beside the backbone's geometry."""
+    """The part of config.json that is not the backbone's config."""
 
     num_gaussians: int  # K
 
@@ -87,15 +86,18 @@ class HeadConfig:
 def import_adapter(
     source: str | Path, base: str | Path, out: str | Path, revision: str | None = None, **sampling: float | None
 ) -> Path:
-    """Turns a student in the authors' layout into what `arcflow train` leaves, without optimizer. Returns `out`.
+    """Imports a student in the authors' layout, and returns `out`.
+
+    The result is a directory as `arcflow train` writes it, with EMA weights only: it can be sampled and exported, but
+    not resumed.
 
     Args:
-      source: the folder, or its safetensors file, or a hub id (see `find`).
-      base: the converted model that the student was distilled from. The layout does not name it: geometry is
-        checked, and the result names this model's fingerprint.
+      source: the student's folder, its safetensors file, or a hub id (see `find`).
+      base: the converted model that the student was distilled from. The layout does not name it: only the config is
+        checked, and the result gets this model's fingerprint.
       out: a directory that does not exist yet, or is empty. It appears complete, or not at all.
       revision: of a hub id: branch, tag or commit; by default the main branch.
-      sampling: fields of `Sampling` that overrule what the file says; None does not.
+      sampling: fields of `Sampling` that override the file's settings; None keeps them.
 
     Raises:
       UserError: if the source is incomplete or wrong, does not fit the base, or `out` cannot be written.
@@ -115,14 +117,14 @@ def import_adapter(
 def open_student(
     source: str | Path, directory: ModelDirectory
 ) -> tuple[AdapterDescription, Callable[[nnx.State, bool], nnx.State]]:
-    """A student to sample from: a training run's, or one in the authors' layout; on disk or on the hub (see `find`).
+    """A student to sample from: a training run, or one in the authors' layout; on disk or on the hub (see `find`).
 
     Returns:
-      What it says of itself, and a function that reads its weights to where an abstract adapter's shardings say:
-      averaged or, if its second argument is true, as the last iteration left them.
+      Its description, and a function that reads its weights. The function takes an abstract adapter, whose shardings
+      it follows, and whether to read the weights after the last training step instead of the EMA weights.
 
     Raises:
-      UserError: if there is none, it is incomplete or wrong, or not of this base.
+      UserError: if there is no student, it is incomplete or wrong, or it is of another base.
     """
     found = find(source)
     if found.is_file() or ((found / CONFIG).is_file() and not (found / DESCRIPTION).is_file()):
@@ -130,7 +132,7 @@ def open_student(
 
         def place(abstract: nnx.State, raw: bool) -> nnx.State:
             if raw:
-                raise UserError(f"{source} holds averaged weights only: leave --raw out")
+                raise UserError(f"{source} holds EMA weights only: leave --raw out")
             return jax.tree.map(lambda x, at: jax.device_put(x, at.sharding), adapter, abstract)
 
         return description, place
@@ -144,15 +146,15 @@ def open_student(
 
 
 def find(source: str | Path, revision: str | None = None) -> Path:
-    """A student's folder or file, which is `source` itself, or is fetched from the hub.
+    """The folder or file of a student, downloaded if it is on the hub.
 
     Args:
-      source: a path or, if there is nothing, a hub id: owner/name or, of a folder in that repository,
-        owner/name/folder.
+      source: a path, or a hub id: owner/name, or owner/name/folder for a folder in that repository. What could be a
+        local path is not looked up on the hub (see `hub.split_folder`).
       revision: of a hub id: branch, tag or commit; by default the main branch.
 
     Raises:
-      UserError: if there is neither, or the hub does not give it.
+      UserError: if there is none, or the download fails.
     """
     path = Path(source)
     if path.exists():
@@ -161,22 +163,22 @@ def find(source: str | Path, revision: str | None = None) -> Path:
         return path
     named = hub.split_folder(source)
     if named is None:
-        raise UserError(f"adapter {source} does not exist, and a hub id is owner/name or owner/name/folder")
+        raise UserError(f"adapter {hub.not_found(source)}")
     repository, folder = named
     files = [f"{folder}/{file}".lstrip("/") for file in (CONFIG, DESCRIPTION, "checkpoints/*")]
     try:
         found = hub.fetch(repository, revision, [*files, *hub.weights_of(folder)]) / folder
     except UserError as error:
-        raise UserError(f"adapter {source} does not exist on this machine, and {error}") from error
+        raise UserError(f"adapter {source} does not exist on this machine, and on the hub: {error}") from error
     if not found.is_dir():
-        raise UserError(f"{source} on the hub holds no student's files")
+        raise UserError(f"{source} on the hub holds no student")
     return found
 
 
 def read_student(
     source: Path, directory: ModelDirectory, **sampling: float | None
 ) -> tuple[AdapterDescription, nnx.State]:
-    """Description and weights, NumPy arrays in float32, of a student in the authors' layout; see `import_adapter`."""
+    """Description and weights, float32 arrays, of a student in the authors' layout. Raises as `import_adapter`."""
     config, tensors, policy = read_export(source)
     modes = check_config(config, directory, source)
     values = read_policy(policy, source) | {name: value for name, value in sampling.items() if value is not None}
@@ -201,17 +203,19 @@ def read_student(
 
 
 def export_adapter(run: str | Path, out: str | Path, *, raw: bool = False, dtype: Any = np.float16) -> Path:
-    """Writes a student in the authors' layout, for their PyTorch loader, diffusers and PEFT. Returns `out`.
+    """Exports a student in the authors' layout, for their PyTorch loader, diffusers and PEFT. Returns `out`.
+
+    The layout has no LoRA alpha, so the scale alpha / rank is multiplied into LoRA B.
 
     Args:
-      run: what `arcflow train` left.
+      run: a directory that `arcflow train` or `import_adapter` wrote.
       out: a directory that does not exist yet, or is empty. It appears complete, or not at all.
-      raw: the weights of the last iteration instead of the averaged ones.
-      dtype: of the tensors: float16, as the authors have it, bfloat16 or float32.
+      raw: exports the weights after the last training step instead of the EMA weights.
+      dtype: of the tensors: float16 as in the authors' exports, bfloat16 or float32.
 
     Raises:
-      UserError: if `run` holds no student that the layout has room for, a value does not fit in `dtype`, or `out`
-        cannot be written.
+      UserError: if the layout cannot hold the student in `run` (see `check_exportable`), a value does not fit in
+        `dtype`, or `out` cannot be written.
     """
     run, out = Path(run), Path(out).absolute()
     refuse_used(out)
@@ -236,16 +240,16 @@ def export_adapter(run: str | Path, out: str | Path, *, raw: bool = False, dtype
         "num_gaussians": adapter.modes,
     }
     with whole_directory(out, sum(tensor.nbytes for tensor in tensors.values())) as aside:
-        (aside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_json(aside / CONFIG, dict(sorted(config.items())))
         save_file(tensors, aside / WEIGHTS, metadata={"policy_config": json.dumps(policy_of(description, run))})
-        shutil.copymode(aside / CONFIG, aside / WEIGHTS)  # safetensors makes files that only their owner may read
+        shutil.copymode(aside / CONFIG, aside / WEIGHTS)  # safetensors makes files that only their owner can read
     return out
 
 
 def read_export(source: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
-    """The config, the tensors, still on disk, and the policy of a folder or its safetensors file. Raises UserError."""
+    """Config, tensors (still on disk) and policy of a student's folder or safetensors file. Raises UserError."""
     if source.is_file() and source.suffix in PICKLES:
-        raise UserError(f"{source} is a pickle: unpickling runs whatever code it brings, so only safetensors are read")
+        raise UserError(f"{source} is a pickle: unpickling runs any code that it contains; only safetensors are read")
     folder, file = (source, source / WEIGHTS) if source.is_dir() else (source.parent, source)
     tensors = read_folder(folder) if source.is_dir() else read_header(file)
     policy: Any = {"type": "ArcFlow"}
@@ -262,7 +266,7 @@ def read_export(source: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
 
 
 def check_config(config: Mapping[str, Any], directory: ModelDirectory, source: Path) -> int:
-    """The number of modes; raises UserError if config.json describes a student of another network than the base."""
+    """The number of modes. Raises UserError if config.json describes a student of another network than the base."""
     network = directory.networks["transformer"]
     class_name = f"Arc{network.class_name}"
     if config.get("_class_name") != class_name:
@@ -278,32 +282,36 @@ def check_config(config: Mapping[str, Any], directory: ModelDirectory, source: P
 
 
 def check_exportable(description: AdapterDescription, run: Path) -> None:
-    """Raises UserError if the student lacks what a student in the authors' layout has."""
+    """Raises UserError unless the authors' layout can hold the student: momentum basis, two or more modes, LoRA."""
     if description.transformer is None:
-        raise UserError(f"{run / DESCRIPTION} does not say its base's geometry yet: arcflow train adds it on going on")
+        raise UserError(
+            f"{run / DESCRIPTION} lacks its base's config, which an early version did not write: resume the run with "
+            "arcflow train, which adds it"
+        )
     if not description.adapter.targets:
-        raise UserError(f"{run} holds a student without LoRA, which the authors' loader passes over")
+        raise UserError(f"{run} holds a student without LoRA, which the authors' loader ignores")
     if description.adapter.basis != "momentum":
         raise UserError(
-            f"{run} holds a student of basis {description.adapter.basis}: the authors' layout knows momentum alone"
+            f"{run} holds a student of basis {description.adapter.basis}: the authors' layout has only momentum"
         )
     if description.adapter.modes == 1:
-        raise UserError(f"{run} holds a linear student, which has no log-momenta: the authors' layout wants them")
+        raise UserError(f"{run} holds a linear student (one mode): the authors' layout needs two or more")
 
 
 def read_policy(policy: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """The fields of `Sampling` that a policy_config sets. Raises UserError on one that is not a number."""
+    """The fields of `Sampling` that a policy_config sets. Raises UserError if one is not a number."""
     values = {ours: policy[theirs] for ours, theirs in POLICY.items() if theirs in policy}
     for name, value in values.items():
         if type(value) is not int and (type(value) is not float or name == "steps"):
             raise UserError(
-                f"{source}: policy_config has {POLICY[name]} {value!r}, which is not a number that it can be"
+                f"{source}: policy_config has {POLICY[name]} {value!r}, but it has to be a "
+                f"{'whole number' if name == 'steps' else 'number'}"
             )
     return values
 
 
 def policy_of(description: AdapterDescription, run: Path) -> dict[str, Any]:
-    """The policy_config of a student: `read_policy` undone."""
+    """The policy_config of a student, the inverse of `read_policy`."""
     settings = description.distillation
     sampling = Sampling(settings.nfe, settings.shift, settings.final_step_ratio, description.guidance)
     published = dataclasses.asdict(Sampling.published(description.transformer, run))

@@ -1,11 +1,11 @@
-"""Checkpoints of a distillation run: what was trained, never the base, which is named by its fingerprint.
+"""Checkpoints of a distillation run: what was trained. The base is named by its fingerprint, never copied.
 
-RUN/adapter.json         format, base fingerprint and geometry, adapter geometry, distillation settings
-RUN/checkpoints/STEP/    Orbax: step, adapter, ema, optimizer, skipped; of a student that was trained elsewhere ema
-                         alone; and a checksum of each
+RUN/adapter.json         format, the base's fingerprint and config, adapter config, distillation settings
+RUN/checkpoints/STEP/    Orbax: step, adapter, ema, optimizer, skipped, and a checksum of each. Of a student that was
+                         trained elsewhere, ema and its checksum only.
 
-Random numbers and the order of the data follow from the recipe's seed and the step, so neither is stored again. A
-checkpoint has its name once it is complete, not before: what a killed save leaves is cleared by the next run.
+Random numbers and the order of the data follow from the recipe's seed and the step, so they are not stored. A
+checkpoint gets its name when it is complete. The next run removes what a killed save has left.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import logging
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
+from arcflow_jax.checkpoints.arrays import handler
 from arcflow_jax.checkpoints.names import tree_in_memory, tree_on_disk
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.flow.distill import Distillation
@@ -34,18 +34,20 @@ from arcflow_jax.storage.files import parse_config, read_json, write_json
 DESCRIPTION = "adapter.json"
 FORMAT = "arcflow_jax adapter"
 VERSION = 1
+# Where Orbax logs a failed save's error, with its traceback, before it raises it
+RAISING = ("future.py", "async_checkpointer.py", "checkpoint_manager.py")
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterDescription:
-    """What RUN/adapter.json says.
+    """The content of RUN/adapter.json.
 
     Attributes:
       base: fingerprint of the teacher's transformer.
-      adapter, distillation: what was trained, and for what.
-      guidance: scale that the teacher was imitated at.
-      transformer: the base's entry in its model.json, class and config, from which an export takes the geometry.
-        A run that was begun before this was kept has none until it goes on. The fingerprint identifies the base.
+      adapter, distillation: what was trained, and the settings of the distillation.
+      guidance: teacher guidance scale used for distillation.
+      transformer: the base's entry in its model.json, with class and config, which an export needs. None in a run of
+        an early version until it is resumed. It does not identify the base: the fingerprint does.
     """
 
     base: str
@@ -55,24 +57,28 @@ class AdapterDescription:
     transformer: dict[str, Any] | None = dataclasses.field(default=None, compare=False)
 
     def write(self, run: Path) -> None:
+        """Writes RUN/adapter.json. Raises OSError."""
         write_json(run / DESCRIPTION, {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)})
 
     @classmethod
     def read(cls, run: Path) -> AdapterDescription:
-        """Raises UserError if `run` is not a run's directory or was written by another version."""
-        if not (run / DESCRIPTION).is_file():
+        """Reads RUN/adapter.json.
+
+        Raises:
+          UserError: if there is none, it is of another format or version, a part is missing or has the wrong type.
+        """
+        file = run / DESCRIPTION
+        if not file.is_file():
             raise UserError(f"{run} holds no adapter: it has no {DESCRIPTION}; arcflow train writes one")
-        values = read_json(run / DESCRIPTION)
+        values = read_json(file)
         if (values.get("format"), values.get("version")) != (FORMAT, VERSION):
-            raise UserError(f"{run / DESCRIPTION} is not of {FORMAT} version {VERSION}")
-        where = str(run / DESCRIPTION)
-        return cls(
-            base=values["base"],
-            adapter=parse_config(AdapterConfig, values["adapter"], where),
-            distillation=parse_config(Distillation, values["distillation"], where),
-            guidance=values["guidance"],
-            transformer=values.get("transformer"),
-        )
+            raise UserError(f"{file} is not of {FORMAT} version {VERSION}")
+        description = parse_config(cls, values, str(file))
+        if description.transformer is not None:
+            for name, kind in (("class", str), ("config", dict)):
+                if not isinstance(description.transformer.get(name), kind):
+                    raise UserError(f"{file}, transformer: {name} is missing or has the wrong type")
+        return description
 
     def check_base(self, fingerprint: str, run: Path) -> None:
         """Raises UserError if the adapter was trained on another base than the one with this fingerprint."""
@@ -84,16 +90,17 @@ class AdapterDescription:
 
 
 def is_state(x: Any) -> bool:
+    """Whether a node of a tree is an NNX state."""
     return isinstance(x, nnx.State)
 
 
 def to_dicts(tree: Any) -> Any:
-    """A tree with plain dicts of arrays for its NNX states: the file format does not depend on Flax."""
+    """A tree with plain dicts of arrays in place of NNX states: the file format does not depend on Flax."""
     return jax.tree.map(lambda x: tree_on_disk(nnx.to_pure_dict(x)) if is_state(x) else x, tree, is_leaf=is_state)
 
 
 def from_dicts(like: Any, values: Any) -> Any:
-    """`to_dicts` undone, for a tree of the structure of `like`."""
+    """The inverse of `to_dicts`, for a tree of the structure of `like`."""
 
     def one(like: Any, value: Any) -> Any:
         if not is_state(like):
@@ -107,9 +114,9 @@ def from_dicts(like: Any, values: Any) -> Any:
 
 @jax.jit
 def checksum(tree: Any) -> jax.Array:
-    """Of all bits of a tree, however it is split: the sum of its words modulo 2³², which a changed bit changes.
+    """The sum of all words of a tree modulo 2³². Any changed bit changes it; the sharding does not.
 
-    The file format has none over the numbers themselves.
+    The file format has no checksum of the numbers themselves.
     """
 
     def words(x: jax.Array) -> jax.Array:
@@ -118,41 +125,48 @@ def checksum(tree: Any) -> jax.Array:
     return sum((jnp.sum(words(x), dtype=jnp.uint32) for x in jax.tree.leaves(tree)), jnp.uint32(0))
 
 
-def not_orbax(record: logging.LogRecord) -> bool:
-    """Keeps Orbax from logging an error, with its traceback, that is raised here as well."""
-    return "orbax" not in record.pathname
+@contextlib.contextmanager
+def errors_once() -> Iterator[None]:
+    """Inside the `with` block, Orbax does not log the errors of a failed save, which `Checkpoints` raises."""
+    log = logging.getLogger("absl")
 
+    def is_other(record: logging.LogRecord) -> bool:
+        file = Path(record.pathname)
+        on_the_way = "orbax" in file.parts and file.name in RAISING
+        return not (on_the_way and record.levelno == logging.ERROR and record.exc_info)
 
-def closed_loop(unraisable: Any) -> None:
-    """Keeps quiet about the reads and writes that Orbax leaves behind when one fails, which is told by itself."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
+    log.addFilter(is_other)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_other)
 
 
 class Checkpoints:
-    """The checkpoints of a run, newest last; saving goes on in the background, and is done when the `with` block ends.
+    """The checkpoints of a run. They are saved in the background; all are saved when the `with` block ends.
 
     Args:
       run: the run's directory.
-      keep_last: how many of the newest stay.
-      keep_every: those whose number this divides stay as well, if it is not 0.
-      read_only: leaves alone what another process may be writing.
+      keep_last: how many of the newest checkpoints are kept.
+      keep_every: checkpoints whose step is divisible by this are kept as well; 0 keeps none of them.
+      read_only: writes and removes nothing: another process may be writing to the same run.
     """
 
     def __init__(self, run: Path, keep_last: int = 2, keep_every: int = 0, read_only: bool = False):
         self.run, self.read_only = run, read_only
-        logging.getLogger("absl").addFilter(not_orbax)
-        if sys.unraisablehook is sys.__unraisablehook__:
-            sys.unraisablehook = closed_loop
+        self._log = contextlib.ExitStack()
         keep = AnyPreservationPolicy([LatestN(keep_last), *([EveryNSteps(keep_every)] if keep_every else [])])
+        # Orbax's own read_only would log three warnings; without a save or delete it has no other effect
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep, cleanup_tmp_directories=not read_only, read_only=read_only
+            preservation_policy=keep, create=not read_only, cleanup_tmp_directories=not read_only
         )
-        directory, handler = (run / "checkpoints").absolute(), ocp.PyTreeCheckpointHandler()
+        directory = (run / "checkpoints").absolute()
         with self._writing():
-            self.manager = ocp.CheckpointManager(directory, options=options, item_handlers=handler)
+            self.manager = ocp.CheckpointManager(directory, options=options, item_handlers=handler())
 
     def __enter__(self) -> Checkpoints:
+        if not self.read_only:
+            self._log.enter_context(errors_once())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -160,29 +174,30 @@ class Checkpoints:
             with self._writing():
                 self.manager.close()
         except UserError:
-            if kind is None:  # otherwise the first error is the one to be told
+            if kind is None:  # otherwise the first error is raised
                 raise
         finally:
+            self._log.close()
             if not self.read_only and jax.process_index() == 0:
                 for failed in (self.run / "checkpoints").glob("*.orbax-checkpoint-tmp"):  # they may fill the disk
                     shutil.rmtree(failed, ignore_errors=True)
 
     @property
     def latest(self) -> int | None:
-        """The number of iterations of the newest complete checkpoint."""
+        """The step of the newest complete checkpoint, None if there is none."""
         return self.manager.latest_step()
 
     def save(self, step: int, items: dict[str, Any]) -> None:
-        """Saves what a run has after `step` steps. Raises UserError if this or the last save fails."""
+        """Saves a run's state after `step` training steps. Raises UserError if this or the last save fails."""
         if self.latest != step:
             self._write(step, items)
 
     def save_ema(self, ema: nnx.State) -> None:
-        """A finished student, which has no optimizer to go on with: the averaged adapter alone. Raises as `save`."""
+        """Saves a finished student, which has EMA weights only and cannot be resumed. Raises UserError as `save`."""
         self._write(0, {"ema": ema})
 
     def check(self) -> None:
-        """Raises UserError if a save that went on in the background has failed."""
+        """Raises UserError if a save in the background has failed."""
         with self._writing():
             self.manager.check_for_errors()
 
@@ -194,7 +209,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turns what Orbax and TensorStore raise, now or for what they did in the background, into a UserError."""
+        """Inside the `with` block, any error of Orbax or TensorStore becomes a UserError: also one of an older save."""
         try:
             yield
         except Exception as error:
@@ -205,7 +220,11 @@ class Checkpoints:
             raise UserError(f"cannot write a checkpoint to {self.run}{kept}: {reason}") from error
 
     def restore(self, like: dict[str, Any], step: int | None = None) -> dict[str, Any]:
-        """A checkpoint, in the shapes and shardings of `like`: the newest, or that of `step`, which deletes newer ones.
+        """The state in a checkpoint, with the shapes and shardings of `like`.
+
+        Args:
+          like: arrays, or shapes with shardings.
+          step: which checkpoint; newer ones are deleted. By default the newest.
 
         Raises:
           UserError: if there is no such checkpoint, or it is damaged.
@@ -216,31 +235,31 @@ class Checkpoints:
             raise UserError(f"{self.run} has no checkpoint {step}; there are {', '.join(map(str, steps))}")
         read = self._read(to_dicts(like), step)
         restored = {name: from_dicts(value, read[name]) for name, value in like.items()}
-        for newer in steps[steps.index(step) + 1 :]:  # not before: this one might have been damaged
+        for newer in steps[steps.index(step) + 1 :]:  # only now: this checkpoint might have been damaged
             self.manager.delete(newer)
         return restored
 
     def restore_adapter(self, abstract: nnx.State, raw: bool = False) -> nnx.State:
-        """The adapter of the newest checkpoint, for sampling; `abstract` carries shapes and shardings.
+        """The adapter in the newest checkpoint, for sampling; `abstract` has its shapes and shardings.
 
         Args:
-          raw: as the last iteration left it, instead of averaged.
+          raw: the weights after the last training step instead of the EMA weights.
 
         Raises:
-          UserError: if the checkpoint is damaged, or it is of a student of which only the average was kept.
+          UserError: if the checkpoint is damaged, or holds EMA weights only and `raw` is asked for.
         """
         name = "adapter" if raw else "ema"
         if raw and name not in self._names(self.latest):
-            raise UserError(f"{self.run} holds averaged weights only: leave --raw out")
+            raise UserError(f"{self.run} holds EMA weights only: leave --raw out")
         return from_dicts(abstract, self._read({name: to_dicts(abstract)}, self.latest)[name])
 
     def _names(self, step: int) -> set[str]:
-        """What a checkpoint holds."""
+        """The names of a checkpoint's parts."""
         with self._reading(step):
             return set(self.manager.item_metadata(step).tree)
 
     def _read(self, like: dict[str, Any], step: int) -> dict[str, Any]:
-        """The named parts of a checkpoint, with the shapes, dtypes and shardings of `like`."""
+        """Those parts of a checkpoint that `like` names, with its shapes, dtypes and shardings."""
         names = self._names(step)
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(x)), like)
         if "checksum" in names:  # older ones have none
@@ -256,22 +275,27 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
-        """Turns what Orbax and TensorStore raise, all sorts, into a UserError."""
+        """Inside the `with` block, any error of Orbax or TensorStore becomes a UserError."""
         try:
             yield
         except Exception as error:
             older = [other for other in self.manager.all_steps() if other < step]
-            hint = f"; arcflow train --step {max(older)} goes on from the one before" if older else ""
+            hint = f"; arcflow train --step {max(older)} resumes from the one before" if older else ""
             reason = one_line(error).partition(" See full TensorStore details")[0]
             raise UserError(f"checkpoint {step} in {self.run} is damaged{hint}: {reason}") from error
 
 
 def sharding_of(x: Any) -> jax.sharding.Sharding:
+    """The sharding of an array or shape; by default the first device."""
     return getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def load_adapter(run: str | Path, fingerprint: str | None = None) -> tuple[AdapterDescription, Checkpoints]:
-    """The description of a trained adapter, checked against the base if one is named, and its checkpoints.
+    """The description of a trained adapter, and its checkpoints, to be read.
+
+    Args:
+      run: the run's directory.
+      fingerprint: of the base that the adapter has to be of; by default any.
 
     Raises:
       UserError: if `run` holds no adapter, one of another base, or no checkpoint.

@@ -1,8 +1,8 @@
-"""Writes arrays larger than the memory to an Orbax checkpoint, layer by layer.
+"""Writes arrays that are larger than memory to an Orbax checkpoint, layer by layer.
 
-Orbax wants each array whole, and keeps copies of it while it writes. Its `TypeHandler` is the place to do otherwise:
-the leaves here are `Stream`s, and their handler asks Orbax where and how an array is kept, then gives it to
-TensorStore a layer at a time. What comes out is an ordinary checkpoint of NumPy arrays.
+Orbax takes each array whole, and keeps copies of it while it writes. A `TypeHandler` can do otherwise: the leaves here
+are `Stream`s, and their handler asks Orbax where and how an array is stored, then gives it to TensorStore one layer at
+a time. The result is an ordinary checkpoint of NumPy arrays.
 """
 
 # L stacked layers
@@ -24,19 +24,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-CHUNK_BYTES = 2**22  # what is read as one: small enough that a sharded restore can skip most of what it does not need
-IN_FLIGHT_BYTES = 2**27  # how much is being written at a time, unless one layer alone is larger
+CHUNK_BYTES = 2**22  # the unit of reading: small enough for a sharded restore to skip most of what it does not need
+IN_FLIGHT_BYTES = 2**27  # the most that is being written at a time, unless a single layer is larger
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """An array that comes into being while it is written.
+    """An array that is made while it is written.
 
     Attributes:
       shape: of the array.
       dtype: of the array.
-      stacked: whether it comes in layers, [L, ...]; otherwise it comes as a whole.
-      read: makes its layers, or the one array, in order.
+      stacked: whether it comes in layers, [L, ...]; otherwise it comes whole.
+      read: makes its layers in order, or the one array.
     """
 
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class Stream:
 
 
 async def create(stream: Stream, info: ocp.type_handlers.ParamInfo) -> ts.TensorStore:
-    """The array of a stream, empty, where Orbax wants it."""
+    """Creates the empty array of a stream where Orbax stores it."""
     await info.await_path_creation()
     spec = ocp.type_handlers.get_json_tspec_write(
         info,
@@ -65,7 +65,7 @@ class StreamHandler(ocp.type_handlers.NumpyHandler):
     """Writes `Stream`s as what `NumpyHandler` reads.
 
     Attributes:
-      writing: the writes under way and the bytes of each, oldest first.
+      writing: the unfinished writes and the bytes of each, oldest first.
     """
 
     def __init__(self) -> None:
@@ -78,26 +78,26 @@ class StreamHandler(ocp.type_handlers.NumpyHandler):
         infos: Sequence[ocp.type_handlers.ParamInfo],
         args: Sequence[ocp.SaveArgs] | None = None,
     ) -> list[ocp.future.Future]:
-        """Writes the streams one after the other; when it returns, all is written."""
-        # Together, because TensorStore writes its index anew for each that comes alone
+        """Writes the streams one after the other. All is written when it returns."""
+        # All at once, because TensorStore rewrites its index for each array that is created alone
         arrays = await asyncio.gather(*map(create, values, infos))
         for stream, array in zip(values, arrays, strict=True):
             for index, layer in enumerate(stream.read()):
                 await self.wait(until=IN_FLIGHT_BYTES - layer.nbytes)
                 view = array[index] if stream.stacked else array
                 written = view.write(layer, can_reference_source_data_indefinitely=True).commit
-                written.force()  # TensorStore otherwise starts when someone waits for it
+                written.force()  # otherwise TensorStore starts only when the future is awaited
                 self.writing.append((written, layer.nbytes))
         await self.wait(until=0)
         return []
 
     async def wait(self, until: int) -> None:
-        """Until no more than this many bytes are being written."""
+        """Waits until at most this many bytes are being written."""
         while self.writing and sum(size for _, size in self.writing) > until:
             await self.writing.popleft()[0]
 
     def settle(self) -> None:
-        """Waits for the writes that a failure has left under way."""
+        """Waits for the writes that are unfinished after an error."""
         while self.writing:
             with contextlib.suppress(Exception):
                 self.writing.popleft()[0].result()
@@ -112,7 +112,7 @@ def write_checkpoint(path: Path, streams: Mapping[str, Any]) -> None:
     handler = StreamHandler()
     registry = ocp.type_handlers.create_type_handler_registry(
         (Stream, handler),
-        (jax.Array, ocp.type_handlers.ArrayHandler()),  # there are none, but Orbax warns without
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # for no array, but Orbax warns if it is missing
     )
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:

@@ -46,9 +46,10 @@ def sample(
     out: Annotated[Path, typer.Option(help="Directory for the pictures.")] = Path("pictures"),
 ) -> None:
     """Makes pictures from prompts, one PNG each, with the settings in its metadata."""
-    from arcflow_jax.data.output import contact_sheet, file_name, make_folder, read_latents, save_picture
+    from arcflow_jax.data.output import contact_sheet, file_name, read_latents, save_image, unused
     from arcflow_jax.data.prompts import check_prompts, read_prompts
     from arcflow_jax.pipeline import ArcFlowPipeline
+    from arcflow_jax.storage.atomic import make_directory
 
     adapter = options.which_student(model, adapter, raw, teacher)
     if (prompt is None) == (prompts_file is None):
@@ -74,16 +75,16 @@ def sample(
             latents=noise,
             progress=lambda activity, done: progress(activity, done, len(prompts) * images),
         )
-        make_folder(out)
+        make_directory(out)
         for_grid = []
         for picture in pictures:
             if latents is not None:
                 picture.info["latents"] = latents
-            save_picture(picture, path := out / file_name(picture))
+            save_image(picture, path := unused(out / file_name(picture)))
             print(path)
             if grid:
                 for_grid.append(picture)
         if grid:
             sheet = contact_sheet(for_grid, columns=images if images > 1 else None)
-            save_picture(sheet, path := out / "grid.png")
+            save_image(sheet, path := unused(out / "grid.png"))
             print(path)

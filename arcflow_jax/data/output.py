@@ -1,9 +1,9 @@
-"""Pictures to disk, and latents from it."""
+"""Writes images to disk, and reads latents from it."""
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,40 +14,42 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.storage.atomic import cannot_write, whole_file
 
 
-def make_folder(path: Path) -> None:
-    """Makes a directory for pictures. Raises UserError if it cannot be."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write pictures to {path}: {error.strerror}") from None
-
-
-def save_picture(image: Image.Image, path: Path) -> None:
-    """A PNG with the picture's `info`, the settings that it was made with, as text. Raises UserError."""
+def save_image(image: Image.Image, path: Path) -> None:
+    """Writes a PNG with the image's `info`, the settings that it was made with, as text. Raises UserError."""
     text = PngImagePlugin.PngInfo()
     for name, value in image.info.items():
         text.add_itxt(name, str(value))
-    aside = path.with_suffix(".tmp")
-    try:
+    with cannot_write(path), whole_file(path) as aside:
         image.save(aside, "PNG", pnginfo=text)
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"cannot write pictures to {path.parent}: {error.strerror or error}") from None
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def file_name(image: Image.Image) -> str:
-    """The picture's number, its seed unless its noise was given, and what it shows."""
-    seed = f"-seed{image.info['seed']}" if "seed" in image.info else ""
-    words = re.sub(r"\W+", "-", image.info["prompt"].lower()).strip("-")[:60]
-    return f"{image.info['picture']:04d}{seed}-{words}.png"
+    """A name from the image's `info`: its number, seed, steps, student (or "teacher") and prompt.
+
+    An image from given latents has no seed.
+    """
+    seed = f"seed{image.info['seed']}" if "seed" in image.info else None
+    student = words(Path(image.info["adapter"]).name) if "adapter" in image.info else "teacher"
+    number, steps = f"{image.info['image']:04d}", f"{image.info['steps']}steps"
+    return "-".join(filter(None, [number, seed, steps, student[:40], words(image.info["prompt"])[:60]])) + ".png"
+
+
+def words(text: str) -> str:
+    """Letters and digits in lower case, with - between the words."""
+    return re.sub(r"\W+", "-", text.lower()).strip("-")
+
+
+def unused(path: Path) -> Path:
+    """The path itself, or with the first number from 2 on appended to its name under which no file exists."""
+    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], numbered) if not name.exists())
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:
-    """All pictures, of one size, on one white sheet, row by row; by default about as many rows as columns."""
+    """Images of one size on a white sheet, row by row; by default with about as many rows as columns."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     width, height = images[0].width + gap, images[0].height + gap
     rows = -(-len(images) // columns)
@@ -58,9 +60,9 @@ def contact_sheet(images: Sequence[Image.Image], columns: int | None = None, gap
 
 
 def labelled_sheet(columns: Mapping[str, Sequence[Image.Image]], rows: Sequence[str]) -> Image.Image:
-    """Pictures of one size on a white sheet: each column under its name, each row under what it shows.
+    """Images of one size on a white sheet, with a name above each column and a text above each row.
 
-    Small pictures are enlarged, so that the labels have room.
+    Small images are enlarged to make room for the labels.
     """
     font, line, gap = ImageFont.load_default(14), 20, 4
     first = next(iter(columns.values()))[0]
@@ -68,10 +70,10 @@ def labelled_sheet(columns: Mapping[str, Sequence[Image.Image]], rows: Sequence[
     width, height = first.width * times + gap, first.height * times + line
     sheet = Image.new("RGB", (len(columns) * width - gap, line + len(rows) * height), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (name, pictures) in enumerate(columns.items()):
+    for i, (name, images) in enumerate(columns.items()):
         draw.text((i * width, 1), name, "black", font)
-        for j, picture in enumerate(pictures):
-            enlarged = picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+        for j, image in enumerate(images):
+            enlarged = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (i * width, line + j * height + line))
     for j, text in enumerate(rows):
         draw.text((0, line + j * height + 1), text, "black", font)
@@ -79,15 +81,15 @@ def labelled_sheet(columns: Mapping[str, Sequence[Image.Image]], rows: Sequence[
 
 
 def read_latents(path: Path) -> np.ndarray:
-    """The one array in a .safetensors or .npy file. Raises UserError if there is none, or several."""
+    """The array in a .npy file, or the only tensor in a .safetensors file. Raises UserError if there is not one."""
     try:
         if path.suffix == ".npy":
             return np.load(path, allow_pickle=False)
         if path.suffix != ".safetensors":
-            raise UserError(f"latents {path}: it has to be a .safetensors or a .npy file")
+            raise UserError(f"latents {path}: the file has to be .safetensors or .npy")
         tensors = load_file(path)
     except (OSError, ValueError, EOFError, SafetensorError) as error:
         raise UserError(f"cannot read latents from {path}: {one_line(error)}") from None
     if len(tensors) != 1:
-        raise UserError(f"latents {path}: it has to hold one tensor, not {len(tensors)}")
+        raise UserError(f"latents {path}: the file has to hold one tensor, not {len(tensors)}")
     return next(iter(tensors.values()))

@@ -1,6 +1,6 @@
-"""Prompts to token ids, with the tokenizers that lie in a model's folder (`tokenizer/`, `tokenizer_2/`).
+"""Prompts to token ids, with the tokenizers in a model's folder (`tokenizer/`, `tokenizer_2/`).
 
-Ids are those that diffusers' pipelines feed their encoders: cut and padded, at the end, to a fixed length.
+The ids are the same as in diffusers' pipelines: cut and padded at the end to a fixed length.
 """
 
 # B prompts, N tokens
@@ -24,21 +24,21 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder, of the class that its tokenizer_config.json names; never from the network.
+    """The tokenizer in a folder, of the class in its tokenizer_config.json. Nothing is downloaded.
 
     Raises:
-      UserError: if the folder is missing or does not hold a whole tokenizer.
+      UserError: if the folder is missing or does not hold a complete tokenizer.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
-    from transformers import AutoTokenizer  # slow to import, and only prompts need it
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # without PyTorch it prints a warning
+    from transformers import AutoTokenizer  # slow to import, and needed for prompts only
 
     if not (folder / "tokenizer_config.json").is_file():
         raise UserError(f"{folder} holds no tokenizer: tokenizer_config.json is missing")
-    if not any((folder / name).is_file() for name in VOCABULARIES):  # transformers would make up an empty one
+    if not any((folder / name).is_file() for name in VOCABULARIES):  # transformers would make an empty one
         raise UserError(f"{folder} holds no vocabulary: it needs one of {', '.join(VOCABULARIES)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises all sorts, down to the bare Exception of its Rust part
+    except Exception as error:  # transformers raises all kinds, down to the bare Exception of its Rust part
         raise UserError(f"{folder} does not hold a tokenizer that transformers can load: {one_line(error)}") from error
     if tokenizer.pad_token_id is None:
         raise UserError(f"{folder} names no pad_token")
@@ -46,19 +46,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def max_length(folder: Path, most: int) -> int:
-    """`token_length` of the tokenizer in a folder, from its config alone. Raises UserError if that is not there."""
+    """`token_length` of the tokenizer in a folder, from its config alone. Raises UserError if that is missing."""
     return int(min(read_json(folder / "tokenizer_config.json").get("model_max_length", most), most))
 
 
 def token_length(tokenizer: PreTrainedTokenizerBase, most: int = 512) -> int:
-    """The number of tokens that prompts are padded to: the tokenizer's own maximum, and `most` at the most."""
+    """The number of tokens that prompts are padded to: the tokenizer's own maximum, but at most `most`."""
     return min(tokenizer.model_max_length, most)
 
 
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int
 ) -> tuple[np.ndarray, np.ndarray]:  # [B, N = length] int32, [B] bool
-    """The prompts' ids, cut and padded to `length` with special tokens included, and which prompts were cut."""
+    """The prompts' ids, cut and padded to `length`, special tokens included, and which prompts were cut."""
     whole = tokenizer(list(prompts), verbose=False).input_ids
     options = {"padding": "max_length", "padding_side": "right", "max_length": length, "truncation": True}
     cut = tokenizer(list(prompts), **options).input_ids

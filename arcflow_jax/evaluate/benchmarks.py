@@ -25,10 +25,11 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from arcflow_jax.data.output import contact_sheet, make_folder, save_picture
+from arcflow_jax.data.output import contact_sheet, save_image
 from arcflow_jax.data.prompts import json_records, read_prompts, text_of
 from arcflow_jax.errors import UserError
 from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.storage.atomic import make_directory
 from arcflow_jax.storage.files import digest, read_json, write_json
 
 
@@ -77,9 +78,9 @@ class GenEval:
     def write(self, out: Path, item: Item, images: Sequence[Image.Image]) -> None:
         aside = out / f".{item.name}"  # the scorer reads folders whose names are numbers
         shutil.rmtree(aside, ignore_errors=True)
-        make_folder(aside / "samples")
+        make_directory(aside / "samples")
         for i, image in enumerate(images):
-            save_picture(image, aside / "samples" / f"{i:04d}.png")
+            save_image(image, aside / "samples" / f"{i:04d}.png")
         try:
             (aside / "metadata.jsonl").write_text(json.dumps(item.record) + "\n")
             aside.rename(self.path(out, item))
@@ -109,7 +110,7 @@ class DpgBench:
             raise UserError("DPG-Bench's scorer reads four square pictures a prompt")
         sheet = contact_sheet(images, columns=2, gap=0)
         sheet.info = images[0].info
-        save_picture(sheet, self.path(out, item))
+        save_image(sheet, self.path(out, item))
 
 
 LAYOUTS: dict[str, Layout] = {"geneval": GenEval(), "dpg-bench": DpgBench()}
@@ -154,7 +155,7 @@ def export(
         "images": images,
         **made_with,
     }
-    make_folder(out)
+    make_directory(out)
     beside = out.with_name(f"{out.name}.json")
     there = read_json(beside) if beside.is_file() else {} if any(out.iterdir()) else description
     if there != description:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from arcflow_jax.data.images import SUFFIXES, read_pictures
+from arcflow_jax.data.images import SUFFIXES, read_images
 from arcflow_jax.data.prompts import Prompts, hidden
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.pipeline import ArcFlowPipeline
@@ -38,7 +38,7 @@ class Folder:
     """The pictures in a folder and the folders in it, by path.
 
     What they should show is the text `prompt` in each PNG, as arcflow sample and export write it, or captions as
-    training with pictures reads them (see `pictures.read_pictures`).
+    training with pictures reads them (see `pictures.read_images`).
 
     Raises:
       UserError: if there are none.
@@ -72,7 +72,7 @@ class Folder:
 
     @functools.cached_property
     def _captions(self) -> dict[Path, str]:
-        return {picture.file: picture.caption for picture in read_pictures(self.folder)}
+        return {picture.file: picture.caption for picture in read_images(self.folder)}
 
 
 class Sampled:

@@ -1,4 +1,4 @@
-"""The record of a model family: everything that the rest of the library needs to know about it."""
+"""The record of a model family: all that the rest of the library knows about it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Network:
     """A kind of network.
 
     Attributes:
-      class_name: what `model_index.json` calls it.
-      config: the dataclass of its config.json.
-      build: makes it from (config, dtype, rngs).
+      class_name: its class in `model_index.json`.
+      config: the dataclass of its config.json (see `files.parse_config`).
+      build: makes the network from (config, dtype, rngs).
       table: the rules of its checkpoints (see `convert.rules`).
-      original: makes from a config the rules of the layout in which its authors publish it, if that is another.
+      original: makes, from a config, the rules of the layout of the model's authors, if that is another.
     """
 
     class_name: str
@@ -32,7 +32,7 @@ class Network:
     original: Callable[[Any], Any] | None = None
 
     def tables(self, config: Any) -> list[Any]:
-        """The rules of all layouts in which its checkpoints occur."""
+        """The rules of all layouts of its checkpoints."""
         return [self.table] if self.original is None else [self.table, self.original(config)]
 
     def abstract(self, config: Any, dtype: Any = jnp.float32) -> nnx.Module:
@@ -40,7 +40,7 @@ class Network:
         return nnx.eval_shape(lambda: self.build(config, dtype, nnx.Rngs(0)))
 
     def student(self, config: Any, adapter: AdapterConfig, dtype: Any) -> ArcModel:
-        """A transformer with a student's head and LoRA, shapes in place of arrays."""
+        """A transformer with a student's head and LoRA, with shapes in place of arrays."""
 
         def build() -> ArcModel:
             rngs = nnx.Rngs(0)
@@ -54,12 +54,13 @@ class Family:
     """A model family.
 
     Attributes:
-      pipeline: its class in diffusers, which `model_index.json` names.
-      networks: by component. `transformer` is the base that a student is trained on; `vae` decodes.
+      pipeline: its pipeline's class in diffusers, as in `model_index.json`.
+      networks: component → kind of network. `transformer` is the base that a student is trained on, and builds an
+        `ArcModel`. `vae` is a `networks.vae.Autoencoder`.
       prompts: turns prompts into conditioning.
-      lora_targets: the linear layers of the backbone that the published recipe adapts (see `lora.attach_lora`).
-      embedded_guidance: scale that the published pipeline feeds a guidance embedding.
-      cfg_guidance: scale of classifier-free guidance, where that is used instead.
+      lora_targets: the backbone's linear layers that get LoRA in the published recipe (see `lora.attach_lora`).
+      embedded_guidance: default guidance scale of a transformer with a guidance embedding.
+      cfg_guidance: default scale of classifier-free guidance.
     """
 
     pipeline: str
@@ -71,14 +72,14 @@ class Family:
 
     @property
     def tokenizers(self) -> tuple[str, ...]:
-        """The tokenizers' folders, which a conversion copies."""
+        """The tokenizers' folders, which the converter copies."""
         return tuple(self.prompts.ENCODERS.values())
 
     def published_guidance(self, transformer: Any) -> float:
-        """The scale that the published students were distilled at, for this config of the transformer."""
+        """The teacher guidance scale of the published students, for this config of the transformer."""
         return self.embedded_guidance if takes_guidance(transformer) else self.cfg_guidance
 
 
 def takes_guidance(transformer: Any) -> bool:
-    """Whether a transformer of this config has a guidance embedding."""
+    """Whether a transformer with this config has a guidance embedding."""
     return bool(getattr(transformer, "guidance_embeds", False))

@@ -28,6 +28,7 @@ from arcflow_jax.parallel.mesh import batched, replicated
 
 
 def teacher(config: FluxConfig, dtype: Any, rngs: nnx.Rngs) -> ArcModel:
+    """FLUX.1's transformer, without a student."""
     return ArcModel(Flux(config, dtype=dtype, param_dtype=dtype, rngs=rngs), param_dtype=dtype, rngs=rngs)
 
 
@@ -48,7 +49,8 @@ VAE = Network(
 class FluxPrompts(PromptEncoder):
     """T5 for the text tokens, CLIP for the pooled vector.
 
-    `cut` counts prompts that are too long for T5. CLIP takes 77 tokens only, for a summary of what T5 reads in full.
+    `cut` counts prompts that are too long for T5. Prompts longer than CLIP's 77 tokens are not counted: the pooled
+    vector is only a summary, and T5 reads all of the prompt.
     """
 
     ENCODERS: ClassVar = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}

@@ -1,4 +1,4 @@
-"""Latent images and the tokens that a transformer sees: one token is a 2×2 patch of the latent image."""
+"""Latent images and the tokens of a transformer: one token is a 2×2 patch of the latent image."""
 
 # B batch, h, w latent height and width, C latent channels, N tokens = rows · columns of patches
 
@@ -15,7 +15,11 @@ PATCH = 2
 
 
 def token_grid(height: int, width: int, factor: int) -> tuple[int, int]:
-    """Rows and columns of tokens of an image of height × width pixels, `factor` pixels a latent pixel.
+    """Rows and columns of tokens of an image of height × width pixels.
+
+    Args:
+      height, width: in pixels.
+      factor: of the VAE, pixels per latent pixel and axis.
 
     Raises:
       UserError: if a side is not a positive multiple of a token's side, factor · 2 pixels.
@@ -27,7 +31,7 @@ def token_grid(height: int, width: int, factor: int) -> tuple[int, int]:
 
 
 def pack(latents: jax.Array) -> jax.Array:  # [B, h, w, C] -> [B, N, 4C]
-    """Tokens of a latent image, row by row; feature c·4 + dy·2 + dx, as diffusers' FluxPipeline._pack_latents."""
+    """Tokens of a latent image, row by row, with feature c·4 + dy·2 + dx (diffusers' FluxPipeline._pack_latents)."""
     batch, height, width, channels = latents.shape
     x = latents.reshape(batch, height // PATCH, PATCH, width // PATCH, PATCH, channels)
     x = x.transpose(0, 1, 3, 5, 2, 4)  # [B, row, column, C, dy, dx]
@@ -43,24 +47,22 @@ def unpack(tokens: jax.Array, rows: int, columns: int) -> jax.Array:  # [B, N, 4
 
 
 def as_tokens(latents: Any, count: int, rows: int, columns: int, features: int) -> jax.Array:  # [B, N, 4C] float32
-    """Latents that a user brought, packed [B, N, 4C] or, as PyTorch has a latent image, [B, C, h, w].
+    """A user's latents as tokens.
 
     Args:
-      latents: the array.
-      count: B, the number of pictures that they are for.
+      latents: packed [B, N, 4C] or, as a latent image in PyTorch, [B, C, h, w].
+      count: B, the number of images.
       rows, columns: of tokens; N = rows · columns, h = 2 · rows, w = 2 · columns.
       features: 4C.
 
     Raises:
-      UserError: if the array has another shape, or holds something else than finite numbers.
+      UserError: if the array has another shape, or is not of finite floating-point numbers.
     """
     packed = (count, rows * columns, features)
     image = (count, features // PATCH**2, rows * PATCH, columns * PATCH)
     shape = tuple(latents.shape)
     if shape not in (packed, image):
-        raise UserError(
-            f"latents are {list(shape)}, {count} pictures of this size need {list(packed)} or {list(image)}"
-        )
+        raise UserError(f"latents are {list(shape)}, {count} images of this size need {list(packed)} or {list(image)}")
     if not jnp.issubdtype(latents.dtype, jnp.floating):
         raise UserError(f"latents are of {latents.dtype}, but have to be floating-point numbers")
     tokens = jnp.asarray(latents, jnp.float32)
@@ -71,14 +73,14 @@ def as_tokens(latents: Any, count: int, rows: int, columns: int, features: int) 
 
 
 def position_ids(rows: int, columns: int) -> jax.Array:  # [N, 3]
-    """(0, row, column) of every token in the order of `pack`: FLUX.1's positions for its rotary embedding."""
+    """(0, row, column) of every token in the order of `pack`: FLUX.1's positions for the rotary embedding."""
     row, column = jnp.mgrid[:rows, :columns]
     return jnp.stack([jnp.zeros_like(row), row, column], -1).reshape(-1, 3).astype(jnp.float32)
 
 
 def centred_positions(rows: int, columns: int) -> jax.Array:  # [N, 3]
-    """(0, row, column) of every token in the order of `pack`, from the centre: Qwen-Image's (its `scale_rope`).
+    """(0, row, column) of every token in the order of `pack`, relative to the center: Qwen-Image's (`scale_rope`).
 
-    An odd side has one token more before its centre than from there on.
+    Of an odd number of tokens, one more lies before the center than from there on.
     """
     return position_ids(rows, columns) - jnp.array([0, rows - rows // 2, columns - columns // 2], jnp.float32)

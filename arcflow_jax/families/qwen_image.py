@@ -29,6 +29,7 @@ from arcflow_jax.parallel.processes import from_part
 
 
 def teacher(config: QwenImageConfig, dtype: Any, rngs: nnx.Rngs) -> ArcModel:
+    """Qwen-Image's transformer, without a student."""
     return ArcModel(QwenImage(config, dtype=dtype, param_dtype=dtype, rngs=rngs), param_dtype=dtype, rngs=rngs)
 
 
@@ -48,10 +49,10 @@ VAE = Network(
 
 
 class QwenPrompts(PromptEncoder):
-    """Qwen2.5-VL's hidden states of a prompt, inside a template that asks it to describe an image in those words.
+    """Qwen2.5-VL's hidden states of a prompt inside a template, which asks for the description of an image.
 
     Raises:
-      UserError: if the tokenizer has no room for a prompt beside the template.
+      UserError: if the tokenizer's maximum leaves no room for a prompt in the template.
     """
 
     TEMPLATE = (
@@ -59,8 +60,8 @@ class QwenPrompts(PromptEncoder):
         "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    BEFORE = 34  # tokens of the template before the prompt, whose states are dropped
-    TOKENS = 512  # of a prompt and the template after it, as the students were trained with
+    BEFORE = 34  # tokens of the template before the prompt; their states are dropped
+    TOKENS = 512  # of a prompt and the template after it, as in the training of the published students
 
     ENCODERS: ClassVar = {"text_encoder": "tokenizer"}
     MAX_TOKENS = BEFORE + TOKENS

@@ -1,4 +1,4 @@
-"""Prompts in, conditioning out: what the text sides of all families have in common."""
+"""Prompts to conditioning: what all families share."""
 
 # B prompts, N image tokens, T text tokens
 
@@ -22,15 +22,21 @@ from arcflow_jax.parallel.processes import from_part
 
 
 class Model(Protocol):
-    """What the text side asks of a converted model (`checkpoints.ModelDirectory`)."""
+    """The part of a converted model (`checkpoints.model_directory.ModelDirectory`) that is used here."""
 
     path: Path
 
-    def config(self, component: str) -> Any: ...
+    def config(self, component: str) -> Any:
+        """The config dataclass of a component."""
+        ...
 
-    def abstract(self, component: str, dtype: Any = None) -> nnx.Module: ...
+    def abstract(self, component: str, dtype: Any = None) -> nnx.Module:
+        """The component's network with shapes in place of arrays."""
+        ...
 
-    def load(self, component: str, abstract_state: nnx.State, shardings: Any = None) -> nnx.State: ...
+    def load(self, component: str, abstract_state: nnx.State, shardings: Any = None) -> nnx.State:
+        """The component's weights."""
+        ...
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
@@ -40,18 +46,18 @@ def apply_encoder(graphdef: nnx.GraphDef, state: nnx.State, ids: jax.Array) -> A
 
 
 def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
-    """Of a batch: split over the data axes or, where they do not divide it, whole on each device."""
+    """The sharding of a batch: split over the data axes, or replicated where the batch is not divisible by them."""
     return replicated(mesh) if rows % (mesh.shape["data"] * mesh.shape["fsdp"]) else batched(mesh)
 
 
 class Encoder:
-    """A frozen text encoder with its tokenizer. The weights are kept elsewhere.
+    """A frozen text encoder with its tokenizer, without the weights.
 
     Args:
       model: the converted model.
-      component, tokenizer: folders in it.
-      dtype: to compute in.
-      max_tokens: length that prompts are cut and padded to, if the tokenizer does not have a smaller maximum.
+      component, tokenizer: their folders in it.
+      dtype: of the computation.
+      max_tokens: length that prompts are cut and padded to, unless the tokenizer has a smaller maximum.
     """
 
     def __init__(self, model: Model, component: str, tokenizer: str, dtype: Any, max_tokens: int):
@@ -69,20 +75,22 @@ class Encoder:
 
 
 class PromptEncoder:
-    """The text side of a family: its frozen encoders, loaded. Each family says what they make of a prompt.
+    """The loaded text encoders of a model, which turn prompts into conditioning.
+
+    A family's own class defines `_embed`, `conditioning` and `abstract_conditioning`.
 
     Args:
       model: the converted model.
-      dtype: that the encoders compute in.
+      dtype: of the encoders' computation.
       mesh: over which weights and batch are split.
-      offload: whether the weights wait in host memory while nothing is encoded (see `offload.Weights`).
+      offload: whether the weights stay in host memory while nothing is encoded (see `offload.Weights`).
 
     Attributes:
       cut: how many prompts so far had more tokens than the encoder takes, and were cut.
     """
 
     ENCODERS: ClassVar[dict[str, str]]  # component → folder of its tokenizer
-    MAX_TOKENS: ClassVar[int] = 512
+    MAX_TOKENS: ClassVar[int] = 512  # the most that prompts are padded or cut to
 
     def __init__(self, model: Model, dtype: Any, mesh: Mesh, offload: bool = False):
         self.model, self.mesh, self.cut = model, mesh, 0
@@ -100,37 +108,37 @@ class PromptEncoder:
         """Conditioning of B prompts for images of rows × columns tokens.
 
         Args:
-          prompts: on several processes, each one's own (see `processes.local_part`); B counts all.
-          guidance: scale that the guidance embedding is fed; a transformer without one ignores it.
+          prompts: on several processes, this process's own (see `processes.local_part`); B counts all.
+          guidance: input of the guidance embedding; ignored by a transformer without one.
         """
         return self.batches([prompts], guidance=guidance, rows=rows, columns=columns)[0]
 
     def batches(
         self, batches: Sequence[Sequence[str]], *, guidance: float, rows: int, columns: int
     ) -> list[Conditioning]:
-        """The same for several batches one after the other."""
+        """The conditioning of several batches, one after the other."""
         embedded = self.weights.run(lambda states: [self._embed(states, prompts)[0] for prompts in batches])
         settings = {"guidance": guidance, "rows": rows, "columns": columns}
         return [self.conditioning(self.model, self.mesh, each, **settings) for each in embedded]
 
     def embed(self, prompts: Sequence[str]) -> tuple[dict[str, jax.Array], np.ndarray]:
-        """What the encoders make of B prompts, each array [B, ...], and which prompts were cut, [B]."""
+        """The encoders' outputs for B prompts, each array [B, ...], and which prompts were cut, [B]."""
         return self.weights.run(lambda states: self._embed(states, prompts))
 
     def _embed(
         self, states: Mapping[str, nnx.State], prompts: Sequence[str]
     ) -> tuple[dict[str, jax.Array], np.ndarray]:
-        """`embed`, with the encoders' weights by component. It adds to `cut`."""
+        """`embed`, given the encoders' weights by component. Adds to `cut`."""
         raise NotImplementedError
 
     @staticmethod
     def conditioning(
         model: Model, mesh: Mesh, embedded: Mapping[str, jax.Array], *, guidance: float, rows: int, columns: int
     ) -> Conditioning:
-        """Conditioning from what `embed` gave, now or when a cache was written."""
+        """Conditioning from the outputs of `embed`, which may come from a cache."""
         raise NotImplementedError
 
     @staticmethod
     def abstract_conditioning(model: Model, mesh: Mesh, batch: int, tokens: int, dtype: Any) -> Conditioning:
-        """Shapes and shardings of the conditioning of a batch of images of N tokens; needs no weights."""
+        """Shapes and shardings of the conditioning of a batch of images of N tokens. Reads no weights."""
         raise NotImplementedError

@@ -1,5 +1,6 @@
-"""Files: JSON, safetensors, the Hugging Face hub, and writing that is whole or not at all.
+"""Files: JSON, safetensors, the Hugging Face hub, and atomic writing.
 
-`atomic` (files and directories that appear complete), `files` (JSON, digests, configs), `safetensors` (tensors read by
-offset), `hub` (fetching). May import errors.
+`atomic` writes files and directories that appear complete or not at all. `files` reads and writes JSON, computes
+digests and reads configs. `safetensors` reads tensors by their offset in the file. `hub` downloads. This room may
+import errors only.
 """

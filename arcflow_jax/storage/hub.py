@@ -1,4 +1,4 @@
-"""Fetches a PyTorch model from the Hugging Face hub: what the converter reads and nothing else."""
+"""Hub ids, and downloads from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -12,35 +12,56 @@ from huggingface_hub import errors
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.storage.safetensors import STEMS
 
+PREFIX = "hf:"  # before a hub id that could also be a local path
+
 
 def is_repository(source: str | Path) -> bool:
-    """Whether a source that is no folder has the form of a hub id, owner/name."""
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)) is not None
+    """Whether a source is a hub id, `owner/name`, and not a local path (see `split_folder`)."""
+    named = split_folder(source)
+    return named is not None and not named[1]
 
 
 def split_folder(source: str | Path) -> tuple[str, str] | None:
-    """The hub id and the folder in it ("" for none) of a source of the form owner/name or owner/name/folder."""
-    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)((?:/\w[\w.-]*)*)", str(source))
-    return (match[1], match[2].removeprefix("/")) if match else None
+    """The hub id and the folder in that repository ("" for none), of `owner/name` or `owner/name/folder`.
+
+    What could be a local path is never looked up on the hub: None if the path exists, or its first folder does
+    (`runs/flux` beside an existing folder `runs` is a missing path). The prefix `hf:` says that it is a hub id.
+    """
+    text = str(source)
+    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)((?:/\w[\w.-]*)*)", text.removeprefix(PREFIX))
+    if match is None or (not text.startswith(PREFIX) and Path(text).parts and Path(Path(text).parts[0]).exists()):
+        return None
+    return match[1], match[2].removeprefix("/")
+
+
+def not_found(source: str | Path) -> str:
+    """Why a source that does not exist is not looked up on the hub, for an error message."""
+    if split_folder(f"{PREFIX}{source}") is None:
+        return f"{source} does not exist, and a hub id has the form owner/name"
+    return (
+        f"{source} does not exist; it is taken for a local path because {Path(source).parts[0]} exists (a model on the "
+        f"hub would be {PREFIX}{source})"
+    )
 
 
 def weights_of(folder: str) -> list[str]:
-    """The hub's patterns for the weights in a folder: neither pickles nor variants such as model.fp16.safetensors."""
+    """Patterns for `fetch` of the weights in a folder: no pickles and no variants such as model.fp16.safetensors."""
     endings = (".safetensors", "-*.safetensors", ".safetensors.index.json")
     return [f"{folder}/{stem}{ending}".lstrip("/") for stem in STEMS for ending in endings]
 
 
 def fetch(repository: str, revision: str | None, patterns: Iterable[str]) -> Path:
-    """A folder with the files of a repository that match; those in huggingface_hub's cache are not fetched again.
+    """A folder with those files of a repository that match. Files in huggingface_hub's cache are not downloaded again.
 
     Args:
-      repository: owner/name.
+      repository: owner/name, with or without the prefix `hf:`.
       revision: branch, tag or commit; by default the main branch.
-      patterns: names, `*` standing for anything.
+      patterns: file names, in which `*` stands for anything.
 
     Raises:
       UserError: if the repository or revision does not exist, needs a login or a licence, or cannot be reached.
     """
+    repository = repository.removeprefix(PREFIX)
     page = f"https://huggingface.co/{repository}"
     try:
         return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
@@ -55,10 +76,10 @@ def fetch(repository: str, revision: str | None, patterns: Iterable[str]) -> Pat
         ) from None
     except errors.RevisionNotFoundError:
         raise UserError(f"{repository} has no revision {revision}: {page}/commits lists them") from None
-    except errors.LocalEntryNotFoundError as error:  # how huggingface_hub tells that it found no network, either
+    except errors.LocalEntryNotFoundError as error:  # without a network, too
         raise UserError(
             f"cannot fetch {repository}: the hub cannot be reached, and the files are not all in the local cache "
             f"({one_line(error.__cause__ or error)})"
         ) from None
-    except Exception as error:  # its HTTP client's, by a name that changes between versions, or a full disk
+    except Exception as error:  # from its HTTP client, whose class differs between versions, or a full disk
         raise UserError(f"cannot fetch {repository}: {one_line(error)}") from error

@@ -1,7 +1,7 @@
 """The tensors of a component folder (transformer/, vae/, …) or of a single file, by name, read from disk one at a time.
 
-A folder holds one safetensors file or shards with an index, under the names that diffusers and transformers give
-them. Pickled weights are refused.
+A folder holds one safetensors file, or shards with an index, with the file names of diffusers and transformers.
+Pickled weights are refused.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from arcflow_jax.errors import UserError, first_few
 from arcflow_jax.storage.files import read_json
 
-STEMS = ("diffusion_pytorch_model", "model")  # of diffusers, of transformers
+STEMS = ("diffusion_pytorch_model", "model")  # file names of diffusers and of transformers
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 NO_PICKLES = (
-    "unpickling runs whatever code a file brings, so only safetensors are read; save the model as safetensors first"
+    "unpickling runs any code that a file contains, so only safetensors are read; save the model as safetensors first"
 )
 DTYPES = {
     "F64": np.float64,
@@ -42,10 +42,10 @@ DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class FileTensor:
-    """A tensor that stays on disk until `np.asarray` asks for it.
+    """A tensor that stays on disk until `np.asarray` reads it.
 
-    It is read by offset, not through a memory map as the safetensors library does: mapped pages count as resident
-    memory, and a 10 GB shard would be resident as a whole in the end.
+    It is read by its offset, not through a memory map as in the safetensors library: mapped pages count as resident
+    memory, so in the end a 10 GB shard would be resident as a whole.
     """
 
     path: Path
@@ -54,7 +54,7 @@ class FileTensor:
     dtype: np.dtype
 
     def __getitem__(self, rows: slice) -> FileTensor:
-        """Part of its first axis, still on disk."""
+        """Some rows of its first axis, still on disk."""
         start, stop, _ = rows.indices(self.shape[0])
         shape = (stop - start, *self.shape[1:])
         return dataclasses.replace(
@@ -68,7 +68,7 @@ class FileTensor:
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
         if array.size != size:
-            raise UserError(f"{self.path} became shorter while it was read")
+            raise UserError(f"{self.path} became shorter while it was being read")
         return array.reshape(self.shape).astype(dtype or self.dtype, copy=False)
 
 
@@ -76,7 +76,7 @@ def read_header(path: Path) -> dict[str, FileTensor]:
     """The tensors of one safetensors file.
 
     Raises:
-      UserError: if the file is missing, truncated, corrupt or of a dtype unknown here.
+      UserError: if the file is missing, truncated or corrupt, or has a dtype that is not in `DTYPES`.
     """
     try:
         with safe_open(path, "np"):  # checks lengths, offsets and JSON
@@ -99,7 +99,7 @@ def read_header(path: Path) -> dict[str, FileTensor]:
 
 
 def cut_short(path: Path) -> str | None:
-    """Which tensors lie beyond the end of the file, if it has a header that says so."""
+    """Which tensors lie beyond the end of the file, if its header can be read; otherwise None."""
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -147,7 +147,7 @@ def read_folder(folder: Path) -> dict[str, FileTensor]:
 
 
 def read_shards(index: Path) -> dict[str, FileTensor]:
-    """The tensors of the shards that an index names, which index and shards must agree on."""
+    """The tensors of the shards that an index names. Raises UserError if index and shards disagree."""
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise UserError(f"{index} has no weight_map from tensor names to file names")
@@ -157,7 +157,7 @@ def read_shards(index: Path) -> dict[str, FileTensor]:
     shards = {file: read_header(index.parent / file) for file in sorted(set(files.values()))}
     absent = [f"{name} in {file}" for name, file in files.items() if name not in shards[file]]
     if absent:
-        raise UserError(f"{index} names {len(absent)} tensors that are not there: {first_few(absent)}")
+        raise UserError(f"{index} names {len(absent)} tensors that do not exist: {first_few(absent)}")
     extra = [f"{name} in {file}" for file, shard in shards.items() for name in shard if files.get(name) != file]
     if extra:
         raise UserError(f"{index} does not name {len(extra)} tensors of its shards: {first_few(extra)}")

@@ -25,13 +25,13 @@ from arcflow_jax.data.embeddings import (
     shard_path,
     write_shard,
 )
-from arcflow_jax.data.images import captions, read_pictures
+from arcflow_jax.data.images import captions, read_images
 from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.errors import UserError
 from arcflow_jax.parallel.mesh import make_mesh
 from arcflow_jax.parallel.processes import from_part
 from arcflow_jax.storage.atomic import check_room, incomplete, refuse_used
-from arcflow_jax.storage.files import digest, read_json, write_json
+from arcflow_jax.storage.files import digest, file_digest, read_json, write_json
 from arcflow_jax.storage.safetensors import read_header
 from arcflow_jax.training.recipe import Recipe
 
@@ -53,7 +53,7 @@ def encoders_fingerprint(directory: ModelDirectory) -> str:
         sha.update(f"{component} {weights}{rounded}\n".encode())
         for file in sorted((directory.path / tokenizer).iterdir()):
             if file.is_file():
-                sha.update(f"{tokenizer}/{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+                sha.update(f"{tokenizer}/{file.name} {file_digest(file)}\n".encode())
     return sha.hexdigest()
 
 
@@ -72,7 +72,7 @@ def embed_prompts(recipe: Recipe, out: Path) -> Path:
     directory = ModelDirectory.open(recipe.model)
     mesh = make_mesh(recipe.mesh)
     if recipe.images:
-        found = captions(recipe.images, read_pictures(recipe.images))
+        found = captions(recipe.images, read_images(recipe.images))
     else:
         found = read_prompts(recipe.prompts, recipe.prompts_field)
     print(found, flush=True)

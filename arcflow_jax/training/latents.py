@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
-from arcflow_jax.data.images import Picture, pixels
+from arcflow_jax.data.images import CaptionedImage, pixels
 from arcflow_jax.families.latents import pack
 from arcflow_jax.parallel.mesh import state_shardings
 from arcflow_jax.parallel.processes import from_part
@@ -41,7 +41,7 @@ class LatentEncoder:
         self.state = directory.load("vae", abstract, state_shardings(mesh, abstract))
         self.mesh = mesh
 
-    def __call__(self, pictures: Sequence[Picture], height: int, width: int) -> jax.Array:  # [B, N, 4C] float32
+    def __call__(self, pictures: Sequence[CaptionedImage], height: int, width: int) -> jax.Array:  # [B, N, 4C] float32
         """Latents of pictures, packed; on several processes, of each one's own (see `distributed.local_part`)."""
         images = np.stack([pixels(picture.file, height, width) for picture in pictures])
         return _encode(self.graphdef, self.state, from_part(images, self.mesh))

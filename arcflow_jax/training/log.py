@@ -30,8 +30,9 @@ from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 
-from arcflow_jax.data.output import make_folder, save_picture
+from arcflow_jax.data.output import save_image
 from arcflow_jax.errors import UserError
+from arcflow_jax.storage.atomic import make_directory
 from arcflow_jax.storage.files import read_json, write_json
 from arcflow_jax.training.recipe import Recipe
 
@@ -111,8 +112,8 @@ class RunLog:
         """Keeps a picture of iteration `step`."""
         if not self.writes:
             return
-        make_folder(self.run / "previews")
-        save_picture(image, self.run / "previews" / f"{step:06d}.png")
+        make_directory(self.run / "previews")
+        save_image(image, self.run / "previews" / f"{step:06d}.png")
         with self._writing():
             self._event(step=step, summary=summary.image("preview", np.asarray(image), dataformats="HWC"))
             self.tensorboard.flush()

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
-from arcflow_jax.data.images import Picture, captions, read_pictures
+from arcflow_jax.data.images import CaptionedImage, captions, read_images
 from arcflow_jax.data.prompts import Prompts, read_prompts
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import token_grid
@@ -39,7 +39,7 @@ class Plan:
     directory: ModelDirectory
     mesh: Mesh
     prompts: Prompts
-    pictures: list[Picture] | None
+    pictures: list[CaptionedImage] | None
     grids: dict[tuple[int, int], tuple[int, int]]
     graphdef: nnx.GraphDef
     base: nnx.State
@@ -58,7 +58,7 @@ class Plan:
             raise UserError(f"batch {recipe.batch} does not divide by data × fsdp = {shards} of the mesh")
         factor = directory.config("vae").factor
         grids = {resolution: token_grid(*resolution, factor) for resolution in recipe.resolutions}
-        pictures = read_pictures(recipe.images) if recipe.images else None
+        pictures = read_images(recipe.images) if recipe.images else None
         if pictures is None:
             prompts = read_prompts(recipe.prompts, recipe.prompts_field)
         else:

@@ -53,7 +53,7 @@ class Recipe:
       prompts_field: the field or column that has the prompt.
       embeddings: a cache that `arcflow embed-prompts` wrote; "" encodes the prompts as they come.
       images: a folder of real pictures to start from, with captions, which take the place of `prompts` (see
-        `pictures.read_pictures`); "" starts from noise, without data.
+        `images.read_images`); "" starts from noise, without data.
       out: the run's directory; a run that is there already goes on.
       seed: of everything that is drawn.
       resolutions: (height, width) in pixels, one or several; an iteration's pictures have one of them, each as likely

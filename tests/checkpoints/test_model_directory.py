@@ -1,4 +1,4 @@
-"""Converted models: what the converter wrote is what is read, and damage is told."""
+"""Converted models: what the converter wrote is what is read, and damage is reported."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from arcflow_jax.checkpoints import conversion, writer
-from arcflow_jax.checkpoints.model_directory import Digest, ModelDirectory, digest, fingerprint, nest, unnest
+from arcflow_jax.checkpoints.model_directory import ArrayDigest, ModelDirectory, fingerprint
 from arcflow_jax.convert import t5
 from arcflow_jax.convert.engine import export_tensors
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.flux import FluxConfig
-from arcflow_jax.networks.states import flatten
+from arcflow_jax.networks.states import flatten, nest, unnest
 from arcflow_jax.parallel.mesh import make_mesh, state_shardings
 from tests.helpers.source_folder import CONFIGS, random_state, write_source
 
-# Orbax leaves unfinished reads behind when one of many fails
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+# Unfinished reads would report to a closed event loop
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +155,13 @@ def test_shards_of_several_dtypes(source, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, exported, expected)
 
 
+def digest(path: str, array: np.ndarray) -> tuple[str, bytes]:
+    """Of a whole array."""
+    whole = ArrayDigest(path, array.shape, array.dtype)
+    whole.update(array)
+    return whole.finish()
+
+
 def test_fingerprint_is_of_the_converted_arrays(converted):
     directory = ModelDirectory.open(converted)
     arrays = {path: np.asarray(variable[...]) for path, variable in flatten(load(directory, "transformer")).items()}
@@ -178,7 +185,7 @@ def test_fingerprint_tells_all_differences():
 
 def test_digest_in_parts():
     array = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
-    parts = Digest("a", array.shape, array.dtype)
+    parts = ArrayDigest("a", array.shape, array.dtype)
     for layer in array:
         parts.update(layer)
     assert parts.finish() == digest("a", array)
@@ -273,7 +280,7 @@ def overwrite(file: Path) -> None:
 
 
 def test_overwritten_bytes_are_refused(converted, tmp_path):
-    """Of each kind of file that a checkpoint has; and nothing but our one line is printed."""
+    """In each kind of file of a checkpoint; and nothing but our one line is printed."""
     program = """
 import sys
 from flax import nnx

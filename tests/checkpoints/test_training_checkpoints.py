@@ -1,11 +1,14 @@
-"""Checkpoints that are killed while being saved, damaged, or find no room."""
+"""Checkpoints whose save is killed, that are damaged, or find no room on the disk."""
 
 from __future__ import annotations
 
 import dataclasses
 import errno
+import json
+import logging
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -13,15 +16,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from arcflow_jax.checkpoints.training import Checkpoints
+from arcflow_jax.checkpoints.training import AdapterDescription, Checkpoints
 from arcflow_jax.errors import UserError
+from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.layers import Adapter
+from arcflow_jax.networks.student import AdapterConfig
 from arcflow_jax.training.state import Skipped, TrainState
 from tests.helpers.full_disk import disk_for_files_up_to
 from tests.helpers.processes import child
+
+# Unfinished reads and writes would report to a closed event loop
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 
 
 def state(step: int, size: int = 4) -> TrainState:
@@ -98,7 +107,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_taken_when_asked(tmp_pat
     damage(tmp_path / "checkpoints" / "6", how)
     like = state(0, size=4000)
     with Checkpoints(tmp_path) as checkpoints:
-        with pytest.raises(UserError, match=r"^checkpoint 6 in .* is damaged; arcflow train --step 3 goes on from"):
+        with pytest.raises(UserError, match=r"^checkpoint 6 in .* is damaged; arcflow train --step 3 resumes from"):
             restore(checkpoints, like)
         with pytest.raises(UserError, match="has no checkpoint 5; there are 3, 6"):
             restore(checkpoints, like, 5)
@@ -122,7 +131,7 @@ def fill_up(run: Path, size: int, when: str) -> None:
 
 
 @pytest.mark.parametrize("when", ["at the next save", "at the end", "when asked"])
-def test_full_disk_is_told_in_one_line_and_leaves_older_checkpoints(tmp_path, when, capfd):
+def test_full_disk_is_reported_in_one_line_and_leaves_older_checkpoints(tmp_path, when, capfd):
     size = 100_000
     with Checkpoints(tmp_path) as checkpoints:
         save(checkpoints, state(1, size))
@@ -143,3 +152,121 @@ def test_full_disk_is_called_by_its_name(tmp_path, monkeypatch):
         monkeypatch.setattr(checkpoints.manager, "save", lambda *a, **k: (_ for _ in ()).throw(full))
         with pytest.raises(UserError, match=r"; checkpoint 1 is intact: no space left on the device$"):
             save(checkpoints, state(2))
+
+
+def hooks() -> tuple[object, list[object]]:
+    return sys.unraisablehook, list(logging.getLogger("absl").filters)
+
+
+def test_saving_and_restoring_leave_no_global_hook(tmp_path, caplog):
+    before = hooks()
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, state(1))
+    assert hooks() == before
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert hooks() == before
+        assert_is(restore(checkpoints, state(0)), state(1))
+    assert hooks() == before
+    assert not [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_other_messages_of_orbax_are_logged_while_a_run_is_saved(tmp_path, caplog):
+    logger = logging.getLogger("absl")
+    failed = ValueError("failed"), None
+    names = ("future.py", "storage_backend.py")
+
+    def log(name: str, level: int, error: object = (ValueError, *failed)) -> None:
+        path = os.path.join("site-packages", "orbax", "checkpoint", name)
+        logger.handle(logging.LogRecord("absl", level, path, 1, f"{name} {level}", (), error))
+
+    with Checkpoints(tmp_path), caplog.at_level(logging.INFO, "absl"):
+        for name in names:
+            log(name, logging.ERROR)
+        log("future.py", logging.ERROR, None)
+        log("future.py", logging.WARNING)
+    messages = [record.message for record in caplog.records if "orbax" in record.pathname]
+    assert [name for name in messages if name.endswith(("40", "30"))] == [
+        f"storage_backend.py {logging.ERROR}",
+        f"future.py {logging.ERROR}",  # without a traceback, so not the error that is raised
+        f"future.py {logging.WARNING}",
+    ]
+
+
+def test_checkpoint_with_the_names_of_the_first_version_is_restored(tmp_path):
+    """The backbone was called `trunk`, and there were no checksums."""
+    adapter = nnx.State(
+        {
+            "backbone": {"blocks": {"lora": {"a": Adapter(jnp.arange(3.0), axes=(None,))}}},
+            "head": {"bias": Adapter(jnp.ones(2), axes=(None,))},
+        }
+    )
+    whole = dataclasses.replace(TrainState.create(adapter, optax.adam(0.1)), step=jnp.int32(7))
+
+    def old(x: object) -> object:
+        if not isinstance(x, nnx.State):
+            return x
+        pure = nnx.to_pure_dict(x)
+        return {"trunk": pure["backbone"], "head": pure["head"]}
+
+    tree = jax.tree.map(old, whole.items(), is_leaf=lambda x: isinstance(x, nnx.State))
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+        manager.save(7, args=ocp.args.PyTreeSave(tree))
+    blank = jax.tree.map(jnp.zeros_like, whole)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_is(restore(checkpoints, blank), whole)
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_adapter(blank.ema), whole.ema)
+
+
+DESCRIPTION = AdapterDescription(
+    "0" * 64, AdapterConfig(3, 2, 2.0, 0.0, ("a.*",)), Distillation(), 2.5, {"class": "Flux", "config": {"layers": 2}}
+)
+
+
+def edited(run: Path, edit: object) -> Path:
+    """The run of `DESCRIPTION`, with its adapter.json changed by a function of its values."""
+    DESCRIPTION.write(run)
+    values = json.loads((run / "adapter.json").read_text())
+    edit(values)
+    (run / "adapter.json").write_text(json.dumps(values))
+    return run
+
+
+def test_adapter_json_comes_back(tmp_path):
+    DESCRIPTION.write(tmp_path)
+    read = AdapterDescription.read(tmp_path)
+    assert read == DESCRIPTION
+    assert read.transformer == DESCRIPTION.transformer  # which equality ignores
+    without = AdapterDescription.read(edited(tmp_path, lambda values: values.pop("transformer")))
+    assert (without, without.transformer) == (DESCRIPTION, None)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda v: v.pop("base"), "missing base$"),
+        (lambda v: v.pop("adapter"), "missing adapter$"),
+        (lambda v: (v.pop("distillation"), v.pop("guidance")), "missing distillation, guidance$"),
+        (lambda v: v["adapter"].pop("rank"), "adapter: missing rank$"),
+        (lambda v: v.update(base=5), "base is 5, but has to be a text$"),
+        (lambda v: v.update(guidance="3.5"), "guidance is '3.5', but has to be a number$"),
+        (lambda v: v.update(adapter=[1, 2]), r"adapter is \[1, 2\], but has to be a JSON object$"),
+        (lambda v: v["adapter"].update(modes=2.5), "adapter: modes is 2.5, but has to be a whole number$"),
+        (lambda v: v["adapter"].update(targets="a.*"), r"targets is 'a\.\*', but has to be a list, each a text$"),
+        (lambda v: v["adapter"].update(modes=0), "modes is 0, but has to be at least 1$"),
+        (lambda v: v["distillation"].update(nfe=True), "distillation: nfe is True, but has to be a whole number$"),
+        (lambda v: v["transformer"].pop("class"), "transformer: class is missing or has the wrong type$"),
+        (lambda v: v["transformer"].update(config=3), "transformer: config is missing or has the wrong type$"),
+        (lambda v: v.update(version=9), "is not of arcflow_jax adapter version 1$"),
+    ],
+)
+def test_broken_adapter_json(tmp_path, edit, message):
+    with pytest.raises(UserError, match=message):
+        AdapterDescription.read(edited(tmp_path, edit))
+
+
+def test_truncated_adapter_json(tmp_path):
+    DESCRIPTION.write(tmp_path)
+    text = (tmp_path / "adapter.json").read_text()
+    (tmp_path / "adapter.json").write_text(text[: len(text) // 2])
+    with pytest.raises(UserError, match=r"/adapter\.json is not valid JSON"):
+        AdapterDescription.read(tmp_path)

@@ -131,10 +131,13 @@ def test_embed_prompts_refuses_bad_inputs(capfd, tmp_path, model):
 
 def test_sample_writes_pictures_with_their_settings(capfd, tmp_path, model, student):
     arguments = ("--model", model, "--adapter", student, "--seed", 5, "--out", tmp_path)
+    (tmp_path / "0000-seed5-2steps-student-a-red-circle.png").write_text("of another call")
     code, stdout, stderr = run(capfd, "sample", *arguments, "--prompt", "a red circle", "--prompt", "a blue square")
     assert code == 0, stderr
     first, second = map(Path, stdout.split())
-    assert first.name == "0000-seed5-a-red-circle.png"
+    assert first.name == "0000-seed5-2steps-student-a-red-circle-2.png"
+    assert second.name == "0001-seed5-2steps-student-a-blue-square.png"
+    assert (tmp_path / "0000-seed5-2steps-student-a-red-circle.png").read_text() == "of another call"
     with Image.open(second) as image:
         assert image.size == (64, 64)
         assert image.text["prompt"] == "a blue square"
@@ -160,7 +163,10 @@ def test_sample_from_files_and_on_one_sheet(capfd, tmp_path, model, student):
         )
         assert code == 0, stderr
         *paths, grid = map(Path, stdout.split())
-        assert [path.name for path in paths[1:3]] == ["0001-a-red-circle.png", "0002-a-blue-ring.png"]
+        assert [path.name for path in paths[1:3]] == [
+            "0001-2steps-student-a-red-circle.png",
+            "0002-2steps-student-a-blue-ring.png",
+        ]
         pictures.append([np.asarray(Image.open(path)) for path in paths])
         with Image.open(paths[3]) as image:
             assert image.text["latents"] == str(tmp_path / f"noise.{suffix}")
@@ -187,9 +193,9 @@ def test_contact_sheet():
     [
         ("x.safetensors", b"123", "cannot read latents from .*x.safetensors: "),
         ("x.npy", b"123", "cannot read latents from .*x.npy: "),
-        ("x.pt", b"123", r"has to be a \.safetensors or a \.npy file"),
+        ("x.pt", b"123", r"x\.pt: the file has to be \.safetensors or \.npy"),
         ("x.npy", None, "cannot read latents from .*x.npy: .*No such file"),
-        ("x.safetensors", save({"a": np.zeros(1), "b": np.zeros(1)}), "has to hold one tensor, not 2"),
+        ("x.safetensors", save({"a": np.zeros(1), "b": np.zeros(1)}), "the file has to hold one tensor, not 2"),
     ],
 )
 def test_latents_files_that_do_not_fit(tmp_path, name, content, message):
@@ -217,7 +223,7 @@ def test_sample_refuses_bad_input(capfd, tmp_path, model, student):
     refused("either with --prompt or with --prompts-file", *whole)
     refused("either with --prompt or with --prompts-file", *whole, "--prompt", "a ring", "--prompts-file", "x.txt")
     refused("cannot read prompts from nothing.txt", *whole, "--prompts-file", "nothing.txt")
-    refused("has to be a .safetensors or a .npy file", *whole, "--prompt", "a ring", "--latents", "x.bin")
+    refused("the file has to be .safetensors or .npy", *whole, "--prompt", "a ring", "--latents", "x.bin")
     refused("'heads=2' is not one of data, fsdp", *whole, "--prompt", "a ring", "--mesh", "heads=2")
     refused("batch_size is 0", *whole, "--prompt", "a ring", "--batch-size", 0)
     refused("final_step_ratio is -1.0", *whole, "--prompt", "a ring", "--final-step-ratio", -1)
@@ -227,7 +233,7 @@ def test_sample_refuses_bad_input(capfd, tmp_path, model, student):
     refused("holds no adapter", "--model", model, "--adapter", tmp_path, "--prompt", "a ring")
     file = tmp_path / "file"
     file.write_text("")
-    refused("cannot write pictures", *whole, "--prompt", "a ring", "--out", file / "out")
+    refused("cannot write .*out", *whole, "--prompt", "a ring", "--out", file / "out")
 
 
 def test_sample_refuses_an_adapter_of_another_base(capfd, tmp_path, model, student):

@@ -122,7 +122,7 @@ DAMAGE = {
     ),
     "senseless config": (
         lambda s: edit(s / "transformer" / "config.json", num_layers="two"),
-        r"transformer/config.json does not describe a FluxTransformer2DModel that can be built",
+        r"transformer/config.json: num_layers is 'two', but has to be a whole number",
     ),
     "config of other widths": (
         lambda s: edit(s / "transformer" / "config.json", num_attention_heads=4),
@@ -132,7 +132,7 @@ DAMAGE = {
         lambda s: edit(s / "vae" / "config.json", act_fn="relu"),
         r"vae/config.json: act_fn is 'relu', only 'silu' is supported",
     ),
-    "pickles": (only_pickles, r"pickled weights only \(diffusion_pytorch_model.bin\): unpickling runs whatever code"),
+    "pickles": (only_pickles, r"pickled weights only \(diffusion_pytorch_model.bin\): unpickling runs any code"),
     "truncated": (
         lambda s: truncate(weights_file(s, "transformer")),
         r"is truncated or corrupt: it ends before 1 of its tensors \(x_embedder.weight\)$",
@@ -147,7 +147,7 @@ DAMAGE = {
         lambda s: (s / "text_encoder_2" / "model-00002-of-00002.safetensors").unlink(),
         r"lacks 1 of the shards that its index names: model-00002-of-00002.safetensors",
     ),
-    "index names too much": (swap_in_index, r"names 1 tensors that are not there: shared.weight in model-0000"),
+    "index names too much": (swap_in_index, r"names 1 tensors that do not exist: shared.weight in model-0000"),
     "index without a map": (
         lambda s: (s / "text_encoder_2" / "model.safetensors.index.json").write_text("{}"),
         r"has no weight_map",
@@ -200,7 +200,7 @@ def test_an_empty_out_will_do(capfd, source, tmp_path):
 
 def test_no_room(capfd, source, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
-    assert_refused(capfd, source, tmp_path / "out", r"cannot write .*: it takes 0\.\d\d GB, and 0\.00 GB are free")
+    assert_refused(capfd, source, tmp_path / "out", r"cannot write .*: it needs 0\.\d\d GB, but only 0\.00 GB are free")
 
 
 def test_the_disk_refuses_a_write(capfd, source, tmp_path):

@@ -1,4 +1,4 @@
-"""The streams of prompts and resolutions: a function of seed and iteration alone."""
+"""The streams of prompts and resolutions: functions of the seed and the step."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def test_batches_larger_than_the_list_go_round():
 
 
 def test_parts_that_do_not_divide_the_batch():
-    with pytest.raises(UserError, match="batch 6 does not divide by the 4 parts"):
+    with pytest.raises(UserError, match="batch 6 is not divisible by 4"):
         prompt_batches(PROMPTS, 6, seed=0, part=(0, 4))
 
 
-def test_resolutions_are_drawn_from_seed_and_iteration():
-    def drawn(seed: int, iterations: range) -> list[tuple[int, int]]:
-        return [draw_resolution(SIZES, seed, i) for i in iterations]
+def test_resolutions_are_drawn_from_seed_and_step():
+    def drawn(seed: int, steps: range) -> list[tuple[int, int]]:
+        return [draw_resolution(SIZES, seed, i) for i in steps]
 
     first = drawn(0, range(3000))
     assert drawn(0, range(2999, -1, -1)) == first[::-1]

@@ -74,7 +74,7 @@ def test_folder_of_all_kinds_in_the_order_of_paths(tmp_path):
 
 
 def test_large_files_are_read_once(tmp_path, monkeypatch):
-    """A column at a time, not the pictures beside it, and each file once."""
+    """A column at a time, not the images beside it, and each file once."""
     opened, columns = [], []
     path_open = Path.open
     iter_batches = parquet.ParquetFile.iter_batches
@@ -86,7 +86,7 @@ def test_large_files_are_read_once(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("1")
     write_json_lines(tmp_path / "b.jsonl", [{"prompt": "2"}])
     monkeypatch.setattr(Path, "open", lambda self, *args: opened.append(self) or path_open(self, *args))
-    write_parquet(tmp_path / "c.parquet", {"picture": [b"0" * 1000], "prompt": ["3"]})
+    write_parquet(tmp_path / "c.parquet", {"image": [b"0" * 1000], "prompt": ["3"]})
     assert len(read_prompts(tmp_path).texts) == 3
     assert opened == [tmp_path / "a.txt", tmp_path / "b.jsonl"]
     assert columns == [["prompt"]]
@@ -133,7 +133,7 @@ def test_what_is_not_there(tmp_path):
     refused("data/a.jsonl", r"cannot read prompts from data/a\.jsonl: No such file")  # not a hub id
     refused(
         "prompts",
-        "no such file or folder, a data set's id is OWNER/NAME, and sets known by name are hpsv2 and coco-10k",
+        "prompts does not exist, and a hub id has the form owner/name; sets known by name are hpsv2 and coco-10k",
     )
     refused(tmp_path, r"no file in it ends in \.txt, \.jsonl, \.parquet")
     (tmp_path / "broken.jsonl").write_text("{")
@@ -198,3 +198,74 @@ def test_sets_known_by_name(tmp_path, monkeypatch):
     (tmp_path / "hpsv2").mkdir()  # what lies here comes first
     (tmp_path / "hpsv2" / "a.txt").write_text("mine")
     assert read_prompts("hpsv2").texts == ["mine"]
+
+
+SIZED = [{"prompt": "a fox", "height": 512, "width": 768}, {"prompt": "a hare", "height": 1024, "width": 1024}]
+SIZES = [(512, 768), (1024, 1024)]
+
+
+def test_sizes(tmp_path):
+    empty = {"prompt": " ", "height": 64, "width": 64}
+    lines = write_json_lines(tmp_path / "a.jsonl", [SIZED[0], empty, SIZED[1]])
+    columns = {name: [record[name] for record in (SIZED[0], empty, SIZED[1])] for name in empty}
+    table = write_parquet(tmp_path / "b.parquet", columns, row_group_size=2)
+    for source in (lines, table):
+        prompts = read_prompts(source)
+        assert (prompts.texts, prompts.sizes) == (["a fox", "a hare"], SIZES)
+        assert str(prompts) == f"2 prompts from {source}, each with height and width, 1 empty ones left out"
+    assert read_prompts(tmp_path).sizes == [*SIZES, *SIZES]
+
+
+def test_sources_without_sizes(tmp_path):
+    (tmp_path / "a.txt").write_text("a fox")
+    write_json_lines(tmp_path / "a.jsonl", [{"prompt": "a", "height": None, "width": None}, {"prompt": "b"}])
+    write_parquet(tmp_path / "a.parquet", {"prompt": ["a"], "id": [1]})
+    for name in ("a.txt", "a.jsonl", "a.parquet"):
+        assert read_prompts(tmp_path / name).sizes is None
+
+
+def test_sizes_of_a_data_set_on_the_hub(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    columns = {name: [record[name] for record in SIZED] for name in SIZED[0]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_dict(columns))
+    assert read_prompts("owner/name").sizes == SIZES
+    columns["height"] = ["512", "1024"]
+    refused("owner/name", "owner/name, row 1: height is '512', but has to be a whole number above 0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": None}, r"line 2 has a height but no width: a prompt has both or neither$"),
+        ({"height": None}, r"line 2 has a width but no height: a prompt has both or neither$"),
+        ({"height": None, "width": None}, r"line 2 has no height and width, but the prompts before it: either all"),
+        ({"height": "64"}, r"line 2: height is '64', but has to be a whole number above 0$"),
+        ({"width": 64.5}, r"line 2: width is 64\.5, but has to be a whole number above 0$"),
+        ({"width": True}, r"line 2: width is True, but has to be a whole number above 0$"),
+        ({"width": 0}, r"line 2: width is 0, but has to be a whole number above 0$"),
+    ],
+)
+def test_sizes_that_are_refused(tmp_path, changes, message):
+    refused(write_json_lines(tmp_path / "a.jsonl", [SIZED[0], SIZED[1] | changes]), message)
+
+
+def test_parquet_sizes_that_are_refused(tmp_path):
+    file = tmp_path / "a.parquet"
+    write_parquet(file, {"prompt": ["a", "b"], "height": [64, 64]})
+    refused(file, r"a\.parquet, row 1 has a height but no width")
+    write_parquet(file, {"prompt": ["a", "b"], "height": [64, 64], "width": [64, None]})
+    refused(file, r"a\.parquet, row 2 has a height but no width")
+
+
+def test_sources_with_and_without_sizes_are_not_mixed(tmp_path):
+    write_json_lines(tmp_path / "b.jsonl", SIZED)
+    (tmp_path / "a.txt").write_text("a fox")
+    refused(tmp_path, r"b\.jsonl, line 1 has a height and width, but not the prompts before it: either all prompts")
+
+
+def test_prefix_of_the_hub(hub, tmp_path, monkeypatch):
+    (tmp_path / "owner").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert read_prompts("hf:owner/name:test").texts == ["a test"]
+    assert read_prompts("hf:owner/name").texts == STRANGE
+    refused("owner/name:test", r"owner/name does not exist; it is taken for a local path because owner exists")

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from arcflow_jax.data.tokenizers import load_tokenizer, token_length, tokenize
-from arcflow_jax.demo import ASSETS
-from arcflow_jax.demo import world as pictures
+from arcflow_jax.demo import ASSETS, world
 from arcflow_jax.errors import UserError
 from tools.tiny_teacher.tokenizers import make_clip_tokenizer, make_t5_tokenizer
 
@@ -32,7 +31,7 @@ def test_ids_are_those_of_diffusers(folders, name):
     from transformers import CLIPTokenizer, T5TokenizerFast
 
     theirs = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5TokenizerFast}[name].from_pretrained(folders / name)
-    prompts = [*STRANGE, *map(str, pictures.all_captions()[::90])]
+    prompts = [*STRANGE, *map(str, world.all_captions()[::90])]
     tokenizer = load_tokenizer(folders / name)
     for length in (token_length(tokenizer), 8, 60):
         expected = theirs(prompts, padding="max_length", max_length=length, truncation=True).input_ids
@@ -56,7 +55,7 @@ def test_lengths(folders):
 
 
 def test_every_caption_word_is_one_token(folders):
-    captions = [str(caption) for caption in pictures.all_captions()]
+    captions = [str(caption) for caption in world.all_captions()]
     for name, specials in (("tokenizer", 2), ("tokenizer_2", 1)):
         tokenizer = load_tokenizer(folders / name)
         ids, cut = tokenize(tokenizer, captions, token_length(tokenizer))
@@ -95,7 +94,7 @@ def test_vocabulary_and_merges_alone(folders, tmp_path):
     whole = load_tokenizer(folders / "tokenizer")
     shutil.copytree(folders / "tokenizer", tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "tokenizer.json").unlink()
-    prompts = [*STRANGE, *map(str, pictures.all_captions()[::360])]
+    prompts = [*STRANGE, *map(str, world.all_captions()[::360])]
     ids, _ = tokenize(load_tokenizer(tmp_path / "tokenizer"), prompts, 32)
     np.testing.assert_array_equal(ids, tokenize(whole, prompts, 32)[0])
 

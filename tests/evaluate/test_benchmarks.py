@@ -37,7 +37,7 @@ class Painter:
             if first + i == self.stops_at:
                 raise KeyboardInterrupt
             image = Image.new("RGB", (SIDE, SIDE), colour(first + i, prompts[i // images_per_prompt]))
-            image.info = {"picture": first + i}
+            image.info = {"image": first + i}
             progress("painting", i + 1)
             yield image
 

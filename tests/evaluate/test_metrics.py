@@ -14,7 +14,7 @@ import scipy.linalg
 from PIL import Image
 
 from arcflow_jax.checkpoints.conversion import convert_model
-from arcflow_jax.data.output import save_picture
+from arcflow_jax.data.output import save_image
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.evaluate import features, metrics, statistics
@@ -93,7 +93,7 @@ def write_pictures(folder: Path, count: int, seed: int, width: int = 330, height
         coarse = rng.integers(0, 256, (5, 7, 3), np.uint8)
         image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
         image.info["prompt"] = PROMPTS[i % len(PROMPTS)]
-        save_picture(image, folder / f"{i:03d}.png")
+        save_image(image, folder / f"{i:03d}.png")
         pixels.append(np.asarray(image))
     return np.stack(pixels)
 

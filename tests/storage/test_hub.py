@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from arcflow_jax.checkpoints import conversion
+from arcflow_jax.checkpoints import conversion, student_formats
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.cli.app import main
+from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.errors import UserError
 from arcflow_jax.storage import hub
 from tests.helpers.fake_hub import ID, http, serving
@@ -167,3 +169,48 @@ def test_what_is_a_hub_id_with_a_folder(source, parts):
 def test_a_folder_has_no_revision(folder, tmp_path):
     with pytest.raises(UserError, match="is a folder, and only a model on the hub has a revision"):
         conversion.convert_model(folder, tmp_path / "out", revision="v1")
+
+
+def test_a_path_beside_existing_folders_is_never_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub.is_repository("runs/flux")
+    (tmp_path / "runs").mkdir()
+    assert not hub.is_repository("runs/flux")
+    assert hub.split_folder("runs/flux/2steps") is None
+    assert hub.is_repository("hf:runs/flux")
+    assert hub.split_folder("hf:runs/flux/2steps") == ("runs/flux", "2steps")
+    assert not hub.is_repository("hf:runs")
+
+
+def test_a_missing_local_path_is_not_looked_up(fake, folder, tmp_path, monkeypatch):
+    """As model, adapter and prompts, beside a folder `owner`; the hub has models under that name."""
+
+    def offline(request: Any) -> Any:
+        raise AssertionError(f"asked the hub for {request.url}")
+
+    model = ModelDirectory.open(conversion.convert_model(folder, tmp_path / "model"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    fake.refuse = offline
+    message = rf"{ID} does not exist; it is taken for a local path because owner exists \(.* would be hf:{ID}\)"
+    with pytest.raises(UserError, match=f"^source folder {message}"):
+        conversion.convert_model(ID, tmp_path / "out")
+    with pytest.raises(UserError, match=f"^adapter {message}"):
+        student_formats.open_student(ID, model)
+    with pytest.raises(UserError, match=f"^cannot read prompts: {message}"):
+        read_prompts(f"{ID}:train")
+
+
+def test_prefix_of_the_hub(fake, folder, tmp_path, monkeypatch):
+    fake.folder = shutil.copytree(folder, tmp_path / "repository")
+    (fake.folder / "2steps").mkdir()
+    (fake.folder / "2steps" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    model = ModelDirectory.open(conversion.convert_model(f"hf:{ID}", tmp_path / "model"))
+    assert model.family.pipeline == "FluxPipeline"
+    assert "transformer/config.json" in fake.fetched
+    fetched = student_formats.find(f"hf:{ID}/2steps")
+    assert (fetched / "config.json").read_text() == "{}"
+    with pytest.raises(UserError, match="the hub has no model owner/other that you may see"):
+        student_formats.find("hf:owner/other")

@@ -118,7 +118,7 @@ def test_a_cache_that_was_interrupted_goes_on(model, cache, tmp_path, monkeypatc
 
     def killed(path: Path, arrays: dict[str, np.ndarray]) -> None:
         if path.name == "shard-00001.safetensors":
-            path.with_suffix(".tmp").write_bytes(b"half")
+            path.with_name(f"{path.name}.tmp").write_bytes(b"half")
             raise KeyboardInterrupt
         write_shard(path, arrays)
 
@@ -148,7 +148,7 @@ def test_a_cache_that_was_interrupted_goes_on(model, cache, tmp_path, monkeypatc
 def test_a_full_disk_is_told_before_it_is_full(model, tmp_path, monkeypatch):
     monkeypatch.setattr(embeddings, "SHARD", 4)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(UserError, match=r"it takes 0\.00 GB, and 0\.00 GB are free"):
+    with pytest.raises(UserError, match=r"it needs 0\.00 GB, but only 0\.00 GB are free"):
         embed_prompts(small(model, tmp_path / "run"), tmp_path / "out")
 
 

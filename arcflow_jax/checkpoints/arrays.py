@@ -1,0 +1,90 @@
+"""How Orbax reads and writes our arrays: as always, but a failed read or write ends only when its siblings have ended.
+
+Orbax gives up at the first array that fails and closes its event loop. TensorStore still reads or writes the other
+arrays then, and reports to the closed loop. Each report prints a traceback that nobody can catch, and a late write
+makes files again in a directory that has just been removed. The handlers here wait for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+T = TypeVar("T")
+
+
+async def settled(read: Coroutine[Any, Any, T]) -> T:
+    """Awaits a read of many arrays. If one fails, the others have ended when the error is raised."""
+    before = asyncio.all_tasks()
+    try:
+        return await read
+    except Exception:
+        if others := asyncio.all_tasks() - before:
+            await asyncio.wait(others)
+        raise
+
+
+def close_settled(loop: asyncio.AbstractEventLoop) -> None:
+    """Makes an event loop wait for its tasks before it closes."""
+    close = loop.close
+
+    def settle_and_close() -> None:
+        if others := asyncio.all_tasks(loop):
+            loop.run_until_complete(asyncio.wait(others))
+        close()
+
+    loop.close = settle_and_close
+
+
+def settling(info: ocp.type_handlers.ParamInfo) -> ocp.type_handlers.ParamInfo:
+    """The description of an array to be written, which makes the loop that writes it close as `close_settled` says.
+
+    Orbax writes in a thread and a loop of its own. There it first waits for the directory: that is the way in.
+    """
+    info = copy.copy(info)
+    wait_for_directory = info.await_path_creation
+
+    async def await_path_creation() -> None:
+        close_settled(asyncio.get_running_loop())
+        await wait_for_directory()
+
+    info.await_path_creation = await_path_creation
+    return info
+
+
+class Arrays(ocp.type_handlers.ArrayHandler):
+    """Reads arrays to devices, and writes them from there."""
+
+    async def serialize(
+        self,
+        values: Sequence[jax.Array],
+        infos: Sequence[ocp.type_handlers.ParamInfo],
+        args: Sequence[ocp.SaveArgs] | None = None,
+    ) -> Sequence[ocp.future.Future]:
+        first, *rest = infos
+        return await super().serialize(values, [settling(first), *rest], args)
+
+    async def deserialize(self, *args: Any) -> Any:
+        return await settled(super().deserialize(*args))
+
+    async def metadata(self, *args: Any) -> Any:
+        return await settled(super().metadata(*args))
+
+
+class NumPyArrays(ocp.type_handlers.NumpyHandler):
+    """Reads the shapes of what the converter has written, which are NumPy arrays."""
+
+    async def metadata(self, *args: Any) -> Any:
+        return await settled(super().metadata(*args))
+
+
+def handler() -> ocp.PyTreeCheckpointHandler:
+    """Orbax's handler of a checkpoint: a nested dict of arrays."""
+    handlers = ((jax.Array, Arrays()), (np.ndarray, NumPyArrays()))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=ocp.type_handlers.create_type_handler_registry(*handlers))

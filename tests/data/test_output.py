@@ -1,0 +1,60 @@
+"""Images on disk: their names, their settings, and that none is overwritten."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+
+from arcflow_jax.data.output import file_name, save_image, unused
+from arcflow_jax.errors import UserError
+from tests.helpers.full_disk import disk_for_files_up_to
+
+INFO = {"prompt": "A red fox, in the snow!", "image": 7, "seed": 3, "steps": 2, "adapter": "runs/flux.v2"}
+
+
+def image(**changes: object) -> Image.Image:
+    """Noise, so that it takes some kilobytes, with settings; None leaves one out."""
+    made = Image.effect_noise((64, 64), 50).convert("RGB")
+    made.info = {name: value for name, value in (INFO | changes).items() if value is not None}
+    return made
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "0007-seed3-2steps-flux-v2-a-red-fox-in-the-snow.png"),
+        ({"adapter": "owner/flux-2nfe"}, "0007-seed3-2steps-flux-2nfe-a-red-fox-in-the-snow.png"),
+        ({"adapter": None, "steps": 50}, "0007-seed3-50steps-teacher-a-red-fox-in-the-snow.png"),
+        ({"seed": None, "prompt": "línea"}, "0007-2steps-flux-v2-línea.png"),
+        ({"prompt": "!!"}, "0007-seed3-2steps-flux-v2.png"),
+    ],
+)
+def test_name(changes, name):
+    assert file_name(image(**changes)) == name
+
+
+def test_long_names_are_cut():
+    assert len(file_name(image(prompt="a " * 500, adapter="b" * 500))) < 150
+
+
+def test_no_file_is_overwritten(tmp_path):
+    names = []
+    for _ in range(3):
+        path = unused(tmp_path / "a.b.png")
+        names.append(path.name)
+        path.write_text("")
+    assert names == ["a.b.png", "a.b-2.png", "a.b-3.png"]
+
+
+def test_settings_are_saved_as_text(tmp_path):
+    save_image(made := image(), tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as saved:
+        assert saved.text == {name: str(value) for name, value in INFO.items()}
+        assert saved.tobytes() == made.tobytes()
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_full_disk_leaves_nothing(tmp_path):
+    with disk_for_files_up_to(1000), pytest.raises(UserError, match=r"^cannot write .*/a\.png: File too large$"):
+        save_image(image(), tmp_path / "a.png")
+    assert not list(tmp_path.iterdir())
