@@ -1,14 +1,15 @@
 """Draws docs/method.png: the method on a toy teacher in one dimension, which is solved exactly.
 
-The data are a mixture of two Gaussians, so the teacher's velocity is known exactly. On the left, the student is an ideal
-one: on each segment a momentum mixture is fitted to the teacher's velocity. On the right, it is the student before
-training, whose velocity is constant on a segment.
+The data are a mixture of two Gaussians, so the teacher's velocity is known exactly. On the left, the student is ideal:
+on each segment a momentum mixture is fitted to the teacher's velocity. On the right, it is the student before training,
+whose velocity is constant on a segment.
 
     python docs/make_method_figure.py
 """
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import jax
@@ -43,7 +44,7 @@ def teacher(x: jax.Array, sigma: jax.Array) -> jax.Array:
 def path(x: float, start: float, end: float, steps: int = 400) -> tuple[np.ndarray, np.ndarray]:
     """σ and the teacher's states from x at σ = start down to σ = end, by many Heun steps."""
     sigmas, states = np.linspace(start, end, steps + 1), [x]
-    for a, b in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for a, b in itertools.pairwise(sigmas):
         first = scalar_velocity(states[-1], a)
         second = scalar_velocity(states[-1] + (b - a) * first, b)
         states.append(states[-1] + (b - a) * (first + second) / 2)
@@ -89,7 +90,7 @@ def followed(curve: Mixture, span: Span, x: float, start: jax.Array, end: jax.Ar
 def draw_sampling(axes: plt.Axes, segments: list[tuple[float, float]]) -> None:
     """The student's two evaluations, against two Euler steps of the teacher."""
     grid, states = np.asarray(euler_grid(SETTINGS.nfe, SETTINGS.shift)), [NOISE]
-    for a, b in zip(grid[:-1], grid[1:], strict=True):
+    for a, b in itertools.pairwise(grid):
         states.append(states[-1] + (b - a) * scalar_velocity(states[-1], a))
     axes.plot(grid, states, "--s", color=RED, linewidth=1.5, markersize=5, label="teacher, 2 Euler steps")
     x = NOISE
@@ -158,7 +159,7 @@ def main() -> None:
             )
         axes.set(xlim=(1.03, -0.03), xlabel="noise level σ", title=title)
         axes.set_xticks(sigmas, ["1\nnoise", f"{sigmas[1]:.2f}", "0\ndata"])
-        axes.legend(loc="lower left", fontsize=9)
+        axes.legend(loc="upper left", bbox_to_anchor=(0.01, 0.92), fontsize=9)
     panels[0].set_ylabel("state x")
     plt.tight_layout()
     plt.savefig(Path(__file__).parent / "method.png", dpi=110)
