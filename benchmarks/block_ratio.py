@@ -32,8 +32,9 @@ from flax import nnx
 from arcflow_jax.compile_report.work import flops
 from arcflow_jax.families.latents import centred_positions, position_ids
 from arcflow_jax.networks import qwen_image
-from arcflow_jax.networks.flux import DoubleBlock, FluxConfig, SingleBlock, rotary
+from arcflow_jax.networks.flux import DoubleBlock, FluxConfig, SingleBlock
 from arcflow_jax.networks.layers import TEACHER
+from arcflow_jax.networks.transformer import rotary
 
 HEADS, HEAD_DIM, TEXT, ROWS = 24, 128, 512, 32
 WIDTH, IMAGE = HEADS * HEAD_DIM, ROWS * ROWS
@@ -57,7 +58,7 @@ def ours(backward: bool) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
     """Each thing to time, as a call that returns when it is done; and its floating-point operations in products."""
     work = {}
     rope = rotary(jnp.asarray(positions()), FLUX.axes_dims_rope)
-    qwen_positions = qwen_image.positions(jnp.asarray(centred_positions(ROWS, ROWS)), TEXT)
+    qwen_positions = qwen_image.joint_positions(jnp.asarray(centred_positions(ROWS, ROWS)), TEXT)
     qwen_rope = rotary(qwen_positions, QWEN.axes_dims_rope)
     temb = jnp.asarray(random(1, WIDTH))
 

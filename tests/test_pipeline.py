@@ -413,10 +413,10 @@ print(json.dumps(report))
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("tensor=2", "mesh data 1 × fsdp 1 × tensor 2 × sequence 1 does not have the size of 1 devices"),
-        ("heads=1", "'heads=1' is not one of data, fsdp, tensor, sequence"),
-        ("tensor", "'tensor' is not one of"),
-        ("tensor=0", "'tensor=0' is not one of"),
+        ("tensor=2", "mesh tensor=2 needs 2 devices, but 1 device is visible; use tensor=1, or start on 2 devices"),
+        ("heads=1", "'heads=1' is not AXIS=SIZE, where AXIS is one of data, fsdp, tensor, sequence"),
+        ("tensor", "'tensor' is not AXIS=SIZE"),
+        ("tensor=0", "'tensor=0' is not AXIS=SIZE"),
     ],
 )
 def test_mesh_that_does_not_fit(text, message):

@@ -1,5 +1,6 @@
-"""From PyTorch's tensor names to ours and back: the rules, the strict engine, and one table for each checkpoint layout.
+"""From PyTorch tensor names to ours and back: rules, the strict engine, and one table per checkpoint layout.
 
-`rules` has what tables are made of, `engine` checks and reads, `adapter` derives a student's table from its base's.
-Every other file is a table. May import networks' states, flow and errors. Loading a converted model needs no engine.
+`rules` defines the entries of a table, `engine` checks and reads checkpoints, `adapter` derives the table of a student
+from that of its base model. Every other file is a table. May import networks' states, flow and errors. Loading a
+converted model does not need the engine.
 """

@@ -1,7 +1,7 @@
-"""The authors' adapter export: head, output norm and LoRA of a student, without its teacher (DESIGN §5).
+"""The authors' adapter export: head, output norm and LoRA of a student, without its base model.
 
-The LoRA names follow from the teacher's own table: a linear layer `x` there has `x.lora_A.weight` [r, in] and
-`x.lora_B.weight` [out, r] here.
+The LoRA names follow from the table of the base model: a linear layer `x` has `x.lora_A.weight` [r, in] and
+`x.lora_B.weight` [out, r].
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ HEAD = (
 
 @dataclasses.dataclass(frozen=True)
 class AdapterTable:
-    """The rules for the adapter of the teacher whose own table is `base`."""
+    """The table of the adapters of a base model, whose own table is `base`."""
 
     base: Any
 
-    # Some exports carry the module's name in the pipeline
+    # Some exports prefix the name that the module has in the pipeline
     ALIASES = {"transformer": ""}  # noqa: RUF012
 
     @property
@@ -42,9 +42,9 @@ class AdapterTable:
         return (*HEAD, *lora)
 
     def lora(self, source: Mapping[str, Tensor], layers: Iterable[str]) -> tuple[int, tuple[str, ...]]:
-        """The rank of an export's LoRA, 0 if it has none, and which of the backbone's linear layers it is of.
+        """The LoRA rank of an export, 0 if it has no LoRA, and which linear layers of the backbone have LoRA.
 
-        The rank is that of most tensors: `engine.check` names those that have another.
+        The rank is that of most tensors. `engine.check` names the tensors with another rank.
         """
         rules = [(rule.source, pattern(rule.target)) for rule in self.RULES if rule.target.endswith(".lora.a")]
         wanted = {
@@ -56,7 +56,7 @@ class AdapterTable:
         left = {canonical(self, name): tensor for name, tensor in source.items()}
         ranks: Counter[int] = Counter()
         targets = set()
-        # A stack after the layers that have a number of their own, because its pattern fits those as well
+        # Stacks last, because their patterns also match layers that are stored under a number of their own
         for layer, regex in sorted(wanted.items(), key=lambda item: "layer" in item[1].groupindex):
             for name in [name for name in left if regex.fullmatch(name)]:
                 ranks.update(left.pop(name).shape[:1])

@@ -1,4 +1,4 @@
-"""The tensors of a CLIP text encoder: transformers' CLIPTextModel ↔ `arcflow_jax.models.clip`."""
+"""The tensors of a CLIP text encoder: transformers' CLIPTextModel ↔ `networks.clip`."""
 
 from arcflow_jax.convert.rules import LINEAR, Rule
 
@@ -25,8 +25,8 @@ RULES = (
     Rule("text_model.final_layer_norm.bias", "final_layer_norm.bias"),
 )
 
-# Older transformers saved the positions 0, 1, 2, … beside the weights.
+# Older versions of transformers saved the positions 0, 1, 2, … with the weights
 IGNORED = ("text_model.embeddings.position_ids",)
 
-# transformers 5 writes the same tensors without the prefix.
+# transformers 5 writes the same tensors without the prefix
 ALIASES = {name: f"text_model.{name}" for name in ("embeddings", "encoder", "final_layer_norm")}

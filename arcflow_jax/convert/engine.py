@@ -1,11 +1,9 @@
-"""The strict rule engine: checkpoint tensors to NNX states and back, from one table a checkpoint family.
+"""The strict engine: checkpoint tensors to NNX states and back, by a table of rules (see `convert.rules`).
 
-A table is a module (or any object) with rules; see `convert.rules`.
-
-Strict means: every tensor of the source is used or on the ignore list, every target is filled from every layer,
-shapes agree, dtypes are floating, values are finite. What is wrong is found from names and shapes before anything
-is read, and is told in one `UserError`. Reading then goes layer by layer (`layers`), so that a checkpoint larger than
-the memory can pass through.
+Strict means: every tensor of the source is used or on the ignore list, every target is filled in all its layers, shapes
+agree, dtypes are floating, values are finite. Names, shapes and dtypes are checked before any values are read, and one
+`UserError` lists all that is wrong. Values are then read layer by layer (`layers`), so a checkpoint may be larger than
+the memory.
 """
 
 # L stacked layers
@@ -30,7 +28,7 @@ DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.b
 
 
 class Tensor(Protocol):
-    """What a source holds: a shape, a dtype, and the values once `np.asarray` asks for them."""
+    """A tensor of a source: shape and dtype, and values that `np.asarray` reads."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -41,16 +39,16 @@ class Tensor(Protocol):
 
 
 class Fill(NamedTuple):
-    """One target and what fills it.
+    """A target and the source tensors that fill it.
 
     Attributes:
-      target: its dotted path.
-      shape: of the target, [L, ...] if it is stacked.
-      names: of the source tensors: one or, for a stacked target, one a layer in order.
+      target: dotted path of the target.
+      shape: shape of the target, [L, ...] if it is stacked.
+      names: names of the source tensors: one, or for a stacked target one per layer, in order.
       stacked: whether the target has a layer axis.
       form: the layout.
-      source_shape: of each source tensor.
-      rows: which of the source tensor's rows are the target's; None for all.
+      source_shape: shape of each source tensor.
+      rows: the rows of the source tensor that belong to the target; None for all.
     """
 
     target: str
@@ -63,23 +61,25 @@ class Fill(NamedTuple):
 
 
 def source_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of what a rule reads from the source (each layer's) for a target of this shape."""
+    """The shape that a rule reads from the source, per layer, for a target of this shape."""
     ours = shape[1:] if "{layer}" in rule.source else shape
     return rule.form.to_theirs(np.broadcast_to(np.int8(0), ours)).shape
 
 
 def fills(table: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[Fill]:
-    """What fills each target (path → shape), by the table's rules.
+    """How the table's rules fill each target (path → shape).
 
     Raises:
-      ValueError: if a target has no rule or more than one. That is a fault of the table, not of a checkpoint.
+      ValueError: if a target has no rule or several. That is an error in the table, not in a checkpoint.
     """
     rules = [(rule, pattern(rule.target)) for rule in table.RULES]
     plan = []
     for target, shape in shapes.items():
         matches = [(rule, match) for rule, regex in rules if (match := regex.fullmatch(target))]
         if len(matches) != 1:
-            raise ValueError(f"{target} is the target of {len(matches)} rules of {table!r}, not of one")
+            raise ValueError(
+                f"{target} is the target of {len(matches)} rules of {table!r}, but has to be the target of one"
+            )
         ((rule, match),) = matches
         stacked = "{layer}" in rule.source
         indices = match.groupdict()
@@ -100,7 +100,7 @@ def check(
 ) -> Iterator[tuple[Fill, list[Tensor]]]:
     """Each target with the source tensors that fill it, and their names in the source.
 
-    All names, shapes and dtypes are looked at before this returns; values are read only by `layers`.
+    All names, shapes and dtypes are checked before this returns. Only `layers` reads values.
 
     Raises:
       UserError: one line that names `where` and lists what is missing, left over and wrong.
@@ -111,7 +111,7 @@ def check(
     for name in source:
         first = names.setdefault(canonical(table, name), name)
         if first != name and not same(source[first], source[name]):
-            wrong.append(f"{first} and {name} are two names of one tensor but differ")
+            wrong.append(f"{first} and {name} are two names of one tensor, but their values differ")
 
     needed = {name for fill in plan for name in fill.names}
     ignored = [pattern(text) for text in getattr(table, "IGNORED", ())]
@@ -129,7 +129,7 @@ def check(
             elif tensor is not None and tensor.dtype not in DTYPES:
                 wrong.append(f"{names[name]} is {tensor.dtype} instead of {' or '.join(map(str, DTYPES))}")
 
-    # a fused tensor is named by each of its targets, and told once
+    # Each target of a fused tensor reports it; list it once
     findings = {"missing": unique(missing), "left over": left_over, "wrong": unique(wrong)}
     if any(findings.values()):
         raise UserError(
@@ -141,15 +141,17 @@ def check(
 
 
 def part(tensor: Tensor, rows: slice | None) -> Tensor:
+    """Some rows of a tensor, or all of it."""
     return tensor if rows is None else tensor[rows]
 
 
 def unique(items: Iterable[str]) -> list[str]:
+    """The items without repetitions, in order."""
     return list(dict.fromkeys(items))
 
 
 def nearest(tables: Sequence[Any], source: Iterable[str]) -> Any:
-    """The table whose rules know the most of the source's names; the first of equals."""
+    """The table whose rules match the most names of the source; the first one if several match equally many."""
     names = list(source)
 
     def known(table: Any) -> int:
@@ -160,19 +162,20 @@ def nearest(tables: Sequence[Any], source: Iterable[str]) -> Any:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
+    """Whether shapes and values are equal."""
     return tuple(a.shape) == tuple(b.shape) and np.array_equal(np.asarray(a), np.asarray(b))
 
 
 def layers(fill: Fill, tensors: Sequence[Tensor], dtype: Any = None, where: str = "checkpoint") -> Iterator[np.ndarray]:
-    """The layers of a stacked target, in order, or a target as a whole: contiguous, read one at a time.
+    """The layers of a stacked target, in order, or the whole target: contiguous, read one at a time.
 
     Args:
-      fill, tensors: as `check` gives them.
-      dtype: of the result; by default that of the source (the widest, if its layers differ).
-      where: what error messages call the source.
+      fill, tensors: as `check` returns them.
+      dtype: dtype of the result; by default that of the source (the widest one, if its layers differ).
+      where: name of the source in error messages.
 
     Raises:
-      UserError: if a value is NaN or infinite, in the source or in `dtype`.
+      UserError: if a value is NaN or infinite in the source, or becomes so in `dtype`.
     """
     dtype = np.dtype(dtype or jnp.result_type(*(tensor.dtype for tensor in tensors)))
     for name, tensor in zip(fill.names, tensors, strict=True):
@@ -181,8 +184,8 @@ def layers(fill: Fill, tensors: Sequence[Tensor], dtype: Any = None, where: str 
 
 
 def cast(array: np.ndarray, dtype: Any, where: str) -> np.ndarray:
-    """`array` in `dtype`. Raises UserError that names `where` if a value is, or becomes, NaN or infinite."""
-    with np.errstate(over="ignore"):  # a value too large for dtype becomes infinite, and is refused
+    """`array` in `dtype`. Raises UserError, with `where` in its message, if a value is or becomes NaN or infinite."""
+    with np.errstate(over="ignore"):  # a value too large for dtype becomes infinite, and is refused below
         array = array.astype(dtype, copy=False)
     if not np.isfinite(array).all():
         raise UserError(f"{where} holds NaN or infinite values in {np.dtype(dtype)}")
@@ -192,14 +195,14 @@ def cast(array: np.ndarray, dtype: Any, where: str) -> np.ndarray:
 def import_tensors(
     table: Any, source: Mapping[str, Tensor], target: nnx.State, dtype: Any = None, where: str = "checkpoint"
 ) -> nnx.State:
-    """`target` filled with the source's tensors, whole and on the default device.
+    """`target` filled with the source's tensors, not sharded, on the default device.
 
     Args:
-      table: the checkpoint family's rules; see the module's docstring.
-      source: name → array. Values may be lazy: they are read one target at a time.
-      target: state of the network, abstract (`nnx.state(nnx.eval_shape(...))`) or not; only shapes are looked at.
-      dtype: of the result; by default the source's.
-      where: what error messages call the source.
+      table: the rules of the checkpoint layout; see `convert.rules`.
+      source: name → array. Arrays may be lazy: values are read one target at a time.
+      target: state of the network, abstract (`nnx.state(nnx.eval_shape(...))`) or not; only its shapes are used.
+      dtype: dtype of the result; by default that of the source.
+      where: name of the source in error messages.
 
     Raises:
       UserError: one line that lists everything missing, left over and wrong.
@@ -213,9 +216,9 @@ def import_tensors(
 
 
 def export_tensors(table: Any, state: nnx.State) -> dict[str, np.ndarray]:
-    """The tensors of a state under the checkpoint family's own names and layouts: `import_tensors` undone."""
+    """The tensors of a state with the names and layouts of the checkpoint: the inverse of `import_tensors`."""
     variables = flatten(state)
-    parts: dict[str, list[tuple[int, np.ndarray]]] = collections.defaultdict(list)  # of each tensor, by first row
+    parts: dict[str, list[tuple[int, np.ndarray]]] = collections.defaultdict(list)  # tensor name -> (first row, rows)
     for fill in fills(table, shapes_of(state)):
         array = np.asarray(variables[fill.target][...])
         for name, layer in zip(fill.names, array if fill.stacked else [array], strict=True):
@@ -224,5 +227,5 @@ def export_tensors(table: Any, state: nnx.State) -> dict[str, np.ndarray]:
 
 
 def joined(pieces: Sequence[np.ndarray]) -> np.ndarray:
-    # contiguous, because safetensors writes the bytes of a transposed view in the wrong order
+    """One contiguous array; safetensors would write the bytes of a transposed view in the wrong order."""
     return np.asarray(pieces[0] if len(pieces) == 1 else np.concatenate(pieces), order="C")

@@ -1,6 +1,6 @@
-"""FLUX.1's transformer: diffusers' FluxTransformer2DModel to `backbone` and `output` (the last layer).
+"""FLUX.1's transformer: diffusers' FluxTransformer2DModel ↔ `backbone` (networks.flux) and `output`.
 
-A checkpoint without guidance embedding has no target for its rules, which then rest.
+A model without guidance embedding has no targets for the rules of `guidance_embedder`; they are not used then.
 """
 
 from arcflow_jax.convert.rules import Rule, linear

@@ -1,5 +1,7 @@
-"""FLUX.1's transformer as its authors publish it, in one file (flux1-dev.safetensors): names of their own, query, key
-and value (in the single blocks the MLP's input, too) as one matrix, and shift before scale in the last layer.
+"""FLUX.1's transformer as its authors publish it, in a single file (flux1-dev.safetensors).
+
+It has other names than diffusers' layout. Query, key and value are one fused matrix, in the single blocks together with
+the input of the MLP. In the last layer shift comes before scale.
 """
 
 from arcflow_jax.convert.rules import SWAPPED, SWAPPED_LINEAR, Rule, fused, linear
@@ -54,5 +56,5 @@ RULES: tuple[Rule, ...] = (
     *linear("final_layer.linear", "output.proj_out"),
 )
 
-# Files saved by other programs may carry the module's name in a larger one
+# Files saved by other programs may have this prefix
 ALIASES = {"model.diffusion_model": ""}

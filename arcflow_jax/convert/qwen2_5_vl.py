@@ -1,4 +1,4 @@
-"""The text side of Qwen2.5-VL: transformers' Qwen2_5_VLForConditionalGeneration ↔ `arcflow_jax.models.qwen2_5_vl`."""
+"""The text part of Qwen2.5-VL: transformers' Qwen2_5_VLForConditionalGeneration ↔ `networks.qwen2_5_vl`."""
 
 from arcflow_jax.convert.rules import LINEAR, Rule, linear
 
@@ -18,8 +18,8 @@ RULES = (
     Rule("model.norm.weight", "norm.scale"),
 )
 
-# Nothing is looked at and nothing is said: the vision tower and the next word's logits
+# The vision tower and the output layer for the next token: text encoding needs neither
 IGNORED = ("visual.*", "lm_head.weight")
 
-# Newer transformers write the same tensors under these
+# Newer versions of transformers use these prefixes
 ALIASES = {"model.language_model": "model", "model.visual": "visual"}

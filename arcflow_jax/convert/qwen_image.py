@@ -1,6 +1,6 @@
-"""Qwen-Image's transformer: diffusers' QwenImageTransformer2DModel to `backbone` (models.qwen_image) and `output`.
+"""Qwen-Image's transformer: diffusers' QwenImageTransformer2DModel ↔ `backbone` (networks.qwen_image) and `output`.
 
-The checkpoint's last block is ours apart from the stack, under its number.
+The last block is not in the stack here; it is stored under its number.
 """
 
 from arcflow_jax.convert.rules import Rule, linear

@@ -1,11 +1,11 @@
-"""The rules that tables are made of: one line for each kind of tensor, read in both directions.
+"""Rules, the entries of a table: one line for each kind of tensor, valid in both directions.
 
 A table is a module (or any object) with
 
-- `RULES`, a tuple of `Rule`: one line for each kind of tensor, read in both directions;
-- `IGNORED` (optional), names knowingly unused: `{name}` stands for an integer and `*` for anything;
-- `ALIASES` (optional), other names in use for the same tensors. A key is the beginning of a name, in whole dotted
-  parts (so a full name is one too), and its value replaces it: `{"encoder.embed_tokens": "shared"}` renames a
+- `RULES`, a tuple of `Rule`;
+- `IGNORED` (optional), names that are not used on purpose: `{name}` stands for an integer and `*` for anything;
+- `ALIASES` (optional), other names of the same tensors. A key is a prefix of a name in whole dotted parts, or a full
+  name, and its value replaces it: `{"encoder.embed_tokens": "shared"}` renames a
   tensor, `{"text_model": ""}` drops a prefix, and `{"encoder": "text_model.encoder"}` adds one.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How one tensor is laid out there and here: two functions of an array, each undoing the other."""
+    """How a tensor is laid out in the checkpoint and here: two functions of an array, inverse to each other."""
 
     to_ours: Callable[[np.ndarray], np.ndarray]
     to_theirs: Callable[[np.ndarray], np.ndarray]
@@ -35,7 +35,7 @@ POINTWISE = Form(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])  # 
 
 
 def swap(x: np.ndarray) -> np.ndarray:
-    """The two halves of the first axis the other way round."""
+    """The two halves of the first axis, swapped."""
     return np.roll(x, len(x) // 2, axis=0)
 
 
@@ -47,11 +47,11 @@ SWAPPED_LINEAR = Form(lambda x: swap(x).T, lambda x: swap(x.T))
 class Rule:
     """One kind of tensor: its name in the checkpoint, its dotted path in the NNX state, its layout.
 
-    `{layer}` in the source is the index of a stacked layer and absent from the target, whose array is [L, ...].
+    `{layer}` in the source is the index of a stacked layer. The target, whose array is [L, ...], does not have it.
     Any other `{name}` stands for an integer in both.
 
-    A source tensor may hold several targets, one after the other along its first axis: `fused` then lists them all,
-    in that order, and there is a rule for each. How many rows each has follows from the targets' shapes.
+    A source tensor may contain several targets, concatenated along its first axis. Then `fused` lists them all, in that
+    order, and each has its own rule. The number of rows of each follows from the shapes of the targets.
     """
 
     source: str
@@ -66,7 +66,7 @@ def linear(source: str, target: str) -> tuple[Rule, Rule]:
 
 
 def fused(source: str, *targets: str) -> tuple[Rule, ...]:
-    """The rules of a linear layer with bias whose outputs are those of several of ours, one after the other."""
+    """The rules of a linear layer with bias that contains several of our layers, concatenated along the outputs."""
     kernels, biases = (tuple(f"{target}.{leaf}" for target in targets) for leaf in ("kernel", "bias"))
     return (
         *(Rule(f"{source}.weight", kernel, LINEAR, kernels) for kernel in kernels),
@@ -86,14 +86,14 @@ def norm(source: str, target: str) -> tuple[Rule, Rule]:
 
 def pattern(text: str) -> re.Pattern[str]:
     """A regular expression for a name in which `{name}` stands for an integer and `*` for anything."""
-    parts = re.split(r"\{(\w+)\}", text)  # text and placeholder names take turns
+    parts = re.split(r"\{(\w+)\}", text)  # text and placeholder names alternate
     texts = [".*".join(map(re.escape, part.split("*"))) for part in parts[::2]]
     integers = [rf"(?P<{name}>\d+)" for name in parts[1::2]]
     return re.compile("".join(text + integer for text, integer in itertools.zip_longest(texts, integers, fillvalue="")))
 
 
 def canonical(table: Any, name: str) -> str:
-    """The name by which the table's rules know a source tensor; see the module's docstring on `ALIASES`."""
+    """The name of a source tensor in the table's rules; see `ALIASES` in the module docstring."""
     for other, ours in getattr(table, "ALIASES", {}).items():
         if name == other or name.startswith(f"{other}."):
             return (ours + name[len(other) :]).removeprefix(".")

@@ -1,4 +1,4 @@
-"""The tensors of a T5 encoder: transformers' T5EncoderModel ↔ `arcflow_jax.models.t5`."""
+"""The tensors of a T5 encoder: transformers' T5EncoderModel ↔ `networks.t5`."""
 
 from arcflow_jax.convert.rules import LINEAR, Rule
 
@@ -17,5 +17,5 @@ RULES = (
     Rule("encoder.final_layer_norm.weight", "final_layer_norm.scale"),
 )
 
-# The table of token vectors has two names in PyTorch; a file holds either or, with the same contents, both.
+# The token embedding has two names in PyTorch; a file has one of them, or both with the same contents
 ALIASES = {"encoder.embed_tokens": "shared"}

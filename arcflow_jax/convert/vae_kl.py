@@ -1,4 +1,4 @@
-"""FLUX.1's autoencoder: diffusers' AutoencoderKL, or the authors' ae.safetensors, to models.autoencoder_kl."""
+"""FLUX.1's VAE: diffusers' AutoencoderKL, or the authors' ae.safetensors ↔ `networks.vae_kl`."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ def resnet(source: str, target: str, shortcut: str = "conv_shortcut") -> tuple[R
 
 
 def ends_and_middle(half: str) -> tuple[Rule, ...]:
-    """What encoder and decoder have alike."""
+    """The rules that encoder and decoder share."""
     attention = f"{half}.mid_block.attentions.{{i}}"
     return (
         *conv(f"{half}.conv_in", f"{half}.conv_in"),
@@ -40,7 +40,7 @@ RULES: tuple[Rule, ...] = (
     *conv("decoder.up_blocks.{i}.upsamplers.0.conv", "decoder.up_blocks.{i}.upsampler"),
 )
 
-# checkpoints from before diffusers 0.12 name the attention's layers otherwise
+# Before diffusers 0.12 the layers of the attention had other names
 ALIASES: dict[str, str] = {
     f"{half}.mid_block.attentions.0.{old}": f"{half}.mid_block.attentions.0.{new}"
     for half in ("encoder", "decoder")
@@ -49,6 +49,7 @@ ALIASES: dict[str, str] = {
 
 
 def original_ends_and_middle(half: str) -> tuple[Rule, ...]:
+    """The rules that encoder and decoder share in the authors' layout."""
     attention = f"{half}.mid_block.attentions.0"
     return (
         *conv(f"{half}.conv_in", f"{half}.conv_in"),
@@ -71,7 +72,7 @@ def pointwise(source: str, target: str) -> tuple[Rule, Rule]:
 
 @dataclasses.dataclass(frozen=True)
 class Original:
-    """The rules for the authors' layout, whose decoder counts its levels from the image upwards."""
+    """The table of the authors' layout, whose decoder numbers its levels from the image to the latents."""
 
     levels: int
 

@@ -1,7 +1,7 @@
-"""Qwen-Image's autoencoder for one frame: diffusers' AutoencoderKLQwenImage to models.autoencoder_kl_qwen.
+"""Qwen-Image's VAE for a single frame: diffusers' AutoencoderKLQwenImage ↔ `networks.vae_qwen`.
 
-A kernel [out, in, time, height, width] is causal: the frame itself meets its last slice, and the others the frames
-before, which one picture does not have. In the other direction those slices become zero.
+A kernel [out, in, time, height, width] is causal: its last time slice is applied to the frame itself, the others to
+earlier frames, which a single image does not have. An export fills those slices with zeros.
 """
 
 import numpy as np
@@ -10,19 +10,19 @@ from arcflow_jax.convert.rules import CONV, POINTWISE, Form, Rule, conv
 
 
 def three_slices(x: np.ndarray) -> np.ndarray:
-    """[out, in, height, width] as the last of three slices in time."""
+    """[out, in, height, width] as the last of three time slices."""
     nothing = np.zeros_like(x)
     return np.stack([nothing, nothing, x], axis=2)
 
 
 def in_time(slices: int) -> Form:
-    """The layout of a causal kernel, of which the last slice in time is ours."""
+    """The layout of a causal kernel, of which we keep the last time slice."""
     before = three_slices if slices == 3 else lambda x: x[:, :, None]
     return Form(lambda x: CONV.to_ours(x[:, :, -1]), lambda x: before(CONV.to_theirs(x)))
 
 
 def gamma(dimensions: int) -> Form:
-    """The layout of a norm's scale, which they keep with dimensions of 1 to broadcast."""
+    """The layout of a norm's scale, which they store with trailing dimensions of size 1."""
     return Form(lambda x: x.reshape(-1), lambda x: x.reshape(-1, *[1] * dimensions))
 
 
@@ -57,7 +57,7 @@ def attention(name: str) -> tuple[Rule, ...]:
 
 
 def ends_and_middle(half: str) -> tuple[Rule, ...]:
-    """What encoder and decoder have alike."""
+    """The rules that encoder and decoder share."""
     return (
         *causal(f"{half}.conv_in", f"{half}.conv_in"),
         *resnet(f"{half}.mid_block.resnets.{{i}}"),
@@ -78,7 +78,7 @@ RULES: tuple[Rule, ...] = (
     *conv("decoder.up_blocks.{i}.upsamplers.0.resample.1", "decoder.up_blocks.{i}.upsampler"),
 )
 
-# What joins and splits frames
+# Layers that join and split frames
 IGNORED = (
     "encoder.down_blocks.{i}.time_conv.weight",
     "encoder.down_blocks.{i}.time_conv.bias",

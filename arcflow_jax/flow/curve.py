@@ -1,11 +1,11 @@
-"""What stands between a network's prediction and a segment's trajectory: a curve in some basis.
+"""The interface of a curve: a velocity on a whole segment, which integrates in closed form.
 
-One call of the student predicts the coefficients of a velocity on a whole segment. The bases are `momentum.Mixture`,
-the published one, and `legendre.Series`; the heads that predict them stand in `models.head`. Distillation and sampling
-know a curve by what is here.
+One student evaluation predicts the coefficients of a curve. There are two kinds: `momentum.Mixture`, the published
+one, and `legendre.Series`. `networks.head` has the heads that predict them. Distillation and sampling use this
+interface only.
 """
 
-# B batch, N tokens, C latent channels, 4 the pixels of a token's 2×2 patch
+# B batch, N tokens, K modes, C latent channels, 4 pixels of a token's 2×2 patch
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from arcflow_jax.errors import UserError
+
 
 class Span(NamedTuple):
-    """A segment in σ, from where the network was called down to where it is called next. [B], or scalars."""
+    """A segment in σ, from `src`, where the network is evaluated, down to `end`. [B], or scalars."""
 
     src: jax.Array
     end: jax.Array
 
 
 class Curve(abc.ABC):
-    """A velocity on a segment, integrable in closed form. Noise levels are [B], or scalars for the whole batch.
+    """A velocity on a segment, integrable in closed form. Noise levels σ are [B], or scalars for the whole batch.
 
     Arithmetic is float32 whatever the network's dtype (float64 for float64 coefficients).
     """
@@ -32,7 +34,7 @@ class Curve(abc.ABC):
     @property
     @abc.abstractmethod
     def modes(self) -> int:
-        """The number of coefficients a latent pixel and channel, K."""
+        """K, the number of coefficients per latent pixel and channel."""
 
     @abc.abstractmethod
     def velocity(self, span: Span, sigma: jax.Array) -> jax.Array:  # [B, N, 4C]
@@ -40,15 +42,19 @@ class Curve(abc.ABC):
 
     @abc.abstractmethod
     def mean_velocity(self, span: Span, sigma_a: jax.Array, sigma_b: jax.Array) -> jax.Array:  # [B, N, 4C]
-        """The mean of v over [σ_b, σ_a]; where that is empty, v(σ_a)."""
+        """The mean of v over [σ_b, σ_a]; v(σ_a) where that interval is empty."""
 
     def displacement(self, span: Span, sigma_a: jax.Array, sigma_b: jax.Array) -> jax.Array:  # [B, N, 4C]
-        """∫ v dσ from σ_b up to σ_a, exactly: x at σ_b is x at σ_a less this."""
+        """∫ v dσ from σ_b up to σ_a, exact: x(σ_b) = x(σ_a) − displacement."""
         mean = self.mean_velocity(span, sigma_a, sigma_b)
         a, b = per_example(mean.dtype, 3, sigma_a, sigma_b)
         return (a - b) * mean
 
+    def drop_modes(self, uniforms: jax.Array, rate: float) -> Curve:
+        """This curve without some of its modes; see `momentum.Mixture`, the only kind that has modes to drop."""
+        raise UserError(f"a {type(self).__name__} has no modes to drop: set mode_dropout to 0")
+
 
 def per_example(dtype: jnp.dtype, ndim: int, *sigmas: jax.Array) -> list[jax.Array]:
-    """Noise levels, [B] or scalars, shaped to meet arrays [B, ..] of `ndim` dimensions."""
+    """Noise levels, [B] or scalars, reshaped to broadcast against arrays [B, ..] of `ndim` dimensions."""
     return [jnp.asarray(sigma, dtype).reshape(-1, *[1] * (ndim - 1)) for sigma in sigmas]

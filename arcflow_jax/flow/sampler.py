@@ -1,7 +1,7 @@
-"""From noise to latents: the student in a few calls, in closed form, and the teacher by Euler steps.
+"""From noise to latents: the student in a few exact steps, the teacher in Euler steps.
 
-Only the number of steps is static. Either loop is a scan over σ, so that a compiled sampler holds one copy of the
-network however many steps it takes.
+Only the number of steps is static. Both loops are scans over σ, so a compiled sampler holds one copy of the network
+for any number of steps.
 """
 
 # B batch, N tokens, D features of a token
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -25,11 +26,24 @@ def sample(
     shift: jax.Array | float,
     final_step_ratio: jax.Array | float,
 ) -> jax.Array:  # [B, N, D] -> [B, N, D]
-    """The student's data for noise `latents`: `steps` calls student(x, σ [B]), each integrated exactly. float32."""
+    """Samples with the student.
+
+    Args:
+      student: student(x [B, N, D], σ [B]) → the curve of the segment that starts at σ.
+      latents: noise, [B, N, D].
+      steps: the number of network evaluations (NFE), one per segment. Static.
+      shift: the timestep shift; see `schedule.sigma_of`.
+      final_step_ratio: length of the last segment relative to the others; see `schedule.boundaries`.
+
+    Returns:
+      The denoised latents, float32. Each segment is integrated in closed form.
+    """
 
     def segment(x: jax.Array, sigma: jax.Array, sigma_next: jax.Array) -> jax.Array:
         curve = student(x, jnp.full(x.shape[0], sigma))
-        return x - curve.displacement(Span(sigma, sigma_next), sigma, sigma_next)
+        displacement = curve.displacement(Span(sigma, sigma_next), sigma, sigma_next)
+        chex.assert_equal_shape([x, displacement])
+        return x - displacement
 
     return _follow(segment, latents, sigma_of(boundaries(steps, final_step_ratio), shift))
 
@@ -42,13 +56,22 @@ def euler(
     shift: jax.Array | float,
     terminal: jax.Array | float | None = None,
 ) -> jax.Array:  # [B, N, D] -> [B, N, D]
-    """The teacher's data for noise `latents`: `steps` Euler steps of the velocity teacher(x, σ [B]). float32.
+    """Samples with the teacher, in Euler steps.
 
-    `shift` and `terminal` as for `schedule.euler_grid`.
+    Args:
+      teacher: teacher(x [B, N, D], σ [B]) → the velocity dx/dσ, [B, N, D].
+      latents: noise, [B, N, D].
+      steps: the number of Euler steps. Static.
+      shift, terminal: see `schedule.euler_grid`.
+
+    Returns:
+      The denoised latents, float32.
     """
 
     def step(x: jax.Array, sigma: jax.Array, sigma_next: jax.Array) -> jax.Array:
-        return x + teacher(x, jnp.full(x.shape[0], sigma)).astype(x.dtype) * (sigma_next - sigma)
+        velocity = teacher(x, jnp.full(x.shape[0], sigma))
+        chex.assert_equal_shape([x, velocity])
+        return x + velocity.astype(x.dtype) * (sigma_next - sigma)
 
     return _follow(step, latents, euler_grid(steps, shift, terminal))
 
@@ -56,7 +79,8 @@ def euler(
 def _follow(
     move: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], latents: jax.Array, sigmas: jax.Array
 ) -> jax.Array:
-    """Moves the latents from each noise level of `sigmas` to the next."""
+    """Moves the latents from each noise level in `sigmas` to the next, by move(x, σ, next σ)."""
+    chex.assert_rank(latents, 3)
     x = latents.astype(jnp.promote_types(latents.dtype, jnp.float32))
     sigmas = sigmas.astype(x.dtype)
     x, _ = jax.lax.scan(lambda x, pair: (move(x, *pair), None), x, (sigmas[:-1], sigmas[1:]))

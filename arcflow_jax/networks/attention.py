@@ -1,12 +1,12 @@
-"""Softmax attention behind one function, by the kernel that suits the platform.
+"""Softmax attention: one function, and a kernel for each platform.
 
     cudnn      NVIDIA GPUs, fused: bfloat16 or float16, heads of up to 128
     splash     TPUs, fused: heads of 128 or 256
-    chunked    anywhere: the scores of some 128 queries at a time
+    chunked    anywhere: the scores of at most 128 queries at a time
     xla        anywhere: all scores at once, for short sequences
 
-The platform is that of the mesh in context (`jax.set_mesh`), which may be one that this machine does not have, or
-else JAX's default. Under a mesh of several devices each computes its own examples and heads, or its own queries,
+The platform is that of the mesh in context (`jax.set_mesh`), which this machine may not have; without a mesh it is
+JAX's default. On a mesh of several devices, each device computes its own examples and heads, or its own queries,
 against the keys and values of the whole sequence.
 """
 
@@ -22,11 +22,11 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from arcflow_jax.parallel.mesh import partition_spec
 
-# Overrides the choice in what is traced inside `with attention_kernel("chunked"): …`; part of jit's cache key
+# `with attention_kernel("chunked"): …` overrides the choice of kernel; it is part of jit's cache key
 attention_kernel = jax.make_user_context(None)
 
-SHORT = 1024  # tokens up to which all scores at once cost nothing worth saving
-CHUNK = 128  # queries: on CPUs their scores stay in the cache
+SHORT = 1024  # up to this many tokens, the memory for all scores at once is not worth saving
+CHUNK = 128  # queries: on CPUs the scores of this many stay in the cache
 SPLASH_BLOCKS = (512, 384, 256)
 
 
@@ -37,28 +37,29 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | Non
 
     Args:
       q, k, v: as above.
-      lengths: how many of an example's keys, the first ones, are attended, [B] int32, each at least 1; None for all.
+      lengths: the number of keys of each example that are attended, from the first, [B] int32, each at least 1; None
+        for all keys.
 
     Raises:
-      ValueError: `attention_kernel` is set to a kernel that there is not.
+      ValueError: if `attention_kernel` names an unknown kernel.
     """
     mesh = jax.sharding.get_abstract_mesh()
     name = attention_kernel.value or choose(platform(mesh), q)
     kernels = {"xla": xla, "cudnn": cudnn, "chunked": chunked, "splash": splash}
     if name not in kernels:
-        raise ValueError(f"no attention kernel {name!r}, there are {', '.join(kernels)}")
+        raise ValueError(f"unknown attention kernel {name!r}; the kernels are {', '.join(kernels)}")
     kernel = functools.partial(splash, interpret=platform(mesh) != "tpu") if name == "splash" else kernels[name]
     if mesh.size <= 1:
         return kernel(q, k, v, lengths)
     queries = query_spec(mesh, q.shape)
     keys = PartitionSpec(queries[0], None, queries[2])
-    # Pallas kernels do not say over which mesh axes their results vary
+    # check_vma=False, because Pallas kernels do not declare over which mesh axes their results vary
     specs = (queries, keys, keys, PartitionSpec(queries[0]))
     return jax.shard_map(kernel, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, lengths)
 
 
 def platform(mesh: AbstractMesh) -> str:
-    """What is compiled for: "cpu", "gpu" or "tpu"."""
+    """The platform that the program is compiled for: "cpu", "gpu" or "tpu"."""
     device = mesh.abstract_device
     return jax.default_backend() if device is None else device.platform
 
@@ -74,9 +75,10 @@ def choose(platform: str, q: jax.Array) -> str:
 
 
 def query_spec(mesh: AbstractMesh, shape: tuple[int, ...]) -> PartitionSpec:
-    """How queries [B, S, H, E] are split over a mesh.
+    """How queries [B, S, H, E] are sharded over a mesh.
 
-    Heads are split over `sequence` too (arXiv 2309.14509), and queries where the heads do not suffice.
+    Heads are sharded over `sequence` as well (arXiv 2309.14509). Where there are too few heads for that, the queries
+    are sharded over `sequence` instead.
     """
     by_heads = partition_spec(mesh, ("batch", None, "attending_heads", None), shape)
     if "sequence" in jax.tree.leaves(tuple(by_heads)):
@@ -93,7 +95,7 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None) -
 
 
 def chunked(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    """As many even chunks of queries as keep a chunk within `CHUNK`, recomputed one by one in the backward pass."""
+    """Equal chunks of at most `CHUNK` queries, one at a time; the backward pass recomputes their scores."""
     b, s, h, e = q.shape
     chunks = -(-s // CHUNK)
     size = -(-s // chunks)
@@ -103,12 +105,12 @@ def chunked(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None)
 
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, interpret: bool = False) -> jax.Array:
-    """JAX's fused kernel for TPUs, of Dao 2023 (arXiv 2307.08691); `interpret` runs it on other platforms.
+    """JAX's fused kernel for TPUs (FlashAttention-2, Dao 2023, arXiv 2307.08691); `interpret` runs it elsewhere.
 
-    Sequences are padded to whole blocks. Padded keys, and those that are not attended, stand in a segment of their
-    own, which no query belongs to.
+    Sequences are padded to whole blocks. Padded keys, and keys that are not attended, get a segment id that no query
+    has.
     """
-    # Imported late: Pallas takes a second to import, and only TPUs want it
+    # Imported late: Pallas takes a second to import, and only TPUs need it
     from jax.experimental.pallas.ops.tpu import splash_attention as lib
 
     b, s, t = q.shape[0], q.shape[1], k.shape[1]
@@ -139,11 +141,11 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, 
 
 
 def blocking(length: int) -> tuple[int, int]:
-    """The block that a sequence is cut in and its length in whole blocks: the least padding, then the largest block."""
+    """Block size and padded length of a sequence: the least padding first, then the largest block."""
     padded, block = min((-(-length // block) * block, -block) for block in SPLASH_BLOCKS)
     return -block, padded
 
 
 def pad(x: jax.Array, length: int) -> jax.Array:
-    """Zeros after the end of a sequence [B, S, H, E], to `length`."""
+    """A sequence [B, S, H, E] padded with zeros at its end, to `length`."""
     return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))

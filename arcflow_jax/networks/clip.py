@@ -1,8 +1,8 @@
-"""CLIP's text encoder, whose pooled vector conditions FLUX.1 beside the time (transformers' CLIPTextModel).
+"""CLIP's text encoder, whose pooled vector conditions FLUX.1's modulation (transformers' CLIPTextModel).
 
     ids [B, N]  --encoder-->  hidden [B, N, D], pooled [B, D]
 
-Attention is causal, and `pooled` is the hidden state at the prompt's end token, the first to have seen all of it.
+Attention is causal. `pooled` is the hidden state at the end token, the first one that attends to the whole prompt.
 Attribute names are those of the checkpoint.
 """
 
@@ -29,12 +29,12 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": functools.partial(jax.nn.gelu, approximate=False)}
 
-LEGACY_EOS = 2  # what config.json says, wrongly, for the first CLIP models: their end token has the highest id
+LEGACY_EOS = 2  # config.json of the first CLIP models has this wrong id: their end token has the highest id
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig:
-    """Geometry of a CLIP text encoder, under the names of its config.json."""
+    """The model config of a CLIP text encoder, with the names of its config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -48,10 +48,12 @@ class CLIPTextConfig:
 
     def __post_init__(self) -> None:
         if self.hidden_act not in ACTIVATIONS:
-            raise UserError(f"CLIP: hidden_act is {self.hidden_act!r}, supported are {', '.join(ACTIVATIONS)}")
+            raise UserError(f"CLIP: hidden_act is {self.hidden_act!r}, but has to be one of {', '.join(ACTIVATIONS)}")
 
 
 class Attention(nnx.Module):
+    """Causal self-attention."""
+
     def __init__(self, config: CLIPTextConfig, *, dtype: Any, rngs: nnx.Rngs):
         def linear(axes: tuple[str, str]) -> Linear:
             return Linear(config.hidden_size, config.hidden_size, axes=axes, dtype=dtype, rngs=rngs)
@@ -69,6 +71,8 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
+    """Two linear layers with an activation between them."""
+
     def __init__(self, config: CLIPTextConfig, *, dtype: Any, rngs: nnx.Rngs):
         d, hidden = config.hidden_size, config.intermediate_size
         self.fc1 = Linear(d, hidden, axes=("embed", "mlp"), dtype=dtype, rngs=rngs)
@@ -80,6 +84,8 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
+    """Attention, then the MLP, each on normed tokens and with a residual connection."""
+
     def __init__(self, config: CLIPTextConfig, *, dtype: Any, rngs: nnx.Rngs):
         self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
         self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
@@ -92,7 +98,7 @@ class Layer(nnx.Module):
 
 
 class CLIPTextEncoder(nnx.Module):
-    """See the module's docstring. It computes in the dtype of its embedding table."""
+    """See the module docstring. Computes in the dtype of its embedding table."""
 
     def __init__(self, config: CLIPTextConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config = config
@@ -103,14 +109,14 @@ class CLIPTextEncoder(nnx.Module):
         self.final_layer_norm = LayerNorm(d, eps=config.layer_norm_eps, dtype=dtype)
 
     def __call__(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:  # [B, N] -> [B, N, D], [B, D]
-        """Hidden states after the final norm, and the pooled vector. Raises ValueError on too many tokens."""
+        """Hidden states after the final norm, and the pooled vector. Raises ValueError if there are too many tokens."""
         tokens = ids.shape[1]
         if tokens > self.config.max_position_embeddings:
-            raise ValueError(f"{tokens} tokens, the encoder has {self.config.max_position_embeddings} positions")
+            raise ValueError(f"{tokens} tokens, but the encoder has {self.config.max_position_embeddings} positions")
         x = self.token_embedding(ids) + self.position_embedding(jnp.arange(tokens))
         x = scan_blocks(self.layers, x, lambda layer, x, _: layer(x), TEACHER)
         hidden = self.final_layer_norm(x)
-        # argmax finds the first end token: the padding after it may be the same one
+        # argmax finds the first end token; the padding after it may have the same id
         legacy = self.config.eos_token_id == LEGACY_EOS
         end = jnp.argmax(ids if legacy else ids == self.config.eos_token_id, axis=-1)  # [B]
         return hidden, jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0]

@@ -1,6 +1,7 @@
-"""What a velocity depends on besides the state and σ: the contract of a family's conditioning, and CFG.
+"""What a velocity depends on besides the state and σ: the protocol of conditioning, and classifier-free guidance.
 
-A family's own conditioning is a pytree (`networks.flux.FluxConditioning`, …). All else knows it by this contract.
+Each family has its own conditioning, a pytree (`networks.flux.FluxConditioning`, …). Shared code knows this protocol
+only.
 """
 
 # B batch, N image tokens
@@ -9,17 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import jax
 import jax.numpy as jnp
 
 
 class Conditioning(Protocol):
-    """Conditioning of B examples, batch first.
+    """The conditioning of B examples: a pytree of arrays with a leading batch dimension, `positions` aside.
 
     Attributes:
-      positions: of each image token, [N, axes]; shared by the batch.
+      positions: position of each image token, [N, axes]; shared by the batch.
     """
 
     @property
@@ -31,11 +32,11 @@ class Conditioning(Protocol):
         ...
 
     def repeat(self, times: int) -> Self:
-        """For a batch in which each example stands `times` times in a row."""
+        """Each example `times` times in a row, the order in which `flow.distill.Teacher` gets its states."""
         ...
 
-    def paired(self, negative: Any) -> Self:
-        """For a batch in which each example is followed by itself under its negative."""
+    def paired(self, negative: Self) -> Self:
+        """Each example followed by the same example with its negative prompt: the conditioning of 2·B states."""
         ...
 
 
@@ -47,14 +48,14 @@ class Guided:
     """Conditioning for classifier-free guidance of the teacher (Ho & Salimans 2022, arXiv 2207.12598).
 
     Attributes:
-      positive: the prompts' conditioning.
-      negative: of what guidance leads away from, as many examples.
+      positive: conditioning of the prompts.
+      negative: conditioning of the negative prompts, as many.
       scale: guidance scale s in negative + s · (positive − negative).
-      norm_preserving: gives each token the norm that it has without guidance, as diffusers' QwenImagePipeline does.
+      norm_preserving: whether each token keeps the norm of its positive velocity, as in diffusers' QwenImagePipeline.
     """
 
-    positive: Any
-    negative: Any
+    positive: Conditioning
+    negative: Conditioning
     scale: jax.Array | float
     norm_preserving: bool = False
 
@@ -67,10 +68,10 @@ class Guided:
         return self.positive.batch_size
 
     def repeat(self, times: int) -> Guided:
-        """For a batch in which each example stands `times` times in a row."""
+        """Each example `times` times in a row."""
         return dataclasses.replace(self, positive=self.positive.repeat(times), negative=self.negative.repeat(times))
 
 
 def interleave(first: jax.Array, second: jax.Array) -> jax.Array:  # [B, ..] twice -> [2B, ..]
-    """Two batches taking turns: an example of the first, then that of the second."""
+    """The examples of two batches in turn: first[0], second[0], first[1], …"""
     return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])

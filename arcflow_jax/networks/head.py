@@ -1,6 +1,6 @@
-"""What stands on a backbone: the teacher's output layer, and the student's head that predicts a curve."""
+"""The layers after a backbone: the teacher's output layer, and the student's head, which predicts a curve."""
 
-# B batch, N tokens, D width, K coefficients, C latent channels; 4 latent pixels a token
+# B batch, N tokens, D width, K coefficients, C latent channels; 4 latent pixels per token
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from arcflow_jax.networks.layers import Adapter, Base, LayerNorm, Linear
 
 
 class OutputNorm(nnx.Module):
-    """Layer norm scaled and shifted by the time embedding (diffusers' AdaLayerNormContinuous: scale comes first)."""
+    """Layer norm with scale and shift from the time embedding (diffusers' AdaLayerNormContinuous: scale first)."""
 
     def __init__(self, width: int, *, kind: type[nnx.Variable], dtype: Any, rngs: nnx.Rngs):
         self.linear = Linear(width, 2 * width, axes=("embed", None), kind=kind, dtype=dtype, rngs=rngs)
@@ -26,7 +26,7 @@ class OutputNorm(nnx.Module):
 
 
 class OutputLayer(nnx.Module):
-    """The teacher's: hidden [B, N, D] and time embedding [B, D] to a velocity [B, N, 4C], in float32."""
+    """The teacher's output layer: hidden [B, N, D] and time embedding [B, D] to a float32 velocity [B, N, 4C]."""
 
     def __init__(self, width: int, out_channels: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.norm_out = OutputNorm(width, kind=Base, dtype=dtype, rngs=rngs)
@@ -37,7 +37,7 @@ class OutputLayer(nnx.Module):
 
 
 class CurveHead(nnx.Module):
-    """The student's: an output norm of its own and linear projections, to a curve with K coefficients in float32.
+    """The student's head: its own output norm and linear projections, to a float32 curve with K coefficients.
 
     Output rows are mode-major, feature k·4C + c·4 + pixel, as in the authors' export.
     """
@@ -50,16 +50,20 @@ class CurveHead(nnx.Module):
         return Linear(self.width, rows, axes=("embed", None), kind=Adapter, rngs=rngs)
 
     def initialize_from(self, output: OutputLayer, noise: jax.Array) -> None:
-        """Sets the weights so that the student's first velocity is the teacher's, but for what is moved by `noise`,
-        [K, C], standard normal."""
+        """Sets the weights so that the student's velocity is the teacher's, perturbed by `noise`.
+
+        Args:
+          output: the teacher's output layer.
+          noise: standard normal, [K, C]; it makes the modes of a mixture differ.
+        """
         self.norm_out.linear.kernel[...] = output.norm_out.linear.kernel[...].astype(jnp.float32)
         self.norm_out.linear.bias[...] = output.norm_out.linear.bias[...].astype(jnp.float32)
 
 
 class MomentumHead(CurveHead):
-    """To a `momentum.Mixture`: means, and for each pixel logits and log-momenta, feature k·4 + pixel.
+    """Predicts a `momentum.Mixture`: means, and for each pixel logits and log-momenta, feature k·4 + pixel.
 
-    With one mode there is no momentum, and the head is that of a *linear* student.
+    With one mode there is no momentum, and the student is the *linear* one.
     """
 
     def __init__(self, width: int, out_channels: int, modes: int, momenta: tuple[float, float], *, rngs: nnx.Rngs):
@@ -81,8 +85,10 @@ class MomentumHead(CurveHead):
         )
 
     def initialize_from(self, output: OutputLayer, noise: jax.Array) -> None:
-        """See `CurveHead`. Every mode's mean is the teacher's output layer with its bias moved by 0.05 · `noise`, which
-        tells the modes apart; the modes are equally likely; momenta start log-spaced."""
+        """See `CurveHead`. The mean of each mode is the teacher's output layer with 0.05 · `noise` added to its bias.
+
+        All modes have the same weight. The momenta are log-spaced.
+        """
         super().initialize_from(output, noise)
         kernel = output.proj_out.kernel[...].astype(jnp.float32)
         bias = output.proj_out.bias[...].astype(jnp.float32)
@@ -91,13 +97,13 @@ class MomentumHead(CurveHead):
         self.proj_out_logweights.kernel[...] = jnp.zeros_like(self.proj_out_logweights.kernel[...])
         self.proj_out_logweights.bias[...] = jnp.zeros_like(self.proj_out_logweights.bias[...])
         if self.proj_out_loggamma is not None:
-            start = momentum.initial_log_momenta(self.modes, self.momenta)  # [K − 1]
+            log_momenta = momentum.initial_log_momenta(self.modes, self.momenta)  # [K − 1]
             self.proj_out_loggamma.kernel[...] = jnp.zeros_like(self.proj_out_loggamma.kernel[...])
-            self.proj_out_loggamma.bias[...] = jnp.repeat(start, 4)
+            self.proj_out_loggamma.bias[...] = jnp.repeat(log_momenta, 4)
 
 
 class LegendreHead(CurveHead):
-    """To a `legendre.Series`."""
+    """Predicts a `legendre.Series`."""
 
     def __init__(self, width: int, out_channels: int, modes: int, *, rngs: nnx.Rngs):
         super().__init__(width, out_channels, modes, rngs=rngs)
@@ -108,7 +114,7 @@ class LegendreHead(CurveHead):
         return legendre.Series(y.reshape(*y.shape[:2], self.modes, -1, 4).astype(jnp.float32))
 
     def initialize_from(self, output: OutputLayer, noise: jax.Array) -> None:
-        """See `CurveHead`. c_0 is the teacher's output layer, the others are 0: nothing is moved."""
+        """See `CurveHead`. c_0 is the teacher's output layer and the other coefficients are 0; `noise` is not used."""
         super().initialize_from(output, noise)
         for name in ("kernel", "bias"):
             ours, theirs = (getattr(layer, name) for layer in (self.proj_out_coefficients, output.proj_out))

@@ -1,11 +1,10 @@
-"""The layers that every network here is made of: linear with an optional adapter, norms, convolution, stacks.
+"""The layers of all networks here: linear with an optional LoRA, norms, convolution, stacks of blocks.
 
-Weights are NNX variables of one of two kinds. `Base` is the frozen teacher; `Adapter` is what distillation
-trains. They are siblings, so that a filter on one never catches the other: gradients, optimizer, EMA and
-checkpoints see `Adapter` only. Each variable carries `axes`, the logical names of its trailing dimensions;
-`sharding.py` maps those to mesh axes.
+Weights are NNX variables of one of two types. `Base` is the frozen teacher; `Adapter` is what distillation trains. They
+are siblings, so a filter on one never catches the other: gradients, optimizer, EMA and checkpoints see `Adapter` only.
+Each variable has `axes`, the logical names of its trailing dimensions, which `parallel.mesh` maps to mesh axes.
 
-Arithmetic follows the dtype of the activations: weights are cast to it where they are used. Norms run in float32.
+Weights are cast to the dtype of the activations where they are used. Norms compute in float32.
 """
 
 # B batch, N tokens, D width, r LoRA rank, L stacked layers; H, W, C height, width, channels of an image
@@ -35,10 +34,10 @@ class Adapter(nnx.Variable):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["dropout_key"], meta_fields=["adapters"])
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """How a network is read: as the teacher (`TEACHER`) or, with its adapters on, as the student.
+    """How a network runs: as the teacher (`TEACHER`) or, with its LoRA, as the student (`STUDENT`).
 
     Attributes:
-      adapters: whether LoRA adapters take part. Static: the two readings are different programs.
+      adapters: whether LoRA is applied. Static: the two modes are different programs.
       dropout_key: PRNG key of the LoRA dropout, or None for no dropout (sampling, the teacher).
     """
 
@@ -46,7 +45,7 @@ class Mode:
     dropout_key: jax.Array | None = None
 
     def fold(self, index: int | jax.Array) -> Mode:
-        """The same mode with a dropout key of its own for block `index`."""
+        """The same mode with a separate dropout key for block `index`."""
         if self.dropout_key is None:
             return self
         return dataclasses.replace(self, dropout_key=jax.random.fold_in(self.dropout_key, index))
@@ -65,11 +64,11 @@ def fan_in_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Arr
 
 
 class Linear(nnx.Module):
-    """x @ kernel + bias, plus a low-rank adapter when one is attached and the mode asks for it.
+    """x @ kernel + bias, plus a LoRA update if one is attached and the mode applies it.
 
     Args:
       d_in, d_out: widths. kernel is [d_in, d_out].
-      axes: logical names of kernel's two dimensions.
+      axes: logical names of the two dimensions of kernel.
       kind: `Base` or `Adapter`.
     """
 
@@ -100,8 +99,8 @@ class Linear(nnx.Module):
 class LoRA(nnx.Module):
     """The low-rank update of a linear layer, (alpha / r) · (x A) B, of Hu et al. 2021 (arXiv 2106.09685).
 
-    A is [.., d_in, r], B is [.., r, d_out]; leading dimensions are those of a stacked kernel. Without effect until
-    `start` and training.
+    A is [.., d_in, r], B is [.., r, d_out]; the leading dimensions are those of a stacked kernel. Both are zero until
+    `initialize`.
     """
 
     def __init__(self, kernel: nnx.Variable, rank: int, *, alpha: float, dropout: float, salt: int):
@@ -111,12 +110,15 @@ class LoRA(nnx.Module):
         self.b = Adapter(jnp.zeros((*lead, rank, d_out)), axes=("rank", out_axis))
         self.scale = alpha / rank
         self.dropout = dropout
-        self.salt = salt  # tells this layer's random numbers from those of the others
+        self.salt = salt  # separates the random numbers of this layer from those of other layers
 
     def initialize(self, key: jax.Array) -> None:
-        """A ~ N(0, 1/r) and B = 0: the update is zero, and its gradient is not."""
+        """A normal with standard deviation 1/r (peft's "gaussian") and B = 0.
+
+        The update is zero, but the gradient of B is not.
+        """
         rank = self.a.shape[-1]
-        self.a[...] = jax.random.normal(jax.random.fold_in(key, self.salt), self.a.shape) * rank**-0.5
+        self.a[...] = jax.random.normal(jax.random.fold_in(key, self.salt), self.a.shape) / rank
         self.b[...] = jnp.zeros(self.b.shape)
 
     def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
@@ -179,7 +181,7 @@ class GroupNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # Sums over pixels first, then over the channels of a group: the image is read twice and never reshaped.
+        # Means over the pixels first, then over the channels of a group: the image is read twice and never reshaped
         y = x.astype(jnp.float32)
 
         def group_mean(per_channel: jax.Array) -> jax.Array:  # [B, C] -> [B, C]
@@ -225,7 +227,7 @@ class Conv(nnx.Module):
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`layers` copies of a block as one module whose weights are [L, ...]; run it with `scan_blocks`."""
+    """`layers` copies of a block as one module with weights [L, ...]; run it with `scan_blocks`."""
 
     @nnx.split_rngs(splits=layers)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -236,10 +238,10 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
 
 
 def scan_blocks(blocks: nnx.Module, carry: Any, call: Callable[[Any, Any, Mode], Any], mode: Mode) -> Any:
-    """Runs a stack of blocks one after the other: carry = call(block, carry, mode of that block).
+    """Runs a stack of blocks in order: carry = call(block, carry, mode of that block).
 
-    The loop is a `lax.scan`, so compile time does not grow with depth, and each block is rematerialised in the
-    backward pass, so that only the carry of each layer is kept.
+    The loop is a `lax.scan`, so compile time does not grow with depth. The backward pass rematerialises each block, so
+    only the carry of each layer is kept.
     """
     graphdef, state = nnx.split(blocks)
     layers = jax.tree.leaves(state)[0].shape[0]

@@ -1,4 +1,4 @@
-"""Attaches low-rank adapters to the linear layers of a network, by name."""
+"""LoRA on the linear layers of a network: attached by name, and merged into their kernels."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from arcflow_jax.networks.layers import Linear, LoRA
 
 
 def linear_layers(module: nnx.Module) -> dict[str, Linear]:
-    """The linear layers of a network, stacked ones too, by dotted path."""
+    """The linear layers of a network, including stacked ones, by dotted path."""
     found = {".".join(map(str, path)): node for path, node in nnx.iter_modules(module) if isinstance(node, Linear)}
     return dict(sorted(found.items()))
 
 
 def attach_lora(module: nnx.Module, targets: Sequence[str], *, rank: int, alpha: float, dropout: float) -> list[str]:
-    """Gives every linear layer that a target names a LoRA adapter of its own, and returns their paths.
+    """Attaches a LoRA to every linear layer that matches a target, and returns their paths.
 
     Args:
       targets: shell-style patterns over dotted paths, e.g. "transformer_blocks.ff.*".
       rank, alpha, dropout: see `layers.LoRA`; the update is scaled by alpha / rank.
 
     Raises:
-      UserError: a target that names no linear layer.
+      UserError: if a target matches no linear layer.
     """
     layers = linear_layers(module)
     for target in targets:
         if not fnmatch.filter(layers, target):
-            raise UserError(f"LoRA target {target!r} names no linear layer; there are {', '.join(layers)}")
+            raise UserError(f"LoRA target {target!r} matches no linear layer; there are {', '.join(layers)}")
     chosen = [path for path in layers if any(fnmatch.fnmatchcase(path, target) for target in targets)]
     for path in chosen:
         salt = zlib.crc32(path.encode())  # stable across runs, machines and the choice of other targets
@@ -43,9 +43,9 @@ def attach_lora(module: nnx.Module, targets: Sequence[str], *, rank: int, alpha:
 
 
 def merge_lora(module: nnx.Module) -> None:
-    """Folds every adapter into its layer's kernel, rounded to the kernel's dtype, and takes the adapter away.
+    """Adds every LoRA update to its layer's kernel, rounded to the kernel's dtype, and removes the LoRA.
 
-    The network then costs what the teacher does, and is the student only.
+    The network is then the student only, and costs as much to run as the teacher.
     """
     for layer in linear_layers(module).values():
         if layer.lora is not None:
@@ -56,14 +56,14 @@ def merge_lora(module: nnx.Module) -> None:
 def merged_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
     """kernel [.., d_in, d_out] + a [.., d_in, r] b [.., r, d_out] · scale, in float32, rounded to the kernel's dtype.
 
-    A stacked kernel is merged in place and a layer at a time: the float32 of all its layers would take far more
-    memory than the kernel does.
+    A stacked kernel is merged in place, one layer at a time: all its layers in float32 would take far more memory than
+    the kernel.
     """
     if kernel.ndim > 2:
 
         def one(layer: int, stacked: jax.Array) -> jax.Array:
             merged = merged_kernel(stacked[layer], a[layer], b[layer], scale)
-            return jax.lax.dynamic_update_index_in_dim(stacked, merged, layer, 0)  # in place, which a scatter is not
+            return jax.lax.dynamic_update_index_in_dim(stacked, merged, layer, 0)  # in place, unlike a scatter
 
         return jax.lax.fori_loop(0, len(kernel), one, kernel)
     update = a.astype(jnp.float32) @ b.astype(jnp.float32) * scale

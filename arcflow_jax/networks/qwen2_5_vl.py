@@ -1,14 +1,13 @@
-"""Qwen2.5-VL's language model, which turns a prompt into Qwen-Image's text tokens (the text side of transformers'
-Qwen2_5_VLForConditionalGeneration).
+"""Qwen2.5-VL's language model, Qwen-Image's text encoder (the text part of Qwen2_5_VLForConditionalGeneration).
 
     ids [B, N]  --decoder layers, causal-->  hidden [B, N, D], normed
 
-Prompts are padded at the end: a token attends to those before it only, so that padding needs no mask. Without
-pictures the three axes of its rotary embedding have the same position, and are one. Attribute names are those of the
+Prompts are padded at the end. A token attends only to those before it, so padding needs no mask. Without images the
+three axes of the rotary embedding have equal positions, so one axis is enough. Attribute names are those of the
 checkpoint.
 """
 
-# B batch, N tokens, D width, H heads, G heads of keys and values, E head dim
+# B batch, N tokens, D width, H heads, G key and value heads, E head dim
 
 from __future__ import annotations
 
@@ -17,15 +16,15 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from arcflow_jax.networks.layers import TEACHER, Embedding, Linear, RMSNorm, scan_blocks, stack
+from arcflow_jax.networks.transformer import Rope, rotary
 
 
 @dataclasses.dataclass(frozen=True)
 class Qwen2_5VLConfig:
-    """Geometry of the language model, under the names of its config.json."""
+    """The model config of the language model, with the names of its config.json."""
 
     REQUIRED: ClassVar[dict[str, Any]] = {"hidden_act": "silu", "use_sliding_window": False, "rope_type": "default"}
 
@@ -44,21 +43,14 @@ class Qwen2_5VLConfig:
 
     @staticmethod
     def flat(config: dict[str, Any]) -> dict[str, Any]:
-        """A config.json with what newer ones keep in `text_config` and `rope_parameters` on the top level."""
+        """A config.json with the nested fields of newer versions, `text_config` and `rope_parameters`, on top level."""
         config = config | (config.get("text_config") or {})
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         return config | rope | {"rope_type": "default" if kind == "mrope" else kind}
 
 
-def rotary(tokens: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of the rotary angles of positions 0, 1, …, each [N, E/2] float32 (arXiv 2104.09864)."""
-    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    angle = jnp.arange(tokens, dtype=jnp.float32)[:, None] * frequencies.astype(np.float32)
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate_halves(x: jax.Array, rope: Rope) -> jax.Array:
     """Rotates each pair of features E/2 apart of x [B, N, H, E] by its angle, in float32."""
     cos, sin = (t[None, :, None, :] for t in rope)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -66,7 +58,7 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Causal self-attention; H / G heads share keys and values (arXiv 2305.13245)."""
+    """Causal self-attention. Groups of H / G heads share keys and values (arXiv 2305.13245)."""
 
     def __init__(self, config: Qwen2_5VLConfig, *, dtype: Any, rngs: nnx.Rngs):
         def project(heads: int) -> Linear:
@@ -80,13 +72,16 @@ class Attention(nnx.Module):
         self.o_proj = Linear(inner, config.hidden_size, bias=False, axes=("heads", "embed"), dtype=dtype, rngs=rngs)
         self.head_dim = config.head_dim
 
-    def __call__(self, x: jax.Array, rope: Any) -> jax.Array:  # [B, N, D] -> [B, N, D]
+    def __call__(self, x: jax.Array, rope: Rope) -> jax.Array:  # [B, N, D] -> [B, N, D]
         q, k, v = (f(x).reshape(*x.shape[:2], -1, self.head_dim) for f in (self.q_proj, self.k_proj, self.v_proj))
-        y = jax.nn.dot_product_attention(rotate(q, rope), rotate(k, rope), v, is_causal=True)  # [B, N, H, E]
+        q, k = rotate_halves(q, rope), rotate_halves(k, rope)
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)  # [B, N, H, E]
         return self.o_proj(y.reshape(*x.shape[:2], -1))
 
 
 class MLP(nnx.Module):
+    """The gated MLP, SwiGLU (arXiv 2002.05202)."""
+
     def __init__(self, config: Qwen2_5VLConfig, *, dtype: Any, rngs: nnx.Rngs):
         def linear(d_in: int, d_out: int, axes: tuple[str, str]) -> Linear:
             return Linear(d_in, d_out, bias=False, axes=axes, dtype=dtype, rngs=rngs)
@@ -100,19 +95,21 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
+    """Attention, then the MLP, each on RMS-normed tokens and with a residual connection."""
+
     def __init__(self, config: Qwen2_5VLConfig, *, dtype: Any, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, rope: Any) -> jax.Array:
+    def __call__(self, x: jax.Array, rope: Rope) -> jax.Array:
         x = x + self.self_attn(self.input_layernorm(x), rope)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Qwen2_5VLText(nnx.Module):
-    """See the module's docstring. It computes in the dtype of its embedding table."""
+    """See the module docstring. Computes in the dtype of its embedding table."""
 
     def __init__(self, config: Qwen2_5VLConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config = config
@@ -121,6 +118,6 @@ class Qwen2_5VLText(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
 
     def __call__(self, ids: jax.Array) -> jax.Array:  # [B, N] -> [B, N, D]
-        rope = rotary(ids.shape[1], self.config.head_dim, self.config.rope_theta)
+        rope = rotary(jnp.arange(ids.shape[1])[:, None], (self.config.head_dim,), self.config.rope_theta)
         x = scan_blocks(self.layers, self.embed_tokens(ids), lambda layer, x, _: layer(x, rope), TEACHER)
         return self.norm(x)

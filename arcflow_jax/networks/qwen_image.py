@@ -1,11 +1,11 @@
 """Qwen-Image's transformer (diffusers' QwenImageTransformer2DModel) up to, not including, its output layer.
 
     tokens, σ, text
-      → L blocks: text and image keep weights of their own and attend to each other
+      → L blocks: text and image have their own weights and attend to each other
       → hidden image tokens and the time embedding
 
-The output norm and projection are `head.OutputLayer`: the student retrains them. Attribute names are those of the
-checkpoint. Text is padded to a static length; its padding is never attended, so that what a prompt gives depends
+The output norm and projection are in `head.OutputLayer`, because the student retrains them. Attribute names are those
+of the checkpoint. Text is padded to a static length. Its padding is never attended, so the result for a prompt depends
 neither on the other prompts of its batch nor on that length.
 """
 
@@ -21,17 +21,28 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from arcflow_jax.networks import flux
 from arcflow_jax.networks.attention import attention
 from arcflow_jax.networks.conditioning import interleave
-from arcflow_jax.networks.flux import EmbeddingMLP, FeedForward, Modulation, attended, modulate, qkv, rotary, rotate
 from arcflow_jax.networks.layers import TEACHER, Linear, Mode, RMSNorm, scan_blocks, stack
+from arcflow_jax.networks.transformer import (
+    EmbeddingMLP,
+    FeedForward,
+    JointProjections,
+    Modulation,
+    Rope,
+    check_rope,
+    concatenate_heads,
+    modulate,
+    rotary,
+    rotate,
+    sinusoid,
+)
 from arcflow_jax.parallel.mesh import constrain
 
 
 @dataclasses.dataclass(frozen=True)
 class QwenImageConfig:
-    """Geometry of a Qwen-Image transformer, under the names of its config.json."""
+    """The model config of a Qwen-Image transformer, with the names of its config.json."""
 
     in_channels: int
     num_layers: int
@@ -48,6 +59,9 @@ class QwenImageConfig:
         "use_layer3d_rope": False,
     }
 
+    def __post_init__(self) -> None:
+        check_rope(self.axes_dims_rope, self.attention_head_dim)
+
     @property
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
@@ -56,11 +70,11 @@ class QwenImageConfig:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["text", "lengths", "positions"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class QwenImageConditioning:
-    """What a Qwen-Image velocity depends on besides state and σ.
+    """What a Qwen-Image velocity depends on besides the state and σ; see `conditioning.Conditioning`.
 
     Attributes:
-      text: Qwen2.5-VL hidden states, [B, T, joint_attention_dim], finite in the padding too.
-      lengths: how many text tokens, the first ones, are the prompt's; [B] int32, each at least 1.
+      text: Qwen2.5-VL hidden states, [B, T, joint_attention_dim]; also finite in the padding.
+      lengths: the number of text tokens before the padding, [B] int32, each at least 1.
       positions: (0, row, column) of each image token from the centre, [N, 3], as `latents.centred_positions` gives.
     """
 
@@ -73,14 +87,14 @@ class QwenImageConditioning:
         return len(self.text)
 
     def repeat(self, times: int) -> QwenImageConditioning:
-        """For a batch in which each example stands `times` times in a row."""
+        """Each example `times` times in a row."""
         if times == 1:
             return self
         text, lengths = (jnp.repeat(x, times, axis=0) for x in (self.text, self.lengths))
         return QwenImageConditioning(text, lengths, self.positions)
 
     def paired(self, negative: QwenImageConditioning) -> QwenImageConditioning:
-        """For a batch in which each example is followed by itself under its negative."""
+        """Each example followed by its negative prompt's conditioning."""
         text, lengths = interleave(self.text, negative.text), interleave(self.lengths, negative.lengths)
         return QwenImageConditioning(text, lengths, self.positions)
 
@@ -94,41 +108,44 @@ class TimeEmbedding(nnx.Module):
         self.timestep_embedder = EmbeddingMLP(self.FEATURES, config.width, dtype=dtype, rngs=rngs)
 
     def __call__(self, sigma: jax.Array, dtype: Any, mode: Mode) -> jax.Array:  # [B] -> [B, D]
-        return self.timestep_embedder(flux.sinusoid(sigma, self.FEATURES).astype(dtype), mode)
+        return self.timestep_embedder(sinusoid(sigma, self.FEATURES).astype(dtype), mode)
 
 
-def positions(image: jax.Array, length: int) -> jax.Array:  # [N, 3] -> [N + length, 3]
-    """Of the image tokens, then of `length` text tokens, who go on diagonally where the image's larger half ends."""
+def joint_positions(image: jax.Array, length: int) -> jax.Array:  # [N, 3] -> [N + length, 3]
+    """The positions of the image tokens, then of `length` text tokens.
+
+    Text tokens lie on the diagonal, starting after the largest row or column of the image.
+    """
     start = image[:, 1:].max() + 1
     text = jnp.broadcast_to((start + jnp.arange(length))[:, None], (length, image.shape[1]))
     return jnp.concatenate([image, text.astype(image.dtype)])
 
 
-class JointAttention(flux.JointAttention):
-    """Attention over image and text tokens together, each with projections of its own; padding is not attended."""
+class JointAttention(JointProjections):
+    """Attention over image and text tokens together. Padding is not attended."""
 
-    def __call__(self, text: jax.Array, image: jax.Array, rope: Any, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-        of_image = qkv(image, self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k)
-        of_text = qkv(text, self.add_q_proj, self.add_k_proj, self.add_v_proj, self.norm_added_q, self.norm_added_k)
-        # The image first, so that what is attended is one piece: fused kernels take a length, and no mask
-        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(of_image, of_text, strict=True))  # [B, S, H, E]
+    def __call__(
+        self, text: jax.Array, image: jax.Array, rope: Rope, lengths: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        # The image first, so that the attended tokens are contiguous: fused kernels take a length but no mask
+        q, k, v = concatenate_heads(self.image_heads(image), self.text_heads(text))  # [B, S, H, E]
         tokens = image.shape[1]
         out = attention(rotate(q, rope), rotate(k, rope), v, tokens + lengths)
-        return self.to_add_out(attended(out[:, tokens:])), self.to_out(attended(out[:, :tokens]))
+        return self.outputs(out[:, tokens:], out[:, :tokens])
 
 
 class Block(nnx.Module):
-    """Text and image with weights of their own: joint attention, then an MLP each, both modulated and gated."""
+    """Text and image have their own weights: joint attention, then an MLP each, both modulated and gated."""
 
     def __init__(self, config: QwenImageConfig, *, dtype: Any, rngs: nnx.Rngs):
         self.img_mod = Modulation(config.width, 6, dtype=dtype, rngs=rngs)
         self.txt_mod = Modulation(config.width, 6, dtype=dtype, rngs=rngs)
-        self.attn = JointAttention(config, dtype=dtype, rngs=rngs)
+        self.attn = JointAttention(config.width, config.attention_head_dim, dtype=dtype, rngs=rngs)
         self.img_mlp = FeedForward(config.width, dtype=dtype, rngs=rngs)
         self.txt_mlp = FeedForward(config.width, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, text: jax.Array, image: jax.Array, temb: jax.Array, rope: Any, lengths: jax.Array, mode: Mode
+        self, text: jax.Array, image: jax.Array, temb: jax.Array, rope: Rope, lengths: jax.Array, mode: Mode
     ) -> tuple[jax.Array, jax.Array]:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.img_mod(temb)
         t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = self.txt_mod(temb)
@@ -147,8 +164,8 @@ class Block(nnx.Module):
 class QwenImage(nnx.Module):
     """The backbone. Computes in `dtype`; weights are stored in `param_dtype`.
 
-    The last block stands apart from the stack, under its number in the checkpoint: nobody reads the text that it
-    gives, so that nothing can be learned there, and its `txt_mlp` is no target of LoRA.
+    The last block is not in the stack; it is stored under its number in the checkpoint. Its text output is not used, so
+    its `txt_mlp` gets no gradient and is not a LoRA target.
     """
 
     def __init__(
@@ -179,15 +196,15 @@ class QwenImage(nnx.Module):
         image = self.img_in(tokens.astype(self.dtype))
         text = self.txt_in(self.txt_norm(conditioning.text.astype(self.dtype)))
         temb = self.time_text_embed(sigma, self.dtype, mode.fold(0))
-        rope = rotary(positions(conditioning.positions, text.shape[1]), self.config.axes_dims_rope)
+        rope = rotary(joint_positions(conditioning.positions, text.shape[1]), self.config.axes_dims_rope)
 
-        def split(tokens: jax.Array) -> jax.Array:  # [B, .., D]
+        def shard(tokens: jax.Array) -> jax.Array:  # [B, .., D]
             return constrain(tokens, "batch", "tokens", None)
 
         def run(block: Block, carry: Any, mode: Mode) -> Any:
-            return jax.tree.map(split, block(*carry, temb, rope, conditioning.lengths, mode))
+            return jax.tree.map(shard, block(*carry, temb, rope, conditioning.lengths, mode))
 
-        carry = scan_blocks(self.transformer_blocks, (split(text), split(image)), run, mode.fold(1))
+        carry = scan_blocks(self.transformer_blocks, (shard(text), shard(image)), run, mode.fold(1))
         (last,) = self.last_block.values()
         _, image = run(last, carry, mode.fold(2))
         return image, temb

@@ -1,4 +1,4 @@
-"""NNX states by dotted path, and the nested dicts in which Orbax keeps them."""
+"""NNX states as flat dicts by dotted path, and as the nested dicts that Orbax stores."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ def unflatten(state: nnx.State, arrays: Mapping[str, Any]) -> nnx.State:
 
 
 def shapes_of(state: nnx.State) -> dict[str, tuple[int, ...]]:
+    """The shapes of a state's variables by dotted path."""
     return {path: tuple(variable.shape) for path, variable in flatten(state).items()}
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted paths to nested dicts: {"a.0.b": x} → {"a": {"0": {"b": x}}}, the form in which Orbax keeps a state."""
+    """Dotted paths to nested dicts: {"a.0.b": x} → {"a": {"0": {"b": x}}}, the form that Orbax stores."""
     root: dict[str, Any] = {}
     for path, value in flat.items():
         *parents, leaf = path.split(".")
@@ -37,7 +38,7 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unnest(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`nest` undone."""
+    """The inverse of `nest`."""
     flat = {}
     for name, value in tree.items():
         flat |= unnest(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}

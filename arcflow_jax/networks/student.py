@@ -1,4 +1,4 @@
-"""One frozen base, two readings: the teacher's velocity and the student's curve."""
+"""One frozen base model, two modes: the teacher's velocity and the student's curve."""
 
 # B batch, N tokens, C latent channels
 
@@ -19,14 +19,26 @@ from arcflow_jax.networks.layers import STUDENT, TEACHER, Adapter, Base, Mode
 from arcflow_jax.networks.lora import attach_lora, linear_layers, merge_lora
 
 
+class BackboneConfig(Protocol):
+    """What shared code reads of a family's model config: the width D and the 4C features of a token."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def in_channels(self) -> int: ...
+
+
 class Backbone(Protocol):
     """A transformer up to its output norm."""
 
-    config: Any  # with `width` and `in_channels`
+    config: BackboneConfig
 
     def __call__(
         self, tokens: jax.Array, sigma: jax.Array, conditioning: Conditioning, mode: Mode
-    ) -> tuple[jax.Array, jax.Array]: ...
+    ) -> tuple[jax.Array, jax.Array]:
+        """Hidden image tokens [B, N, D] and the time embedding [B, D], of tokens [B, N, 4C] at σ [B]."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +46,14 @@ class AdapterConfig:
     """What distillation adds to a teacher.
 
     Attributes:
-      modes: K, of the momentum mixture, or terms of the Legendre series; 1 is a linear student, one constant velocity a
-        segment.
+      modes: K, the number of modes of the momentum mixture, or of terms of the Legendre series. 1 is the linear
+        student: one constant velocity per segment.
       rank: LoRA rank r.
       alpha: LoRA scale; the update is multiplied by alpha / rank.
       dropout: rate of LoRA dropout in training.
       targets: the linear layers of the backbone that get LoRA, as patterns (see `lora.attach_lora`).
-      basis: of the student's curves, "momentum" (`momentum.Mixture`) or "legendre" (`legendre.Series`).
-      initial_momenta: the first and last of K − 1 log-spaced values that a mixture's momenta e^g start from.
+      basis: the kind of curve, "momentum" (`momentum.Mixture`) or "legendre" (`legendre.Series`).
+      initial_momenta: the first and last of the K − 1 log-spaced initial momenta e^g of a mixture.
     """
 
     modes: int
@@ -61,16 +73,16 @@ class AdapterConfig:
             raise UserError(f"initial_momenta is {self.initial_momenta}, but has to be two numbers above 0")
 
     def head(self, width: int, out_channels: int, rngs: nnx.Rngs) -> CurveHead:
-        """The head that predicts such curves."""
+        """A new head that predicts these curves."""
         if self.basis == "legendre":
             return LegendreHead(width, out_channels, self.modes, rngs=rngs)
         return MomentumHead(width, out_channels, self.modes, self.initial_momenta, rngs=rngs)
 
 
 class ArcModel(nnx.Module):
-    """A teacher and, once `attach_student` has been called, its student, who share every weight of the backbone.
+    """A teacher and, after `attach_student`, its student. They share the weights of the backbone.
 
-    `Base` variables are the teacher; `Adapter` variables are the student's own.
+    `Base` variables are the teacher's; `Adapter` variables are the student's own.
     """
 
     def __init__(self, backbone: Backbone, *, param_dtype: Any, rngs: nnx.Rngs):
@@ -79,14 +91,16 @@ class ArcModel(nnx.Module):
         self.head: CurveHead | None = nnx.data(None)
 
     def attach_student(self, config: AdapterConfig, rngs: nnx.Rngs) -> ArcModel:
-        """Adds head and LoRA, whose values `initialize_student` sets. Raises UserError as `lora.attach_lora`."""
+        """Adds the head and LoRA; `initialize_student` sets their values. Raises UserError like `lora.attach_lora`."""
         self.head = config.head(self.backbone.config.width, self.backbone.config.in_channels, rngs)
         attach_lora(self.backbone, config.targets, rank=config.rank, alpha=config.alpha, dropout=config.dropout)
         return self
 
     def initialize_student(self, key: jax.Array) -> None:
-        """Sets the adapter to where distillation begins: the student's velocity is the teacher's, but for the noise
-        that tells the modes of a mixture apart."""
+        """Sets the adapter to its initial values.
+
+        The student's velocity is then the teacher's, plus the noise that makes the modes of a mixture differ.
+        """
         lora_key, head_key = jax.random.split(key)
         for layer in linear_layers(self.backbone).values():
             if layer.lora is not None:
@@ -97,17 +111,17 @@ class ArcModel(nnx.Module):
     def teacher_velocity(self, tokens: jax.Array, sigma: jax.Array, conditioning: Conditioning | Guided) -> jax.Array:
         """The teacher's velocity dx/dσ of packed tokens [B, N, 4C] at σ [B]; [B, N, 4C] in float32.
 
-        Under classifier-free guidance where `conditioning` is `Guided`.
+        With classifier-free guidance if `conditioning` is `Guided`.
         """
         if isinstance(conditioning, Guided):
             return self._guided_velocity(tokens, sigma, conditioning)
         return self.output(*self.backbone(tokens, sigma, conditioning, TEACHER))
 
     def _guided_velocity(self, tokens: jax.Array, sigma: jax.Array, conditioning: Guided) -> jax.Array:
-        """negative + scale · (positive − negative), in one call.
+        """negative + scale · (positive − negative), with one call of the network.
 
-        An example and its negative are neighbours in the batch, so that on a batch that is split over devices it
-        stays on its device.
+        Positive and negative of an example are neighbours in the batch, so they stay on the same device if the batch
+        is sharded.
         """
         pairs = conditioning.positive.paired(conditioning.negative)
         both = self.teacher_velocity(jnp.repeat(tokens, 2, axis=0), jnp.repeat(sigma, 2), pairs)
@@ -121,18 +135,21 @@ class ArcModel(nnx.Module):
     def student_curve(
         self, tokens: jax.Array, sigma: jax.Array, conditioning: Conditioning, dropout_key: jax.Array | None = None
     ) -> Curve:
-        """The student's curve for the segment that starts at σ [B], from tokens [B, N, 4C]; LoRA dropout by key."""
+        """The student's curve for the segment that starts at σ [B], from tokens [B, N, 4C].
+
+        LoRA dropout is applied if a key is given.
+        """
         mode = STUDENT if dropout_key is None else Mode(adapters=True, dropout_key=dropout_key)
         return self.head(*self.backbone(tokens, sigma, conditioning, mode))
 
 
 def split_model(model: ArcModel) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """(definition, frozen base, trainable adapter); `nnx.merge` puts them back together."""
+    """(graph definition, frozen base model, trainable adapter); `nnx.merge` is the inverse."""
     return nnx.split(model, Base, Adapter)
 
 
 def initial_adapter(graphdef: nnx.GraphDef, base: nnx.State, abstract: nnx.State, key: jax.Array) -> nnx.State:
-    """The adapter with which distillation begins; `abstract` gives its structure. Pure, to be jitted."""
+    """The initial adapter, with the structure of `abstract`. Pure; call it under jit."""
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
     model = nnx.merge(graphdef, base, zeros)
     model.initialize_student(key)
@@ -140,18 +157,18 @@ def initial_adapter(graphdef: nnx.GraphDef, base: nnx.State, abstract: nnx.State
 
 
 def merged_state(graphdef: nnx.GraphDef, base: nnx.State, adapter: nnx.State) -> nnx.State:
-    """The state of a model whose LoRA is folded into its backbone: a student for sampling, no longer a teacher.
+    """The state of a model with LoRA merged into its backbone: a student for sampling, and no longer a teacher.
 
-    Pure, to be jitted; `merged_graphdef` is the definition that goes with it.
+    Pure; call it under jit. `merged_graphdef` is its graph definition.
     """
-    copied = jax.tree.map(lambda x: x, (base, adapter))  # the variables of a merged model are the states' own
+    copied = jax.tree.map(lambda x: x, (base, adapter))  # nnx.merge uses the variables of the states themselves
     model = nnx.merge(graphdef, *copied)
     merge_lora(model.backbone)
     return nnx.state(model)
 
 
 def merged_graphdef(graphdef: nnx.GraphDef, base: nnx.State, adapter: nnx.State) -> nnx.GraphDef:
-    """The definition that `merged_state`'s state belongs to; states may be abstract."""
+    """The graph definition of `merged_state`; the states may be abstract."""
 
     def merged(base: nnx.State, adapter: nnx.State) -> ArcModel:
         model = nnx.merge(graphdef, base, adapter)

@@ -1,8 +1,8 @@
-"""The T5 v1.1 encoder, which turns a prompt into FLUX.1's text tokens (transformers' T5EncoderModel).
+"""The T5 v1.1 encoder, FLUX.1's text encoder (transformers' T5EncoderModel).
 
     ids [B, N]  --encoder-->  hidden [B, N, D]
 
-As FLUX.1 uses it there is no attention mask: padding is attended, and its outputs are text tokens too.
+FLUX.1 uses no attention mask: padding is attended, and its hidden states are text tokens as well.
 """
 
 # B batch, N tokens, D width, H heads, E head dim, L layers
@@ -23,7 +23,7 @@ from arcflow_jax.networks.layers import TEACHER, Base, Embedding, Linear, RMSNor
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """Geometry of a T5 encoder, under the names of its config.json."""
+    """The model config of a T5 encoder, with the names of its config.json."""
 
     REQUIRED: ClassVar[dict[str, Any]] = {"feed_forward_proj": "gated-gelu"}
 
@@ -41,10 +41,10 @@ class T5Config:
 def distance_buckets(distances: np.ndarray, buckets: int, max_distance: int) -> np.ndarray:
     """The bucket, in [0, `buckets`), of each key-minus-query distance: its row in the relative attention bias.
 
-    Half of the buckets are for keys after the query. Of each half, half are single distances, and the others grow
-    logarithmically up to `max_distance`, beyond which all distances share the last. Mesh TensorFlow's rule.
+    Half of the buckets are for keys after the query. In each half, half of the buckets hold a single distance. The
+    others grow logarithmically up to `max_distance`; larger distances share the last bucket. Mesh TensorFlow's rule.
     """
-    # NumPy's float32, as the weights were trained with: a logarithm that is off by one bit moves a bucket's edge.
+    # NumPy's float32, as in training: a logarithm that is off by one bit moves the edge of a bucket
     half = buckets // 2
     exact = half // 2
     far = np.abs(distances)
@@ -54,7 +54,7 @@ def distance_buckets(distances: np.ndarray, buckets: int, max_distance: int) -> 
 
 
 class Attention(nnx.Module):
-    """Self-attention; T5 folds the usual 1/√E into its weights, so the scores are not scaled."""
+    """Self-attention. T5 has the usual 1/√E in its weights, so the scores are not scaled."""
 
     def __init__(self, config: T5Config, *, dtype: Any, rngs: nnx.Rngs):
         def linear(d_in: int, d_out: int, axes: tuple[str, str]) -> Linear:
@@ -74,6 +74,8 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
+    """The gated MLP, GEGLU (arXiv 2002.05202)."""
+
     def __init__(self, config: T5Config, *, dtype: Any, rngs: nnx.Rngs):
         def linear(d_in: int, d_out: int, axes: tuple[str, str]) -> Linear:
             return Linear(d_in, d_out, bias=False, axes=axes, dtype=dtype, rngs=rngs)
@@ -87,6 +89,8 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
+    """Attention, then the MLP, each on RMS-normed tokens and with a residual connection."""
+
     def __init__(self, config: T5Config, *, dtype: Any, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon, dtype=dtype)
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
@@ -99,12 +103,12 @@ class Block(nnx.Module):
 
 
 class T5Encoder(nnx.Module):
-    """See the module's docstring. It computes in the dtype of its embedding table."""
+    """See the module docstring. Computes in the dtype of its embedding table."""
 
     def __init__(self, config: T5Config, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.shared = Embedding(config.vocab_size, config.d_model, dtype=dtype, rngs=rngs)
-        # One for all layers; the checkpoint keeps it in its first block.
+        # Shared by all layers; the checkpoint has it in the first block
         self.relative_attention_bias = Base(
             jnp.zeros((config.relative_attention_num_buckets, config.num_heads), dtype), axes=(None, "heads")
         )
@@ -112,7 +116,7 @@ class T5Encoder(nnx.Module):
         self.final_layer_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon, dtype=dtype)
 
     def attention_bias(self, tokens: int) -> jax.Array:
-        """What attention adds to the scores of `tokens` tokens, [1, H, N query, N key], float32."""
+        """The relative attention bias, added to the scores of `tokens` tokens, [1, H, N query, N key], float32."""
         buckets = distance_buckets(
             np.arange(1 - tokens, tokens),
             self.config.relative_attention_num_buckets,

@@ -1,12 +1,12 @@
-"""AutoencoderKL, the image autoencoder of FLUX.1 (diffusers' class of that name), NHWC.
+"""AutoencoderKL, the VAE of FLUX.1 (diffusers' class of that name), NHWC.
 
     pixels [B, H, W, 3] in [-1, 1]  --encode-->  latents [B, H/f, W/f, C]  --decode-->  pixels
 
-Latents leave `encode` and enter `decode` normalised, (z − shift_factor) · scaling_factor, as the transformer
+Latents are normalised after `encode` and before `decode`: (z − shift_factor) · scaling_factor, as the transformer
 sees them. Attribute names are those of the checkpoint.
 """
 
-# B batch, H, W image size, C latent channels, f = 2^(levels − 1) the down-sampling factor
+# B batch, H, W image size, C latent channels, f = 2^(levels − 1) the downsampling factor
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from flax import nnx
 
 from arcflow_jax.networks.attention import attention
 from arcflow_jax.networks.layers import Conv, GroupNorm, Linear
-from arcflow_jax.networks.vae import Autoencoder
+from arcflow_jax.networks.vae import VAE
 
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderKLConfig:
-    """Geometry of an autoencoder, under the names of its config.json."""
+    """The model config of an AutoencoderKL, with the names of its config.json."""
 
     REQUIRED: ClassVar[dict[str, Any]] = {
         "act_fn": "silu",
@@ -48,7 +48,7 @@ class AutoencoderKLConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels a latent pixel, along one side."""
+        """f, the number of pixels per latent pixel along one side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
@@ -103,7 +103,7 @@ class DownBlock(nnx.Module):
         self.resnets = nnx.List(
             [ResnetBlock(a, b, groups, dtype=dtype, rngs=rngs) for a, b in itertools.pairwise(widths)]
         )
-        # diffusers pads the right and lower edge only before its strided convolution
+        # diffusers pads only the right and the lower edge before its strided convolution
         self.downsampler = (
             None if last else Conv(c_out, c_out, 3, stride=2, padding=((0, 1), (0, 1)), dtype=dtype, rngs=rngs)
         )
@@ -176,16 +176,17 @@ class Decoder(nnx.Module):
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
-class AutoencoderKL(Autoencoder):
-    """See the module's docstring. `encode` and `decode` compute in the dtype of their input."""
+class AutoencoderKL(VAE):
+    """See the module docstring. `encode` and `decode` compute in the dtype of their input."""
 
     def __init__(self, config: AutoencoderKLConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         options = {"dtype": dtype, "rngs": rngs}
         super().__init__(config, Encoder(config, **options), Decoder(config, **options))
 
     def normalise(self, mean: jax.Array) -> jax.Array:
+        """Latents as the transformer sees them."""
         return (mean - self.config.shift_factor) * self.config.scaling_factor
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Pixels [B, H, W, 3], in [-1, 1] up to the network's error, of normalised latents."""
+        """Pixels [B, H, W, 3] of normalised latents, in [-1, 1] up to the error of the network."""
         return self.decoder(latents / self.config.scaling_factor + self.config.shift_factor)

@@ -1,14 +1,14 @@
-"""AutoencoderKLQwenImage, the image autoencoder of Qwen-Image (diffusers' class of that name), NHWC, for one frame.
+"""AutoencoderKLQwenImage, the VAE of Qwen-Image (diffusers' class of that name), NHWC, for a single frame.
 
     pixels [B, H, W, 3] in [-1, 1]  --encode-->  latents [B, H/f, W/f, C]  --decode-->  pixels
 
-It is a video autoencoder. Its convolutions are causal in time and padded with zeros, so that of a first frame they
-see the last slice of their kernels only: what is left is exact, and two-dimensional. What joins or splits frames does
-not run. Latents leave `encode` and enter `decode` normalised, (z − mean) / std a channel, as the transformer sees
-them. Attribute names are those of the checkpoint.
+It is a video VAE. Its convolutions are causal in time and padded with zeros, so on a single frame only the last time
+slice of a kernel has an effect. With that slice alone the network is two-dimensional, and still exact. Layers that join
+or split frames do not run. Latents are normalised after `encode` and before `decode`: (z − mean) / std per channel, as
+the transformer sees them. Attribute names are those of the checkpoint.
 """
 
-# B batch, H, W image size, C latent channels, f = 2^(levels − 1) the down-sampling factor
+# B batch, H, W image size, C latent channels, f = 2^(levels − 1) the downsampling factor
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from arcflow_jax.errors import UserError
 from arcflow_jax.networks.attention import attention
 from arcflow_jax.networks.layers import Conv, Linear, RMSNorm
-from arcflow_jax.networks.vae import Autoencoder
+from arcflow_jax.networks.vae import VAE
 
-# PyTorch's F.normalize, which the checkpoint's norms are made of, only guards against a vector of zeros
+# The checkpoint's norms use PyTorch's F.normalize, whose epsilon only guards against a vector of zeros
 Norm = functools.partial(RMSNorm, eps=1e-24)
 
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderKLQwenImageConfig:
-    """Geometry of an autoencoder, under the names of its config.json; `sample_size` is not in Qwen-Image's."""
+    """The model config of this VAE, with the names of its config.json, where Qwen-Image has no `sample_size`."""
 
     REQUIRED: ClassVar[dict[str, Any]] = {"attn_scales": [], "input_channels": 3}
 
@@ -45,16 +46,19 @@ class AutoencoderKLQwenImageConfig:
 
     def __post_init__(self):
         if not len(self.latents_mean) == len(self.latents_std) == self.z_dim:
-            raise ValueError(f"latents_mean and latents_std have to be of {self.z_dim} numbers")
+            raise UserError(
+                f"latents_mean has {len(self.latents_mean)} numbers and latents_std {len(self.latents_std)}, "
+                f"but both have to have z_dim, {self.z_dim}"
+            )
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Of the levels, from the image's side."""
+        """The channels of each level, from the image to the latents."""
         return tuple(self.base_dim * multiple for multiple in self.dim_mult)
 
     @property
     def factor(self) -> int:
-        """Pixels a latent pixel, along one side."""
+        """f, the number of pixels per latent pixel along one side."""
         return 2 ** (len(self.dim_mult) - 1)
 
 
@@ -101,7 +105,7 @@ class MidBlock(nnx.Module):
 
 class Downsample(nnx.Module):
     def __init__(self, channels: int, *, dtype: Any, rngs: nnx.Rngs):
-        # At the right and lower edge only, as diffusers pads
+        # Only the right and the lower edge, as in diffusers
         padding = ((0, 1), (0, 1))
         self.conv = Conv(channels, channels, 3, stride=2, padding=padding, dtype=dtype, rngs=rngs)
 
@@ -110,7 +114,7 @@ class Downsample(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """A level of the decoder; all but the last end in an upsampling that halves the channels."""
+    """A level of the decoder. All but the last one end in an upsampling that halves the channels."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, last: bool, *, dtype: Any, rngs: nnx.Rngs):
         self.resnets = nnx.List(
@@ -129,7 +133,7 @@ class Encoder(nnx.Module):
         options = {"dtype": dtype, "rngs": rngs}
         width = config.base_dim
         self.conv_in = Conv(3, width, 3, **options)
-        blocks: list[nnx.Module] = []  # in one row, as the checkpoint numbers them
+        blocks: list[nnx.Module] = []  # one flat list, as numbered in the checkpoint
         for level, c_out in enumerate(config.widths):
             for _ in range(config.num_res_blocks):
                 blocks.append(ResidualBlock(width, c_out, **options))
@@ -174,19 +178,20 @@ class Decoder(nnx.Module):
         return self.conv_out(jax.nn.silu(self.norm_out(x)))
 
 
-class AutoencoderKLQwenImage(Autoencoder):
-    """See the module's docstring. `encode` and `decode` compute in the dtype of their input."""
+class AutoencoderKLQwenImage(VAE):
+    """See the module docstring. `encode` and `decode` compute in the dtype of their input."""
 
     def __init__(self, config: AutoencoderKLQwenImageConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         options = {"dtype": dtype, "rngs": rngs}
         super().__init__(config, Encoder(config, **options), Decoder(config, **options))
 
     def normalise(self, mean: jax.Array) -> jax.Array:
+        """Latents as the transformer sees them."""
         shift, scale = self.statistics(mean.dtype)
         return (mean - shift) / scale
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Pixels [B, H, W, 3], in [-1, 1], of normalised latents."""
+        """Pixels [B, H, W, 3] of normalised latents, clipped to [-1, 1]."""
         shift, scale = self.statistics(latents.dtype)
         return jnp.clip(self.decoder(latents * scale + shift), -1.0, 1.0)
 

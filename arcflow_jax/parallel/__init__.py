@@ -1,5 +1,5 @@
-"""Where arrays live and which process does what.
+"""Devices and processes: where arrays live, and what each process does.
 
-`mesh` (one mesh, and the table from logical axis names to its axes), `processes` (several hosts), `offload` (weights
-that wait in host memory), `preemption` (SIGTERM). May import errors.
+`mesh` (the mesh, and the table from logical axis names to mesh axes), `processes` (several hosts), `offload` (weights
+in host memory), `preemption` (SIGTERM). May import errors.
 """

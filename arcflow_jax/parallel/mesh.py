@@ -1,8 +1,8 @@
-"""Where arrays live: one mesh, and one table from logical axis names to its axes.
+"""The mesh, and the table that maps logical axis names to mesh axes.
 
-A weight names its dimensions where it is declared (`axes` of a variable, see `layers.py`), an activation where it is
-computed (`constrain`); this table is the only place that knows on which mesh axes a name is split. A mesh axis that
-does not divide a dimension, or that an earlier dimension of the same array already uses, leaves it whole.
+A weight names its dimensions where it is declared (`axes` of a variable, see `networks.layers`), an activation where it
+is computed (`constrain`). Only this table knows over which mesh axes a name is sharded. A mesh axis is not used for a
+dimension that it does not divide, nor for a second dimension of the same array.
 """
 
 from __future__ import annotations
@@ -23,49 +23,74 @@ from arcflow_jax.errors import UserError
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
-    # of weights
+    # Weights
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "rank": ("fsdp",),
     "vocab": ("tensor",),
-    # of activations
-    "batch": ("data", "fsdp"),  # both kinds of data parallelism split the batch
+    # Activations
+    "batch": ("data", "fsdp"),  # both kinds of data parallelism shard the batch
     "tokens": ("sequence",),
-    # While tokens attend to one another, a device has all of them and its share of the heads (arXiv 2309.14509)
+    # In attention a device has all tokens and its share of the heads (arXiv 2309.14509)
     "attending_heads": ("tensor", "sequence"),
 }
 
 
 def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes `MESH_AXES` over all devices; one size may be -1, and takes what the others leave.
+    """A mesh with axes `MESH_AXES` over all devices. One size may be -1: it takes the devices that are left.
 
     Raises:
-      UserError: sizes that do not multiply to the number of devices, or that split over several slices of TPUs
-        something else than the data.
+      UserError: if the product of the sizes is not the number of devices, or if `data` does not divide among several
+        TPU slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = list(sizes)
     if sizes.count(-1) == 1:
         sizes[sizes.index(-1)] = max(1, len(devices) // math.prod(size for size in sizes if size != -1))
-    if min(sizes) < 1 or math.prod(sizes) != len(devices):
-        shape = " × ".join(f"{name} {size}" for name, size in zip(MESH_AXES, sizes, strict=True))
-        raise UserError(f"mesh {shape} does not have the size of {len(devices)} devices")
+    if min(sizes) < 1:
+        raise UserError(f"mesh {named(sizes)}: a size has to be at least 1, and only one may be -1")
+    if (wanted := math.prod(sizes)) != len(devices):
+        raise UserError(
+            f"mesh {named(sizes)} needs {count(wanted)}, but {count(len(devices), ' is', ' are')} visible; "
+            f"use {fitting(sizes, len(devices))}, or start on {count(wanted)}"
+        )
     return Mesh(arrange(sizes, devices), MESH_AXES)
 
 
+def named(sizes: Sequence[int]) -> str:
+    """The sizes of a mesh that are not 1, e.g. "data=2, fsdp=8"."""
+    axes = [f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True) if size != 1]
+    return ", ".join(axes) or "data=1"
+
+
+def count(devices: int, one: str = "", many: str = "") -> str:
+    return f"1 device{one}" if devices == 1 else f"{devices} devices{many}"
+
+
+def fitting(sizes: Sequence[int], devices: int) -> str:
+    """A change of a mesh that makes it fit: of one size if that suffices, of `fsdp` if there is a choice."""
+    for axis in (1, 0, 2, 3):
+        others = math.prod(size for other, size in enumerate(sizes) if other != axis)
+        if devices % others == 0:
+            return f"{MESH_AXES[axis]}={devices // others}"
+    return f"fsdp={devices} alone"
+
+
 def arrange(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """The devices in the shape of a mesh, neighbours of which are neighbours in the TPUs' network.
+    """The devices in the shape of a mesh. Neighbours in the mesh are neighbours in the network of the TPUs.
 
     Raises:
-      UserError: of several slices, whose network between them is slow, if `data` alone cannot be split over them.
+      UserError: if there are several TPU slices, with a slow network between them, and `data` does not divide among
+        them.
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     if sizes[0] % slices:
         raise UserError(
-            f"data {sizes[0]} of the mesh is not a multiple of the {slices} slices, which split nothing else"
+            f"mesh {named(sizes)}: data={sizes[0]} is not a multiple of the {slices} TPU slices; "
+            f"use a multiple of {slices}, because only data is sharded over slices"
         )
     within = (sizes[0] // slices, *sizes[1:])
     between = (slices, 1, 1, 1)
@@ -73,27 +98,27 @@ def arrange(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
 
 
 def mesh_sizes(text: str) -> tuple[int, ...]:
-    """The sizes of `MESH_AXES` that e.g. "tensor=4,sequence=2" names; those that it does not are 1.
+    """The sizes of `MESH_AXES` from a text such as "tensor=4,sequence=2"; sizes that it does not name are 1.
 
     Raises:
-      UserError: on anything else.
+      UserError: if the text is not of that form.
     """
     sizes = dict.fromkeys(MESH_AXES, 1)
     for part in filter(None, text.split(",")):
         name, _, size = part.partition("=")
         if name not in sizes or not re.fullmatch(r"-1|[1-9]\d*", size):
-            raise UserError(f"mesh {text!r}: {part!r} is not one of {', '.join(MESH_AXES)}, then =, then a size")
+            raise UserError(f"mesh {text!r}: {part!r} is not AXIS=SIZE, where AXIS is one of {', '.join(MESH_AXES)}")
         sizes[name] = int(size)
     return tuple(sizes.values())
 
 
 def parse_mesh(text: str) -> Mesh:
-    """The mesh for sampling that e.g. "tensor=4,sequence=2" names; "" is the mesh of one device.
+    """The mesh for sampling from a text such as "tensor=4,sequence=2"; "" is a mesh of one device.
 
-    It takes as many devices as it needs, the first ones; with one size of -1, all that there are.
+    It uses the first devices, as many as it needs; with a size of -1 it uses all devices.
 
     Raises:
-      UserError: on what is not a mesh, or one of more devices than there are.
+      UserError: if the text is not a mesh, or needs more devices than there are.
     """
     sizes = mesh_sizes(text)
     devices = jax.devices()
@@ -102,35 +127,35 @@ def parse_mesh(text: str) -> Mesh:
 
 
 def partition_spec(mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
-    """How an array is split. `axes` names the trailing dimensions; leading ones (stacked layers) stay whole."""
-    split: list[tuple[str, ...]] = [()] * (len(shape) - len(axes))
-    for axis, size in zip(axes, shape[len(split) :], strict=True):
+    """How an array is sharded. `axes` names its trailing dimensions; leading ones (stacked layers) are not sharded."""
+    spec: list[tuple[str, ...]] = [()] * (len(shape) - len(axes))
+    for axis, size in zip(axes, shape[len(spec) :], strict=True):
         names: tuple[str, ...] = ()
         for name in LOGICAL_AXES.get(axis or "", ()):
-            free = not any(name in used for used in split)
+            free = not any(name in used for used in spec)
             if free and size % math.prod(mesh.shape[each] for each in (*names, name)) == 0:
                 names = (*names, name)
-        split.append(names)
-    return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in split))
+        spec.append(names)
+    return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in spec))
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
     """The sharding of every variable of a (possibly abstract) state, as a state of the same structure.
 
-    A tree may hold other things beside its variables, as that of an optimizer does its counters: they are replicated.
+    Leaves that are not variables, such as the counters of an optimizer, are replicated.
     """
 
-    def of(variable: Any) -> Any:
+    def sharding(variable: Any) -> Any:
         if not isinstance(variable, nnx.Variable):
             return replicated(mesh)
         spec = partition_spec(mesh, variable.axes, variable.shape)
         return variable.replace(NamedSharding(mesh, spec))
 
-    return jax.tree.map(of, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return jax.tree.map(sharding, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def sharded(mesh: Mesh, abstract: Any) -> Any:
-    """An abstract state whose shapes carry their shardings: what a checkpoint is to be restored into."""
+    """An abstract state with shardings, into which a checkpoint can be restored."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         abstract,
@@ -139,11 +164,11 @@ def sharded(mesh: Mesh, abstract: Any) -> Any:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """An activation of a jitted function, split over the mesh that `jax.set_mesh` has set.
+    """An activation of a jitted function, sharded over the mesh that `jax.set_mesh` has set.
 
-    Only sequence parallelism needs it, and without it, or without a mesh, x is left alone: on the other axes XLA
-    follows weights and batch by itself. (When it is told as well, XLA of jax 0.10.2 on CPUs mixes up the examples of
-    a batch over data = 2, fsdp = 2 and tensor = 2.)
+    Only sequence parallelism needs this. Without it, or without a mesh, x is returned as it is: for the other axes XLA
+    propagates the sharding of weights and batch. (With constraints on those too, XLA of jax 0.10.2 on CPUs mixes up the
+    examples of a batch on data = 2, fsdp = 2, tensor = 2.)
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["sequence"] == 1:
@@ -152,10 +177,10 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole on every device."""
+    """The sharding of an array that is whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batched(mesh: Mesh) -> NamedSharding:
-    """Leading dimension split over the data axes."""
+    """The sharding of an array whose leading dimension is sharded over the data axes."""
     return NamedSharding(mesh, PartitionSpec(LOGICAL_AXES["batch"]))

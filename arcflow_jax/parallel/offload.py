@@ -1,4 +1,4 @@
-"""Several networks on one accelerator: the weights of one that is not running can wait in host memory."""
+"""Several networks on one accelerator: weights that are not in use can be kept in host memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 
 T = TypeVar("T")
-HOST = "pinned_host"  # JAX's name for the host memory that a device copies from at full speed
+HOST = "pinned_host"  # JAX's name for host memory from which a device copies at full speed
 
 
 class Weights:
@@ -16,7 +16,7 @@ class Weights:
 
     Args:
       state: a pytree of arrays on the device.
-      offload: whether they wait in host memory, and are on the device for as long as they are used.
+      offload: whether to keep them in host memory, and on the device only inside `run`.
     """
 
     def __init__(self, state: Any, offload: bool = False):
@@ -24,27 +24,28 @@ class Weights:
         self.shardings = None
         if offload:
             self.shardings = jax.tree.map(lambda x: x.sharding, state)
-            # Waited for: until the copy is done the device's own is still there
+            # Blocks, because the device keeps its copy until the transfer is done
             self.state = jax.block_until_ready(to_host(state))
 
     def run(self, function: Callable[[Any], T]) -> T:
-        """function(weights); if they are offloaded, waits for the result and takes them off the device again."""
+        """function(weights). Offloaded weights leave the device when the result is ready, or if the function raises."""
         if self.shardings is None:
             return function(self.state)
         state = jax.device_put(self.state, self.shardings)
-        result = jax.block_until_ready(function(state))
-        for array in jax.tree.leaves(state):
-            array.delete()
-        return result
+        try:
+            return jax.block_until_ready(function(state))
+        finally:
+            for array in jax.tree.leaves(state):
+                array.delete()
 
 
 def to_host(state: Any) -> Any:
-    """A copy in pinned host memory, or, on a backend that has none, in NumPy arrays."""
-    if any(HOST in kinds(array) for array in jax.tree.leaves(state)):
+    """A copy in pinned host memory; in NumPy arrays on a backend that has none."""
+    if any(HOST in memory_kinds(array) for array in jax.tree.leaves(state)):
         return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(HOST)), state)
     return jax.device_get(state)
 
 
-def kinds(array: jax.Array) -> set[str]:
-    """The kinds of memory that an array's devices can reach."""
+def memory_kinds(array: jax.Array) -> set[str]:
+    """The kinds of memory that the devices of an array can address."""
     return {memory.kind for device in array.devices() for memory in device.addressable_memories()}

@@ -1,4 +1,4 @@
-"""A run that is told to end before it is done, as schedulers do before they take a machine away."""
+"""Preemption: the scheduler sends SIGTERM before it takes a machine away."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from jax.experimental import multihost_utils
 
 
 class Preemption:
-    """Listens for SIGTERM while its `with` block runs, which it no longer ends.
+    """Inside the `with` block, SIGTERM sets a flag instead of killing the process.
 
-    Of several processes any may get the signal: JAX's preemption service hears it, and makes all of them agree on an
-    iteration. A process that is alone listens itself.
+    With several processes, any of them may get the signal. Then JAX's preemption service handles it, and makes all
+    processes agree on a training step. A single process handles the signal here.
     """
 
     def __init__(self) -> None:
-        self.told = False
+        self.preempted = False
 
     def __enter__(self) -> Preemption:
-        # Python can set handlers in its main thread only
-        self.listens = not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread()
-        if self.listens:
-            self.before = signal.signal(signal.SIGTERM, self._hear)
+        # Python sets signal handlers in the main thread only
+        self.handles = not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread()
+        if self.handles:
+            self.previous = signal.signal(signal.SIGTERM, self._set)
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.listens:
-            signal.signal(signal.SIGTERM, self.before)
+        if self.handles:
+            signal.signal(signal.SIGTERM, self.previous)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.told = True
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        self.preempted = True
 
     def reached(self, step: int) -> bool:
-        """Whether to save and end after this many iterations. All processes have to ask after each iteration."""
-        return self.told or multihost_utils.reached_preemption_sync_point(step)
+        """Whether to save and stop after this training step. All processes have to ask after each step."""
+        return self.preempted or multihost_utils.reached_preemption_sync_point(step)

@@ -1,7 +1,7 @@
-"""A run on several hosts: one process a host (or a GPU), which see one another's devices.
+"""A run on several hosts, with one process per host (or per GPU).
 
-Every process runs the same program on arrays that are split over all devices. What a process has to do by itself is
-little: read its own part of a batch, and, if it is the first, write what is not an array.
+Every process runs the same program on arrays that are sharded over the devices of all processes. Only two things
+differ: each process loads its own slice of a batch, and only the first process writes what is not an array.
 """
 
 # B batch
@@ -17,19 +17,18 @@ from arcflow_jax.parallel.mesh import batched, replicated
 
 
 def initialize(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Joins the processes of a run; has to come before anything else asks JAX for its devices.
+    """Connects the processes of a run. Call it before anything else asks JAX for its devices.
 
-    Without arguments JAX finds out by itself, on TPU pods, under SLURM, Open MPI and others (see
-    `jax.distributed.initialize`); where there is nothing to find, or JAX is in use already, this process is the only
-    one.
+    Without arguments JAX detects the processes, on TPU pods, under SLURM, Open MPI and others (see
+    `jax.distributed.initialize`). If it detects none, or JAX is already in use, this is a run of one process.
 
     Args:
-      coordinator: HOST:PORT at which the first process, which has to be on that host, waits for the others.
-      processes: how many there are.
-      process: which one this is, from 0.
+      coordinator: HOST:PORT where the first process, on that host, waits for the others.
+      processes: the number of processes.
+      process: the index of this process, from 0.
 
     Raises:
-      UserError: if only some are given, they make no sense, or the processes did not find together.
+      UserError: if only some arguments are given, if one is invalid, or if the processes cannot connect.
     """
     given = (coordinator, processes, process)
     if given == (None, None, None):
@@ -40,28 +39,28 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
                 raise
         return
     if None in given:
-        raise UserError("--coordinator, --processes and --process-id go together: give all three, or none")
+        raise UserError("--coordinator, --processes and --process-id belong together: give all three, or none")
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
         raise UserError(f"--coordinator is {coordinator!r}, but has to be HOST:PORT")
     if not 0 <= process < processes:
-        raise UserError(f"--process-id is {process}, of --processes {processes} it has to be from 0 to {processes - 1}")
+        raise UserError(f"--process-id is {process}, but of {processes} processes it has to be 0 to {processes - 1}")
     try:
         jax.distributed.initialize(coordinator, processes, process)
     except RuntimeError as error:
-        raise UserError(f"{processes} processes did not find together at {coordinator}: {one_line(error)}") from None
+        raise UserError(f"{processes} processes could not connect at {coordinator}: {one_line(error)}") from None
 
 
 def is_main() -> bool:
-    """Whether this is the process that prints, and writes what is not an array."""
+    """Whether this is the first process, which prints, and writes what is not an array."""
     return jax.process_index() == 0
 
 
 def local_part(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): of the even parts of a batch, the smallest that holds all that this process's devices hold.
+    """Which slice of the global batch this process must load, as (index, number of slices).
 
-    That is its own part, if the process's devices stand together in the mesh. They may share it with others: under
-    tensor = all devices, every process has the whole batch.
+    Slices are equal. Processes may load the same one: if the mesh has all devices on `tensor`, each process loads the
+    whole batch, (0, 1).
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     held = batched(mesh).addressable_devices_indices_map((shards,)).values()
@@ -72,9 +71,9 @@ def local_part(mesh: Mesh) -> tuple[int, int]:
 
 
 def from_part(part: np.ndarray, mesh: Mesh) -> jax.Array:
-    """The batch [B, …] that is split over all processes' devices, of which each process brings its `local_part`.
+    """The global batch [B, …], sharded over the mesh, from the slice that each process has loaded (`local_part`).
 
-    A batch that does not divide by the mesh's data axes is whole on every device; it takes a single process.
+    If B is not divisible by the data axes of the mesh, the batch is replicated. That works with one process only.
     """
     index, count = local_part(mesh)
     batch, first = len(part) * count, len(part) * index

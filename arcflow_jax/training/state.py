@@ -132,7 +132,7 @@ def train_step(
         return model.teacher_velocity(x, sigma, teachers.repeat(len(x) // batch))
 
     loss, grads, log = distil(
-        student, state.adapter, teacher, noise, loss_key, settings=settings, share=share, latents=latents
+        student, state.adapter, teacher, noise, loss_key, settings=settings, teacher_share=share, latents=latents
     )
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)

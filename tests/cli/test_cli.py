@@ -107,9 +107,9 @@ def test_train_refuses_bad_inputs(capfd, tmp_path, model):
         prompts,
         "--config.resolutions=((60, 64),)",
     )
-    refused("does not have the size of 1 devices", prompts, "--config.mesh=(3, 1, 1, 1)")
+    refused("mesh data=3 needs 3 devices, but 1 device is visible", prompts, "--config.mesh=(3, 1, 1, 1)")
     refused("nowhere holds no embeddings", prompts, "--config.embeddings=nowhere")
-    refused("LoRA target 'mlp' names no linear layer", prompts, "--config.adapter.targets=('mlp',)")
+    refused("LoRA target 'mlp' matches no linear layer", prompts, "--config.adapter.targets=('mlp',)")
     file = tmp_path / "file"
     file.write_text("")
     refused("cannot write to", prompts, f"--config.out={file / 'run'}")

@@ -285,10 +285,8 @@ def test_errors_come_before_any_compilation(capfd, tmp_path, tiny_model, monkeyp
     refused("topology 'v5p-8' is unknown: known are v5e, v5p", "--topology", "v5p-8", model)
     good = ("--topology", "v5e:2x2")
     refused("topology 'v6e:3x3' is refused", *good, "--topology", "v6e:3x3", model)
-    refused("does not have the size of 4 devices", *good, "--mesh", "tensor=3", model)
-    refused(
-        "data 1 of the mesh is not a multiple of the 2 slices", "--topology", "v5e:2x2*2", "--mesh", "fsdp=8", model
-    )
+    refused("mesh tensor=3 needs 3 devices, but 4 devices are visible", *good, "--mesh", "tensor=3", model)
+    refused("data=1 is not a multiple of the 2 TPU slices", "--topology", "v5e:2x2*2", "--mesh", "fsdp=8", model)
     refused("batch 1 does not divide", *good, "--mesh", "data=4", model)
     refused("model directory /nowhere does not exist", *good, "--config.model=/nowhere")
 

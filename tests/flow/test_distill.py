@@ -33,7 +33,7 @@ def assert_close(actual, desired):
     np.testing.assert_allclose(actual, desired, rtol=0, atol=2e-6 * np.abs(desired).max())
 
 
-# The authors' values. Their variants: teacher share, raw start and length of each example's segment, settings
+# The authors' values. Each variant: teacher share, start (timesteps) and length of the examples' segments, settings
 
 VARIANTS = {
     "r1.0_seg0": (1.0, (1.0, 1.0), 0.5, {}),
@@ -55,7 +55,7 @@ def authors_teacher(x, sigma):
 
 
 class Golden:
-    """One variant of case 05: what goes in, and what came out (cut to the first 2×4 pixels: tokens 0 and 1)."""
+    """One variant of case 05: its inputs and its outputs (cut to the first 2×4 pixels: tokens 0 and 1)."""
 
     def __init__(self, name: str, *, steady: bool = False):
         case = golden.load("05_piid_segment")
@@ -79,13 +79,13 @@ class Golden:
 
 @functools.partial(jax.jit, static_argnames="settings")
 def golden_segment(mixture, x, start, length, draws, share, settings):
-    visits = distill.visit(mixture, authors_teacher, x, start, length, draws, settings=settings, share=share)
-    predicted = distill.predict(mixture, visits, start, length, settings=settings)
+    visits = distill.visit(mixture, authors_teacher, x, start, length, draws, settings=settings, teacher_share=share)
+    predicted = distill.predicted_velocity(mixture, visits, start, length, settings=settings)
     return visits, predicted, golden_loss(mixture, x, start, length, draws, share, settings)
 
 
 def golden_loss(mixture, x, start, length, draws, share, settings):
-    return segment_loss(mixture, authors_teacher, x, start, length, draws, settings=settings, share=share)
+    return segment_loss(mixture, authors_teacher, x, start, length, draws, settings=settings, teacher_share=share)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def golden_loss(mixture, x, start, length, draws, share, settings):
 def test_segment_equals_golden(name, steady):
     case = Golden(name, steady=steady)
     visits, predicted, (loss, end, log) = golden_segment(case.mixture, *case.rest, settings=case.settings)
-    # Times within rounding; states within what the clamp of the authors' φ moves them by; velocities as suggested
+    # Timesteps to rounding; states to what the clamp of the authors' φ changes; velocities to 1e-4
     np.testing.assert_allclose(sigma_of(visits.arrive, 3.2).ravel(), case.out["timesteps"], atol=5e-7)
     np.testing.assert_allclose(visits.states[:, :, :2], case.tokens_of("x_t_a"), atol=5e-5)
     np.testing.assert_allclose(visits.targets[:, :, :2], case.tokens_of("tgt_u"), atol=5e-5)
@@ -107,7 +107,7 @@ def test_segment_equals_golden(name, steady):
 
 @functools.partial(jax.jit, static_argnames="settings")
 def authors_gradient(mixture, *rest, settings):
-    """With the authors' φ, because it has no gradient where it is clamped."""
+    """With the authors' φ, which has no gradient where it is clamped."""
     with mock.patch.object(momentum, "phi", golden.authors_phi):
         return jax.grad(lambda mixture: golden_loss(mixture, *rest, settings)[0])(mixture)
 
@@ -139,14 +139,14 @@ NOISE = np.random.default_rng(1).standard_normal((B, N, D)).astype(np.float32)
 
 
 def student(weight, x, sigma):
-    """A little network: its mixture depends on weight, state, noise level."""
+    """A small network: its mixture depends on the weight, the state and the noise level."""
     h = jnp.tanh(x[:, :, None] * weight + sigma[:, None, None, None])  # [B, N, K, D]
     means = h.reshape(B, N, K, D // 4, 4)
     return Mixture(means, means.sum(3), means[:, :, 1:].mean(3))
 
 
 def teacher(x, sigma):
-    """Reads per-example conditioning, in the row order that is asked of teachers."""
+    """Uses per-example conditioning, in the row order that `distill.Teacher` asks for."""
     conditioning = jnp.repeat(jnp.array([0.3, -0.9]), len(x) // B)
     return jnp.sin(x + conditioning[:, None, None]) * (1 + sigma[:, None, None])
 
@@ -158,9 +158,9 @@ PLAIN = dataclasses.replace(SETTINGS, final_step_ratio=0.5, mode_dropout=0.0)
 
 
 @functools.partial(jax.jit, static_argnames="settings")
-def iteration(weight, key, share, settings=PLAIN, latents=None):
+def training_step(weight, key, share, settings=PLAIN, latents=None):
     """(loss, gradient, log)"""
-    return distil(keyed, weight, teacher, NOISE, key, settings=settings, share=share, latents=latents)
+    return distil(keyed, weight, teacher, NOISE, key, settings=settings, teacher_share=share, latents=latents)
 
 
 def keyed(weight, x, sigma, key):
@@ -168,7 +168,7 @@ def keyed(weight, x, sigma, key):
 
 
 def watched_loss(key, share):
-    """((loss, log), calls): the calls of the student, (x, σ, key) each. Uncompiled, so that they can be seen."""
+    """((loss, log), calls): the student's calls, (x, σ, key) each. Not compiled, so that they can be recorded."""
     calls = []
 
     def watched(weight, x, sigma, key):
@@ -176,7 +176,7 @@ def watched_loss(key, share):
         return student(weight, x, sigma)
 
     with jax.disable_jit():
-        loss, _, log = distil(watched, WEIGHT, teacher, NOISE, key, settings=PLAIN, share=share)
+        loss, _, log = distil(watched, WEIGHT, teacher, NOISE, key, settings=PLAIN, teacher_share=share)
     return (loss, log), calls
 
 
@@ -184,9 +184,9 @@ KEY = jax.random.key(5)
 HALF = jnp.float32(0.5)
 
 
-def test_steady_phase_is_the_general_one_at_share_zero():
-    general, gradient, log = iteration(WEIGHT, KEY, jnp.zeros(()), settings=SETTINGS)
-    steady, steady_gradient, steady_log = iteration(WEIGHT, KEY, None, settings=SETTINGS)
+def test_steady_step_equals_the_general_step_at_share_zero():
+    general, gradient, log = training_step(WEIGHT, KEY, jnp.zeros(()), settings=SETTINGS)
+    steady, steady_gradient, steady_log = training_step(WEIGHT, KEY, None, settings=SETTINGS)
     assert steady == pytest.approx(float(general), rel=1e-6)
     assert_close(steady_gradient, gradient)
     assert_close(steady_log["loss"], log["loss"])
@@ -194,50 +194,49 @@ def test_steady_phase_is_the_general_one_at_share_zero():
 
 
 def test_teacher_is_called_once_when_steady():
-    """Once in the program, in which the segments are a loop: on all states of a segment together."""
-
+    """Once in the program, where the segments are a loop, on all states of a segment together."""
     batches = []
 
     def counted(x, sigma):
         batches.append((x.shape, sigma.shape))
         return teacher(x, sigma)
 
-    jax.eval_shape(lambda: distil(keyed, WEIGHT, counted, NOISE, KEY, settings=SETTINGS, share=None))
+    jax.eval_shape(lambda: distil(keyed, WEIGHT, counted, NOISE, KEY, settings=SETTINGS, teacher_share=None))
     assert set(batches) == {((4 * B, N, D), (4 * B,))}
 
 
 def test_share_is_traced():
-    before = iteration._cache_size()
-    losses = {float(iteration(WEIGHT, KEY, jnp.float32(share))[0]) for share in (1.0, 0.5, 0.0)}
+    before = training_step._cache_size()
+    losses = {float(training_step(WEIGHT, KEY, jnp.float32(share))[0]) for share in (1.0, 0.5, 0.0)}
     assert len(losses) == 3
-    assert iteration._cache_size() <= before + 1
+    assert training_step._cache_size() <= before + 1
 
 
 def test_gradient_is_that_of_the_whole_loss():
-    """Though it is taken segment by segment."""
-    _, gradient, _ = iteration(WEIGHT, KEY, HALF)
-    whole = jax.jit(jax.grad(lambda weight: iteration(weight, KEY, HALF)[0]))(WEIGHT)
+    """It is taken segment by segment, and equals the gradient of the sum."""
+    _, gradient, _ = training_step(WEIGHT, KEY, HALF)
+    whole = jax.jit(jax.grad(lambda weight: training_step(weight, KEY, HALF)[0]))(WEIGHT)
     assert_close(gradient, whole)
 
 
 @pytest.mark.parametrize("share", [HALF, None])
 def test_gradient_flows_through_the_mean_velocity_alone(share):
-    """Frozen: the trajectory (from x and the mixture) and the teacher, even if its weights are differentiated."""
+    """The trajectory (from x and the mixture) and the teacher are constants, even if its weights are differentiated."""
     draws = Draws(*(np.random.default_rng(2).random((B, size), np.float32) for size in (K, 4, 3)))
     mixture, x, start, length = random_mixture(), NOISE, jnp.ones(B), jnp.full(B, 0.5)
 
     def loss(mixture, x, scale):
         return segment_loss(
-            mixture, lambda x, s: scale * teacher(x, s), x, start, length, draws, settings=SETTINGS, share=share
+            mixture, lambda x, s: scale * teacher(x, s), x, start, length, draws, settings=SETTINGS, teacher_share=share
         )
 
     def matched(mixture, visits):
-        predicted = distill.predict(mixture, visits, start, length, settings=SETTINGS)
+        predicted = distill.predicted_velocity(mixture, visits, start, length, settings=SETTINGS)
         return SETTINGS.loss_scale / 2 * jnp.square(predicted - visits.targets).mean()
 
     @jax.jit
     def gradients(mixture, x):
-        visits = distill.visit(mixture, teacher, x, start, length, draws, settings=SETTINGS, share=share)
+        visits = distill.visit(mixture, teacher, x, start, length, draws, settings=SETTINGS, teacher_share=share)
         return (
             jax.grad(lambda *a: loss(*a)[0], argnums=(0, 1, 2))(mixture, x, 1.0),
             jax.grad(lambda *a: loss(*a)[1].sum(), argnums=(0, 1, 2))(mixture, x, 1.0),
@@ -266,7 +265,7 @@ def test_total_is_weighted_by_length_and_segments_follow_one_another():
     np.testing.assert_allclose(states[1], follow(states[0], *sigmas), atol=1e-5)
 
 
-def test_a_key_for_every_segment_and_the_same_ones_again():
+def test_each_segment_has_its_own_key_and_draws_are_reproducible():
     (loss, _), calls = watched_loss(KEY, HALF)
     (again, _), _ = watched_loss(KEY, HALF)
     (other, _), other_calls = watched_loss(jax.random.key(6), HALF)
@@ -275,8 +274,8 @@ def test_a_key_for_every_segment_and_the_same_ones_again():
 
 
 @pytest.mark.parametrize("share", [HALF, None])
-def test_student_that_knows_the_teacher_has_no_loss(share):
-    """The teacher moves each example with its own constant velocity; so do the modes, some `off` too fast."""
+def test_a_student_that_equals_the_teacher_has_no_loss(share):
+    """The teacher's velocity is one constant per example. The modes have the same velocity, plus `off`."""
     c = jnp.array([[[0.7]], [[-1.3]]]) * jnp.ones((B, N, D))
 
     @jax.jit
@@ -293,7 +292,7 @@ def test_student_that_knows_the_teacher_has_no_loss(share):
             NOISE,
             KEY,
             settings=SETTINGS,
-            share=share,
+            teacher_share=share,
         )
 
     total, _, log = loss(0.0)
@@ -315,15 +314,15 @@ def test_linear_student(share):
     @jax.jit
     @jax.grad
     def gradient(mixture):
-        return segment_loss(mixture, teacher, NOISE, 1.0, 0.5, draws, settings=SETTINGS, share=share)[0]
+        return segment_loss(mixture, teacher, NOISE, 1.0, 0.5, draws, settings=SETTINGS, teacher_share=share)[0]
 
     means = gradient(mixture).means
     assert np.isfinite(means).all()
     assert (means != 0).all()
 
 
-def test_border_is_float32():
-    """Networks may compute in bfloat16: what they are given, and what becomes of what they give, is float32."""
+def test_states_are_float32_for_bfloat16_networks():
+    """Networks may compute in bfloat16: their inputs, and what is computed from their outputs, are float32."""
     given = []
 
     def half_student(_, x, sigma, key):
@@ -336,19 +335,19 @@ def test_border_is_float32():
 
     for share in (HALF, None):
         loss, _, log = jax.eval_shape(
-            functools.partial(distil, half_student, (), half_teacher, settings=SETTINGS, share=share),
+            functools.partial(distil, half_student, (), half_teacher, settings=SETTINGS, teacher_share=share),
             jnp.asarray(NOISE, jnp.bfloat16),
             KEY,
         )
         assert {loss.dtype, *(leaf.dtype for leaf in log.values()), *given} == {jnp.dtype(jnp.float32)}
 
 
-# Optional terms, and real latents
+# Optional terms and real latents
 
 
 @pytest.mark.parametrize("share", [HALF, None])
 def test_state_term(share):
-    """Modes that are `off` too fast: after a span of σ, the student's state is off by off · σ from a straight path."""
+    """Modes that are `off` too fast: after a span of σ, the student's state is off · σ away from the straight path."""
     c = jnp.array([[[0.7]], [[-1.3]]]) * jnp.ones((B, N, D))
     settings = dataclasses.replace(SETTINGS, nfe=1, loss_scale=0.0, mode_dropout=0.0, state_weight=3.0)
 
@@ -359,14 +358,14 @@ def test_state_term(share):
         mixture = Mixture((c + off).reshape(B, N, 1, D // 4, 4), jnp.zeros((B, N, 1, 4)), jnp.zeros((B, N, 0, 4)))
         draws = Draws.draw(KEY, B, 1, 4)
         x, start, length = NOISE, jnp.ones(B), jnp.ones(B)
-        visits = distill.visit(mixture, straight, x, start, length, draws, settings=settings, share=share)
-        total, *_ = segment_loss(mixture, straight, x, start, length, draws, settings=settings, share=share)
-        return total, visits, distill.matched(visits, length, settings=settings)
+        visits = distill.visit(mixture, straight, x, start, length, draws, settings=settings, teacher_share=share)
+        total, *_ = segment_loss(mixture, straight, x, start, length, draws, settings=settings, teacher_share=share)
+        return total, visits, distill.matched_span(visits, length, settings=settings)
 
     loss = jax.jit(loss)
     assert loss(0.0)[0] < 1e-10
     total, visits, (_, until) = loss(0.1)
-    # From the segment's start: where the student led there, its own error is in the visited state as well
+    # From the segment's start, because a visited state that the student reached has the student's error in it
     travelled = np.asarray((NOISE - visits.states)[..., 0, 0]) / np.asarray(c[:, 0, 0])  # [M, B] by the teacher's c
     sigma_a = np.asarray(sigma_of(visits.arrive, settings.shift))
     target = NOISE - travelled[..., None, None] * np.asarray(c) - (sigma_a - until)[..., None, None] * np.asarray(c)
@@ -377,7 +376,7 @@ def test_state_term(share):
 
 def test_state_term_has_a_gradient_and_is_off_by_default():
     settings = dataclasses.replace(PLAIN, state_weight=2.0)
-    (loss, gradient, _), (more, other, _) = (iteration(WEIGHT, KEY, HALF, settings=s) for s in (PLAIN, settings))
+    (loss, gradient, _), (more, other, _) = (training_step(WEIGHT, KEY, HALF, settings=s) for s in (PLAIN, settings))
     assert more > loss
     assert np.abs(other - gradient).max() > 1e-4
 
@@ -394,31 +393,47 @@ def test_with_data_each_example_is_one_segment_from_its_latent():
         return Mixture(jnp.zeros((64, N, 1, D // 4, 4)), jnp.zeros((64, N, 1, 4)), jnp.zeros((64, N, 0, 4)))
 
     with jax.disable_jit():
-        options = {"settings": PLAIN, "share": None, "latents": latents}
+        options = {"settings": PLAIN, "teacher_share": None, "latents": latents}
         *_, log = distil(still, (), lambda x, sigma: x, jnp.asarray(noise), KEY, **options)
     assert log["loss"].shape == (1,)
     ((x, sigma),) = seen
     first, second = (np.isclose(sigma, sigma_of(start, 3.2)) for start in (1.0, 1 / 3))
     assert (first ^ second).all()
-    assert 0.4 < first.mean() < 0.9  # two thirds of the raw time are the first segment's
+    assert 0.4 < first.mean() < 0.9  # the first segment is two thirds of t ∈ [0, 1]
     np.testing.assert_allclose(x, latents + sigma[:, None, None] * (noise - latents), atol=1e-5)
 
 
 def test_flow_matching_term():
-    """Of a student whose velocity is constant, by hand; its gradient is that of both terms."""
+    """By hand for a student of constant velocity; and the gradient is that of both terms."""
     settings = dataclasses.replace(PLAIN, data_weight=2.0)
-    run = functools.partial(iteration, WEIGHT, KEY, None, latents=LATENTS)
+    run = functools.partial(training_step, WEIGHT, KEY, None, latents=LATENTS)
     (loss, gradient, _), (more, other, log) = run(), run(settings=settings)
     assert more == pytest.approx(float(loss + 2.0 * log["reconstruction"][0]), rel=1e-6)
     assert np.abs(other - gradient).max() > 1e-4
 
     constant = Mixture(jnp.full((B, N, 1, D // 4, 4), 0.3), jnp.zeros((B, N, 1, 4)), jnp.zeros((B, N, 0, 4)))
-    options = {"settings": settings, "share": None, "latents": LATENTS}
+    options = {"settings": settings, "teacher_share": None, "latents": LATENTS}
     *_, log = jax.jit(lambda: distil(lambda *_: constant, (), teacher, NOISE, KEY, **options))()
     assert log["reconstruction"][0] == pytest.approx(0.5 * np.square(0.3 - (NOISE - LATENTS)).mean(), rel=1e-5)
 
 
-# Times and draws
+@pytest.mark.parametrize("share", [HALF, None])
+def test_a_velocity_of_another_shape_is_refused(share):
+    """[.., N, 1] would broadcast against the states without an error."""
+    with pytest.raises(AssertionError, match="shape"):
+        jax.eval_shape(
+            lambda: distil(
+                keyed, WEIGHT, lambda x, sigma: x[..., :1], NOISE, KEY, settings=SETTINGS, teacher_share=share
+            )
+        )
+
+
+def test_latents_of_another_shape_are_refused():
+    with pytest.raises(AssertionError, match="shape"):
+        distil(keyed, WEIGHT, teacher, NOISE, KEY, settings=SETTINGS, teacher_share=None, latents=LATENTS[:1])
+
+
+# Timesteps and draws
 
 
 timed = jax.jit(visit_times, static_argnames="settings")
@@ -432,26 +447,26 @@ timed = jax.jit(visit_times, static_argnames="settings")
     part=st.floats(0.05, 1),
     window=st.sampled_from([0, 3, 8]),
 )
-def test_times_run_through_the_segment_and_leave_room_for_the_window(seed, share, start, part, window):
+def test_timesteps_stay_in_the_segment_and_leave_room_for_the_window(seed, share, start, part, window):
     settings = dataclasses.replace(SETTINGS, window=window)
     draws = Draws(*(np.random.default_rng(seed).random((B, size), np.float32) for size in (K, 4, 3)))
     start = np.full(B, start, np.float32)
     length = np.float32(part) * start
     room = np.asarray(settings.window_length(length))
-    arrive, leave = map(np.asarray, timed(draws, start, length, settings=settings, share=share))
+    arrive, leave = map(np.asarray, timed(draws, start, length, settings=settings, teacher_share=share))
     assert arrive.shape == leave.shape == (4, B)
     assert (room <= length).all()
     whole = np.concatenate([start[None], np.stack([arrive, leave], 1).reshape(-1, B)])
     assert (np.diff(whole, axis=0) <= 1e-7).all()
     assert (leave[-1] - room >= start - length - 1e-6).all()
-    # The teacher is given the whole of its share, the student the rest but for what it leaves to the end.
+    # The teacher gets its whole share. The student gets the rest, less what it leaves for the end.
     np.testing.assert_allclose((arrive - leave).sum(0), share * (length - room), atol=1e-5)
     np.testing.assert_allclose(
         start - leave[-1], (length - room) * (share + (1 - share) * draws.student.max(-1)), atol=1e-5
     )
 
 
-def test_window_divides_the_segment_in_whole_substeps():
+def test_window_is_whole_substeps_that_divide_the_segment():
     window = Distillation(window=3, substeps=128).window_length
     assert window(jnp.float32(0.5)) == pytest.approx(3 / 128)
     assert window(jnp.float32(0.3)) == pytest.approx(3 * 0.3 / 38)  # 38.4 substeps, of which 38 fit
@@ -489,6 +504,6 @@ def test_teacher_share_falls_to_zero():
         ("teacher_guidance", "none"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(name, value):
+def test_invalid_settings_are_refused(name, value):
     with pytest.raises(UserError, match=name):
         dataclasses.replace(SETTINGS, **{name: value})

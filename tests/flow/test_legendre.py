@@ -1,6 +1,6 @@
-"""The Legendre basis: against numpy's polynomials and quadrature, its properties, and the head that predicts it."""
+"""The Legendre series: against numpy's polynomials and quadrature, its properties, and the head that predicts it."""
 
-# B batch, N tokens, K coefficients, C latent channels, 4 the pixels of a token's patch
+# B batch, N tokens, K coefficients, C latent channels, 4 pixels of a token's patch
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arcflow_jax.errors import UserError
 from arcflow_jax.flow.curve import Span
 from arcflow_jax.flow.legendre import Series, polynomials
 from arcflow_jax.networks.head import LegendreHead, OutputLayer
@@ -90,6 +91,11 @@ def test_arithmetic_is_float32_for_half_precision_coefficients():
     result = series.displacement(SPAN, 0.9, 0.3)
     assert result.dtype == jnp.float32
     np.testing.assert_array_equal(result, upcast.displacement(SPAN, 0.9, 0.3))
+
+
+def test_mode_dropout_is_refused():
+    with pytest.raises(UserError, match="a Series has no modes to drop: set mode_dropout to 0"):
+        random_series(dtype=np.float32).drop_modes(jnp.zeros((2, 5)), 0.1)
 
 
 def test_student_starts_as_its_teacher():

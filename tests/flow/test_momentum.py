@@ -1,6 +1,6 @@
 """The momentum mixture: against quadrature, exact series and the authors' values, and its properties."""
 
-# B batch, N tokens, K modes, C latent channels, 4 the pixels of a token's patch
+# B batch, N tokens, K modes, C latent channels, 4 pixels of a token's patch
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_displacement_is_the_integral_of_velocity(x64, scale, src, a, b):
 
 
 def test_gradient_at_zero_momentum(x64):
-    """d/dg of π·m·e^{g·p}·Δ·φ(g·Δ) at g = 0 is π·m·Δ·(p + Δ/2), for p the way gone before, Δ the way integrated."""
+    """d/dg of π·m·e^{g·p}·Δ·φ(g·Δ) at g = 0 is π·m·Δ·(p + Δ/2), with p = σ_src − σ_a and Δ = σ_a − σ_b."""
     src, a, b = 1.0, 0.8, 0.3
     mixture = random_mixture(scale=0.0)
     gradient = jax.grad(lambda m: displacement(m, src, a, b).sum())(mixture)
@@ -130,7 +130,7 @@ properties = settings(deadline=None, max_examples=30)
 
 @properties
 @given(seeds, scales, levels, levels, levels, levels)
-def test_displacements_add_up_and_turn_around(seed, scale, src, a, b, c):
+def test_displacement_is_additive_and_antisymmetric(seed, scale, src, a, b, c):
     with jax.enable_x64(True):
         mixture = random_mixture(seed, scale=scale)
         there = displacement(mixture, src, a, b)
@@ -155,8 +155,8 @@ def test_velocity_is_the_derivative_of_displacement(seed, scale, src, a, b):
 
 @properties
 @given(seeds, scales, levels, levels, levels)
-def test_mixture_does_not_depend_on_how_it_is_written(seed, scale, src, a, b):
-    """Momentum modes in any order, logits up to a constant at each pixel, a mode split into two of half its weight."""
+def test_equivalent_parameters_give_the_same_displacement(seed, scale, src, a, b):
+    """Modes in any order, logits plus a constant at each pixel, a mode split into two modes of half its weight."""
     with jax.enable_x64(True):
         mixture = random_mixture(seed, scale=scale)
         expected = displacement(mixture, src, a, b)
@@ -166,12 +166,12 @@ def test_mixture_does_not_depend_on_how_it_is_written(seed, scale, src, a, b):
             mixture.logits[:, :, [0, *(1 + order)]] + mixture.means[:, :, :1, 0],
             mixture.log_momenta[:, :, order],
         )
-        split = Mixture(
+        divided = Mixture(
             jnp.concatenate([mixture.means, mixture.means[:, :, -1:]], 2),
             jnp.concatenate([mixture.logits, mixture.logits[:, :, -1:]], 2).at[:, :, -2:].add(-np.log(2)),
             jnp.concatenate([mixture.log_momenta, mixture.log_momenta[:, :, -1:]], 2),
         )
-        for other in (reordered, split):
+        for other in (reordered, divided):
             np.testing.assert_allclose(displacement(other, src, a, b), expected, atol=1e-12 * np.exp(scale))
 
 
@@ -221,8 +221,8 @@ def test_dropped_modes_leave_the_mixture():
     without = Mixture(
         mixture.means[:, :, jnp.array([0, 2])], mixture.logits[:, :, jnp.array([0, 2])], mixture.log_momenta[:, :, 1:]
     )
-    np.testing.assert_allclose(result[0], velocity(without, 1.0, 0.3)[0], rtol=1e-5)  # the second mode is out
-    np.testing.assert_array_equal(result[1], velocity(mixture, 1.0, 0.3)[1])  # all would be out: none is
+    np.testing.assert_allclose(result[0], velocity(without, 1.0, 0.3)[0], rtol=1e-5)  # without the second mode
+    np.testing.assert_array_equal(result[1], velocity(mixture, 1.0, 0.3)[1])  # all would be dropped, so none is
 
 
 def test_nothing_is_dropped_at_rate_zero():
@@ -230,7 +230,7 @@ def test_nothing_is_dropped_at_rate_zero():
     np.testing.assert_array_equal(mixture.drop_modes(jnp.zeros((2, 4)), 0.0).logits, mixture.logits)
 
 
-# What the head predicts
+# Head sizes and initial values
 
 
 def test_head_has_the_published_size():
@@ -240,7 +240,7 @@ def test_head_has_the_published_size():
     assert head_sizes(1, 16) == (64, 4, 0)
 
 
-def test_momenta_start_as_the_authors():
+def test_initial_momenta_are_the_authors():
     theirs = golden.load("06a_flux_student_init")["outputs/proj_out_loggamma.bias"].reshape(3, 4)  # K = 4
     np.testing.assert_allclose(np.broadcast_to(initial_log_momenta(4, (0.2, 4.0))[:, None], (3, 4)), theirs, rtol=2e-6)
     momenta = np.exp(initial_log_momenta(16, (0.2, 4.0)))
@@ -304,7 +304,7 @@ def golden_steps():
 
 @pytest.mark.parametrize("momenta", SETS)
 def test_displacement_is_within_the_authors_clamp(momenta):
-    """They put ±1e-4 for a smaller z; φ' is about ½, so that a mode of theirs is off by half of that at most."""
+    """They replace a |z| below 1e-4 by 1e-4. φ' is about ½ there, so each mode is off by at most half of 1e-4."""
     case, x, steps = golden_steps()
     mixture = golden_mixture(momenta)
     for (src, a, b), theirs in zip(steps, case[f"outputs/x_end_{momenta}"], strict=True):
@@ -329,8 +329,8 @@ def test_displacement_equals_golden_in_float64_with_the_authors_phi(x64, momenta
         assert_close(x - authors_displacement(mixture, src, a, b), golden.tokens(theirs), 1e-12)
 
 
-# The gradient of the authors' quotient loses digits as 1/z: little in "normal", more in "mixed", which has z just
-# above the clamp, and nothing in "tiny", where all z are clamped.
+# The gradient of the authors' quotient loses digits like 1/z: few in "normal", more in "mixed", where some z are just
+# above the clamp, and none in "tiny", where all z are clamped.
 @pytest.mark.parametrize(("momenta", "rtol"), [("normal", 2e-5), ("tiny", 2e-6), ("mixed", 1e-4)])
 def test_gradient_equals_golden_with_the_authors_phi(momenta, rtol):
     case, _, steps = golden_steps()

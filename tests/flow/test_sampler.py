@@ -1,4 +1,4 @@
-"""The samplers, on flows whose trajectories are known."""
+"""The samplers, on flows with known trajectories."""
 
 # B batch, N tokens, D features of a token, K modes
 
@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,7 @@ B, N, D = 2, 3, 8
 NOISE = np.random.default_rng(0).standard_normal((B, N, D)).astype(np.float32)
 
 
-# Data of one Gaussian, N(MEAN, SPREAD²): along the flow x = (1−σ)·mean + √((1−σ)²·spread² + σ²)·ε, ε the noise at σ = 1
+# Gaussian data N(MEAN, SPREAD²). Its flow is x = (1−σ)·mean + √((1−σ)²·spread² + σ²)·ε, where ε is the noise at σ = 1
 
 MEAN, SPREAD = 0.8, 0.5
 
@@ -40,7 +41,7 @@ def test_euler_converges_to_the_exact_trajectory_at_first_order(shift):
     np.testing.assert_allclose(errors[:-1] / errors[1:], 2, rtol=0.1)
 
 
-# x' = rate·x with a rate for each example: a student with the one momentum g = −rate knows it in closed form
+# x' = rate·x, one rate per example: a student with the single log-momentum g = −rate solves it exactly
 
 RATES = jnp.array([0.7, -1.9])[:, None, None]
 
@@ -65,8 +66,8 @@ def test_euler_takes_the_steps_of_its_grid():
     np.testing.assert_allclose(result, NOISE * factors.prod(-1), rtol=2e-6)
 
 
-def test_linear_student_of_a_single_point_arrives_in_one_step():
-    """All trajectories to one datum are straight: x − σ·v is the datum from any σ."""
+def test_linear_student_is_exact_for_a_single_point():
+    """All trajectories to a single point are straight: x − σ·v is that point at any σ."""
     datum = np.linspace(-2, 2, D, dtype=np.float32)
 
     def student(x, sigma):
@@ -78,7 +79,7 @@ def test_linear_student_of_a_single_point_arrives_in_one_step():
         np.testing.assert_allclose(result, np.broadcast_to(datum, NOISE.shape), atol=1e-6)
 
 
-def test_networks_are_called_where_the_segments_begin():
+def test_networks_are_evaluated_where_segments_start():
     def levels(sampler, **kwargs):
         seen = []
 
@@ -96,26 +97,38 @@ def test_networks_are_called_where_the_segments_begin():
     np.testing.assert_allclose(levels(euler, steps=4), euler_grid(4, 3.2)[:4, None].repeat(B, 1), rtol=1e-6)
 
 
-def test_one_network_in_the_program_however_many_steps():
-    for sampler, network in ((sample, exponential_student), (euler, gaussian_teacher)):
-        traced = []
+@pytest.mark.parametrize(
+    ("sampler", "network", "options"),
+    [(sample, exponential_student, {"final_step_ratio": 1.0}), (euler, gaussian_teacher, {})],
+)
+def test_compiled_once_with_one_copy_of_the_network(sampler, network, options):
+    chex.clear_trace_counter()
+    network = chex.assert_max_traces(network, n=2)  # scan may trace its body twice, for any number of steps
 
-        def counted(x, sigma, network=network, traced=traced):
-            traced.append(x.shape)
-            return network(x, sigma)
+    @jax.jit
+    @chex.assert_max_traces(n=1)  # neither the latents nor the shift are compiled in
+    def run(x, shift):
+        return sampler(network, x, steps=9, shift=shift, **options)
 
-        kwargs = {"final_step_ratio": 1.0} if sampler is sample else {}
-        run = jax.jit(
-            lambda x, shift, sampler=sampler, kwargs=kwargs: sampler(counted, x, steps=9, shift=shift, **kwargs)
-        )
-        first = run(NOISE, 1.0)
-        second = run(2 * NOISE, 3.2)
-        assert len(traced) <= 2  # scan may look at its body twice
-        assert run._cache_size() == 1  # neither latents nor shift are baked in
-        assert np.abs(first - second).max() > 0.1
+    first, second = run(NOISE, 1.0), run(2 * NOISE, 3.2)
+    assert np.abs(first - second).max() > 0.1
 
 
-def test_networks_see_and_give_float32():
+def test_networks_that_return_another_shape_are_refused():
+    """[.., N, 1] would broadcast against the latents without an error."""
+    with pytest.raises(AssertionError, match="shape"):
+        euler(lambda x, sigma: x[..., :1], NOISE, steps=2, shift=1.0)
+    with pytest.raises(AssertionError, match="shape"):
+        sample(lambda x, sigma: first_token(exponential_student(x, sigma)), NOISE, steps=2, shift=1, final_step_ratio=1)
+    with pytest.raises(AssertionError, match="rank"):
+        euler(gaussian_teacher, NOISE[0], steps=2, shift=1.0)
+
+
+def first_token(mixture: Mixture) -> Mixture:
+    return jax.tree.map(lambda x: x[:, :1], mixture)
+
+
+def test_latents_are_float32_for_bfloat16_networks():
     def half(x, sigma):
         assert x.dtype == sigma.dtype == jnp.float32
         mixture = exponential_student(x, sigma)

@@ -1,4 +1,4 @@
-"""The time sigma_of, the segments and the Euler grid."""
+"""The timestep shift, the segments and the Euler grid."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ shifts = st.floats(0.25, 8, width=32)
 
 @settings(deadline=None)
 @given(times, times, shifts)
-def test_warp_is_monotone_and_unwarp_undoes_it(t, other, shift):
+def test_sigma_of_is_monotone_and_timestep_of_inverts_it(t, other, shift):
     low, high = sorted([t, other])
     assert 0 <= sigma_of(low, shift) <= sigma_of(high, shift) <= 1
     assert timestep_of(sigma_of(t, shift), shift) == pytest.approx(t, abs=1e-6)
 
 
-def test_warp_keeps_its_ends_and_moves_the_middle():
+def test_sigma_of_keeps_the_ends_and_moves_the_middle():
     sigma = sigma_of(jnp.array([0.0, 0.5, 1.0]), 3.2)
     np.testing.assert_array_equal(sigma[jnp.array([0, 2])], [0.0, 1.0])
     assert sigma[1] == pytest.approx(16 / 21)
     np.testing.assert_array_equal(sigma_of(jnp.linspace(0, 1, 9), 1.0), jnp.linspace(0, 1, 9))
 
 
-def test_warp_equals_the_authors():
+def test_sigma_of_equals_the_authors():
     case = golden.load("02_momentum_integration")
     sigma = sigma_of(case["inputs/raw_t_end"], 3.2)
     np.testing.assert_allclose(sigma, case["outputs/sigma_end_f64"], rtol=1e-14)
@@ -62,7 +62,7 @@ def test_euler_grid_is_the_scheduler_of_diffusers():
 
 
 def test_euler_grid_of_qwen_image_is_stretched():
-    """As its scheduler_config.json and its pipeline in diffusers have it, for 1024² and 4096 tokens."""
+    """With the settings of its scheduler_config.json and diffusers' pipeline, for 1024² pixels, 4096 tokens."""
     pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     config = {"base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "use_dynamic_shifting": True}
@@ -81,7 +81,7 @@ def test_shift_is_an_argument_of_the_compiled_function():
     assert compiled._cache_size() == 1
 
 
-def test_scheduler_shift_is_constant_or_grows_with_the_picture():
+def test_scheduler_shift_is_constant_or_grows_with_the_image():
     assert scheduler_shift({"shift": 3.0}, tokens=4096) == 3.0
     flux = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}  # FLUX.1-dev's
     assert scheduler_shift(flux, tokens=256) == pytest.approx(math.exp(0.5))

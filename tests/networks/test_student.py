@@ -247,7 +247,7 @@ def test_merged_kernel_against_float64(lead, dtype, step):
 
 
 def test_lora_target_that_names_nothing_is_refused():
-    with pytest.raises(UserError, match=r"'transformer_blocks\.mlp\.\*' names no linear layer"):
+    with pytest.raises(UserError, match=r"'transformer_blocks\.mlp\.\*' matches no linear layer"):
         make(dataclasses.replace(LORA, targets=("transformer_blocks.mlp.*",)))
 
 

@@ -151,9 +151,9 @@ def test_each_process_brings_its_part_of_a_batch():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("host:1", 2, None), "go together: give all three"),
+        (("host:1", 2, None), "belong together: give all three"),
         (("host", 2, 0), "--coordinator is 'host', but has to be HOST:PORT"),
-        (("host:1", 2, 2), "--process-id is 2, of --processes 2 it has to be from 0 to 1"),
+        (("host:1", 2, 2), "--process-id is 2, but of 2 processes it has to be 0 to 1"),
     ],
 )
 def test_processes_that_make_no_sense_are_refused(arguments, message):

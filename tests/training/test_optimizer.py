@@ -104,7 +104,7 @@ class Device:
 def test_mesh_fills_in_and_refuses_what_does_not_fit():
     devices = [Device(i) for i in range(8)]
     assert dict(make_mesh((-1, 2, 1, 1), devices).shape) == {"data": 4, "fsdp": 2, "tensor": 1, "sequence": 1}
-    with pytest.raises(UserError, match="data 3 × fsdp 2 × tensor 1 × sequence 1 does not have the size of 8 devices"):
+    with pytest.raises(UserError, match="mesh data=3, fsdp=2 needs 6 devices, but 8 devices are visible"):
         make_mesh((3, 2, 1, 1), devices)
 
 

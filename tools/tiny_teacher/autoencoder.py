@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from arcflow_jax.demo import world as pictures
-from arcflow_jax.networks.vae import Autoencoder
+from arcflow_jax.networks.vae import VAE
 from arcflow_jax.networks.vae_kl import AutoencoderKL, AutoencoderKLConfig
 from tools.tiny_teacher.common import psnr, save_state, train
 
@@ -29,7 +29,7 @@ def new_autoencoder() -> AutoencoderKL:
 
 
 def make_autoencoder(
-    work: Path, new: Callable[[], Autoencoder] = new_autoencoder, steps: int = 4_500, batch: int = 8
+    work: Path, new: Callable[[], VAE] = new_autoencoder, steps: int = 4_500, batch: int = 8
 ) -> None:
     """Mean squared error, a KL term, which keeps detail that no eye sees out of the latents, and one of straightness.
 

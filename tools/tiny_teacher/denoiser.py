@@ -25,7 +25,7 @@ from arcflow_jax.families.family import Network
 from arcflow_jax.families.flux import CLIP, T5
 from arcflow_jax.networks.flux import Flux, FluxConditioning, FluxConfig
 from arcflow_jax.networks.student import ArcModel
-from arcflow_jax.networks.vae import Autoencoder
+from arcflow_jax.networks.vae import VAE
 from arcflow_jax.storage.files import parse_config, read_json
 from arcflow_jax.storage.safetensors import read_folder
 from tools.tiny_teacher import autoencoder, common
@@ -47,7 +47,7 @@ GUIDANCE = (1.0, 3.0)  # the scales that the second stage learns
 CAPTIONS = pictures.all_captions()
 
 
-def encode_pictures(vae: Autoencoder) -> tuple[jax.Array, jax.Array]:
+def encode_pictures(vae: VAE) -> tuple[jax.Array, jax.Array]:
     """Packed tokens [·, 16, 16] of a fixed set of random pictures, and their attributes [·, 5]."""
     graphdef, state = nnx.split(vae)
 
