@@ -85,7 +85,7 @@ def report(model, student, folder) -> dict:
 
 
 def endpoint_errors(model: Path, student: Path, negative: str | None = None) -> np.ndarray:
-    """Mean square distance between the latents that `arcflow sample` makes with student and teacher, for two prompts."""
+    """Mean square distance between what the pipeline makes with student and with teacher, for two prompts."""
     teacher, few = ArcFlowPipeline.from_pretrained(model), ArcFlowPipeline.from_pretrained(model, student)
     rows, columns = teacher.grid(SETTINGS.height, SETTINGS.width)
     conditioning = few.encode(PROMPTS[:2], guidance=2.0, rows=rows, columns=columns)
