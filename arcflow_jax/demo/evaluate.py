@@ -17,7 +17,8 @@ from arcflow_jax.console import progress_bar
 from arcflow_jax.demo.judge import agreement, load_judge
 from arcflow_jax.demo.world import Caption, render
 from arcflow_jax.evaluate.frechet import Moments, frechet_distance
-from arcflow_jax.pipeline import ArcFlowPipeline, Guided
+from arcflow_jax.networks.conditioning import Guided
+from arcflow_jax.pipeline import ArcFlowPipeline
 
 BATCH = 16
 SEED = 1  # of the evaluation's noise

@@ -142,7 +142,7 @@ def export(
     layout = LAYOUTS[benchmark]
     made_with = pipeline.described(**settings)
     if benchmark == "dpg-bench" and (images != 4 or made_with["height"] != made_with["width"]):
-        raise UserError("DPG-Bench's scorer reads four square pictures a prompt")
+        raise UserError("DPG-Bench's scorer reads four square images per prompt")
     description = {
         "benchmark": benchmark,
         "prompts": len(items),
