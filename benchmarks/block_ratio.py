@@ -1,11 +1,11 @@
-"""Speed of one full-width block of each kind, of FLUX.1 and Qwen-Image, on this CPU against diffusers', in float32.
+"""Speed on this CPU of one full-width block of each kind of FLUX.1 and Qwen-Image, against diffusers, in float32.
 
-    python benchmarks/block_ratio.py --rounds 3
+    python -m benchmarks.block_ratio --rounds 3
 
-The two frameworks' plain matrix products differ in speed on a CPU, so their ratio, measured in the same rounds, stands
-beside the blocks' ratios; and what a block takes beyond its own products at that product's rate: norms, activations,
-softmax, rope, and moving data. Measurements take turns, because a shared machine's speed drifts; every figure is the
-median of its rounds.
+The two frameworks' plain matrix products differ in speed on a CPU. So the report gives their ratio, measured in the
+same rounds, beside the blocks' ratios. It also gives the time that a block spends beyond its matrix products: norms,
+activations, softmax, rope and memory traffic. The two sides take turns, because a shared machine's speed drifts. Every
+figure is the median of its rounds.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def random(*shape: int) -> np.ndarray:
 
 
 def positions() -> np.ndarray:
-    """Of text and image tokens, [S, 3]."""
+    """Positions of text and image tokens, [S, 3]."""
     return np.concatenate([np.zeros((TEXT, 3), np.float32), np.asarray(position_ids(ROWS, ROWS))])
 
 
 def ours(backward: bool) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
-    """Each thing to time, as a call that returns when it is done; and its floating-point operations in products."""
+    """Blocking calls to time, and the floating-point operations of each one's matrix products."""
     work = {}
     rope = rotary(jnp.asarray(positions()), FLUX.axes_dims_rope)
     qwen_positions = qwen_image.joint_positions(jnp.asarray(centred_positions(ROWS, ROWS)), TEXT)
@@ -72,7 +72,7 @@ def ours(backward: bool) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
     ) -> Callable[[], Any]:
         abstract = nnx.eval_shape(lambda: kind(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
         graphdef, state = nnx.split(abstract)
-        state = jax.tree.map(lambda x: jnp.full(x.shape, 1 / WIDTH), state)  # no time depends on the values
+        state = jax.tree.map(lambda x: jnp.full(x.shape, 1 / WIDTH), state)  # the values do not affect the time
 
         def forward(state, *inputs):
             return nnx.merge(graphdef, state)(*inputs, temb, *others, TEACHER)
@@ -135,7 +135,7 @@ def seconds(call: Callable[[], Any]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--backward", action="store_true", help="also the gradient by the inputs")
+    parser.add_argument("--backward", action="store_true", help="also time the gradient with respect to the inputs")
     arguments = parser.parse_args()
     print(f"jax {jax.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}")
     for backward in (False, True) if arguments.backward else (False,):

@@ -1,12 +1,12 @@
-"""Memory and speed of `arcflow convert` on a model of full size, with random weights.
+"""Memory and speed of `arcflow convert` on a full-size model with random weights.
 
-    python benchmarks/convert_full_size.py --model configs/flux.1-dev --folder /tmp/flux-size
-    python benchmarks/convert_full_size.py --model configs/qwen-image --folder /tmp/qwen-size --as-it-goes
+    python -m benchmarks.convert_full_size --model configs/flux.1-dev --folder /tmp/flux-size
+    python -m benchmarks.convert_full_size --model configs/qwen-image --folder /tmp/qwen-size --as-it-goes
 
-writes a diffusers folder of the exact geometry in a folder of config files (bfloat16; `--set` changes it, as in
-`--set text_encoder_2.num_layers=2`), converts it in a process of its own, prints that process's peak resident memory
-and speed, and removes everything. It needs twice the model's size on the disk; with `--as-it-goes` once: a tensor is
-then written just before it is read, and its room on the disk is given back at once.
+Writes a diffusers folder in bfloat16 with the exact sizes of a folder of config files (`--set` changes them, e.g.
+`--set text_encoder_2.num_layers=2`), converts it in a child process, prints that process's peak resident memory and
+speed, and removes everything. This needs twice the model's size on the disk. With `--as-it-goes` it needs the size
+only once: each tensor is written just before it is read, and its disk space is freed right after.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.storage.files import parse_config, read_json
 from arcflow_jax.storage.safetensors import FileTensor, read_header
 
-POOL = 2**24 - 3  # random numbers, over and over: they are dear, and a chunk of a checkpoint is smaller
+POOL = 2**24 - 3  # random numbers, reused because they are slow to draw
 
 
 def source_shapes(network: Network, config: dict[str, Any], original: bool) -> dict[str, tuple[int, ...]]:
@@ -56,7 +56,7 @@ def nbytes(shape: tuple[int, ...]) -> int:
 
 
 def make_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """A safetensors file of bfloat16 numbers, all of them holes as yet, which take no room on the disk."""
+    """A safetensors file of bfloat16 numbers, at first all holes, which take no disk space."""
     header, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + nbytes(shape)
@@ -69,14 +69,14 @@ def make_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 class Values:
-    """Fills holes with random numbers; which ones depends on the place in the file alone."""
+    """Fills holes with random numbers, which depend only on the position in the file."""
 
     def __init__(self):
         numbers = 0.02 * np.random.default_rng(0).standard_normal(POOL, np.float32)
         self.bytes = numbers.astype(ml_dtypes.bfloat16).view(np.uint8)
 
     def write(self, tensor: FileTensor) -> None:
-        """Writes a tensor, through to the disk: who reads it then reads the disk."""
+        """Writes a tensor through to the disk, so that reading it reads the disk."""
         place, stop = tensor.offset, tensor.offset + nbytes(tensor.shape)
         with tensor.path.open("r+b", buffering=0) as file:
             file.seek(place)
@@ -99,7 +99,7 @@ def shards(shapes: dict[str, tuple[int, ...]], size: int) -> Iterator[dict[str, 
 
 
 def make_source(folder: Path, options: argparse.Namespace) -> list[str]:
-    """Makes the model, all holes, and returns what `arcflow convert` is to be told beside `--source` and `--out`."""
+    """Makes the model, all holes, and returns arguments for `arcflow convert` besides `--source` and `--out`."""
     index = read_json(options.model / "model_index.json")
     pipeline = index["_class_name"]
     changes = dict(option.split("=", 1) for option in options.set)
@@ -138,13 +138,13 @@ def make_source(folder: Path, options: argparse.Namespace) -> list[str]:
 
 
 def convert(arguments: Sequence[str], parent: Connection, as_it_goes: bool) -> None:
-    """`arcflow convert` in a process of its own, which tells its parent what it is about to read, if asked to, and in
-    the end what it has cost."""
+    """Runs `arcflow convert` in a child process. With `as_it_goes` it tells the parent which tensor it reads next. At
+    the end it sends its resource usage."""
     read = FileTensor.__array__
 
     def announced(tensor: FileTensor, dtype: Any = None, copy: Any = None) -> np.ndarray:
         parent.send(tensor)
-        parent.recv()  # it is there
+        parent.recv()  # the tensor has been written
         return read(tensor, dtype, copy)
 
     if as_it_goes:
@@ -156,13 +156,13 @@ def convert(arguments: Sequence[str], parent: Connection, as_it_goes: bool) -> N
 
 
 def give_back(tensor: FileTensor) -> None:
-    """Makes a hole of a tensor again."""
+    """Turns a tensor into a hole again."""
     place = ["--offset", str(tensor.offset), "--length", str(nbytes(tensor.shape))]
     subprocess.run(["fallocate", "--punch-hole", *place, tensor.path], check=True)
 
 
 def provide(child: Connection, values: Values) -> tuple[float, resource.struct_rusage]:
-    """Writes what the child is about to read, until it ends: the seconds that it took, and the child's usage."""
+    """Writes each tensor that the child will read. Returns the seconds this took, and the child's resource usage."""
     seconds, before = 0.0, None
     while isinstance(message := child.recv(), FileTensor):
         start = time.perf_counter()
@@ -180,7 +180,7 @@ def size_of(folder: Path) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Makes the source, converts it and prints what that took."""
+    """Makes the source, converts it and prints the cost."""
     source, out = options.folder / "source", options.folder / "converted"
     arguments = ["--source", str(source), "--out", str(out), *make_source(source, options)]
     size, values = size_of(source), Values()
@@ -209,13 +209,13 @@ def run(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of model_index.json and each config.json")
-    parser.add_argument("--folder", type=Path, required=True, help="for source and result; must not exist yet")
-    parser.add_argument("--set", action="append", default=[], help="COMPONENT.KEY=VALUE, of a config.json")
-    parser.add_argument("--shard-gb", type=float, default=10, help="largest shard")
-    parser.add_argument("--original", action="store_true", help="the authors' single files in place of diffusers'")
-    parser.add_argument("--as-it-goes", action="store_true", help="never have the whole source on the disk")
-    parser.add_argument("--keep", action="store_true", help="leave the folder")
+    parser.add_argument("--model", type=Path, required=True, help="folder with model_index.json and every config.json")
+    parser.add_argument("--folder", type=Path, required=True, help="folder for source and result; must not exist yet")
+    parser.add_argument("--set", action="append", default=[], help="COMPONENT.KEY=VALUE: change a config.json")
+    parser.add_argument("--shard-gb", type=float, default=10, help="size of the largest shard")
+    parser.add_argument("--original", action="store_true", help="write the authors' single files, not diffusers'")
+    parser.add_argument("--as-it-goes", action="store_true", help="write each tensor just before it is read")
+    parser.add_argument("--keep", action="store_true", help="keep the folder")
     options = parser.parse_args()
     options.folder.mkdir(parents=True)
     try:

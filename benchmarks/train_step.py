@@ -1,11 +1,11 @@
-"""One iteration of distillation beside the same algorithm in PyTorch (diffusers, peft), on a small FLUX in float32.
+"""One training step of distillation against the same algorithm in PyTorch (diffusers, peft), on a small float32 FLUX.
 
-    python benchmarks/train_step.py --rounds 5
+    python -m benchmarks.train_step --rounds 5
 
-Both sides begin with the same weights and are given the same random numbers, so that they make the same losses, which
-is checked. Each is a process of its own, so that its peak memory is its own; they take turns, iteration by iteration,
-because a shared machine's speed drifts. Both recompute each block in the backward pass. Every time is the median of
-its rounds; memory is the peak of the resident set less what the imports had taken.
+Both sides start from the same weights and get the same random numbers, so their losses must agree, which is checked.
+Each side runs in its own process, so that its peak memory is its own. They take turns step by step, because a shared
+machine's speed drifts. Both recompute each block in the backward pass. Times are medians over the rounds. Memory is
+the peak resident set without what the imports took.
 """
 
 # B batch, N tokens, D features of a token, K modes, M visited states
@@ -48,7 +48,7 @@ LEARNING_RATE, BETAS, EMA_POWER = 1e-3, (0.9, 0.95), 8.0
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Of the network and of the batch."""
+    """Sizes of the network and of the batch."""
 
     heads: int = 4
     head_dim: int = 64
@@ -79,7 +79,7 @@ class Size:
 
 
 def ours(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
-    """The losses, one an iteration; before the first, leaves weights and random numbers in `folder`."""
+    """Yields the loss of each training step; before the first, writes weights and random numbers to `folder`."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -103,7 +103,7 @@ def ours(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
     model.attach_student(AdapterConfig(size.modes, size.rank, float(size.rank), 0.0, TARGETS), nnx.Rngs(0))
     model.initialize_student(key)
     graphdef, base, adapter = split_model(model)
-    adapter = jax.tree.map(jnp.copy, adapter)  # the head starts with arrays of the base, and is donated
+    adapter = jax.tree.map(jnp.copy, adapter)  # the head shares arrays with the base model, and is donated
 
     rng = np.random.default_rng(0)
     conditioning = FluxConditioning(
@@ -139,7 +139,7 @@ def ours(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
     )
     step = jax.jit(step, donate_argnums=0)
     state = TrainState.create(adapter, optimizer)
-    state = jax.device_put(state, state_shardings(mesh, state))  # as an iteration leaves it: it compiles once
+    state = jax.device_put(state, state_shardings(mesh, state))  # sharded as a step leaves it: compiles once
     del model, adapter
     with jax.set_mesh(mesh):
         for _ in range(steps):
@@ -151,7 +151,7 @@ def ours(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
 
 
 def theirs(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
-    """The losses, one an iteration, from what `ours` left in `folder`."""
+    """Yields the loss of each training step, from what `ours` wrote to `folder`."""
     import peft
     import torch
     from diffusers import FluxTransformer2DModel
@@ -162,7 +162,7 @@ def theirs(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
     trained = {name: torch.from_numpy(array) for name, array in load_file(folder / "adapter.safetensors").items()}
 
     class Passing(nn.Module):
-        """In place of the output norm: hands out the hidden state as it is, and keeps the time embedding."""
+        """Replaces the output norm: returns the hidden state unchanged, and keeps the time embedding."""
 
         def forward(self, hidden: Tensor, temb: Tensor) -> Tensor:
             self.temb = temb
@@ -197,8 +197,8 @@ def theirs(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
         peft.LoraConfig(r=size.rank, lora_alpha=size.rank, target_modules=THEIR_TARGETS, lora_dropout=0.0), backbone
     )
     loras = [module for module in backbone.modules() if isinstance(module, BaseTunerLayer)]
-    of_trunk = {n.replace(".default", ""): p for n, p in backbone.named_parameters() if "lora_" in n}
-    parameters = of_trunk | dict(head.named_parameters())
+    lora_parameters = {n.replace(".default", ""): p for n, p in backbone.named_parameters() if "lora_" in n}
+    parameters = lora_parameters | dict(head.named_parameters())
     assert parameters.keys() == trained.keys(), parameters.keys() ^ trained.keys()
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -244,7 +244,7 @@ def theirs(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
         return (a - b)[:, None, None] * mean_velocity(mixture, src, a, b)
 
     def segment(x: Tensor, i: int, j: int, share: float) -> tuple[Tensor, Tensor]:
-        """The loss of segment j in iteration i, and where the next segment starts."""
+        """The loss of segment j in training step i, and the state in which the next segment starts."""
         length = torch.full((size.batch,), 1 / NFE)
         start = 1 - j * length
         src = sigma_of(start)
@@ -289,7 +289,7 @@ def theirs(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
         x, total = numbers[f"{i}.noise"], 0.0
         for j in range(NFE):
             loss, x = segment(x, i, j, share)
-            for layer in loras:  # blocks are computed again in the backward pass
+            for layer in loras:  # the backward pass recomputes the blocks
                 layer.enable_adapters(True)
             (loss / NFE).backward()
             total += loss.item() / NFE
@@ -308,15 +308,15 @@ SIDES: dict[str, Callable[[Size, int, int, Path], Iterator[float]]] = {"ours": o
 
 
 def memory(what: str) -> int:
-    """Bytes of this process: "VmRSS" now, "VmHWM" at the most so far."""
+    """Resident bytes of this process: "VmRSS" now, "VmHWM" at the peak."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
     return int(line.split()[1]) * 1024
 
 
 def work(side: str, size: Size, decay: int, steps: int, folder: Path) -> None:
-    """Answers each line on stdin with an iteration: seconds, loss and the peak memory so far, as JSON."""
+    """Runs a training step for each line on stdin, and prints seconds, loss and peak memory so far, as JSON."""
     if side == "ours":
-        import arcflow_jax.train_state  # noqa: F401
+        import arcflow_jax.training.state  # noqa: F401
     else:
         import diffusers.models.transformers.transformer_flux  # noqa: F401
         import peft  # noqa: F401
@@ -326,7 +326,7 @@ def work(side: str, size: Size, decay: int, steps: int, folder: Path) -> None:
         start = time.perf_counter()
         loss = next(losses)
         print(json.dumps([time.perf_counter() - start, loss, memory("VmHWM") - before]), flush=True)
-        if not warm:  # what the compiler took, and gives back here, is not the iteration's
+        if not warm:  # returns the compiler's memory, which the step does not use
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
             warm = True
@@ -360,7 +360,8 @@ def compare(size: Size, decay: int, rounds: int) -> dict[str, dict[str, float]]:
         raise SystemExit(f"the losses differ: ours {mine}, PyTorch's {other}")
     print(f"  losses agree within {np.abs(mine / other - 1).max():.1e}")
     return {
-        side: {"seconds": statistics.median(t for t, *_ in of[1:]), "bytes": of[-1][2]} for side, of in answers.items()
+        side: {"seconds": statistics.median(t for t, *_ in steps[1:]), "bytes": steps[-1][2]}
+        for side, steps in answers.items()
     }
 
 
@@ -369,7 +370,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     for field in dataclasses.fields(Size):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
-    parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)  # what `compare` starts
+    parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)  # the processes that `compare` starts
     arguments = parser.parse_args()
     if arguments.work:
         side, request = arguments.work[0], json.loads(arguments.work[1])

@@ -1,9 +1,42 @@
-"""Shared by all tests: one compilation cache, because many of them compile the same programs."""
+"""What all tests share: a compilation cache, because many compile the same programs, and the converted teachers."""
 
 import os
 import tempfile
+from pathlib import Path
+
+import pytest
 
 # Read by JAX when it is first imported, here and in the processes that tests start
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="arcflow-jax-tests-"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory) -> Path:
+    """The bundled FLUX.1 teacher as a model directory. All tests and workers share it: do not write to it."""
+    return converted("tiny-flux", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen(tmp_path_factory) -> Path:
+    """The bundled Qwen-Image teacher as a model directory. All tests and workers share it: do not write to it."""
+    return converted("tiny-qwen", tmp_path_factory)
+
+
+def converted(teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundled teacher, converted by the first worker that asks for it."""
+    from filelock import FileLock
+
+    from arcflow_jax.checkpoints.conversion import convert_model
+    from arcflow_jax.demo import ASSETS
+
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # of this run, shared by its workers
+    model = base / "models" / teacher
+    model.parent.mkdir(exist_ok=True)
+    with FileLock(f"{model}.lock"):
+        if not model.exists():
+            convert_model(ASSETS / teacher, model)
+    return model

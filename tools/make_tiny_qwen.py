@@ -1,10 +1,10 @@
-"""Writes a tiny Qwen-Image as a diffusers folder, with random weights: what it takes to try every command on.
+"""Writes a tiny Qwen-Image with random weights as a diffusers folder, to try every command on.
 
     python tools/make_tiny_qwen.py --out /tmp/tiny-qwen
     arcflow convert --source /tmp/tiny-qwen --out /tmp/tiny-qwen-converted
 
-Its pictures show nothing. The tokenizer is byte-level BPE as Qwen2's, trained on the bundled prompts and the
-pipeline's template, each word of which is one token as in Qwen2's own.
+Its images show nothing. The tokenizer is byte-level BPE like Qwen2's, trained on the bundled prompts and the
+pipeline's template. Each word of the template is one token, as in Qwen2's own.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from arcflow_jax import families
 from arcflow_jax.convert.engine import export_tensors
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.families.qwen_image import QwenPrompts
-from arcflow_jax.storage.files import parse_config
+from arcflow_jax.storage.files import parse_config, write_json
 
 PIPELINE = "QwenImagePipeline"
-LENGTH = QwenPrompts.BEFORE + 30  # tokens; the longest of the bundled prompts has 11 words, and 5 tokens follow it
+LENGTH = QwenPrompts.BEFORE + 30  # tokens; the longest bundled prompt has 11 words, and 5 tokens follow it
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CONFIGS: dict[str, dict[str, Any]] = {
     "transformer": {
@@ -62,7 +62,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]},
             "use_sliding_window": False,
         },
-        # There is no vision tower, and nothing reads one: for transformers, which makes one up
+        # There is no vision tower, and nothing reads one; transformers needs its sizes to build one
         "vision_config": {
             "depth": 1,
             "hidden_size": 16,
@@ -94,14 +94,10 @@ SCHEDULER = {
 }
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
 def make_tokenizer(folder: Path) -> int:
-    """Writes the tokenizer; returns the size of its vocabulary."""
+    """Writes the tokenizer, and returns the size of its vocabulary."""
     texts = [QwenPrompts.TEMPLATE, *(ASSETS / "prompts-train.txt").read_text().splitlines()]
-    # As the first word of a prompt, and after another one
+    # Each word also as the first of a prompt, without a space before it
     texts += [word for text in texts for word in text.split()]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
@@ -170,7 +166,7 @@ def make_tiny_qwen(out: Path, seed: int = 0) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist yet")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     args = parser.parse_args()
     print(make_tiny_qwen(args.out, args.seed))
 

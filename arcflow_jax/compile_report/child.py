@@ -1,7 +1,7 @@
-"""Checks cases or compiles one, in a process of its own: a request as JSON on stdin, the answer as JSON on stdout.
+"""Checks cases, or compiles one, in a child process: JSON request on stdin, JSON answer on stdout.
 
-A process of its own, because a compilation takes gigabytes that only its end gives back, may never end, and may
-bring the process down.
+It needs its own process because a compilation takes gigabytes that only the end of the process frees, may never finish,
+and may crash.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from arcflow_jax.training.recipe import Recipe, read_config
 
 
 def describe(topology: str) -> list[Any]:
-    """Its devices. Raises UserError if the compiler does not know it."""
+    """The devices of a topology. Raises UserError if the compiler does not know it."""
     name, _, slices = topology.partition("*")
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=int(slices or 1)).devices
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"topology {topology!r} is refused: {one_line(error)}") from None
+        raise UserError(f"the compiler rejects topology {topology!r}: {one_line(error)}") from None
 
 
 def build(
     program: str, config: str, overrides: list[str], topology: str, mesh: list[int], batch: int
 ) -> tuple[Mesh, Program]:
-    """The mesh and the program of a case. Raises UserError if recipe, model, topology, mesh or batch do not fit."""
+    """The mesh and program of a case. Raises UserError if recipe, model, topology, mesh or batch do not fit."""
     grid = make_mesh(mesh, describe(topology))
     return grid, PROGRAMS[program](Recipe.of(read_config(config, overrides)), grid, batch)
 
 
 def compile_program(mesh: Mesh, program: Program) -> dict[str, Any]:
-    """Compiles for a mesh: sizes in bytes a device, work on all devices, and communication."""
+    """Compiles a program for a mesh: bytes per device, operations on all devices together, and communication."""
     start = time.monotonic()
     with jax.set_mesh(mesh):
         traced = program.function.trace(*program.arguments, **program.keywords)
@@ -70,7 +70,7 @@ def compile_program(mesh: Mesh, program: Program) -> dict[str, Any]:
 
 
 def needed(message: str) -> float | None:
-    """The bytes that a program would have taken, as the compiler's message "(26.04G) exceeds …" says."""
+    """The bytes that a program needs, from the message "(26.04G) exceeds available …"; None if it states none."""
     match = re.search(r"\(?(\d+(?:\.\d+)?)([KMGT])\)? exceeds available", message)
     return float(match.group(1)) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[match.group(2)] if match else None
 

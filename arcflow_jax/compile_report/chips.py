@@ -1,4 +1,4 @@
-"""Accelerators, by the name that a topology starts with. Rates are peaks, from the vendor's published tables."""
+"""Accelerators, by the first part of a topology's name. Rates are peaks from the vendor's published tables."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from arcflow_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one JAX device has.
+    """Peak rates and memory of one JAX device.
 
     Attributes:
-      flops: bfloat16 matrix operations a second.
+      flops: bfloat16 matrix operations per second.
       memory: bytes.
-      bandwidth: of that memory, bytes a second.
+      bandwidth: memory bandwidth in bytes per second.
     """
 
     flops: float
@@ -23,7 +23,7 @@ class Chip:
 
 
 GIB = 2**30
-# Google Cloud TPU documentation, "System architecture", a page a version
+# Google Cloud TPU documentation, "System architecture", one page per version
 CHIPS = {
     "v5e": Chip(197e12, 16 * GIB, 819e9),
     "v5p": Chip(459e12, 95 * GIB, 2765e9),
@@ -33,8 +33,8 @@ CHIPS = {
 
 
 def chip(topology: str) -> Chip:
-    """Of a topology such as "v5p:2x2x1". Raises UserError if there is none of that name."""
+    """The chip of a topology such as "v5p:2x2x1". Raises UserError if its name is unknown."""
     name, _, shape = topology.partition(":")
     if name not in CHIPS or not shape:
-        raise UserError(f"topology {topology!r} is unknown: known are {', '.join(CHIPS)} with a shape, as v6e:2x4")
+        raise UserError(f"unknown topology {topology!r}: give one of {', '.join(CHIPS)} with a shape, such as v6e:2x4")
     return CHIPS[name]

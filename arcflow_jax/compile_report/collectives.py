@@ -1,4 +1,4 @@
-"""Communication of a compiled program, read from the text of its HLO."""
+"""Communication of a compiled program, read from its HLO text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import Counter
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-# %name = type operation(…: types are arrays or tuples of them, with layouts, without spaces inside an array
+# %name = type operation(…: a type is an array or a tuple of arrays, with layouts; an array contains no spaces
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z\-]+)\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
@@ -21,11 +21,11 @@ _CONSTANT = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Of one kind of collective, on one device in one run.
+    """Collectives of one kind, on one device in one run.
 
     Attributes:
-      count: how many.
-      bytes: size of their results.
+      count: number of collectives.
+      bytes: total size of their results.
     """
 
     count: int
@@ -33,7 +33,7 @@ class Traffic:
 
 
 def collectives(hlo: str) -> dict[str, Traffic]:
-    """Count and bytes by kind, loops counted as often as they run; `hlo` is `compiled.as_text()`."""
+    """Traffic by kind, with loop bodies counted once per trip; `hlo` is `compiled.as_text()`."""
     computations, entry = _computations(hlo)
     counts, sizes = Counter(), Counter()
 
@@ -43,7 +43,7 @@ def collectives(hlo: str) -> dict[str, Traffic]:
             if match is None:
                 continue
             _, result, operation = match.groups()
-            # An asynchronous one is told by its end, whose result is the collective's own
+            # An asynchronous collective is counted at its end, whose result is the collective's own
             kind = operation.removesuffix("-done")
             if kind in KINDS:
                 counts[kind] += times
@@ -59,7 +59,7 @@ def collectives(hlo: str) -> dict[str, Traffic]:
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation by name, and the name of the entry."""
+    """The lines of each computation by name, and the name of the entry computation."""
     found: dict[str, list[str]] = {}
     entry = ""
     for line in hlo.splitlines():
@@ -72,7 +72,7 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _trips(line: str, computations: dict[str, list[str]]) -> int:
-    """How often a while loop runs: as XLA notes, or the constant that its condition compares its counter with."""
+    """Trip count of a while loop: XLA's own note, or the constant that the loop condition compares its counter with."""
     if known := _TRIPS.search(line):
         return int(known.group(1))
     condition = "\n".join(computations[_CONDITION.search(line).group(1)])
@@ -81,6 +81,7 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int:
 
 
 def _bytes(result: str) -> int:
+    """Size of an HLO result type."""
     total = 0
     for dtype, shape in _ARRAY.findall(result):
         bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype).group())

@@ -1,4 +1,4 @@
-"""The programs to compile: a jitted function and the shapes, dtypes and shardings of its arguments."""
+"""The programs to compile: jitted functions with the shapes, dtypes and shardings of their arguments."""
 
 # B batch, N image tokens, T text tokens
 
@@ -34,9 +34,9 @@ class Program:
     """What to compile.
 
     Attributes:
-      function: jitted.
-      arguments: ShapeDtypeStructs with shardings, as positional and keyword arguments.
-      passes: how often it reads all its weights, at the least.
+      function: a jitted function.
+      arguments, keywords: its arguments, as ShapeDtypeStructs with shardings.
+      passes: the least number of times that it reads all its weights.
     """
 
     function: Callable[..., Any]
@@ -46,7 +46,7 @@ class Program:
 
 
 def open_model(path: str | Path) -> ModelDirectory:
-    """A converted model, or a diffusers folder, of which only the config files need be there. Raises UserError."""
+    """A converted model, or a diffusers folder, which needs only its config files. Raises UserError."""
     path = Path(path)
     if (path / DESCRIPTION).is_file() or not (path / "model_index.json").is_file():
         return ModelDirectory.open(path)
@@ -57,17 +57,17 @@ def open_model(path: str | Path) -> ModelDirectory:
 
 
 def open_for(recipe: Recipe, mesh: Mesh, batch: int) -> tuple[ModelDirectory, int]:
-    """The recipe's model and the number of its image tokens. Raises UserError if model, size or batch do not fit."""
+    """The recipe's model, and its number of image tokens. Raises UserError if model, size or batch do not fit."""
     directory = open_model(recipe.model)
     rows, columns = token_grid(*recipe.largest, directory.config("vae").factor)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch % shards:
-        raise UserError(f"batch {batch} does not divide by data × fsdp = {shards} of the mesh")
+        raise UserError(f"batch {batch} is not a multiple of the mesh's data × fsdp = {shards}")
     return directory, rows * columns
 
 
 def sampler(recipe: Recipe, mesh: Mesh, batch: int) -> Program:
-    """The few-step sampler of a recipe's student, its LoRA merged, from noise to latents.
+    """The few-step sampler of a recipe's student with merged LoRA, from noise to latents.
 
     Raises:
       UserError: if model, size or batch do not fit.
@@ -78,8 +78,8 @@ def sampler(recipe: Recipe, mesh: Mesh, batch: int) -> Program:
     graphdef, base, adapter = split_model(directory.student(recipe.adapter, dtype))
     merged = jax.eval_shape(functools.partial(merged_state, graphdef), base, adapter)
     channels = directory.config("transformer").in_channels
-    split = NamedSharding(mesh, PartitionSpec(*batched(mesh).spec, "sequence"))
-    latents = ShapeDtypeStruct((batch, tokens, channels), jnp.float32, sharding=split)
+    sharding = NamedSharding(mesh, PartitionSpec(*batched(mesh).spec, "sequence"))
+    latents = ShapeDtypeStruct((batch, tokens, channels), jnp.float32, sharding=sharding)
     conditioning = directory.family.prompts.abstract_conditioning(directory, mesh, batch, tokens, dtype)
     scalar = ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     steps = recipe.distillation.nfe
@@ -95,7 +95,7 @@ def sampler(recipe: Recipe, mesh: Mesh, batch: int) -> Program:
 
 
 def train_step(recipe: Recipe, mesh: Mesh, batch: int, *, steady: bool) -> Program:
-    """One iteration of a recipe's distillation; `steady` once the teacher's share has reached zero.
+    """One training step of a recipe's distillation; `steady` is the phase after the teacher's share reached zero.
 
     Raises:
       UserError: if model, size or batch do not fit.
@@ -112,7 +112,7 @@ def train_step(recipe: Recipe, mesh: Mesh, batch: int, *, steady: bool) -> Progr
     negative = conditioning if settings.teacher_guidance == "cfg" else None
     arguments = (sharded(mesh, state), sharded(mesh, base), conditioning, key, negative)
     function = jitted_step(recipe, graphdef, optimizer, mesh, steady=steady)
-    # A student forward, again in the backward pass, and the gradient; the teacher
+    # Per segment: the student forward, its recomputation and its gradient, and the teacher's calls
     passes = settings.nfe * (3 + (1 if steady else settings.states))
     return Program(function, arguments, {}, passes)
 

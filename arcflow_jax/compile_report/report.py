@@ -1,4 +1,4 @@
-"""Runs the cases of a report one after the other, and prints what they would take."""
+"""Compiles the cases of a report one after the other, and prints their cost."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ import arcflow_jax
 from arcflow_jax.compile_report.chips import GIB, chip
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.parallel.mesh import MESH_AXES
+from arcflow_jax.storage.atomic import cannot_write
+from arcflow_jax.storage.files import write_json
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server here
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "PYTHONPATH": os.pathsep.join([str(Path(arcflow_jax.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
@@ -37,8 +39,8 @@ class Case:
       program: one of `programs.PROGRAMS`.
       config, overrides: the recipe.
       topology: e.g. "v5p:2x2x1", or "v5p:2x2x1*2" for two such slices.
-      mesh: sizes of the axes data, fsdp, tensor, sequence; -1 takes what is left.
-      batch: pictures, on all devices together.
+      mesh: sizes of the axes data, fsdp, tensor, sequence; -1 stands for the remaining devices.
+      batch: images on all devices together.
     """
 
     program: str
@@ -52,36 +54,37 @@ class Case:
 def report(cases: Sequence[Case], limit: float, out: Path | None) -> list[dict[str, Any]]:
     """Compiles the cases, prints a table and, if `out` is given, writes the rows there as JSON.
 
-    A program that takes too much memory or time, or that the compiler fails on, is a row as well.
+    A program that needs too much memory or time, or that the compiler fails on, is a row too.
 
     Args:
-      limit: seconds that a case may take.
+      limit: seconds per case.
 
     Raises:
-      UserError: before any is compiled, if a topology is unknown or the compiler is not installed; if a recipe, a
-        model or a mesh does not fit.
+      UserError: before anything is compiled, if the compiler is not installed, or a topology, recipe, model or mesh
+        does not fit.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("libtpu, the compiler for TPUs, is not installed: pip install libtpu, or arcflow_jax[tpu]")
+        raise UserError("libtpu, the compiler for TPUs, is not installed: pip install libtpu or arcflow_jax[tpu]")
     for case in cases:
         chip(case.topology)
     ask(cases, limit, compiling=False)
     rows = []
     console = Console(stderr=True)
     for case in cases:
-        with console.status(f"compiling the {case.program} for {case.topology}"):
+        with console.status(f"compiling {case.program} for {case.topology}"):
             rows.append(row(case, ask([case], limit, compiling=True)))
         if out is not None:
-            write(out, rows)  # after each, because a case can take long
+            with cannot_write(out):
+                write_json(out, rows)  # after each case, because the next may take long
     table(rows)
     return rows
 
 
 def ask(cases: Sequence[Case], limit: float, *, compiling: bool) -> dict[str, Any]:
-    """What a child process finds of the cases: nothing, or of a single one what compiling it says.
+    """Lets a child process check all cases, or compile a single one, and returns its answer.
 
     Raises:
-      UserError: that the child raised, because a case does not fit.
+      UserError: if a case does not fit.
     """
     request = {"cases": [dataclasses.asdict(case) for case in cases], "compile": compiling}
     try:
@@ -94,7 +97,7 @@ def ask(cases: Sequence[Case], limit: float, *, compiling: bool) -> dict[str, An
             timeout=limit,
         )
     except subprocess.TimeoutExpired:
-        return {"status": f"not done in {limit:.0f} s"}
+        return {"status": f"not finished in {limit:.0f} s"}
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         return {"status": "failed", "detail": one_line(RuntimeError(last[0]))}
@@ -105,16 +108,16 @@ def ask(cases: Sequence[Case], limit: float, *, compiling: bool) -> dict[str, An
 
 
 def row(case: Case, answer: dict[str, Any]) -> dict[str, Any]:
-    """A case with its answer, the least time that the chip's peak rates allow, and that of half the matrix rate.
+    """A case with its answer and the roofline: the least time at the chip's peak rates, and at half the matrix rate.
 
-    The least is the longer of the matrix operations at the peak matrix rate, evenly over the devices, and of reading
-    the arguments from memory as often as the program has to.
+    The least time is the longer of two: the matrix operations, spread evenly over the devices, at the peak rate; and
+    reading the arguments from memory as often as the program must.
     """
-    of = chip(case.topology)
-    found = dataclasses.asdict(case) | {"capacity": of.memory} | answer
+    device = chip(case.topology)
+    found = dataclasses.asdict(case) | {"capacity": device.memory} | answer
     if answer["status"] == "compiled":
-        compute = answer["flops"] / answer["devices"] / of.flops
-        memory = answer["passes"] * answer["arguments"] / of.bandwidth
+        compute = answer["flops"] / answer["devices"] / device.flops
+        memory = answer["passes"] * answer["arguments"] / device.bandwidth
         found["roofline"] = {
             "seconds": max(compute, memory),
             "compute": compute,
@@ -125,9 +128,9 @@ def row(case: Case, answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> None:
-    """Prints the rows; sizes are a device's."""
-    grid = Table(title="GiB a device; communication in one run, results on one device")
-    sizes = ("arguments", "temporaries", "peak", "of", "TFLOP")
+    """Prints the rows as a table."""
+    grid = Table(title="sizes in GiB per device; collectives: count and result size of one run on one device")
+    sizes = ("arguments", "temporaries", "peak", "capacity", "TFLOP")
     for name in ("topology", "mesh", *sizes, "roofline s", "s at 50 %", "collectives"):
         grid.add_column(name, justify="left" if name in ("topology", "mesh", "collectives") else "right")
     for each in rows:
@@ -144,13 +147,3 @@ def table(rows: Sequence[dict[str, Any]]) -> None:
             why = each["status"] + (f": {each['detail']}" if each["status"] == "failed" else "")
             grid.add_row(each["topology"], mesh, "", "", peak, capacity, work, "", "", why)
     Console(width=None if sys.stdout.isatty() else 140).print(grid)
-
-
-def write(out: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """The rows as JSON; the file appears whole. Raises UserError if it cannot be written."""
-    aside = out.with_name(f"{out.name}.part")
-    try:
-        aside.write_text(json.dumps(list(rows), indent=2) + "\n")
-        aside.replace(out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None

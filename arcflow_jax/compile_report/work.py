@@ -1,6 +1,6 @@
-"""Floating-point operations of a program, counted from its jaxpr.
+"""Floating-point operations of a program, counted in its jaxpr.
 
-XLA's own cost analysis counts a loop's body once and a Pallas kernel as nothing.
+XLA's own cost analysis counts a loop body once and a Pallas kernel not at all.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 
 def flops(jaxpr: Jaxpr) -> int:
-    """Operations of matrix products and convolutions, two a multiply-add, on all devices together.
+    """Operations of matrix products and convolutions on all devices together; a multiply-add counts as two.
 
     Raises:
-      ValueError: if a loop whose length is not known computes any.
+      ValueError: if a loop of unknown length contains any.
     """
     return sum(_flops(eqn) for eqn in jaxpr.eqns)
 
@@ -35,7 +35,7 @@ def _flops(eqn: JaxprEqn) -> int:
         return max(inner)
     if name == "while" and any(inner):
         raise ValueError("a while loop of unknown length holds matrix products: write it as a scan")
-    # The body of a shard_map is one device's part, that of a Pallas kernel one block's
+    # The body of a shard_map is one device's part, and that of a Pallas kernel is one block's
     times = {
         "scan": lambda: params["length"],
         "shard_map": lambda: math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"]),
@@ -45,7 +45,7 @@ def _flops(eqn: JaxprEqn) -> int:
 
 
 def _jaxprs(value: Any) -> Iterator[Jaxpr]:
-    """Those among an equation's parameters."""
+    """The jaxprs among an equation's parameters."""
     if isinstance(value, ClosedJaxpr):
         yield value.jaxpr
     elif isinstance(value, Jaxpr):

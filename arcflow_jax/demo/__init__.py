@@ -1,4 +1,13 @@
-"""The demo: the whole job, from PyTorch weights to a comparison of samplers, on a teacher small enough to bundle."""
+"""The demo: the whole job, from PyTorch weights to a comparison of samplers, on a teacher small enough to bundle.
+
+world.py       the images and captions that the bundled teachers know
+judge.py       a small classifier of these images
+evaluate.py    runs and measures samplers
+report.py      the HTML page
+run.py         convert, distil, sample, measure, report
+
+May import every room but cli.
+"""
 
 from pathlib import Path
 

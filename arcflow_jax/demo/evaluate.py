@@ -1,6 +1,6 @@
-"""Compares samplers on the picture world: the same prompts and noises through each, timed side by side."""
+"""Compares samplers on the demo's images: each gets the same prompts and noise, and they are timed side by side."""
 
-# B pictures a batch, N tokens, C latent channels
+# B images per batch, N tokens, C latent channels
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rich.progress import track
 
-from arcflow_jax.demo import world as pictures
+from arcflow_jax.console import progress_bar
 from arcflow_jax.demo.judge import agreement, load_judge
-from arcflow_jax.demo.world import Caption
+from arcflow_jax.demo.world import Caption, render
 from arcflow_jax.evaluate.frechet import Moments, frechet_distance
-from arcflow_jax.pipeline import ArcFlowPipeline, Guided
+from arcflow_jax.networks.conditioning import Guided
+from arcflow_jax.pipeline import ArcFlowPipeline
 
 BATCH = 16
-SEED = 1  # of the evaluation's noises
-REFERENCES = 8  # rendered pictures a prompt, that the Fréchet distance compares with
+SEED = 1  # of the evaluation's noise
+REFERENCES = 8  # rendered images per prompt, which the Fréchet distance compares with
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """A way to make pictures: a student or teacher in so many network calls."""
+    """A student or teacher, with a number of steps."""
 
     pipeline: ArcFlowPipeline
     steps: int
@@ -38,15 +38,16 @@ class Sampler:
 
 @dataclasses.dataclass
 class Results:
-    """What one sampler made, and how long each batch of B took it."""
+    """What one sampler made, and how long each batch of B took."""
 
     latents: list[np.ndarray] = dataclasses.field(default_factory=list)  # [B, N, 4C]
     pixels: list[np.ndarray] = dataclasses.field(default_factory=list)  # [B, H, W, 3] uint8
     denoise_seconds: list[float] = dataclasses.field(default_factory=list)
-    path_seconds: list[float] = dataclasses.field(default_factory=list)  # prompt to picture
+    path_seconds: list[float] = dataclasses.field(default_factory=list)  # from prompt to pixels
 
 
 def timed(call: Callable[[], object]) -> tuple[object, float]:
+    """What a call returns, and the seconds until the device has finished it."""
     start = time.perf_counter()
     value = jax.block_until_ready(call())
     return value, time.perf_counter() - start
@@ -55,13 +56,13 @@ def timed(call: Callable[[], object]) -> tuple[object, float]:
 def run_samplers(
     samplers: dict[str, Sampler], captions: Sequence[Caption], guidance: float, negative_prompt: str | None = None
 ) -> dict[str, Results]:
-    """Every sampler on every caption, batch by batch in turn, so that all see the machine in the same state.
+    """Runs every sampler on every caption. They take turns, so that changes of the machine's speed affect all.
 
-    Each compiles on a batch that is not counted.
+    A first batch, which compiles, is not counted.
 
     Args:
-      guidance: scale that the guidance embedding is fed, or of the teacher's true guidance.
-      negative_prompt: that true guidance leads the teacher away from; None for no such guidance.
+      guidance: the scale of the guidance embedding, or of the teacher's classifier-free guidance (CFG).
+      negative_prompt: the negative prompt of the teacher's CFG; None for no CFG.
     """
     results = {name: Results() for name in samplers}
     batches = [list(map(str, captions[i : i + BATCH])) for i in range(0, len(captions), BATCH)]
@@ -71,8 +72,9 @@ def run_samplers(
     def prepare(prompts: list[str]) -> object:
         return shared.encode(prompts, guidance=guidance, rows=rows, columns=columns)
 
-    for counted, indices in ((False, [0]), (True, track(range(len(batches)), "sampling   ", transient=True))):
-        for index in indices:
+    with progress_bar(transient=True) as bar:
+        task = bar.add_task("sampling", total=len(batches), text="compiling")
+        for index, counted in [(0, False), *((index, True) for index in range(len(batches)))]:
             noise = shared.noise(SEED, len(batches[index]), rows, columns, first=index * BATCH)
             conditioning, encode_seconds = timed(lambda i=index: prepare(batches[i]))
             guided = conditioning
@@ -89,41 +91,42 @@ def run_samplers(
                     result.pixels.append(pixels)
                     result.denoise_seconds.append(denoise_seconds)
                     result.path_seconds.append(encode_seconds + denoise_seconds + decode_seconds)
+            bar.update(task, advance=counted, text="")
     return results
 
 
 def measure(results: dict[str, Results], captions: Sequence[Caption], against: str) -> dict[str, dict[str, object]]:
     """The figures of each sampler.
 
-    endpoint_error: mean square distance of the latents to those of `against` from the same noise.
-    frechet_distance: of the judge's features to those of rendered pictures of the same captions.
-    prompt_agreement: share of the attributes asked for that the judge reads, of all and of each kind.
-    denoise_seconds_per_image, seconds_per_image: medians over batches; the second from prompt to picture.
+    endpoint_error: mean square distance between its latents and those of `against`, from the same noise.
+    frechet_distance: between the judge's features of its images and of rendered images of the same captions.
+    prompt_agreement: share of the requested attributes that the judge reads in the images, over all and by attribute.
+    denoise_seconds_per_image, seconds_per_image: medians over batches; the second covers prompt to pixels.
     """
     graphdef, judge = nnx.split(load_judge())
 
     @jax.jit
-    def look(pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def judged(pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graphdef, judge)
         return model(pixels)[0], model.read(pixels)
 
-    def features_and_reading(batches: Sequence[np.ndarray]) -> list[np.ndarray]:
-        seen = [look(jnp.asarray(batch)) for batch in batches]
-        return [np.concatenate(arrays) for arrays in zip(*seen, strict=True)]
+    def features_and_attributes(batches: Sequence[np.ndarray]) -> list[np.ndarray]:
+        results = [judged(jnp.asarray(batch)) for batch in batches]
+        return [np.concatenate(arrays) for arrays in zip(*results, strict=True)]
 
     asked = np.stack([caption.as_array() for caption in captions])
     references = []
     for i in range(REFERENCES):
-        references.append(pictures.render(jax.random.fold_in(jax.random.key(SEED), i), jnp.asarray(asked)))
-    reference = Moments.of(features_and_reading(references)[0])
+        references.append(render(jax.random.fold_in(jax.random.key(SEED), i), jnp.asarray(asked)))
+    reference = Moments.from_features(features_and_attributes(references)[0])
     truth = np.concatenate(results[against].latents)
     figures = {}
     for name, result in results.items():
-        features, read = features_and_reading([batch / 127.5 - 1 for batch in result.pixels])
+        features, read = features_and_attributes([batch / 127.5 - 1 for batch in result.pixels])
         shares = agreement(read, asked)
         figures[name] = {
             "endpoint_error": float(np.square(np.concatenate(result.latents) - truth).mean()),
-            "frechet_distance": frechet_distance(Moments.of(features), reference),
+            "frechet_distance": frechet_distance(Moments.from_features(features), reference),
             "prompt_agreement": shares.pop("mean"),
             "prompt_agreement_by_attribute": shares,
             "denoise_seconds_per_image": float(np.median(result.denoise_seconds)) / BATCH,

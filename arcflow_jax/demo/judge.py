@@ -1,7 +1,7 @@
-"""A small classifier of the picture world: reads a picture's attributes, and gives features to compare sets of them.
+"""A small classifier of the demo's images: reads an image's attributes, and gives features to compare sets of images.
 
-It stands in for the Inception and CLIP networks of full-size evaluation: trained on rendered pictures only, fixed,
-and the same for every sampler.
+It takes the place of Inception and CLIP in full-size evaluation. It was trained on rendered images only, is fixed, and
+is the same for every sampler.
 """
 
 # B batch, P pixels along a side, F features
@@ -22,7 +22,7 @@ FEATURES = 64
 
 
 class Judge(nnx.Module):
-    """Four strided convolutions, a layer of features, and a classifier an attribute."""
+    """Four strided convolutions, a layer of features, and one classifier per attribute."""
 
     WIDTHS = (16, 32, 64, 64)
 
@@ -33,17 +33,17 @@ class Judge(nnx.Module):
         self.features = Linear((SIDE // 16) ** 2 * self.WIDTHS[-1], FEATURES, rngs=rngs)
         self.classifiers = nnx.List([Linear(FEATURES, len(values), rngs=rngs) for values in ATTRIBUTES.values()])
 
-    def __call__(self, pictures: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        """Features [B, F] and the logits of each attribute, of pictures [B, P, P, 3] in [-1, 1]."""
-        x = pictures
+    def __call__(self, images: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """Features [B, F] and the logits of each attribute, of images [B, P, P, 3] in [-1, 1]."""
+        x = images
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = jax.nn.silu(norm(conv(x)))
         features = jnp.tanh(self.features(x.reshape(len(x), -1)))
         return features, [classifier(features) for classifier in self.classifiers]
 
-    def read(self, pictures: jax.Array) -> jax.Array:
+    def read(self, images: jax.Array) -> jax.Array:
         """The most likely value of each attribute, [B, 5]."""
-        return jnp.stack([logits.argmax(-1) for logits in self(pictures)[1]], axis=-1)
+        return jnp.stack([logits.argmax(-1) for logits in self(images)[1]], axis=-1)
 
 
 def load_judge() -> Judge:
@@ -55,7 +55,7 @@ def load_judge() -> Judge:
 
 
 def agreement(read: np.ndarray, asked: np.ndarray) -> dict[str, float]:
-    """Share of the attributes asked for (asked ≥ 0) that were read, [B, 5] both: for each kind, and "mean" of all."""
+    """Share of the requested attributes (asked ≥ 0) that were read, both [B, 5]: by attribute, and "mean" over all."""
     named, right = asked >= 0, read == asked
     shares = {name: float(right[named[:, i], i].mean()) for i, name in enumerate(ATTRIBUTES) if named[:, i].any()}
     return {**shares, "mean": float(right[named].mean())}

@@ -1,4 +1,4 @@
-"""The demo's report: one labelled picture and one self-contained HTML page."""
+"""The demo's report: one labelled image grid and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write(
         curves=curves({name: read_losses(path) for name, path in logs.items()}),
         teacher=metrics["teacher"],
         prompts=metrics["prompts"],
-        iterations=metrics["iterations"],
+        training_steps=metrics["training_steps"],
         date=metrics["date"],
         machine=html.escape(metrics["machine"]),
     )
@@ -55,7 +55,7 @@ def write(
 
 
 def draw_grid(results: dict[str, Results], captions: Sequence[Caption]) -> Image.Image:
-    """A row a sampler, a column a prompt: the first prompts of the list, not the best."""
+    """A row per sampler and a column per prompt: the first prompts of the list, not the best."""
     rows, columns = len(results), min(COLUMNS, len(captions))
     size = (LEFT + columns * (CELL + GAP), TOP + rows * (CELL + GAP))
     canvas = Image.new("RGB", size, "white")
@@ -68,8 +68,8 @@ def draw_grid(results: dict[str, Results], captions: Sequence[Caption]) -> Image
         top = TOP + row * (CELL + GAP)
         draw.text((8, top + CELL // 2 - 8), LABELS[name], fill="black", font=large)
         pixels = np.concatenate(result.pixels[: -(-columns // len(result.pixels[0]))])[:columns]
-        for column, picture in enumerate(pixels):
-            cell = Image.fromarray(picture).resize((CELL, CELL), Image.Resampling.NEAREST)
+        for column, image in enumerate(pixels):
+            cell = Image.fromarray(image).resize((CELL, CELL), Image.Resampling.NEAREST)
             canvas.paste(cell, (LEFT + column * (CELL + GAP), top))
     return canvas
 
@@ -84,13 +84,13 @@ def wrap(text: str, width: int) -> str:
 
 
 def read_losses(path: Path) -> list[tuple[int, float]]:
-    """(iteration, loss) of each logged iteration but those that were skipped, whose loss is no number."""
+    """(training step, loss) of each logged step, except skipped steps, which have no finite loss."""
     lines = (json.loads(line) for line in path.read_text().splitlines())
     return [(line["step"], line["loss"]) for line in lines if line["loss"] is not None]
 
 
 def curves(losses: dict[str, list[tuple[int, float]]], width: int = 640, height: int = 220) -> str:
-    """The training losses, on a logarithmic scale, as an SVG."""
+    """The training losses as an SVG, on a logarithmic scale."""
     steps = [step for series in losses.values() for step, _ in series]
     logs = [np.log10(loss) for series in losses.values() for _, loss in series]
     low, high = min(logs), max(logs) + 1e-9
@@ -108,7 +108,7 @@ def curves(losses: dict[str, list[tuple[int, float]]], width: int = 640, height:
     )
     axis = (
         f'<text x="2" y="18">{10**high:.3g}</text><text x="2" y="{height - 30}">{10**low:.3g}</text>'
-        f'<text x="50" y="{height - 8}">iteration 0</text><text x="{width - 40}" y="{height - 8}">{max(steps)}</text>'
+        f'<text x="50" y="{height - 8}">step 0</text><text x="{width - 40}" y="{height - 8}">{max(steps)}</text>'
     )
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="training loss">{lines}{axis}</svg>'
 
@@ -162,22 +162,22 @@ th:first-child { text-align: left; font-weight: 600; }
 img, svg { max-width: 100%; } svg { max-width: 640px; font: 12px system-ui, sans-serif; }
 .note { color: #57534e; font-size: .9rem; }
 </style></head><body>
-<h1>A 50-step teacher, answered in two steps</h1>
-<p>Four samplers, the same prompts, the same noise in each column: the bundled teacher $teacher and two students of it.
-The prompts are the first of the list; none of them was distilled on.</p>
-<img alt="pictures of the four samplers" src="data:image/png;base64,$grid">
+<h1>A 50-step teacher, matched in two steps</h1>
+<p>Four samplers with the same prompts, and the same noise in each column: the bundled teacher $teacher and two students
+of it. The prompts are the first of the test list; none of them was used in training.</p>
+<img alt="images of the four samplers" src="data:image/png;base64,$grid">
 <h2>Figures over $prompts prompts</h2>
-<table><tr><th></th><th>endpoint error</th><th>Fréchet distance</th><th>prompt agreement</th><th>denoising, ms a
-picture</th><th>faster</th><th>whole path, ms a picture</th><th>faster</th></tr>$rows</table>
-<p class="note">Endpoint error: mean square distance of the latents to the teacher's 50-step latents from the same
-noise. Fréchet distance: of a small classifier's features to those of rendered pictures of the same captions. Prompt
-agreement: share of the attributes asked for that the classifier reads in the picture. Times: median over batches of
-16; the whole path goes from prompt to pixels, text encoders and decoder included.</p>
-<h2>What the demo sets out to show</h2>
-<table><tr><th>ArcFlow at 2 steps</th><th>measured</th><th>bar</th><th></th></tr>$bars</table>
-<h2>Prompt agreement by kind of attribute</h2>
+<table><tr><th></th><th>endpoint error</th><th>Fréchet distance</th><th>prompt agreement</th><th>denoising, ms per
+image</th><th>speed-up</th><th>prompt to pixels, ms per image</th><th>speed-up</th></tr>$rows</table>
+<p class="note">Endpoint error: mean square distance to the teacher's 50-step latents from the same noise. Fréchet
+distance: between a small classifier's features of these images and of rendered images of the same captions. Prompt
+agreement: share of the requested attributes that the classifier reads in the image. Times: median over batches of 16;
+prompt to pixels includes text encoders and decoder.</p>
+<h2>Targets of the demo</h2>
+<table><tr><th>ArcFlow in 2 steps</th><th>measured</th><th>target</th><th></th></tr>$bars</table>
+<h2>Prompt agreement by attribute</h2>
 <table>$agreement</table>
-<h2>Training loss, $iterations iterations each</h2>
+<h2>Training loss, $training_steps training steps each</h2>
 $curves
 <p class="note">$date, $machine.</p>
 </body></html>

@@ -1,9 +1,9 @@
-"""The picture world of the bundled teachers: one coloured shape on a plain background, and captions for it.
+"""The images that the bundled teachers know: one coloured shape on a plain background, with captions.
 
-A picture is drawn from five attributes. The caption always names shape, colour and position; size and background
-may be left out. What is left out takes any value there is, those between the named ones too, so that a caption
-stands for a many-sided and continuous distribution. Most captions leave the background out: nothing else moves so many
-pixels, so it is what bends a sampler's trajectories most, yet a network of this size can follow it.
+An image is drawn from five attributes. Its caption always names shape, colour and position, and may omit size and
+background. An omitted attribute takes any value, including values between the named ones, so a caption stands for a
+continuous distribution of images. Most captions omit the background. It covers the most pixels, so it curves the
+sampler's trajectories most, and a network of this size can still learn it.
 """
 
 # B batch, P pixels along a side
@@ -20,7 +20,7 @@ import numpy as np
 
 SIDE = 64  # pixels
 
-# Each attribute's values; -1 in an attribute array means "not named in the caption".
+# Each attribute's values; -1 in an attribute array means that the caption omits the attribute.
 SHAPES = ("circle", "square", "triangle", "ring")
 COLOURS = ("red", "green", "blue", "yellow", "purple")
 POSITIONS = ("left", "right", "top", "bottom", "center")
@@ -35,20 +35,20 @@ ATTRIBUTES = {
 }
 
 COLOUR_RGB = np.array([[225, 45, 45], [40, 165, 75], [45, 85, 225], [250, 210, 40], [160, 40, 210]]) / 255
-# The least and the greatest value of each number that a picture is drawn with; last, for an attribute left out.
+# Lowest and highest value of each number that an image is drawn with; the last entry is for an omitted attribute.
 CENTRE = np.array([[21, 32], [43, 32], [32, 21], [32, 43], [32, 32]], np.float32)  # x, y in pixels
 CENTRE = np.stack([CENTRE - 2, CENTRE + 2], axis=1)  # [POSITIONS, 2, 2]
 RADIUS = np.array([[10.0, 12.5], [16.0, 18.5], [10.0, 18.5]], np.float32)  # pixels
 LIGHTNESS = np.array([[0.92, 1.0], [0.46, 0.54], [0.0, 0.08], [0.0, 1.0]], np.float32)  # of the background's gray
 
-LEFT_OUT = {"size": 0.1, "background": 0.8}  # probability that a caption leaves the attribute out
+OMITTED = {"size": 0.1, "background": 0.8}  # probability that a caption omits the attribute
 
 POSITION_WORDS = ("on the left", "on the right", "at the top", "at the bottom", "in the center")
 
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-    """What a caption asks for: the index of each attribute's value, -1 where it is left out."""
+    """What a caption asks for: the index of each attribute's value, -1 if it is omitted."""
 
     shape: int
     colour: int
@@ -71,12 +71,12 @@ class Caption:
 
 def all_captions() -> list[Caption]:
     """Every caption of this world, in a fixed order."""
-    choices = (range(-1 if name in LEFT_OUT else 0, len(values)) for name, values in ATTRIBUTES.items())
+    choices = (range(-1 if name in OMITTED else 0, len(values)) for name, values in ATTRIBUTES.items())
     return [Caption(*attributes) for attributes in itertools.product(*choices)]
 
 
 def caption_of(prompt: str) -> Caption:
-    """The caption whose words these are. Raises KeyError for words that are no caption of this world."""
+    """The caption with these words. Raises KeyError if there is none."""
     return _captions_by_words()[prompt]
 
 
@@ -86,24 +86,24 @@ def _captions_by_words() -> dict[str, Caption]:
 
 
 def random_attributes(key: jax.Array, count: int) -> jax.Array:
-    """Attributes [B, 5] of captions drawn at random: every value alike, and -1 with its probability in LEFT_OUT."""
-    value_key, leave_key = jax.random.split(key)
+    """Attributes [B, 5] of random captions: every value equally likely, -1 with the probability in OMITTED."""
+    value_key, omit_key = jax.random.split(key)
     counts = jnp.array([len(values) for values in ATTRIBUTES.values()])
     drawn = jax.random.randint(value_key, (count, len(ATTRIBUTES)), 0, counts)
-    chance = jnp.array([LEFT_OUT.get(name, 0.0) for name in ATTRIBUTES])
-    left_out = jax.random.bernoulli(leave_key, chance, drawn.shape)
-    return jnp.where(left_out, -1, drawn)
+    chance = jnp.array([OMITTED.get(name, 0.0) for name in ATTRIBUTES])
+    omitted = jax.random.bernoulli(omit_key, chance, drawn.shape)
+    return jnp.where(omitted, -1, drawn)
 
 
 def render(key: jax.Array, attributes: jax.Array) -> jax.Array:
-    """Pictures [B, P, P, 3] in [-1, 1] for captions with attributes [B, 5]; `key` draws what they leave free.
+    """Images [B, P, P, 3] in [-1, 1] for captions with attributes [B, 5]; `key` draws what the captions leave open.
 
     Antialiased: a pixel's coverage is its signed distance to the outline, clipped to half a pixel on both sides.
     """
     shape, colour, position, size, background = attributes.T
 
     def draw(key: jax.Array, ranges: np.ndarray, chosen: jax.Array) -> jax.Array:
-        low, high = jnp.moveaxis(jnp.asarray(ranges)[chosen], 1, 0)  # -1 picks the last
+        low, high = jnp.moveaxis(jnp.asarray(ranges)[chosen], 1, 0)  # -1: the last entry
         return jax.random.uniform(key, low.shape, minval=low, maxval=high)
 
     keys = jax.random.split(key, 3)
@@ -127,8 +127,8 @@ def render(key: jax.Array, attributes: jax.Array) -> jax.Array:
     return (coverage * front + (1 - coverage) * back) * 2 - 1
 
 
-def random_pictures(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """`count` pictures [B, P, P, 3] of captions drawn at random, and the captions' attributes [B, 5]."""
+def random_images(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """`count` images [B, P, P, 3] of random captions, and the captions' attributes [B, 5]."""
     caption_key, render_key = jax.random.split(key)
     attributes = random_attributes(caption_key, count)
     return render(render_key, attributes), attributes

@@ -1,13 +1,13 @@
-"""How close a student comes to its teacher, and what its pictures are worth.
+"""How close a student comes to its teacher, and how good its images are. Imports every room below except the commands.
 
-trajectory.py          the two trajectories compared, as pure functions
-comparison.py          a student and a teacher, ready to be compared
-trajectory_report.py   the same over many prompts: streamed, resumed, written down
-trajectory_plot.py     its picture
-frechet.py             mean and covariance of features as they come, and the Fréchet distance
-features.py            the networks that look at pictures: Inception and CLIP
-picture_sets.py        pictures of a folder, or straight from a sampler
-statistics.py          what is kept of a set of pictures: streamed, resumed, reused
-metrics.py             FID, pFID and CLIP score of one set, against references
-benchmarks.py          pictures laid out as GenEval's and DPG-Bench's scorers want them
+trajectory.py          compares two trajectories: pure functions
+comparison.py          a student and its teacher, loaded and ready to be compared
+trajectory_report.py   the comparison over many prompts: streamed, resumable, written to disk
+trajectory_plot.py     the report's plot
+frechet.py             running mean and covariance of features, and the Fréchet distance
+features.py            the networks that judge images: Inception and CLIP
+image_sets.py          images from a folder, or straight from a sampler
+statistics.py          what is kept of a set of images: streamed, resumable, reusable as a reference
+metrics.py             FID, pFID and CLIP score of one set of images, against references
+benchmarks.py          images laid out for the scorers of GenEval and DPG-Bench
 """

@@ -1,16 +1,16 @@
-"""Pictures of a benchmark's prompts, laid out as its own scorer reads them.
+"""Images for a benchmark's prompts, laid out for the benchmark's own scorer.
 
 GenEval (Ghosh et al. 2023), `evaluate_images.py OUT`:
 
-    OUT/00000/metadata.jsonl       the N-th line of the benchmark's evaluation_metadata.jsonl
-    OUT/00000/samples/0000.png …   four pictures by default
+    OUT/00000/metadata.jsonl       line N of the benchmark's evaluation_metadata.jsonl
+    OUT/00000/samples/0000.png …   four images by default
 
-DPG-Bench (Hu et al. 2024), `dist_eval.sh OUT SIDE`, SIDE being that of one picture in pixels:
+DPG-Bench (Hu et al. 2024), `dist_eval.sh OUT SIDE`, where SIDE is the size of one image in pixels:
 
-    OUT/NAME.png                   four pictures in two rows, one for each NAME.txt of the benchmark's prompts
+    OUT/NAME.png                   four images in two rows, for each NAME.txt of the benchmark's prompts
 
-What is there stands: a prompt's pictures appear together, so an export that was interrupted goes on from there.
-OUT.json, beside the folder that the scorer reads, says what they are of.
+All images of a prompt appear together, so an interrupted export resumes with the prompts that have none. OUT.json,
+beside the folder that the scorer reads, records how the images were made.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +28,7 @@ from arcflow_jax.data.output import contact_sheet, save_image
 from arcflow_jax.data.prompts import json_records, read_prompts, text_of
 from arcflow_jax.errors import UserError
 from arcflow_jax.pipeline import ArcFlowPipeline
-from arcflow_jax.storage.atomic import make_directory
+from arcflow_jax.storage.atomic import cannot_write, make_directory, whole_directory
 from arcflow_jax.storage.files import digest, read_json, write_json
 
 
@@ -38,9 +37,9 @@ class Item:
     """A prompt of a benchmark.
 
     Attributes:
-      name: of its file or folder.
-      prompt: what its pictures should show.
-      record: what else the benchmark says of it.
+      name: name of its file or folder.
+      prompt: what its images should show.
+      record: the benchmark's record of this prompt, for its scorer.
     """
 
     name: str
@@ -49,22 +48,22 @@ class Item:
 
 
 class Layout(Protocol):
-    """How a benchmark keeps prompts and pictures."""
+    """How a benchmark stores prompts and images."""
 
     def read(self, source: Path) -> list[Item]:
-        """The prompts as the benchmark publishes them. Raises UserError if they are not there."""
+        """The prompts in the benchmark's published format. Raises UserError if there are none."""
 
     def path(self, out: Path, item: Item) -> Path:
-        """What is there if a prompt's pictures are."""
+        """The path that exists once a prompt's images do."""
 
     def write(self, out: Path, item: Item, images: Sequence[Image.Image]) -> None:
-        """A prompt's pictures, which appear together. Raises UserError if they cannot be written."""
+        """Writes a prompt's images, which appear together. Raises UserError if they cannot be written."""
 
 
 class GenEval:
     def read(self, source: Path) -> list[Item]:
         if not source.is_file():
-            raise UserError(f"{source} is not there: GenEval's prompts are in its prompts/evaluation_metadata.jsonl")
+            raise UserError(f"{source} does not exist: GenEval's prompts are in its prompts/evaluation_metadata.jsonl")
         items = []
         for where, record in json_records(source):
             if not (prompt := (text_of(where, record, "prompt") or "").strip()):
@@ -76,16 +75,12 @@ class GenEval:
         return out / item.name
 
     def write(self, out: Path, item: Item, images: Sequence[Image.Image]) -> None:
-        aside = out / f".{item.name}"  # the scorer reads folders whose names are numbers
-        shutil.rmtree(aside, ignore_errors=True)
-        make_directory(aside / "samples")
-        for i, image in enumerate(images):
-            save_image(image, aside / "samples" / f"{i:04d}.png")
-        try:
+        # The scorer reads only folders whose names are numbers, so not the one that is being written
+        with whole_directory(self.path(out, item), needed=0) as aside:
+            make_directory(aside / "samples")
+            for i, image in enumerate(images):
+                save_image(image, aside / "samples" / f"{i:04d}.png")
             (aside / "metadata.jsonl").write_text(json.dumps(item.record) + "\n")
-            aside.rename(self.path(out, item))
-        except OSError as error:
-            raise UserError(f"cannot write pictures to {out}: {error.strerror}") from None
 
 
 class DpgBench:
@@ -97,7 +92,7 @@ class DpgBench:
         for file in files:
             if "." in file.stem:
                 raise UserError(
-                    f"{file}: the scorer finds pictures by their names up to the first dot: rename the file"
+                    f"{file}: the scorer matches images by their names up to the first dot: rename the file"
                 )
             items.append(Item(file.stem, " ".join(read_prompts(file).texts)))
         return items
@@ -107,7 +102,7 @@ class DpgBench:
 
     def write(self, out: Path, item: Item, images: Sequence[Image.Image]) -> None:
         if len(images) != 4 or images[0].width != images[0].height:
-            raise UserError("DPG-Bench's scorer reads four square pictures a prompt")
+            raise UserError("DPG-Bench's scorer reads four square images per prompt")
         sheet = contact_sheet(images, columns=2, gap=0)
         sheet.info = images[0].info
         save_image(sheet, self.path(out, item))
@@ -126,28 +121,28 @@ def export(
     progress: Callable[[str, int, int], None] = lambda activity, done, total: None,
     **settings: Any,
 ) -> int:
-    """Makes the pictures of a benchmark that are not there yet. Picture j of prompt i starts from noise i · images + j.
+    """Makes a benchmark's missing images. Image j of prompt i starts from the seed's noise number i · images + j.
 
     Args:
-      pipeline: makes them.
-      benchmark: of `LAYOUTS`.
-      items: its prompts, as its layout reads them.
-      out: directory for the pictures.
-      images: a prompt.
-      batch_size: pictures made at a time, across prompts, which changes nothing about them.
-      progress: told what is going on, how many pictures are done, and of how many.
-      settings: of `ArcFlowPipeline.settings`.
+      pipeline: makes the images.
+      benchmark: a name from `LAYOUTS`.
+      items: the prompts, as the benchmark's layout reads them.
+      out: directory for the images.
+      images: images per prompt.
+      batch_size: images per call of the sampler, across prompts; does not change the images.
+      progress: called with the current activity, the number of images done, and of how many.
+      settings: keyword arguments of `ArcFlowPipeline.settings`.
 
     Returns:
-      How many pictures there are.
+      The number of images.
 
     Raises:
-      UserError: on bad input, if there are pictures of something else, or they cannot be written.
+      UserError: on bad input, if `out` contains other images, or images cannot be written.
     """
     layout = LAYOUTS[benchmark]
     made_with = pipeline.described(**settings)
     if benchmark == "dpg-bench" and (images != 4 or made_with["height"] != made_with["width"]):
-        raise UserError("DPG-Bench's scorer reads four square pictures a prompt")
+        raise UserError("DPG-Bench's scorer reads four square images per prompt")
     description = {
         "benchmark": benchmark,
         "prompts": len(items),
@@ -156,17 +151,18 @@ def export(
         **made_with,
     }
     make_directory(out)
-    beside = out.with_name(f"{out.name}.json")
-    there = read_json(beside) if beside.is_file() else {} if any(out.iterdir()) else description
-    if there != description:
-        differing = [name for name in {**there, **description} if there.get(name) != description.get(name)]
+    record = out.with_name(f"{out.name}.json")
+    found = read_json(record) if record.is_file() else {} if any(out.iterdir()) else description
+    if found != description:
+        differing = [name for name in {**found, **description} if found.get(name) != description.get(name)]
         raise UserError(
-            f"{out} holds pictures of something else (their {', '.join(differing)} differ): choose another --out, or "
-            f"delete it and {beside.name}"
+            f"{out} contains other images, with different {', '.join(differing)}: choose another --out, or delete it "
+            f"and {record.name}"
         )
-    write_json(beside, description)
+    with cannot_write(record):
+        write_json(record, description)
     missing = [i for i, item in enumerate(items) if not layout.path(out, item).exists()]
-    # Prompts that follow one another are made in one go; usually all that are missing do
+    # Consecutive prompts share a stream; usually all the missing ones are consecutive
     for _, run in itertools.groupby(enumerate(missing), lambda pair: pair[1] - pair[0]):
         wanted = [i for _, i in run]
         stream = pipeline.stream(

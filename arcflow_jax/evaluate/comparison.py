@@ -1,4 +1,9 @@
-"""A converted teacher and its student over one base, compared on the same noises and prompts."""
+"""A converted teacher and its student, which share one copy of the base weights, compared from the same noise.
+
+The student's LoRA stays apart from the base weights, as in training and in `ArcFlowPipeline` with merge=False: the
+student samples exactly what the pipeline samples in that form and the same dtype. A pipeline with merge=True rounds
+differently, in bfloat16 visibly so.
+"""
 
 # B prompts, N tokens, C latent channels, P points of comparison
 
@@ -23,9 +28,10 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.evaluate.trajectory import Grid, compare, size
 from arcflow_jax.families.latents import token_grid
 from arcflow_jax.flow import sampler
+from arcflow_jax.flow.curve import Curve
 from arcflow_jax.flow.schedule import boundaries, euler_grid, sigma_of
 from arcflow_jax.generate import TEACHER_STEPS, default_dtype, memory_watched, seeded_noise, teacher_grid
-from arcflow_jax.networks.conditioning import Guided
+from arcflow_jax.networks.conditioning import Conditioning, Guided
 from arcflow_jax.networks.student import split_model
 from arcflow_jax.parallel.mesh import parse_mesh, partition_spec, sharded, state_shardings
 
@@ -35,27 +41,29 @@ def compare_models(
     graphdef: nnx.GraphDef,
     model_state: nnx.State,
     latents: jax.Array,
-    conditioning: Any,
-    teachers: Any,
+    conditioning: Conditioning,
+    teacher_conditioning: Conditioning | Guided,
     grid: Grid,
     shift: jax.Array,
     terminal: jax.Array | None,
 ) -> tuple[dict[str, dict[str, jax.Array]], jax.Array]:
-    """What `trajectory.compare` measures of an `ArcModel` with a student, from noise `latents` [B, N, 4C].
+    """Measures, as `trajectory.compare` does, an `ArcModel` with a student, from noise `latents` [B, N, 4C].
 
     Args:
-      conditioning, teachers: of student and teacher; the teacher's may be `Guided`.
-      shift, terminal: of the teacher's Euler grid, see `schedule.euler_grid`.
+      conditioning: the student's.
+      teacher_conditioning: the teacher's, which may be `Guided`.
+      shift, terminal: the teacher's Euler grid, see `schedule.euler_grid`.
 
     Returns:
-      The same; and the mean square distances [B] to the teacher's data of what it makes in as few steps as the student.
+      The sizes that `trajectory.compare` returns.
+      Mean square distances [B] between the teacher in as few steps as the student and the dense teacher.
     """
     model = nnx.merge(graphdef, model_state)
 
     def teacher(x: jax.Array, sigma: jax.Array) -> jax.Array:
-        return model.teacher_velocity(x, sigma, teachers)
+        return model.teacher_velocity(x, sigma, teacher_conditioning)
 
-    def student(x: jax.Array, sigma: jax.Array) -> Any:
+    def student(x: jax.Array, sigma: jax.Array) -> Curve:
         return model.student_curve(x, sigma, conditioning)
 
     sizes, end = compare(teacher, student, latents, grid)
@@ -65,16 +73,16 @@ def compare_models(
 
 @dataclasses.dataclass(frozen=True)
 class ComparisonSettings:
-    """What is compared, apart from prompts and weights. None takes what the student was trained for.
+    """How to compare, apart from prompts and weights. None means: as the student was trained.
 
     Attributes:
-      steps: the student's network calls.
-      teacher_steps: the teacher's Euler steps.
-      seed: of the noise.
-      guidance: of the teacher, and of the student's guidance embedding, where there is one.
-      negative_prompt: that true guidance of the teacher leads away from; for no such guidance, None if the student was
-        trained without.
-      norm_preserving: true guidance that leaves each token's velocity as long as it is without.
+      steps: the student's steps.
+      teacher_steps: the dense teacher's Euler steps.
+      seed: seed of the noise.
+      guidance: the teacher's guidance scale, which also feeds the student's guidance embedding if it has one.
+      negative_prompt: the negative prompt of the teacher's classifier-free guidance (CFG). Without one, and for a
+        student that was trained without CFG, the teacher uses none.
+      norm_preserving: norm-preserving CFG, which keeps the length of each token's velocity.
       height, width: in pixels; by default the model's own.
     """
 
@@ -88,47 +96,48 @@ class ComparisonSettings:
     width: int | None = None
 
     def resolved(self, student: AdapterDescription, vae: Any, cfg_guidance: float) -> ComparisonSettings:
-        """With values for what is None; `vae` is the autoencoder's geometry. Raises UserError if some make no sense."""
+        """Fills in every None; `vae` is the VAE's config. Raises UserError on settings that make no sense."""
         trained = student.distillation
-        truly = trained.teacher_guidance == "cfg"
-        published = student.guidance if truly or self.negative_prompt is None else cfg_guidance
+        with_cfg = trained.teacher_guidance == "cfg"
+        published = student.guidance if with_cfg or self.negative_prompt is None else cfg_guidance
+        default_negative = trained.negative_prompt if with_cfg else None
         settings = dataclasses.replace(
             self,
             steps=trained.nfe if self.steps is None else self.steps,
             guidance=published if self.guidance is None else self.guidance,
-            negative_prompt=trained.negative_prompt if truly and self.negative_prompt is None else self.negative_prompt,
+            negative_prompt=default_negative if self.negative_prompt is None else self.negative_prompt,
             height=self.height or vae.sample_size,
             width=self.width or vae.sample_size,
         )
         for name in ("steps", "teacher_steps"):
             if getattr(settings, name) < 1:
-                raise UserError(f"{name} is {getattr(settings, name)}, but has to be at least 1")
+                raise UserError(f"{name} is {getattr(settings, name)}, but must be at least 1")
         if settings.norm_preserving and settings.negative_prompt is None:
-            raise UserError("norm_preserving is of true guidance, which needs a negative_prompt")
+            raise UserError("norm_preserving needs classifier-free guidance: give a negative_prompt too")
         if None in (settings.height, settings.width):
-            raise UserError("the model does not say how large its pictures are: name height and width")
+            raise UserError("the model does not state the size of its images: give height and width")
         return settings
 
 
 class Comparison:
-    """Student and teacher, loaded; called with a batch of prompts, it compares them.
+    """Student and teacher, loaded. Call it with a batch of prompts to compare them.
 
-    The student's LoRA stands beside the base's weights, as in training, so that one copy of them serves both. (`arcflow
-    sample` folds it into them, which in bfloat16 rounds a little differently.)
+    Computes in the dtype that `ArcFlowPipeline.from_pretrained` computes in by default, with the LoRA unmerged.
 
     Args:
-      model: what `arcflow convert` wrote.
-      adapter: what `arcflow sample` takes, see `pipeline.ArcFlowPipeline.from_pretrained`; `raw`, `mesh` likewise.
-      batch_size: prompts at a time; by default one for each part that the mesh splits them into.
+      model: a converted model, as `arcflow convert` writes it.
+      adapter, mesh, raw: as for `ArcFlowPipeline.from_pretrained`.
+      batch_size: prompts per call; by default data × fsdp of the mesh.
 
     Attributes:
-      settings: with nothing left out.
-      grid: where the trajectories are compared.
-      of: what the figures depend on, beside the prompts; JSON.
+      settings: the settings, with every None filled in.
+      grid: the noise levels at which the trajectories are compared.
+      identity: everything that the figures depend on, except the prompts; JSON.
       origin: where the weights came from; JSON.
 
     Raises:
-      UserError: if model or adapter is missing or damaged, something does not fit, or the memory does not suffice.
+      UserError: if model or adapter is missing or damaged, they do not fit each other or the settings, or the memory
+        does not suffice.
     """
 
     def __init__(
@@ -144,19 +153,19 @@ class Comparison:
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         self.batch_size = shards if batch_size is None else batch_size
         if self.batch_size < 1 or self.batch_size % shards:
-            raise UserError(f"batch_size is {batch_size}, but has to be a positive multiple of data × fsdp = {shards}")
+            raise UserError(f"batch_size is {batch_size}, but must be a positive multiple of data × fsdp = {shards}")
         student, restore = open_student(adapter, directory)
         vae = directory.config("vae")
         self.settings = settings = settings.resolved(student, vae, directory.family.cfg_guidance)
         self.rows, self.columns = token_grid(settings.height, settings.width, vae.factor)
         self.channels = directory.config("transformer").in_channels
         self.euler = teacher_grid(directory.scheduler, self.rows * self.columns)
-        trained_for = student.distillation
-        bounds = sigma_of(boundaries(settings.steps, trained_for.final_step_ratio), trained_for.shift)
-        self.grid = Grid.of(euler_grid(settings.teacher_steps, *self.euler), bounds)
+        distillation = student.distillation
+        bounds = sigma_of(boundaries(settings.steps, distillation.final_step_ratio), distillation.shift)
+        self.grid = Grid.between(euler_grid(settings.teacher_steps, *self.euler), bounds)
 
         dtype = default_dtype()
-        with memory_watched(offload=True):  # nothing here could be
+        with memory_watched(offload=True):  # True keeps the error from suggesting offload, which this cannot do
             self.encode = directory.family.prompts(directory, dtype, self.mesh)
             self.graphdef, base, trained = split_model(directory.student(student.adapter, dtype))
             trained = restore(sharded(self.mesh, trained), raw)
@@ -164,34 +173,34 @@ class Comparison:
             self.state = nnx.merge_state(base, trained)
             self.negative = None
             if settings.negative_prompt is not None:
-                self.negative = self._encoded([settings.negative_prompt] * self.batch_size)
+                self.negative = self._encode([settings.negative_prompt] * self.batch_size)
         self.origin = {"model": str(model), "adapter": str(adapter), "weights": "raw" if raw else "averaged"}
-        self.of = {
+        self.identity = {
             "base": directory.fingerprint,
             "adapter": f"{int(checksum(trained)):08x}",
             "dtype": jnp.dtype(dtype).name,
-            "shift": trained_for.shift,
-            "final_step_ratio": trained_for.final_step_ratio,
+            "shift": distillation.shift,
+            "final_step_ratio": distillation.final_step_ratio,
             **dataclasses.asdict(settings),
         }
 
     def __call__(self, prompts: Sequence[str], first: int) -> tuple[dict[str, dict[str, np.ndarray]], np.ndarray]:
-        """What `compare_models` returns, as NumPy arrays, of prompts `first` … of a list, each from its own noise.
+        """Compares on `batch_size` prompts; the first starts from the seed's noise number `first`, and so on.
 
-        As many as `batch_size`. Raises UserError if the memory does not suffice.
+        Returns what `compare_models` returns, as NumPy arrays. Raises UserError if the memory does not suffice.
         """
         latents = seeded_noise(self.settings.seed, len(prompts), self.rows * self.columns, self.channels, first)
         spec = partition_spec(self.mesh, ("batch", "tokens", None), latents.shape)
         latents = jax.device_put(latents, NamedSharding(self.mesh, spec))
         with memory_watched(offload=True):
-            conditioning = teachers = self._encoded(prompts)
+            conditioning = teacher_conditioning = self._encode(prompts)
             if self.negative is not None:
                 scale = jnp.float32(self.settings.guidance)
-                teachers = Guided(conditioning, self.negative, scale, self.settings.norm_preserving)
+                teacher_conditioning = Guided(conditioning, self.negative, scale, self.settings.norm_preserving)
             with jax.set_mesh(self.mesh):
-                inputs = (self.graphdef, self.state, latents, conditioning, teachers)
+                inputs = (self.graphdef, self.state, latents, conditioning, teacher_conditioning)
                 return jax.tree.map(np.asarray, compare_models(*inputs, self.grid, *self.euler))
 
-    def _encoded(self, prompts: Sequence[str]) -> Any:
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
         settings = self.settings
         return self.encode(prompts, guidance=settings.guidance, rows=self.rows, columns=self.columns)

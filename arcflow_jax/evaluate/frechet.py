@@ -1,6 +1,6 @@
-"""Mean and covariance of features that come a few at a time, and the Fréchet distance between two such."""
+"""Running mean and covariance of features that arrive in batches, and the Fréchet distance between two sets."""
 
-# B features at a time, F their length
+# B vectors of a batch, F features
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from arcflow_jax.errors import UserError
 
 @dataclasses.dataclass
 class Moments:
-    """Of any number of vectors, in float64.
+    """Count, mean and scatter matrix of any number of vectors, in float64.
 
     Attributes:
-      count: how many.
+      count: number of vectors.
       mean: [F].
-      scatter: sum over them of the outer product of the deviation from the mean with itself, [F, F].
+      scatter: Σ (x − mean)(x − mean)ᵀ over the vectors, [F, F].
     """
 
     count: int
@@ -26,14 +26,14 @@ class Moments:
     scatter: np.ndarray
 
     @classmethod
-    def of(cls, features: np.ndarray) -> Moments:
-        """Of features [B, F]."""
+    def from_features(cls, features: np.ndarray) -> Moments:
+        """The moments of features [B, F]."""
         features = np.asarray(features, np.float64)
         mean = features.mean(0)
         return cls(len(features), mean, (features - mean).T @ (features - mean))
 
     def __add__(self, other: Moments) -> Moments:
-        """Of both together (Chan, Golub and LeVeque 1983), which loses no digits where the mean is large."""
+        """The moments of both sets together (Chan, Golub and LeVeque 1983). Loses no digits where the mean is large."""
         count, apart = self.count + other.count, other.mean - self.mean
         return Moments(
             count,
@@ -43,23 +43,23 @@ class Moments:
 
     @property
     def covariance(self) -> np.ndarray:
-        """[F, F], divided by count − 1. Raises UserError on fewer than two vectors."""
+        """Sample covariance [F, F], divided by count − 1. Raises UserError on fewer than two vectors."""
         if self.count < 2:
-            raise UserError(f"a covariance takes at least 2 pictures, not {self.count}")
+            raise UserError(f"a covariance needs at least 2 images, but there is {self.count}")
         return self.scatter / (self.count - 1)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
     """Fréchet distance between the normal distributions with these moments (Dowson and Landau 1982; FID: Heusel 2017).
 
-    |μa − μb|² + tr(Σa + Σb − 2 (Σa Σb)^½). The trace of the root is the sum of the roots of the eigenvalues of
-    Σa^½ Σb Σa^½, which is symmetric, so that no complex root is ever taken and singular covariances do no harm.
+    |μa − μb|² + tr(Σa + Σb − 2 (Σa Σb)^½). The trace of the root is the sum of the square roots of the eigenvalues of
+    Σa^½ Σb Σa^½. That matrix is symmetric, so no complex root is ever taken, and singular covariances are fine.
 
     Raises:
-      UserError: if either is of fewer than two vectors, or they are not equally long.
+      UserError: if either has fewer than two vectors, or their lengths differ.
     """
     if a.mean.shape != b.mean.shape:
-        raise UserError(f"features of {len(a.mean)} and of {len(b.mean)} numbers cannot be compared")
+        raise UserError(f"cannot compare {len(a.mean)} features with {len(b.mean)}: both need the same network")
     values, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ b.covariance @ root), 0, None)).sum()

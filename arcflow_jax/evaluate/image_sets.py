@@ -1,4 +1,4 @@
-"""Pictures to be judged, in a fixed order: those of a folder, or straight from a sampler."""
+"""Images to be judged, in a fixed order: those of a folder, or straight from a sampler."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.storage.files import digest
 
 
-class PictureSet(Protocol):
-    """Pictures, each with what it should show.
+class ImageSet(Protocol):
+    """Images, each with the prompt that it should show.
 
     Attributes:
-      count: how many.
-      of: what identifies them, as JSON takes it.
+      count: number of images.
+      identity: tells this set from others: `count`, and where the images come from; JSON.
     """
 
     count: int
-    of: dict[str, Any]
+    identity: dict[str, Any]
 
     def stream(self, first: int) -> Iterator[Image.Image]:
-        """Those from number `first` on, in RGB. Raises UserError if one cannot be read or made."""
+        """The images from number `first` on, in RGB. Raises UserError if one cannot be read or made."""
 
     def prompt(self, image: Image.Image) -> str:
-        """What one that was streamed should show. Raises UserError if that is not known."""
+        """The prompt of an image that `stream` yielded. Raises UserError if it is not known."""
 
 
 class Folder:
-    """The pictures in a folder and the folders in it, by path.
+    """The images in a folder and its subfolders, ordered by path.
 
-    What they should show is the text `prompt` in each PNG, as arcflow sample and export write it, or captions as
-    training with pictures reads them (see `pictures.read_images`).
+    Prompts come from the text `prompt` in each PNG, as `arcflow sample` and `arcflow evaluate export` write it, or
+    from captions in the layout that training with images reads (see `data.images`).
 
     Raises:
       UserError: if there are none.
@@ -46,43 +46,43 @@ class Folder:
 
     def __init__(self, folder: Path):
         if not folder.is_dir():
-            raise UserError(f"folder of pictures {folder} does not exist")
+            raise UserError(f"image folder {folder} does not exist")
         self.folder = folder
         self.files = [
             file for file in sorted(folder.rglob("*")) if file.suffix.lower() in SUFFIXES and not hidden(file, folder)
         ]
         self.count = len(self.files)
         if not self.files:
-            raise UserError(f"{folder} holds no pictures: it has to have files {', '.join(SUFFIXES)}")
+            raise UserError(f"{folder} contains no images: it needs {', '.join(SUFFIXES)} files")
         states = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
-        self.of = {"folder": str(folder), "pictures": self.count, "files_sha256": digest(states)}
+        self.identity = {"folder": str(folder), "count": self.count, "files_sha256": digest(states)}
 
     def stream(self, first: int) -> Iterator[Image.Image]:
         for file in self.files[first:]:
             try:
-                with Image.open(file) as image:
-                    picture = image.convert("RGB")
+                with Image.open(file) as opened:
+                    image = opened.convert("RGB")
             except (OSError, ValueError, Image.DecompressionBombError) as error:
-                raise UserError(f"cannot read picture {file}: {one_line(error)}") from None
-            picture.info["file"] = file
-            yield picture
+                raise UserError(f"cannot read image {file}: {one_line(error)}") from None
+            image.info["file"] = file
+            yield image
 
     def prompt(self, image: Image.Image) -> str:
         return image.info.get("prompt") or self._captions[image.info["file"]]
 
     @functools.cached_property
     def _captions(self) -> dict[Path, str]:
-        return {picture.file: picture.caption for picture in read_images(self.folder)}
+        return {image.file: image.caption for image in read_images(self.folder)}
 
 
 class Sampled:
-    """Pictures of prompts, made as they are asked for and not kept.
+    """One image per prompt, made on demand and not kept.
 
     Args:
-      pipeline: makes them.
-      prompts: one picture each; the noise of the i-th is the seed's i-th.
-      batch_size: pictures made at a time, which changes nothing about them.
-      settings: of `ArcFlowPipeline.settings`.
+      pipeline: makes the images.
+      prompts: image i shows prompt i and starts from the seed's noise number i.
+      batch_size: images per call of the sampler; does not change the images.
+      settings: keyword arguments of `ArcFlowPipeline.settings`.
     """
 
     def __init__(
@@ -94,9 +94,9 @@ class Sampled:
     ):
         self.pipeline, self.prompts, self.batch_size, self.settings = pipeline, prompts.texts, batch_size, settings
         self.count = len(prompts.texts)
-        self.of = {
+        self.identity = {
             "prompts": prompts.source,
-            "pictures": self.count,
+            "count": self.count,
             "prompts_sha256": digest(prompts.texts),
             **pipeline.described(**settings),
         }

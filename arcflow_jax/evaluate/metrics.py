@@ -1,15 +1,15 @@
-"""FID, pFID and CLIP score of a set of pictures, by the protocol of pi-Flow's evaluation.
+"""FID, pFID and CLIP score of a set of images, by the protocol of pi-Flow's evaluation.
 
-FID is the Fréchet distance of Inception's features to those of a reference, whole pictures scaled to 299 × 299; pFID
-the same for their middles, unscaled; the CLIP score the mean cosine between picture and prompt. There are two
-references, which answer different questions and are never mixed: real pictures, and the teacher's own.
+FID is the Fréchet distance between Inception features of the images, scaled to 299 × 299, and those of a reference.
+pFID is the same for their central crops, unscaled. The CLIP score is the mean cosine between image and prompt. There
+are two references, which answer different questions and are never mixed: real images, and the teacher's own.
 
-Of the pictures only sums are kept, in a file beside the report:
+Only statistics of the images are kept, in a file beside the report:
 
     OUT.json        the figures
-    OUT.npz         count, mean and scatter of what each metric looks at, and what the pictures are. An evaluation that
-                    was interrupted goes on from there, and it stands for the pictures as a reference of another
-    OUT-real.npz    the same of a reference that was given as a folder; OUT-teacher.npz likewise
+    OUT.npz         count, mean and scatter of what each metric measures, and what identifies the images. An
+                    interrupted evaluation resumes from it, and another evaluation can use it as its reference
+    OUT-real.npz    the same for a reference that was given as a folder; OUT-teacher.npz likewise
 """
 
 from __future__ import annotations
@@ -22,59 +22,57 @@ import numpy as np
 
 from arcflow_jax.errors import UserError
 from arcflow_jax.evaluate.frechet import frechet_distance
-from arcflow_jax.evaluate.image_sets import PictureSet
+from arcflow_jax.evaluate.image_sets import ImageSet
 from arcflow_jax.evaluate.statistics import DISTANCES, Networks, Progress, Statistics, gather, reference
+from arcflow_jax.storage.atomic import cannot_write, make_directory
 from arcflow_jax.storage.files import write_json
 
 REFERENCES = ("real", "teacher")
 
 
 def evaluate(
-    pictures: PictureSet,
+    images: ImageSet,
     references: Mapping[str, Path],
     out: Path,
     networks: Networks,
     progress: Progress = lambda activity, done, total: None,
 ) -> dict[str, Any]:
-    """The figures of a set of pictures, which are written to `out` as well.
+    """The figures of a set of images, which are also written to `out`.
 
     Args:
-      pictures: to be judged.
-      references: what FID and pFID compare with, of `REFERENCES` by name: a folder, or statistics. There may be none,
-        and then only the pictures' own statistics are gathered.
-      out: a .json file. Statistics lie beside it.
-      networks: what looks at pictures, for the metrics that are wanted.
-      progress: told what is going on, how many pictures are done, and of how many.
+      images: the images to judge.
+      references: what FID and pFID compare with, by name (one of `REFERENCES`): a folder of images, or a statistics
+        file. Without references only the images' own statistics are gathered.
+      out: a .json file. Statistics go beside it.
+      networks: the networks of the wanted metrics.
+      progress: called with the current activity, the number of images done, and of how many.
 
     Raises:
-      UserError: on bad input; what was done until then is kept.
+      UserError: on bad input. What was done until then is kept.
     """
     if out.suffix != ".json":
-        raise UserError(f"the report {out} has to be a .json file")
+        raise UserError(f"the report {out} must be a .json file")
     distances = [metric for metric in DISTANCES if metric in networks.metrics]
     if references and not distances:
-        raise UserError("a reference is for fid and pfid, which are not among the metrics")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {out.parent}: {error.strerror}") from None
+        raise UserError("a reference needs fid or pfid among the metrics, or leave it out")
+    make_directory(out.parent)
     known = {
         name: reference(
             source,
             distances,
             networks,
             out.with_name(f"{out.stem}-{name}.npz"),
-            lambda _, done, total, name=name: progress(f"looking at the {name} pictures", done, total),
+            lambda _, done, total, name=name: progress(f"measuring the {name} images", done, total),
         )
         for name, source in references.items()
     }
-    statistics = gather(pictures, networks.metrics, networks, out.with_suffix(".npz"), progress)
+    statistics = gather(images, networks.metrics, networks, out.with_suffix(".npz"), progress)
     report: dict[str, Any] = {
-        "pictures": pictures.of,
-        "references": {name: each.description["pictures"] for name, each in known.items()},
+        "images": images.identity,
+        "references": {name: each.description["images"] for name, each in known.items()},
     }
     for metric in distances:
-        progress(f"computing {metric}", pictures.count, pictures.count)
+        progress(f"computing {metric}", images.count, images.count)
         own = statistics.moments[metric]
         report[metric] = {name: frechet_distance(own, each.moments[metric]) for name, each in known.items()}
     if "clip" in networks.metrics:
@@ -82,31 +80,34 @@ def evaluate(
         report["clip"] = {"score": float(cosines.mean[0]), "network": networks.clip}
         if cosines.count > 1:
             report["clip"]["standard_error"] = float(np.sqrt(cosines.covariance[0, 0] / cosines.count))
-    report["notes"] = notes(networks, {"pictures": statistics, **known} if known else {}, distances)
-    write_json(out, report)
+    report["notes"] = notes(networks, {"images": statistics, **known} if known else {}, distances)
+    with cannot_write(out):
+        write_json(out, report)
     return report
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The figures of a report, a line each, with what to mind about them."""
-    lines = [f"{report['pictures']['pictures']} pictures"]
+    """A report as text: a line per figure, and the notes."""
+    lines = [f"{report['images']['count']} images"]
     for metric in DISTANCES:
-        lines += [f"{metric} to the {name} pictures: {value:.3f}" for name, value in report.get(metric, {}).items()]
+        lines += [f"{metric} to the {name} images: {value:.3f}" for name, value in report.get(metric, {}).items()]
     if "clip" in report:
         lines.append(f"clip score: {report['clip']['score']:.4f}")
     return "\n".join([*lines, *report["notes"]])
 
 
 def notes(networks: Networks, compared: Mapping[str, Statistics], distances: Sequence[str]) -> list[str]:
-    """What keeps the figures from being comparable with published ones."""
-    said = []
+    """Why the figures cannot be compared with published ones, if they cannot."""
+    found = []
     for name, statistics in compared.items():
         features = len(statistics.moments[distances[0]].mean)
         if statistics.count <= features:
-            said.append(
-                f"{name}: {statistics.count} pictures are few for {features} features, their covariance is singular, "
-                "and the distance biased upwards"
+            found.append(
+                f"{name}: {statistics.count} images are few for {features} features: their covariance is singular, "
+                "and the distance is biased upwards"
             )
     if compared and not networks.inception.published:
-        said.append("inception: not the network of published figures, compare only with figures of the same one")
-    return said
+        found.append(
+            "inception: this is not the network behind published figures: compare only with figures of the same network"
+        )
+    return found

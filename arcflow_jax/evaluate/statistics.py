@@ -1,13 +1,12 @@
-"""What is kept of a set of pictures: mean and scatter of what each metric looks at, in a file that goes on growing."""
+"""What is kept of a set of images: mean and scatter of each metric's features, in a file that an evaluation resumes."""
 
-# B pictures, F features
+# B images, F features
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import json
-import os
 import time
 import zipfile
 from collections.abc import Callable, Sequence
@@ -20,25 +19,26 @@ from PIL import Image
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.evaluate.features import CLIP, Clip, Inception, centre, resized
 from arcflow_jax.evaluate.frechet import Moments
-from arcflow_jax.evaluate.image_sets import Folder, PictureSet
+from arcflow_jax.evaluate.image_sets import Folder, ImageSet
+from arcflow_jax.storage.atomic import cannot_write, whole_file
 
 METRICS = ("fid", "pfid", "clip")
 DISTANCES = METRICS[:2]
-BATCH = 32  # pictures that a network looks at together
-SAVE_SECONDS = 300
+BATCH = 32  # images per call of a network
+SAVE_SECONDS = 300  # between saves
 FORMAT = "arcflow_jax statistics 1"
 
-Progress = Callable[[str, int, int], None]  # what is going on, how many pictures are done, of how many
+Progress = Callable[[str, int, int], None]  # current activity, images done, images in total
 
 
 @dataclasses.dataclass
 class Statistics:
-    """What is kept of a set of pictures.
+    """What is kept of a set of images.
 
     Attributes:
-      description: what it is of, as JSON takes it: `metrics`, by name; `pictures`, see `PictureSet.of`; `inception`,
-        SHA-256 of the network; `clip`, its source.
-      moments: of what each metric looks at, by its name; of as many pictures for one as for the other.
+      description: what was measured, as JSON: `metrics`, their names; `images`, see `ImageSet.identity`; `inception`,
+        SHA-256 of the network; `clip`, where the network came from.
+      moments: of each metric's features, by the metric's name. All are of the same images.
     """
 
     description: dict[str, Any]
@@ -50,33 +50,29 @@ class Statistics:
 
     @property
     def complete(self) -> bool:
-        return self.count == self.description["pictures"]["pictures"]
+        return self.count == self.description["images"]["count"]
 
     def write(self, file: Path) -> None:
-        """The file appears whole or not at all. Raises UserError if it cannot be written."""
+        """Writes a file, which appears whole or not at all. Raises UserError if it cannot be written."""
         arrays = {
             f"{metric}_{field}": value
             for metric, moments in self.moments.items()
             for field, value in vars(moments).items()
         }
-        aside = file.with_name(f"{file.name}.tmp")
-        try:
-            with aside.open("wb") as out:
-                np.savez(out, format=FORMAT, description=json.dumps(self.description), **arrays)
-            os.replace(aside, file)
-        except OSError as error:
-            raise UserError(f"cannot write {file}: {error.strerror}") from None
-        finally:
-            aside.unlink(missing_ok=True)
+        with cannot_write(file), whole_file(file) as aside, aside.open("wb") as out:
+            np.savez(out, format=FORMAT, description=json.dumps(self.description), **arrays)
 
     @classmethod
     def read(cls, file: Path) -> Statistics:
-        """Raises UserError if there are none, or they are damaged."""
+        """The statistics in a file. Raises UserError if there are none, or they are damaged."""
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 if str(arrays["format"]) != FORMAT:
-                    raise UserError(f"{file} does not hold {FORMAT}: arcflow evaluate metrics writes them")
+                    raise UserError(f"{file} is not in the format {FORMAT!r}, which arcflow evaluate metrics writes")
                 description = json.loads(str(arrays["description"]))
+                if "pictures" in description:  # as version 0.1 wrote it
+                    images = description.pop("pictures")
+                    description["images"] = {"count" if name == "pictures" else name: x for name, x in images.items()}
                 fields = [field.name for field in dataclasses.fields(Moments)]
                 moments = {
                     metric: Moments(*(arrays[f"{metric}_{field}"] for field in fields))
@@ -84,17 +80,17 @@ class Statistics:
                     if f"{metric}_count" in arrays
                 }
         except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise UserError(f"{file} does not hold statistics of pictures: {one_line(error)}") from None
+            raise UserError(f"{file} does not contain statistics of images: {one_line(error)}") from None
         for each in moments.values():
             each.count = int(each.count)
         return cls(description, moments)
 
 
 class Networks:
-    """What looks at pictures for some metrics; each is loaded when it first has something to look at.
+    """The networks of some metrics. Each is loaded at its first use.
 
     Args:
-      metrics: of `METRICS`.
+      metrics: names from `METRICS`.
       inception: see `Inception`.
       clip: see `Clip`.
     """
@@ -105,13 +101,13 @@ class Networks:
         self.clip = clip if "clip" in metrics else None
         self._clip: Clip | None = None
 
-    def look(self, metric: str, images: Sequence[Image.Image], pictures: PictureSet) -> np.ndarray:  # [B, F]
-        """What a metric takes from pictures of a set."""
+    def features(self, metric: str, batch: Sequence[Image.Image], images: ImageSet) -> np.ndarray:  # [B, F]
+        """What a metric measures on a batch from a set of images."""
         if metric == "clip":
             self._clip = self._clip or Clip(self.clip)
-            return self._clip(images, [pictures.prompt(image) for image in images])
-        see = {"fid": resized, "pfid": centre}[metric]
-        return self.inception(np.stack([see(image) for image in images]))
+            return self._clip(batch, [images.prompt(image) for image in batch])
+        prepare = {"fid": resized, "pfid": centre}[metric]
+        return self.inception(np.stack([prepare(image) for image in batch]))
 
     def description(self, metrics: Sequence[str]) -> dict[str, Any]:
         return {
@@ -121,58 +117,56 @@ class Networks:
         }
 
 
-def gather(
-    pictures: PictureSet, metrics: Sequence[str], networks: Networks, file: Path, progress: Progress
-) -> Statistics:
-    """The statistics of a set of pictures, going on from those in `file`, which holds them afterwards.
+def gather(images: ImageSet, metrics: Sequence[str], networks: Networks, file: Path, progress: Progress) -> Statistics:
+    """The statistics of a set of images, written to `file`. Resumes from what the file already holds.
 
     Raises:
-      UserError: if the file has statistics of something else, a picture cannot be looked at, or the like.
+      UserError: if the file holds statistics of other images, metrics or networks, or an image cannot be measured.
     """
-    description = {**networks.description(metrics), "pictures": pictures.of}
+    description = {**networks.description(metrics), "images": images.identity}
     statistics = Statistics.read(file) if file.is_file() else Statistics(description, {})
     if statistics.description != description:
-        there = {**statistics.description, **statistics.description["pictures"]}
-        wanted = {**description, **pictures.of}
-        differing = [name for name in {**there, **wanted} if there.get(name) != wanted.get(name)]
+        found = {**statistics.description, **statistics.description["images"]}
+        wanted = {**description, **images.identity}
+        names = {**found, **wanted}.keys() - {"images"}
+        differing = sorted(name for name in names if found.get(name) != wanted.get(name))
         raise UserError(
-            f"{file} holds statistics of something else (its {', '.join(differing)} differ): delete it, or choose "
-            "another --out"
+            f"{file} has other statistics, with different {', '.join(differing)}: delete it or choose another --out"
         )
-    images = pictures.stream(statistics.count)
-    saved, at = time.monotonic(), statistics.count
+    stream = images.stream(statistics.count)
+    saved, saved_count = time.monotonic(), statistics.count
     try:
         while not statistics.complete:
-            progress("looking", statistics.count, pictures.count)
-            batch = list(itertools.islice(images, BATCH))
-            seen = {metric: Moments.of(networks.look(metric, batch, pictures)) for metric in metrics}
-            so_far = statistics.moments
-            statistics.moments = {metric: so_far[metric] + new if so_far else new for metric, new in seen.items()}
+            progress("measuring", statistics.count, images.count)
+            batch = list(itertools.islice(stream, BATCH))
+            new = {metric: Moments.from_features(networks.features(metric, batch, images)) for metric in metrics}
+            before = statistics.moments
+            statistics.moments = {metric: before[metric] + new[metric] for metric in metrics} if before else new
             if time.monotonic() - saved > SAVE_SECONDS:
                 statistics.write(file)
-                saved, at = time.monotonic(), statistics.count
+                saved, saved_count = time.monotonic(), statistics.count
     finally:
-        if statistics.count > at:
+        if statistics.count > saved_count:
             statistics.write(file)
     return statistics
 
 
 def reference(source: Path, metrics: Sequence[str], networks: Networks, file: Path, progress: Progress) -> Statistics:
-    """The statistics of a reference: a file of them, or a folder of pictures, which then are in `file`.
+    """The statistics of a reference: read from a .npz file, or gathered from a folder of images and written to `file`.
 
     Raises:
-      UserError: if there are none, or they are of other metrics, of another network or incomplete.
+      UserError: if there are none, they lack a metric, come from another network, or are incomplete.
     """
     if source.suffix != ".npz":
         return gather(Folder(source), metrics, networks, file, progress)
     statistics = Statistics.read(source)
     if missing := [metric for metric in metrics if metric not in statistics.moments]:
-        raise UserError(f"{source} has no statistics for {' and '.join(missing)}")
+        raise UserError(f"{source} has no statistics for {' and '.join(missing)}, only {', '.join(statistics.moments)}")
     if statistics.description["inception"] != networks.inception.sha256:
-        raise UserError(f"{source} is of another Inception network than {networks.inception.file}")
+        raise UserError(f"{source} was made with another Inception network than {networks.inception.file}")
     if not statistics.complete:
         raise UserError(
-            f"{source} is of {statistics.count} of {statistics.description['pictures']['pictures']} pictures: the "
-            "evaluation that writes it was interrupted, run it again"
+            f"{source} covers {statistics.count} of {statistics.description['images']['count']} images: the "
+            "evaluation that writes it was interrupted, so run it again"
         )
     return statistics

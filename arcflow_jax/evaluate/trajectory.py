@@ -1,27 +1,29 @@
-"""How a student's trajectory departs from its teacher's, and where that comes from: pure functions.
+"""Where a student's trajectory departs from its teacher's, and why: pure functions.
 
-Both start in the same noise. The dense teacher takes S Euler steps; from a node σ_i to the next it moves straight, so
-its state x_T(σ) is known everywhere, and its velocity u_T at the nodes. The student moves along one curve a segment,
-predicted at σ_src, where the segment starts. Two such curves are compared with the teacher on each segment:
+Both start from the same noise. The dense teacher takes S Euler steps. Between two nodes σ_i it moves in a straight
+line, so its state x_T(σ) is known everywhere, and its velocity u_T at the nodes. The student follows one curve per
+segment, predicted at σ_src, where the segment starts. Two such curves are compared with the teacher on each segment:
 
-    own      v_S, predicted at the student's own state:   x_S(σ) = x_S(σ_src) − ∫ v_S    this is how it samples
-    forced   v_F, predicted at the teacher's state:       x_F(σ) = x_T(σ_src) − ∫ v_F    as if nothing went wrong before
+    own      v_S, predicted at the student's own state:   x_S(σ) = x_S(σ_src) − ∫ v_S    how the student samples
+    forced   v_F, predicted at the teacher's state:       x_F(σ) = x_T(σ_src) − ∫ v_F    without earlier errors
 
-with ∫ from σ up to σ_src. With x̂ for the same states, their ∫ taken by quadrature instead of in closed form, errors
-split into vectors that add up exactly:
+∫ runs from σ up to σ_src. x̂ is the same state with ∫ computed by quadrature instead of in closed form. The errors are
+sums of these vectors, exactly:
 
     velocity, at a node:   v_S − u_T = (v_F − u_T) + (v_S − v_F)
                                           local         drift
     state, at any σ:       x_S − x_T = (x̂_F − x_T) + (x̂_S − x̂_F) + (x_S − x̂_S)
                                           local         drift        closed form
 
-- *local*: what the student gets wrong on this segment although it starts in the teacher's state (the local error of
-  numerical analysis). In the state it is that velocity error, integrated.
-- *drift*: what it inherits: it starts in a state of its own. On the first segment, from the noise itself, it is zero.
-- *closed form*: what the curve's exact integral differs from dense quadrature of the same curve. Should be rounding.
+- *local*: the error that the student makes on this segment when it starts from the teacher's state (the local error
+  of numerical analysis). For the state it is the velocity's local error, integrated.
+- *drift*: the error inherited from earlier segments, because the student starts from its own state. It is zero on the
+  first segment, which starts from the noise.
+- *closed form*: the difference between the curve's exact integral and dense quadrature of the same curve. It should
+  be rounding error only.
 
-Sizes are mean squares over tokens and features, in latent units. Squares do not add up as vectors do, |a + b|² = |a|² +
-|b|² + 2⟨a, b⟩: the products are a part of their own, *cross*, and total = local + drift + closed form + cross.
+Sizes are mean squares over tokens and features, in latent units. Squares do not add like vectors: |a + b|² = |a|² +
+|b|² + 2⟨a, b⟩. The products are reported as *cross*, and total = local + drift + closed form + cross.
 """
 
 # B batch, N tokens, D features of a token, S teacher steps, n segments, P = S + n points of comparison
@@ -40,9 +42,9 @@ import numpy as np
 from arcflow_jax.errors import UserError
 from arcflow_jax.flow.curve import Curve, Span
 
-# Nodes and weights of Gauss's rule on [−1, 1], which is applied between each point and the next
+# Nodes and weights of Gauss-Legendre quadrature on [−1, 1], applied between each point and the next
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(8)
-# A node so near to a segment's start is its start: the two grids are rounded differently
+# A node this close to a segment's start counts as its start: the two grids are rounded differently
 TOLERANCE = 1e-5
 
 
@@ -51,35 +53,35 @@ TOLERANCE = 1e-5
 class Grid:
     """The noise levels of a comparison: the teacher's nodes, the student's segments, and the points P.
 
-    The points of a segment are the nodes in it, and its end. They stand in the order in which σ falls.
+    The points of a segment are the teacher's nodes in it, and its end. They are in order of falling σ.
     """
 
     nodes: np.ndarray  # [S + 1] σ, from 1 down to 0
-    spans: Span  # two of [n] σ
+    spans: Span  # src and end, each [n] σ
     start_node: np.ndarray  # [n]: the last node at or before the segment's start
     sigma: np.ndarray  # [P]
-    previous: np.ndarray  # [P] σ of the point before in the same segment; of its first point the segment's start
-    first: np.ndarray  # [P] bool: whether it is that one
-    segment: np.ndarray  # [P]
-    node: np.ndarray  # [P]: the last node at or before it
-    at_node: np.ndarray  # [P] bool: whether it is that one, and no segment's end
+    previous: np.ndarray  # [P] σ of the previous point of the same segment; for its first point, the segment's start
+    first: np.ndarray  # [P] bool: whether it is the first point of its segment
+    segment: np.ndarray  # [P]: index of the segment
+    node: np.ndarray  # [P]: index of the last node at or before the point
+    at_node: np.ndarray  # [P] bool: whether the point is a node; False for the end of a segment
 
     @classmethod
-    def of(cls, nodes: Any, bounds: Any) -> Grid:
-        """Of the teacher's nodes [S + 1] and the segments' boundaries [n + 1], both in σ from 1 down to 0.
+    def between(cls, nodes: Any, bounds: Any) -> Grid:
+        """From the teacher's nodes [S + 1] and the segments' boundaries [n + 1], both in σ from 1 down to 0.
 
         Raises:
           UserError: if a segment has fewer than two nodes.
         """
         nodes, bounds = np.asarray(nodes), np.asarray(bounds)
-        last = len(nodes) - 1  # the end, which is no node with a velocity
+        last = len(nodes) - 1  # σ = 0, where the teacher's velocity is not evaluated
         points, start_node = [], []
         for segment, (src, end) in enumerate(itertools.pairwise(bounds)):
             within = [i for i in range(last) if src + TOLERANCE >= nodes[i] > end + TOLERANCE]
             if len(within) < 2:
                 raise UserError(
-                    f"{last} steps of the teacher are too few to compare {len(bounds) - 1} segments with: segment "
-                    f"{segment + 1}, σ {src:.3f} to {end:.3f}, has {len(within)} of them, but has to have 2"
+                    f"{last} teacher steps are too few to compare {len(bounds) - 1} segments: segment {segment + 1}, "
+                    f"σ {src:.3f} to {end:.3f}, contains {len(within)} of them and needs at least 2"
                 )
             start_node.append(max(i for i in range(last) if nodes[i] >= src - TOLERANCE))
             previous = src
@@ -92,12 +94,12 @@ class Grid:
 
     @property
     def steps(self) -> int:
-        """n, the student's network calls."""
+        """n, the student's steps."""
         return len(self.start_node)
 
 
 def quadrature(curve: Curve, span: Span, sigma_a: jax.Array, sigma_b: jax.Array) -> jax.Array:  # [B, N, D]
-    """∫ v dσ from σ_b up to σ_a, numerically: what `curve.displacement` says in closed form. Scalar noise levels."""
+    """∫ v dσ from σ_b up to σ_a, numerically; `curve.displacement` is the same in closed form. Scalar σ_a and σ_b."""
     middle, half = (sigma_a + sigma_b) / 2, (sigma_a - sigma_b) / 2
 
     def add(total: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
@@ -111,12 +113,12 @@ def quadrature(curve: Curve, span: Span, sigma_a: jax.Array, sigma_b: jax.Array)
 
 
 def size(x: jax.Array) -> jax.Array:  # [B, N, D] -> [B]
-    """Mean square."""
+    """Mean square over tokens and features."""
     return jnp.square(x).mean((1, 2))
 
 
-def split(total: jax.Array, parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Sizes [B] of an error [B, N, D], of the parts that it is the sum of, and `cross`, of their products."""
+def decompose(total: jax.Array, parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Sizes [B] of an error [B, N, D] and of the parts that sum to it; `cross` is the share of their products."""
     vectors = list(parts.values())
     cross = sum(2 * (a * b).mean((1, 2)) for i, a in enumerate(vectors) for b in vectors[:i])
     return {"total": size(total), **{name: size(part) for name, part in parts.items()}, "cross": cross}
@@ -128,15 +130,15 @@ def compare(
     latents: jax.Array,
     grid: Grid,
 ) -> tuple[dict[str, dict[str, jax.Array]], jax.Array]:
-    """Follows both from noise `latents` [B, N, D]: S calls of teacher(x, σ [B]), 2n − 1 calls of student(x, σ [B]).
+    """Runs both from noise `latents` [B, N, D]: S calls of teacher(x, σ [B]), 2n − 1 calls of student(x, σ [B]).
 
-    The teacher's trajectory is kept whole, twice S times the latents. float32.
+    The teacher's whole trajectory stays in memory: 2·S times the latents, in float32.
 
     Returns:
-      Mean squares, each [P, B], of `velocity` and of `state`: total, local, drift, cross and, of the state, closed_form
-      (see above). Beside them velocity's `teacher`, u_T itself, and state's `displacement`, how far x_S has come on its
-      segment. Velocities mean nothing where `grid.at_node` is false.
-      The teacher's data [B, N, D].
+      Mean squares, each [P, B], under `velocity` and `state`: total, local, drift, cross and, for the state,
+      closed_form (see above). Also velocity's `teacher`, the size of u_T, and state's `displacement`, the distance
+      that x_S has moved on its segment. Velocities are meaningless where `grid.at_node` is false.
+      The teacher's end state [B, N, D].
     """
     latents = latents.astype(jnp.promote_types(latents.dtype, jnp.float32))
     grid = jax.tree.map(lambda x: jnp.asarray(x, latents.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, grid)
@@ -158,7 +160,7 @@ def compare(
 
     _, (own_starts, own) = jax.lax.scan(follow, latents, spans)
     forced_starts = jax.vmap(teacher_state)(grid.start_node, spans.src)
-    # The first segment starts in the same noise: there the forced curve is the own one
+    # The first segment starts from the same noise, so its forced curve is its own curve
     forced = jax.lax.map(lambda at: student(at[0], jnp.full(batch, at[1])), (forced_starts[1:], spans.src[1:]))
     forced = jax.tree.map(lambda a, b: jnp.concatenate([a[:1], b]), own, forced)
 
@@ -167,7 +169,7 @@ def compare(
         own_start, own_curve, forced_start, forced_curve, span = jax.tree.map(
             lambda x: x[segment], (own_starts, own, forced_starts, forced, spans)
         )
-        # By quadrature, since the segment's start
+        # Displacement since the segment's start, by quadrature
         own_moved, forced_moved = (
             jnp.where(first, 0.0, moved) + quadrature(curve, span, previous, sigma)
             for moved, curve in zip(done, (own_curve, forced_curve), strict=True)
@@ -175,9 +177,9 @@ def compare(
         exact = own_curve.displacement(span, span.src, sigma)
         x, u = teacher_state(node, sigma), velocities[node]
         v_own, v_forced = (curve.velocity(span, sigma) for curve in (own_curve, forced_curve))
-        velocity = split(v_own - u, {"local": v_forced - u, "drift": v_own - v_forced})
+        velocity = decompose(v_own - u, {"local": v_forced - u, "drift": v_own - v_forced})
         velocity["teacher"] = size(u)
-        state = split(
+        state = decompose(
             (own_start - exact) - x,
             {
                 "local": (forced_start - forced_moved) - x,

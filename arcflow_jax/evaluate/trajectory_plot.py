@@ -1,12 +1,12 @@
-"""The trajectory report's picture: velocity and state errors over σ, and the parts that they are made of."""
+"""The trajectory report's plot: velocity and state errors over σ, and the parts that they consist of."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from arcflow_jax.data.prompts import library
+from arcflow_jax.storage.atomic import whole_file
 
 LINES = {  # label, colour, style
     "total": ("total", "#1c1917", "-"),
@@ -18,12 +18,12 @@ TITLES = {"velocity": "velocity error", "state": "state error"}
 
 
 def check_library() -> None:
-    """Raises UserError if matplotlib is not there."""
+    """Raises UserError if matplotlib is not installed."""
     library("matplotlib", "plots", extra="eval")
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Draws a report, see `trajectory_report.figures`, to a PNG, which appears whole or not at all."""
+    """Draws a report (see `trajectory_report.figures`) as a PNG, which appears whole or not at all. Raises OSError."""
     figure_module = library("matplotlib.figure", "plots", extra="eval")
     figure = figure_module.Figure(figsize=(8, 7), dpi=150, layout="constrained")
     rows = figure.subplots(2, sharex=True)
@@ -40,16 +40,13 @@ def plot(report: dict[str, Any], path: Path) -> None:
     rows[1].legend(frameon=False, loc="upper left")
     rows[1].set_xlabel("σ: from noise (1) to data (0)")
     rows[1].invert_xaxis()
-    of, endpoint = report["of"], report["endpoint"]
+    identity, endpoint = report["identity"], report["endpoint"]
     error = endpoint["student"]["standard_error"]
     figure.suptitle(
-        f"student, {of['steps']} steps, against teacher, {of['teacher_steps']}: endpoint error "
-        f"{endpoint['student']['mean']:.3g}{'' if error is None else f' ± {error:.1g}'} over {of['prompts']} prompts",
+        f"student in {identity['steps']} steps against teacher in {identity['teacher_steps']}: endpoint error "
+        f"{endpoint['student']['mean']:.3g}{'' if error is None else f' ± {error:.1g}'} "
+        f"over {identity['prompts']} prompts",
         fontsize="medium",
     )
-    aside = path.with_suffix(".tmp")
-    try:
+    with whole_file(path) as aside:
         figure.savefig(aside, format="png")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

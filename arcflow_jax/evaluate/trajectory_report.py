@@ -1,10 +1,10 @@
-"""The trajectory report: student and teacher compared over many prompts, which an interruption does not undo.
+"""The trajectory report: student and teacher compared over many prompts. An interrupted report resumes.
 
-OUT/trajectory.json            the figures
-OUT/trajectory.png             the curves
-OUT/trajectory.partial.json    while it goes on: sums over the prompts so far, and what they are of
+OUT/trajectory.json             the figures
+OUT/trajectory.png              the curves
+OUT/trajectory.partial.jsonl    until the report is complete: a line that identifies it, then a line for each batch
 
-Of a prompt two numbers are kept, its endpoint errors, and of everything else sums.
+For each prompt the report keeps two numbers, its endpoint errors; of everything else it keeps sums over prompts.
 """
 
 # B prompts of a batch, P points of comparison
@@ -12,30 +12,31 @@ Of a prompt two numbers are kept, its endpoint errors, and of everything else su
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from arcflow_jax.console import duration, progress_bar
 from arcflow_jax.errors import UserError
 from arcflow_jax.evaluate.comparison import Comparison
 from arcflow_jax.evaluate.trajectory import Grid
 from arcflow_jax.evaluate.trajectory_plot import plot
+from arcflow_jax.storage.atomic import cannot_write, make_directory
 from arcflow_jax.storage.files import digest, read_json, write_json
-from arcflow_jax.training.log import left
 
-REPORT, PARTIAL, PLOT = "trajectory.json", "trajectory.partial.json", "trajectory.png"
+REPORT, PARTIAL, PLOT = "trajectory.json", "trajectory.partial.jsonl", "trajectory.png"
 FORMAT = "arcflow_jax trajectory report"
 VERSION = 1
-SAY_EVERY = 10  # seconds, where no bar can move
+PRINT_SECONDS = 10  # between printed lines where stderr is no terminal, and so shows no progress bar
 
 
 @dataclasses.dataclass
@@ -43,131 +44,166 @@ class Tally:
     """Sums over the first prompts of a list.
 
     Attributes:
-      sums: by kind and name, as `trajectory.compare` has them, [P] each.
-      student, teacher: of each prompt, mean square distance to the dense teacher's data: the student's, and that of
-        the teacher itself in as few steps.
+      sums: by kind and name as in `trajectory.compare`, each [P].
+      student, teacher: for each prompt, the mean square distance to the dense teacher's end state: the student's, and
+        that of the teacher in as few steps.
     """
 
-    sums: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    sums: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
     student: list[float] = dataclasses.field(default_factory=list)
     teacher: list[float] = dataclasses.field(default_factory=list)
 
-    @property
-    def done(self) -> int:
-        """How many prompts."""
-        return len(self.student)
-
-    def add(self, sizes: dict[str, dict[str, np.ndarray]], coarse: np.ndarray, count: int) -> None:
-        """Takes in the first `count` prompts of what a `Comparison` returned. Raises UserError if one is not finite."""
-        student = sizes["state"]["total"][-1, :count].tolist()
-        for i, errors in enumerate(zip(student, coarse[:count].tolist(), strict=True)):
-            if not all(map(math.isfinite, errors)):
-                raise UserError(f"prompt {self.done + i + 1} makes values that are not finite: the weights are damaged")
-        added = jax.tree.map(lambda x: x[:, :count].astype(np.float64).sum(1), sizes)
-        self.sums = jax.tree.map(np.add, self.sums, added) if self.sums else added
-        self.student += student
-        self.teacher += coarse[:count].tolist()
-
-    def write(self, path: Path, of: dict[str, Any]) -> None:
-        sums = jax.tree.map(np.ndarray.tolist, self.sums)
-        values = {"sums": sums, "student": self.student, "teacher": self.teacher}
-        write_json(path, {"format": FORMAT, "version": VERSION, "of": of, **values})
+    @classmethod
+    def from_batch(cls, sizes: dict[str, dict[str, np.ndarray]], coarse: np.ndarray, count: int) -> Tally:
+        """The first `count` prompts of what a `Comparison` returned."""
+        sums = jax.tree.map(lambda x: x[:, :count].astype(np.float64).sum(1), sizes)
+        return cls(sums, sizes["state"]["total"][-1, :count].tolist(), coarse[:count].tolist())
 
     @classmethod
-    def read(cls, path: Path, of: dict[str, Any]) -> Tally:
-        """What was written; empty if there is nothing. Raises UserError if it is of something else."""
-        if not path.exists():
-            return cls()
-        values = read_same(path, of)
+    def from_json(cls, values: dict[str, Any]) -> Tally:
         sums = {kind: {name: np.array(x) for name, x in group.items()} for kind, group in values["sums"].items()}
         return cls(sums, values["student"], values["teacher"])
 
+    def to_json(self) -> dict[str, Any]:
+        return vars(self) | {"sums": jax.tree.map(np.ndarray.tolist, self.sums)}
 
-def read_same(path: Path, of: dict[str, Any]) -> dict[str, Any]:
-    """A report, or a part of one. Raises UserError if it is of something else."""
-    values = read_json(path)
+    @property
+    def count(self) -> int:
+        """Number of prompts."""
+        return len(self.student)
+
+    def add(self, other: Tally) -> None:
+        """Appends the prompts of another tally. Raises UserError if an endpoint error is not finite."""
+        for i, errors in enumerate(zip(other.student, other.teacher, strict=True)):
+            if not all(map(math.isfinite, errors)):
+                raise UserError(f"prompt {self.count + i + 1} gives non-finite values: the weights are damaged")
+        self.sums = jax.tree.map(np.add, self.sums, other.sums) if self.sums else other.sums
+        self.student += other.student
+        self.teacher += other.teacher
+
+
+def check_identity(path: Path, values: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raises UserError unless `values`, read from `path`, belong to the report with this identity."""
     if (values.get("format"), values.get("version")) != (FORMAT, VERSION):
-        raise UserError(f"{path} is not an {FORMAT} of version {VERSION}: name another --out")
-    theirs = values.get("of", {})
-    if differing := [name for name in of if theirs.get(name) != of[name]]:
+        raise UserError(f"{path} is not an {FORMAT} of version {VERSION}: choose another --out")
+    found = values.get("identity", {})
+    if differing := [name for name in identity if found.get(name) != identity[name]]:
         raise UserError(
-            f"{path} is of another evaluation, it differs in {', '.join(differing)}: name another --out, or remove it"
+            f"{path} belongs to another evaluation, with different {', '.join(differing)}: choose another --out, or "
+            "remove it"
         )
-    return values
+
+
+def read_report(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """A complete report. Raises UserError if it is damaged or belongs to another evaluation."""
+    report = read_json(path)
+    if "of" in report:  # its name until version 0.1
+        report["identity"] = report.pop("of")
+    check_identity(path, report, identity)
+    return report
+
+
+def read_partial(path: Path, identity: dict[str, Any]) -> Tally:
+    """The prompts of an interrupted report; creates the file if there is none.
+
+    Removes a last line that was not written to its end.
+
+    Raises:
+      UserError: if the file is damaged elsewhere or belongs to another evaluation.
+      OSError: if it cannot be written.
+    """
+    tally = Tally()
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    if lines and not lines[-1].endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(sum(map(len, lines[:-1])))
+        lines = lines[:-1]
+    if not lines:
+        header = {"format": FORMAT, "version": VERSION, "identity": identity}
+        path.write_text(json.dumps(header) + "\n")
+        return tally
+    try:
+        header, *batches = map(json.loads, lines)
+        check_identity(path, header, identity)
+        for batch in batches:
+            tally.add(Tally.from_json(batch))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged: remove it to start again") from None
+    return tally
 
 
 def evaluate(comparison: Comparison, prompts: Sequence[str], out: Path) -> dict[str, Any]:
     """Compares student and teacher on all prompts, prints the figures, and returns what it writes to trajectory.json.
 
-    Goes on where an interrupted evaluation stopped, whatever its batches were. One that is complete is only shown.
+    Resumes an interrupted evaluation, with any batch size. A complete one is only shown and plotted again.
 
     Args:
-      prompts: prompt i has the noise i of the comparison's seed.
-      out: the directory for figures and plot.
+      prompts: prompt i starts from noise i of the comparison's seed.
+      out: directory for figures and plot.
 
     Raises:
-      UserError: if `out` cannot be written or holds another evaluation, or matplotlib is missing.
+      UserError: if `out` cannot be written or holds another evaluation, or matplotlib is not installed.
     """
-    of = {**comparison.of, "prompts": len(prompts), "prompts_sha256": digest(prompts)}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if (out / REPORT).exists():
-            report = read_same(out / REPORT, of)
-        else:
-            tally = Tally.read(out / PARTIAL, of)
-            run(comparison, prompts, tally, out / PARTIAL, of)
-            origin = comparison.origin | {"software": f"arcflow_jax {version('arcflow_jax')}"}
-            measured = figures(tally, comparison.grid)
-            report = {"format": FORMAT, "version": VERSION, "of": of, "origin": origin, **measured}
+    identity = {**comparison.identity, "prompts": len(prompts), "prompts_sha256": digest(prompts)}
+    make_directory(out)
+    if (out / REPORT).exists():
+        report = read_report(out / REPORT, identity)
+    else:
+        with cannot_write(out):
+            tally = read_partial(out / PARTIAL, identity)
+            with (out / PARTIAL).open("a") as partial:
+                compare_all(comparison, prompts, tally, partial)
+        origin = comparison.origin | {"software": f"arcflow_jax {version('arcflow_jax')}"}
+        report = {"format": FORMAT, "version": VERSION, "identity": identity, "origin": origin}
+        report |= figures(tally, comparison.grid)
+    with cannot_write(out):
         plot(report, out / PLOT)
         write_json(out / REPORT, report)
         (out / PARTIAL).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror or error}") from None
     show(report)
     if comparison.encode.cut:
-        print(f"{comparison.encode.cut} prompts had more tokens than the encoder takes, and were cut", flush=True)
+        print(f"{comparison.encode.cut} prompts were cut: they had more tokens than the encoder takes", flush=True)
     return report
 
 
-def run(comparison: Comparison, prompts: Sequence[str], tally: Tally, partial: Path, of: dict[str, Any]) -> None:
-    """Adds to the tally the prompts that it lacks, and writes it to `partial` after each batch."""
-    batch, total = comparison.batch_size, len(prompts)
-    console = Console(stderr=True)
-    columns = (MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[text]}"))
-    with Progress(TextColumn("{task.description}"), BarColumn(), *columns, console=console, transient=True) as bar:
-        task = bar.add_task("comparing", total=total, completed=tally.done, text="compiling")
-        counted = said = None  # prompts and time from which the rate is taken: the first batch compiles
-        while tally.done < total:
-            first = tally.done
-            # The last batch is filled up, so that it is the same compiled program
-            indices = np.minimum(np.arange(first, first + batch), total - 1)
-            tally.add(*comparison([prompts[i] for i in indices], first), min(batch, total - first))
-            tally.write(partial, of)
+def compare_all(comparison: Comparison, prompts: Sequence[str], tally: Tally, partial: TextIO) -> None:
+    """Adds the missing prompts to the tally, and writes a line to `partial` after each batch."""
+    size, total = comparison.batch_size, len(prompts)
+    with progress_bar(transient=True) as bar:
+        task = bar.add_task("comparing", total=total, completed=tally.count, text="compiling")
+        started = printed = None  # started: prompts and time after the first batch, which compiles
+        while tally.count < total:
+            first = tally.count
+            # The last batch repeats its last prompt, so that all batches run the same compiled program
+            indices = np.minimum(np.arange(first, first + size), total - 1)
+            batch = Tally.from_batch(*comparison([prompts[i] for i in indices], first), min(size, total - first))
+            tally.add(batch)
+            partial.write(json.dumps(batch.to_json()) + "\n")
+            partial.flush()
             text, now = "", time.monotonic()
-            if counted is None:
-                counted = tally.done, now
+            if started is None:
+                started = tally.count, now
             else:
-                rate = (tally.done - counted[0]) / (now - counted[1])
-                text = f"{rate:.3g} prompts/s, {left(total - tally.done, rate)} left"
-            bar.update(task, completed=tally.done, text=text)
-            if not console.is_terminal and (said is None or now - said > SAY_EVERY or tally.done == total):
-                print(", ".join(filter(None, [f"compared {tally.done} of {total} prompts", text])), flush=True)
-                said = now
+                rate = (tally.count - started[0]) / (now - started[1])
+                text = f"{rate:.3g} prompts/s, {duration((total - tally.count) / rate)} left"
+            bar.update(task, completed=tally.count, text=text)
+            if bar.disable and (printed is None or now - printed > PRINT_SECONDS or tally.count == total):
+                print(", ".join(filter(None, [f"compared {tally.count} of {total} prompts", text])), flush=True)
+                printed = now
 
 
 def figures(tally: Tally, grid: Grid) -> dict[str, Any]:
-    """The report's figures; means over prompts.
+    """The report's figures, as means over prompts.
 
-    endpoint: of `student` and `teacher` (that is the teacher in as few steps), each prompt's mean square distance of
-      the latents to the dense teacher's, and their mean, median and the mean's standard error; `relative`, the one
-      mean over the other.
-    segments: of each, `sigma` where it starts and ends; `velocity`, means over the dense teacher's nodes in it;
-      `state`, at its end; both with the parts of `trajectory`; `closed_form`, the root mean square of that part of the
-      state, relative to the segment's displacement; `curves`, the same parts at every σ.
+    endpoint: for `student` and `teacher` (the teacher in as few steps), each prompt's mean square distance between its
+      latents and the dense teacher's, with mean, median and standard error of the mean; `relative` is the student's
+      mean over the teacher's.
+    segments: for each, `sigma`, where it starts and ends; `velocity`, means over the dense teacher's nodes in it;
+      `state`, at its end; both with the parts that `trajectory` defines; `closed_form`, the root mean square of that
+      part of the state, relative to the segment's displacement; `curves`, the same parts at every σ.
     """
     segments = []
-    means = jax.tree.map(lambda x: x / tally.done, tally.sums)
+    means = jax.tree.map(lambda x: x / tally.count, tally.sums)
     inherited = 0.0
     for segment in range(grid.steps):
         here = grid.segment == segment
@@ -179,7 +215,7 @@ def figures(tally: Tally, grid: Grid) -> dict[str, Any]:
                 "sigma": grid.sigma[here & grid.at_node].tolist(),
                 **jax.tree.map(np.ndarray.tolist, velocity),
             },
-            # Where a segment starts its error is what it inherits
+            # At a segment's start the whole error is inherited
             "state": {"sigma": [float(grid.spans.src[segment]), *grid.sigma[here].tolist()]}
             | {name: [inherited * (name in ("total", "drift")), *x.tolist()] for name, x in state.items()},
         }
@@ -193,12 +229,12 @@ def figures(tally: Tally, grid: Grid) -> dict[str, Any]:
             }
         )
         inherited = end["total"]
-    student, teacher = spread(tally.student), spread(tally.teacher)
+    student, teacher = statistics(tally.student), statistics(tally.teacher)
     relative = student["mean"] / teacher["mean"] if teacher["mean"] else None
     return {"endpoint": {"student": student, "teacher": teacher, "relative": relative}, "segments": segments}
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
+def statistics(values: Sequence[float]) -> dict[str, Any]:
     """Mean, median, standard error of the mean (None for a single value), and the values themselves."""
     error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
     return {
@@ -211,18 +247,19 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 def show(report: dict[str, Any]) -> None:
     """Prints the figures as tables."""
-    console, of = Console(), report["of"]
+    console, identity = Console(), report["identity"]
     endpoints = Table("endpoint error", "mean", "± standard error", "median")
-    for name, label in (("student", "student"), ("teacher", "teacher")):
+    for name in ("student", "teacher"):
         figure = report["endpoint"][name]
         error = "–" if figure["standard_error"] is None else f"{figure['standard_error']:.2g}"
-        endpoints.add_row(f"{label}, {of['steps']} steps", f"{figure['mean']:.4g}", error, f"{figure['median']:.4g}")
+        label = f"{name}, {identity['steps']} steps"
+        endpoints.add_row(label, f"{figure['mean']:.4g}", error, f"{figure['median']:.4g}")
     console.print(endpoints)
     if (relative := report["endpoint"]["relative"]) is not None:
-        console.print(f"the student makes {relative:.3g} of the error that the teacher makes in as many steps")
+        console.print(f"the student's error is {relative:.3g} times the teacher's error in as many steps")
     parts = ("total", "local", "drift", "cross")
     velocities = Table("velocity error", *parts)
-    states = Table("state error, end", *parts, "closed form")
+    states = Table("state error at the end", *parts, "closed form")
     for segment in report["segments"]:
         name = " → ".join(f"{sigma:.3f}" for sigma in segment["sigma"])
         errors = [[f"{segment[kind][part]:.4g}" for part in parts] for kind in ("velocity", "state")]

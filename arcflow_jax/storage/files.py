@@ -30,7 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any] | list[Any]) -> None:
     """Writes a JSON file, which appears complete or not at all. Raises OSError."""
     with whole_file(path) as aside:
         aside.write_text(json.dumps(value, indent=2) + "\n")

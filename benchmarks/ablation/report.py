@@ -1,4 +1,4 @@
-"""The table and the figure of a study, of as much as is finished."""
+"""The table and the figure of a study, from the results that are finished."""
 
 from __future__ import annotations
 
@@ -17,49 +17,48 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from arcflow_jax.demo import report as demo
 from arcflow_jax.errors import UserError
+from arcflow_jax.storage.atomic import cannot_write
 from benchmarks.ablation.cells import (
-    CALLS,
     CELLS,
     COMPARED,
     METHODS,
     MODES,
+    NFES,
     PARTS,
     RATES,
     SECTIONS,
     SETTINGS,
-    calls,
     cell,
     modes,
+    nfe,
 )
 from benchmarks.ablation.study import EULER, Result, Study, teacher
 
 COLOURS = {**demo.COLOURS, "legendre": "#0f766e", "teacher": "#1c1917"}
 MARKERS = {"linear": "s", "arcflow": "o", "legendre": "^", "teacher": "D"}
 LABELS = {"linear": "linear", "arcflow": "momentum (ArcFlow)", "legendre": "Legendre", "teacher": "teacher, Euler"}
-COLUMNS = ("", "seeds", "endpoint error", "Fréchet distance", "prompt agreement", "s an iteration", "training, s")
+COLUMNS = ("", "seeds", "endpoint error", "Fréchet distance", "prompt agreement", "s per training step", "training, s")
 
 
 def write(study: Study) -> None:
     """Writes table.md and ablation.png. Raises UserError if nothing is finished or they cannot be written."""
-    finished = Finished.of(study)
+    finished = Finished.in_study(study)
     if not finished.results:
-        raise UserError(f"{study.out} holds no finished results")
-    texts = [heading(study), table(finished), "Endpoint error on the way:", way_table(finished)]
-    try:
+        raise UserError(f"{study.out} contains no finished results: run without --report first")
+    texts = [heading(study), table(finished), "Endpoint error during training:", training_table(finished)]
+    with cannot_write(study.out):
         (study.out / "table.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
         figure(finished).savefig(study.out / "ablation.png", dpi=110)
-    except OSError as error:
-        raise UserError(f"cannot write to {study.out}: {error.strerror}") from None
-    print(f"{study.out / 'table.md'} and {study.out / 'ablation.png'} have {len(finished.results)} results")
+    print(f"wrote {study.out / 'table.md'} and {study.out / 'ablation.png'} from {len(finished.results)} results")
 
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """What is finished.
+    """The finished results of a study.
 
     Attributes:
-      steps: iterations of a whole run.
-      guidances: that students imitate the teacher at, that of most first.
+      steps: training steps of a whole run.
+      guidances: teacher guidance scales used for distillation, the most frequent first.
     """
 
     results: list[Result]
@@ -67,25 +66,25 @@ class Finished:
     guidances: list[float]
 
     @classmethod
-    def of(cls, study: Study) -> Finished:
+    def in_study(cls, study: Study) -> Finished:
         settings = [study.recipe(cell("arcflow", setting)) for setting in ("", *SETTINGS)]
         return cls(study.results(), study.steps, list(dict.fromkeys(recipe.guidance for recipe in settings)))
 
-    def seeds(self, cell: str, iterations: int | None = None) -> list[Result]:
-        """A cell's, of all seeds, after so many iterations; by default at the end."""
-        wanted = (0, self.steps) if iterations is None else (iterations,)
-        return [result for result in self.results if result.cell == cell and result.iterations in wanted]
+    def seeds(self, cell: str, steps: int | None = None) -> list[Result]:
+        """A cell's results for all seeds, after this many training steps; by default at the end."""
+        wanted = (0, self.steps) if steps is None else (steps,)
+        return [result for result in self.results if result.cell == cell and result.steps in wanted]
 
     def stops(self, cell: str) -> list[int]:
-        """The iterations after which a cell was evaluated."""
-        return sorted({result.iterations for result in self.results if result.cell == cell})
+        """The training steps after which a cell was evaluated."""
+        return sorted({result.steps for result in self.results if result.cell == cell})
 
     def sections(self) -> dict[str, list[str]]:
-        """Rows of the table, by title: the teachers, `SECTIONS`, and what else there is."""
+        """Rows of the table, by title: the teachers, `SECTIONS`, and all other results."""
         teachers = {f"teacher, Euler, guidance {g:g}": [teacher(n, g) for n in EULER] for g in self.guidances}
         listed = teachers | SECTIONS
         known = {name for names in listed.values() for name in names}
-        others = {result.cell for result in self.results if result.iterations == self.steps} - known
+        others = {result.cell for result in self.results if result.steps == self.steps} - known
         found = {title: [name for name in names if self.seeds(name)] for title, names in listed.items()}
         return {title: names for title, names in (found | {"others": sorted(others)}).items() if names}
 
@@ -95,7 +94,7 @@ def error(result: Result) -> float:
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """And the sample standard deviation, 0 of a single value."""
+    """Mean and sample standard deviation, which is 0 for a single value."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
@@ -106,16 +105,16 @@ def heading(study: Study) -> str:
     usual = study.recipe("arcflow")
     machine = f"{os.cpu_count()} {platform.machine()} cores, jax {jax.__version__}, {datetime.date.today()}"
     return (
-        f"Runs of {study.steps} iterations at batch {usual.batch}, evaluated on {study.prompts} prompts, the same "
-        f"noises for all; {machine}. A row is a variant of `configs/tiny_ablation.py`, with {usual.distillation.nfe} "
-        f"network calls, time shift {usual.distillation.shift:g} and guidance {usual.guidance:g} unless it says "
-        "otherwise. Mean ± standard deviation over seeds 0, 1, …, where there are several. Endpoint error: against the "
-        f"teacher's {EULER[-1]} Euler steps at the same guidance. Seconds do not count compilation."
+        f"Runs of {study.steps} training steps at batch {usual.batch}, evaluated on {study.prompts} prompts with the "
+        f"same noise for all; {machine}. A row is a variant of `configs/tiny_ablation.py`, with NFE "
+        f"{usual.distillation.nfe}, timestep shift {usual.distillation.shift:g} and guidance {usual.guidance:g} unless "
+        "its name says otherwise. Mean ± standard deviation over seeds 0, 1, …, where there are several. Endpoint "
+        f"error: against the teacher's {EULER[-1]} Euler steps at the same guidance. Seconds exclude compilation."
     )
 
 
 def table(finished: Finished) -> str:
-    """A row a cell, in sections, in Markdown."""
+    """A Markdown table with a row per cell, in sections."""
     rows = [row(COLUMNS), row(["---"] * len(COLUMNS))]
     for title, names in finished.sections().items():
         rows.append(row([f"**{title}**"] + [""] * (len(COLUMNS) - 1)))
@@ -128,13 +127,13 @@ def row(values: Iterable[str]) -> str:
 
 
 def figures_of(results: list[Result]) -> list[str]:
-    """What a row says of a cell's seeds."""
+    """The columns of a row, from all seeds of a cell."""
 
-    def value(of: Callable[[Result], float], digits: int) -> str:
-        mean, spread = mean_and_spread([of(result) for result in results])
+    def value(read: Callable[[Result], float], digits: int) -> str:
+        mean, spread = mean_and_spread([read(result) for result in results])
         return f"{mean:.{digits}f} ± {spread:.{digits}f}" if len(results) > 1 else f"{mean:.{digits}f}"
 
-    trained = bool(results[0].iterations)
+    trained = bool(results[0].steps)
     return [
         str(len(results)) if trained else "–",
         value(error, 4),
@@ -145,11 +144,11 @@ def figures_of(results: list[Result]) -> list[str]:
     ]
 
 
-def way_table(finished: Finished) -> str:
-    """A row a cell that was evaluated on its way: endpoint error, and the seconds of training up to there."""
+def training_table(finished: Finished) -> str:
+    """A row per cell that was evaluated during training: endpoint error, and seconds of training so far."""
     cells = [name for name in CELLS if name in COMPARED and finished.stops(name)]
     stops = sorted({stop for cell in cells for stop in finished.stops(cell)})
-    rows = [row(["", *(f"{stop} iterations" for stop in stops)]), row(["---"] * (len(stops) + 1))]
+    rows = [row(["", *(f"{stop} steps" for stop in stops)]), row(["---"] * (len(stops) + 1))]
     for name in cells:
         points = {stop: point(finished.seeds(name, stop)) for stop in stops if finished.seeds(name, stop)}
         rows.append(row([name, *(f"{p.error:.4f}, {p.seconds:.0f} s" if (p := points.get(s)) else "" for s in stops)]))
@@ -160,7 +159,7 @@ def way_table(finished: Finished) -> str:
 
 
 class Point(NamedTuple):
-    """Of all seeds of a cell."""
+    """A cell over all its seeds."""
 
     error: float
     spread: float
@@ -168,44 +167,44 @@ class Point(NamedTuple):
 
 
 def point(results: list[Result]) -> Point:
-    seconds = statistics.mean(result.seconds * result.iterations for result in results)
+    seconds = statistics.mean(result.seconds * result.steps for result in results)
     return Point(*mean_and_spread([error(result) for result in results]), seconds)
 
 
 def figure(finished: Finished) -> Figure:
-    """Endpoint error by what is compared, a panel each."""
+    """Endpoint error, with a panel per comparison."""
     drawing = Figure(figsize=(14, 8.5), layout="constrained")
-    drawing.suptitle("Endpoint error against the teacher's 50 steps from the same noise: less is better", fontsize=14)
-    (calls_axes, two_axes, one_axes), (modes_axes, parts_axes, settings_axes) = drawing.subplots(2, 3)
-    draw_calls(calls_axes, finished)
+    drawing.suptitle("Endpoint error against the teacher's 50 steps from the same noise: lower is better", fontsize=14)
+    (nfe_axes, two_axes, one_axes), (modes_axes, parts_axes, settings_axes) = drawing.subplots(2, 3)
+    draw_nfe(nfe_axes, finished)
     for axes, count in ((two_axes, 2), (one_axes, 1)):
-        draw_way(axes, finished, count)
+        draw_training(axes, finished, count)
     draw_modes(modes_axes, finished)
     draw_parts(parts_axes, finished)
     draw_settings(settings_axes, finished)
     for axes in drawing.axes:
         axes.set_visible(axes.has_data())
-    handles, labels = calls_axes.get_legend_handles_labels()
+    handles, labels = nfe_axes.get_legend_handles_labels()
     drawing.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=12)
     return drawing
 
 
-def draw_calls(axes: Axes, finished: Finished) -> None:
+def draw_nfe(axes: Axes, finished: Finished) -> None:
     for method in METHODS:
-        draw_line(axes, method, {n: finished.seeds(cell(method, calls(n))) for n in CALLS})
+        draw_line(axes, method, {n: finished.seeds(cell(method, nfe(n))) for n in NFES})
     guidance = finished.guidances[0]
     draw_line(axes, "teacher", {n: finished.seeds(teacher(n, guidance)) for n in EULER[:-1]})
-    axes.set(title="fewer network calls", xlabel="network calls", xscale="log")
-    plain_ticks(axes, [*CALLS, EULER[-2]])
+    axes.set(title="lower NFE", xlabel="NFE", xscale="log")
+    plain_ticks(axes, [*NFES, EULER[-2]])
     logarithmic(axes)
 
 
-def draw_way(axes: Axes, finished: Finished, count: int) -> None:
+def draw_training(axes: Axes, finished: Finished, count: int) -> None:
     for method in METHODS:
-        name = cell(method, calls(count))
+        name = cell(method, nfe(count))
         points = {s: finished.seeds(name, s) for s in finished.stops(name)}
         draw_line(axes, method, {point(results).seconds: results for results in points.values()})
-    axes.set(title=f"training time, {count} {'call' if count == 1 else 'calls'}", xlabel="seconds, without compilation")
+    axes.set(title=f"training time, NFE {count}", xlabel="seconds without compilation")
     axes.set_xlim(left=0)
     logarithmic(axes)
 
@@ -214,13 +213,13 @@ def draw_modes(axes: Axes, finished: Finished) -> None:
     for method, counts in MODES.items():
         draw_line(axes, method, {k: finished.seeds(cell(method, modes(method, k))) for k in counts})
     draw_line(axes, "linear", {1: finished.seeds("linear")})
-    axes.set(title="more modes or terms, 2 calls", xlabel="modes of the mixture, terms of the series", xscale="log")
+    axes.set(title="more modes or terms, NFE 2", xlabel="modes of the mixture, terms of the series", xscale="log")
     plain_ticks(axes, [1, *MODES["legendre"], *MODES["arcflow"][2:]])
     axes.set_ylim(bottom=0)
 
 
 def draw_parts(axes: Axes, finished: Finished) -> None:
-    """Points are the changed recipes; the lines, with their spread, those that nothing was changed of."""
+    """Points are changed recipes; lines with their spread are the unchanged recipes."""
     points = {part: point(found) for part in PARTS if (found := finished.seeds(cell("arcflow", part)))}
     if not points:
         return
@@ -235,7 +234,7 @@ def draw_parts(axes: Axes, finished: Finished) -> None:
     axes.margins(y=0.1)
     axes.invert_yaxis()
     axes.grid(alpha=0.25)
-    axes.set(title="a change in ArcFlow's recipe, 2 calls", xlabel="endpoint error; lines: unchanged recipes")
+    axes.set(title="a change in ArcFlow's recipe, NFE 2", xlabel="endpoint error; lines: unchanged recipes")
 
 
 def draw_settings(axes: Axes, finished: Finished) -> None:
@@ -246,11 +245,11 @@ def draw_settings(axes: Axes, finished: Finished) -> None:
                 p = point(found)
                 axes.bar(j + 0.27 * (i - 1), p.error, 0.25, yerr=p.spread or None, color=COLOURS[method])
     axes.set_xticks(range(len(settings)), ["unchanged", *(name.replace("-", "\n", 1) for name in settings[1:])])
-    axes.set(title="learning rate, time shift, guidance, 2 calls", ylabel="endpoint error")
+    axes.set(title="learning rate, timestep shift, guidance, NFE 2", ylabel="endpoint error")
 
 
 def draw_line(axes: Axes, name: str, results: Mapping[float, list[Result]]) -> None:
-    """Means and spreads by x, of what is finished."""
+    """Means and spreads of the finished results, by x."""
     points = {x: point(found) for x, found in results.items() if found}
     if not points:
         return
@@ -267,7 +266,7 @@ def plain_ticks(axes: Axes, ticks: Sequence[int]) -> None:
 
 
 def logarithmic(axes: Axes) -> None:
-    """A logarithmic scale with plain numbers."""
+    """A logarithmic scale with plain numbers as labels."""
     if not axes.has_data():
         return
     axes.set_yscale("log")

@@ -1,4 +1,4 @@
-"""Trains and evaluates cells, and keeps what is finished."""
+"""Trains and evaluates cells, and keeps the finished results."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import jax
 
 from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.model_directory import DESCRIPTION
+from arcflow_jax.console import duration
 from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.demo.evaluate import Results, Sampler, measure, run_samplers
@@ -23,35 +24,43 @@ from arcflow_jax.demo.run import TEST_PROMPTS, TRAIN_PROMPTS
 from arcflow_jax.demo.world import Caption, caption_of
 from arcflow_jax.errors import UserError
 from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.storage.atomic import cannot_write, make_directory
 from arcflow_jax.storage.files import read_json, write_json
-from arcflow_jax.training.log import LOG, left
+from arcflow_jax.training.log import LOG
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe, read_config
 from benchmarks.ablation.cells import COMPARED, seeds
 
 SOURCE = ASSETS / "tiny-flux"
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny_ablation.py"
-EULER = (2, 4, 8, 50)  # the teacher's steps; the last is what students are held against
+EULER = (2, 4, 8, 50)  # the teacher's steps; students are compared with the last
 DENSE = f"teacher_{EULER[-1]}"
-START = 150  # iterations of one segment that the start of a run and its evaluation take the time of, about
+START = 150  # starting and evaluating a run takes about as long as this many training steps with NFE 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What came of a cell.
+    """The figures of a cell.
 
     Attributes:
-      cell: a variant of configs/tiny_ablation.py, or of the teacher, see `teacher`.
-      seed, iterations: of the training; 0 for a teacher.
-      seconds: an iteration, the median without compilation; 0 for a teacher.
-      figures: see `evaluate.measure`.
+      cell: a variant of configs/tiny_ablation.py, or a teacher (see `teacher`).
+      seed, steps: seed and training steps; 0 for a teacher.
+      seconds: median seconds per training step, without compilation; 0 for a teacher.
+      figures: see `demo.evaluate.measure`.
     """
 
     cell: str
     seed: int
-    iterations: int
+    steps: int
     seconds: float
     figures: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        values = read_json(path)
+        if "iterations" in values:  # as version 0.1 wrote it
+            values["steps"] = values.pop("iterations")
+        return cls(**values)
 
 
 def teacher(steps: int, guidance: float) -> str:
@@ -61,12 +70,12 @@ def teacher(steps: int, guidance: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A comparison under one budget.
+    """A comparison of cells under one budget.
 
     Attributes:
-      out: its directory.
-      steps: iterations of each run.
-      prompts: how many of the test prompts students are evaluated on.
+      out: the study's directory.
+      steps: training steps of each run.
+      prompts: number of test prompts to evaluate on.
     """
 
     out: Path
@@ -76,17 +85,17 @@ class Study:
     def __post_init__(self):
         available = len(read_prompts(TEST_PROMPTS).texts)
         if self.steps < 1:
-            raise UserError(f"steps is {self.steps}, but has to be at least 1")
+            raise UserError(f"steps is {self.steps}, but must be at least 1")
         if not 2 <= self.prompts <= available:
-            raise UserError(f"prompts is {self.prompts}, but has to be from 2 to {available}")
+            raise UserError(f"prompts is {self.prompts}, but must be from 2 to {available}")
         known = self.out / "study.json"
         if known.exists() and read_json(known) != self.budget:
             before = ", ".join(f"{name} {value}" for name, value in read_json(known).items())
-            raise UserError(f"{self.out} holds a study with {before}: name another --out")
+            raise UserError(f"{self.out} contains a study with {before}: choose another --out")
 
     @functools.cached_property
     def budget(self) -> dict[str, int | str]:
-        """What all results have in common, the weights of the bundled teacher among them."""
+        """What all results share, including the weights of the bundled teacher."""
         digest = hashlib.sha256()
         for path in sorted(SOURCE.rglob("*.safetensors")):
             digest.update(path.read_bytes())
@@ -97,39 +106,39 @@ class Study:
         return [caption_of(prompt) for prompt in read_prompts(TEST_PROMPTS).texts[: self.prompts]]
 
     def recipe(self, cell: str, seed: int = 0) -> Recipe:
-        """Of a cell's run. Raises UserError on a name that configs/tiny_ablation.py does not know."""
+        """The recipe of a cell's run. Raises UserError on a name that configs/tiny_ablation.py does not know."""
         config = read_config(f"{CONFIG}:{cell}")
         config.model, config.prompts = str(self.out / "teacher"), str(TRAIN_PROMPTS)
         config.out, config.seed = str(self.out / "runs" / cell / str(seed)), seed
         config.preview_every, config.save_every, config.keep_last = 0, 50, 1
-        # The whole of the schedule is that much shorter or longer
+        # The schedule scales with the number of steps
         config.distillation.decay = config.distillation.decay * self.steps // config.steps
         config.steps = config.optimizer.decay_steps = self.steps
         return Recipe.of(config)
 
     def stops(self, cell: str) -> list[int]:
-        """The iterations after which a cell is evaluated: those that are compared on their way, too."""
+        """The training steps after which a cell is evaluated: compared cells also during training."""
         parts = 4 if cell in COMPARED else 1
         return sorted({max(1, self.steps * i // parts) for i in range(1, parts + 1)})
 
-    def file(self, cell: str, seed: int, iterations: int) -> Path:
-        return self.out / "results" / f"{cell}.{seed}.{iterations}.json"
+    def file(self, cell: str, seed: int, steps: int) -> Path:
+        return self.out / "results" / f"{cell}.{seed}.{steps}.json"
 
     def results(self) -> list[Result]:
-        """All that are finished."""
-        return [Result(**read_json(path)) for path in sorted((self.out / "results").glob("*.json"))]
+        """All finished results."""
+        return [Result.read(path) for path in sorted((self.out / "results").glob("*.json"))]
 
     def keep(self, result: Result) -> None:
-        write_json(self.file(result.cell, result.seed, result.iterations), dataclasses.asdict(result))
+        write_json(self.file(result.cell, result.seed, result.steps), dataclasses.asdict(result))
 
     def run(self, cells: Sequence[str], count: int | None = None) -> None:
-        """Finishes what is not finished of these cells.
+        """Trains and evaluates what is not finished of these cells.
 
         Args:
-          count: of seeds of each cell; by default as `cells.seeds` has it.
+          count: seeds per cell; by default as `cells.seeds` says.
 
         Raises:
-          UserError: as `train`, on an unknown cell, a run of another recipe, or a directory that cannot be written.
+          UserError: on an unknown cell, a run of another recipe, or a directory that cannot be written; as `train`.
           Preempted: as `train`.
         """
         self.begin({self.recipe(cell).guidance for cell in cells})
@@ -138,7 +147,7 @@ class Study:
         work = {}
         for cell, seed in runs:
             recipe = self.recipe(cell, seed)
-            recipe.check_same(Path(recipe.out))  # finished ones too: the table must not mix recipes
+            recipe.check_same(Path(recipe.out))  # also if finished: the table must not mix recipes
             stops = self.stops(cell)
             for before, stop in zip([0, *stops], stops, strict=False):
                 if not self.file(cell, seed, stop).exists():
@@ -146,22 +155,20 @@ class Study:
         print(f"{len(work)} evaluations to make", flush=True)
         began, done = time.monotonic(), 0
         for i, (cell, seed, stop) in enumerate(work):
-            print(f"{cell}, seed {seed}, to iteration {stop}", flush=True)
+            print(f"{cell}, seed {seed}, up to step {stop}", flush=True)
             result = self.measure(cell, seed, stop)
             self.keep(result)
             done += work[cell, seed, stop]
             rate = done / (time.monotonic() - began)
             error = result.figures["endpoint_error"]
-            rest = left(sum(work.values()) - done, rate)
-            print(f"{i + 1} of {len(work)}: endpoint error {error:.4f}; {rest} left in all", flush=True)
+            rest = duration((sum(work.values()) - done) / rate)
+            print(f"{i + 1} of {len(work)}: endpoint error {error:.4f}; {rest} left in total", flush=True)
 
     def begin(self, guidances: Iterable[float]) -> None:
-        """Makes what all cells need: the directory, the converted teacher, its own figures. Raises UserError."""
-        try:
-            (self.out / "results").mkdir(parents=True, exist_ok=True)
+        """Makes what all cells need: the directory, the converted teacher and its figures. Raises UserError."""
+        make_directory(self.out / "results")
+        with cannot_write(self.out):
             write_json(self.out / "study.json", self.budget)
-        except OSError as error:
-            raise UserError(f"cannot write to {self.out}: {error.strerror}") from None
         if jax.config.jax_compilation_cache_dir is None:  # the seeds of a cell run the same program
             jax.config.update("jax_compilation_cache_dir", str(self.out / "cache"))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
@@ -175,24 +182,24 @@ class Study:
                     self.keep(Result(name, 0, 0, 0.0, figures[f"teacher_{steps}"]))
 
     def measure(self, cell: str, seed: int, stop: int) -> Result:
-        """Trains a cell up to an iteration, from where it is, and evaluates it."""
+        """Trains a cell up to a step, from its last checkpoint, and evaluates it."""
         recipe = self.recipe(cell, seed)
         run = train(dataclasses.replace(recipe, steps=stop))
         lines = [json.loads(line) for line in (run / LOG).read_text().splitlines()]
         if lines[-1]["step"] != stop:
-            raise UserError(f"{run} is past iteration {stop}, which was not evaluated: remove it, to train it anew")
+            raise UserError(f"{run} is past step {stop}, which was not evaluated: remove it to train it again")
         student = Sampler(ArcFlowPipeline.from_pretrained(self.out / "teacher", adapter=run), recipe.distillation.nfe)
         dense = teachers(self, recipe.guidance)[DENSE]
         results = run_samplers({"student": student}, self.captions, recipe.guidance)
         figures = measure({DENSE: dense} | results, self.captions, against=DENSE)
         if stop == self.steps:
-            jax.clear_caches()  # of programs that no other cell runs
+            jax.clear_caches()  # no other cell runs these programs
         seconds = statistics.median(1 / line["iterations_per_second"] for line in lines)
         return Result(cell, seed, stop, seconds, figures["student"])
 
 
 @functools.cache
 def teachers(study: Study, guidance: float) -> dict[str, Results]:
-    """What the teacher makes in each of `EULER` steps, as teacher_STEPS."""
+    """The teacher's results for each number of steps in `EULER`, under the name teacher_STEPS."""
     pipeline = ArcFlowPipeline.from_pretrained(study.out / "teacher")
     return run_samplers({f"teacher_{n}": Sampler(pipeline, n) for n in EULER}, study.captions, guidance)

@@ -1,5 +1,5 @@
-"""What the benchmarks compare is the same: a whole iteration, optimizer included, against its PyTorch twin; and a
-model that was never on the disk as a whole, against the same model that was."""
+"""The benchmarks compare equal things: a training step with optimizer against its PyTorch twin; and a model that was
+never on the disk as a whole against the same model that was. And every script starts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +25,8 @@ TINY = Size(heads=2, head_dim=16, double=1, single=1, modes=3, rank=2, batch=2, 
 
 
 @pytest.mark.parametrize("decay", [2, pytest.param(0, marks=pytest.mark.slow)])
-def test_train_step_is_that_of_pytorch(decay, tmp_path):
-    """Three iterations: led by the teacher, by both, by the student; or all in the steady phase."""
+def test_train_step_matches_pytorch(decay, tmp_path):
+    """Three training steps: led by the teacher, by both and by the student; or all in the steady phase."""
     for package in ("torch", "peft", "diffusers"):
         pytest.importorskip(package)
     mine = list(ours(TINY, decay, 3, tmp_path))
@@ -38,8 +40,8 @@ def fingerprints(model: Path) -> dict[str, str]:
     return {name: component["fingerprint"] for name, component in components.items()}
 
 
-@pytest.mark.skipif(shutil.which("fallocate") is None, reason="holes are made with util-linux's fallocate")
-def test_source_that_is_written_as_it_is_read_is_converted_alike(tmp_path, capfd):
+@pytest.mark.skipif(shutil.which("fallocate") is None, reason="needs util-linux's fallocate")
+def test_source_written_as_it_is_read_converts_the_same(tmp_path, capfd):
     sizes = {
         "transformer": {"num_layers": 2, "num_attention_heads": 1, "joint_attention_dim": 64},
         "text_encoder": {"num_hidden_layers": 1, "vocab_size": 999, "hidden_size": 64, "intermediate_size": 96},
@@ -55,8 +57,18 @@ def test_source_that_is_written_as_it_is_read_is_converted_alike(tmp_path, capfd
     files = sorted(source.rglob("*.safetensors"))
     assert len(files) > 5
     size, taken = (sum(f(os.stat(file)) for file in files) for f in (lambda s: s.st_size, lambda s: 512 * s.st_blocks))
-    assert taken < size / 4  # what is left are blocks that small tensors share
+    assert taken < size / 4  # the rest is blocks that small tensors share
     values = Values()
     for tensor in (tensor for file in files for tensor in read_header(file).values()):
         values.write(tensor)
     assert fingerprints(convert_model(source, tmp_path / "again")) == fingerprints(tmp_path / "converted")
+
+
+@pytest.mark.parametrize("script", ["ablation", "block_ratio", "convert_full_size", "train_step"])
+def test_script_starts(script):
+    if script == "block_ratio":
+        pytest.importorskip("diffusers")
+    command = [sys.executable, "-m", f"benchmarks.{script}", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage:")

@@ -1,8 +1,8 @@
-"""Programs compiled for TPUs that are not there: the counts against counts by hand, and errors at the door."""
+"""Programs compiled for TPUs that are not attached: counts against counts by hand, and errors before compilation."""
 
 from __future__ import annotations
 
-import importlib.util
+import dataclasses
 import json
 import os
 import subprocess
@@ -22,6 +22,7 @@ from arcflow_jax.compile_report.child import needed
 from arcflow_jax.compile_report.collectives import Traffic, collectives
 from arcflow_jax.compile_report.programs import sampler, train_step
 from arcflow_jax.compile_report.work import flops
+from arcflow_jax.errors import UserError
 from arcflow_jax.networks.attention import attention, attention_kernel
 from arcflow_jax.parallel.mesh import MESH_AXES
 from arcflow_jax.training.recipe import Recipe, read_config
@@ -60,7 +61,7 @@ def test_flops_of_convolutions():
 
 
 def test_flops_of_fused_attention():
-    """Two products forward; in the backward pass splash computes seven, two of them anew in each of its kernels."""
+    """Two products forward; splash's backward pass computes seven, two of which both of its kernels repeat."""
     b, s, h, e = 2, 1024, 3, 128
     product = 2 * b * h * s * s * e
     rows = 2 * b * h * s * e  # Σ output · its gradient, outside the kernels
@@ -70,7 +71,7 @@ def test_flops_of_fused_attention():
         assert count(jax.grad(lambda q, k, v: (attention(q, k, v) ** 2).sum()), q, q, q) == (2 + 7) * product + rows
         mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh.update(axis_sizes=(2, 1, 3, 2))):
-            assert count(attention, q, q, q) == 2 * product  # a twelfth on each device
+            assert count(attention, q, q, q) == 2 * product  # each device computes a twelfth
 
 
 def test_flops_of_flux_sampling():
@@ -91,8 +92,8 @@ def test_flops_of_flux_sampling():
 
 @pytest.mark.parametrize("steady", [False, True])
 def test_flops_of_flux_training(steady):
-    """FLUX.1-dev at 1024²: in each segment the teacher four times, the student once, once more to recompute, and its
-    gradient, which costs less than two more because the base needs none."""
+    """FLUX.1-dev at 1024². Per segment: four teacher calls, the student forward and its recomputation, and the
+    gradient, which costs less than two forwards because the base needs none."""
     config = read_config(f"{ROOT / 'configs' / 'flux.py'}:published", [f"--config.model={FLUX_DEV}"])
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES)
     program = train_step(Recipe.of(config), mesh, 1, steady=steady)
@@ -102,7 +103,7 @@ def test_flops_of_flux_training(steady):
 
 
 def test_flops_of_qwen_image_sampling():
-    """The same for Qwen-Image, of which every block is a double one; 512 tokens of text, padding included."""
+    """Qwen-Image, whose blocks are all double ones, with 512 text tokens including padding."""
     config = read_config(str(ROOT / "configs" / "qwen.py"), [f"--config.model={ROOT / 'configs' / 'qwen-image'}"])
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES)
     program = sampler(Recipe.of(config), mesh, 1)
@@ -117,7 +118,7 @@ def test_flops_of_qwen_image_sampling():
 
 @pytest.mark.parametrize("steady", [False, True])
 def test_flops_of_qwen_image_training(steady):
-    """As FLUX.1-dev's, but for the teacher, who is asked with the prompt and without: eight times in each segment."""
+    """As for FLUX.1-dev, but CFG calls the teacher with and without the prompt: eight times per segment."""
     config = read_config(str(ROOT / "configs" / "qwen.py"), [f"--config.model={ROOT / 'configs' / 'qwen-image'}"])
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES)
     program = train_step(Recipe.of(config), mesh, 1, steady=steady)
@@ -165,7 +166,7 @@ def test_collectives_of_a_compiled_program():
     }
 
 
-# As XLA for TPUs writes it: asynchronous, the length of a loop in its condition only
+# XLA's output for TPUs: collectives are asynchronous, and a loop's length is in its condition only
 TPU_HLO = """
 HloModule jit_f
 
@@ -198,23 +199,27 @@ def test_collectives_of_a_tpu_program():
     }
 
 
-def test_what_an_out_of_memory_message_says():
+def test_needed_memory_is_read_from_the_message():
     message = "RESOURCE_EXHAUSTED: CompileTimeHbmOom: program needs (26.04G) exceeds available HBM (15.75G)"
     assert needed(message) == 26.04 * 2**30
     assert needed("no figures") is None
 
 
-@pytest.fixture
-def tiny_model(tmp_path) -> Path:
-    """FLUX.1-dev's config files, for two blocks of two heads."""
+def write_tiny_model(folder: Path) -> Path:
+    """FLUX.1-dev's config files, reduced to two blocks of two heads."""
     for name in ("model_index.json", "transformer/config.json", "vae/config.json", "tokenizer_2/tokenizer_config.json"):
         values = json.loads((FLUX_DEV / name).read_text())
         if name.startswith("transformer"):
             values |= {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "joint_attention_dim": 64}
-        file = tmp_path / "model" / name
+        file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(values))
-    return tmp_path / "model"
+    return folder
+
+
+@pytest.fixture
+def tiny_model(tmp_path) -> Path:
+    return write_tiny_model(tmp_path / "model")
 
 
 def run(capfd, *arguments: object) -> tuple[int, str, str]:
@@ -223,14 +228,69 @@ def run(capfd, *arguments: object) -> tuple[int, str, str]:
     return caught.value.code or 0, *capfd.readouterr()
 
 
-def test_report_of_a_tiny_model(capfd, tmp_path, tiny_model):
+def test_report_on_the_command_line(capfd, tmp_path, tiny_model):
     pytest.importorskip("libtpu")
     out = tmp_path / "report.json"
-    common = (f"--config.model={tiny_model}", "--height", 512, "--width", 1024, "--out", out)
-    code, stdout, stderr = run(capfd, "--topology", "v5e:2x2", "--mesh", "tensor=2,sequence=2", *common)
+    common = (f"--config.model={tiny_model}", "--height", 256, "--width", 256, "--out", out)
+    code, stdout, stderr = run(capfd, "--topology", "v5e:1x1", *common)
     assert code == 0, stderr
-    assert "v5e:2x2" in stdout
+    assert "v5e:1x1" in stdout
+    assert "s at 50 %" in stdout
     (row,) = json.loads(out.read_text())
+    assert row["status"] == "compiled"
+
+
+# Checks and compiles cases as the child process does, but all in one, because starting it takes longest
+IN_ONE_PROCESS = """
+import json, sys
+from arcflow_jax.compile_report.child import build, compile_program
+from arcflow_jax.errors import UserError
+
+def answer(case):
+    try:
+        return compile_program(*build(**case))
+    except UserError as error:
+        return {"error": str(error)}
+
+print(json.dumps([answer(case) for case in json.load(sys.stdin)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory) -> dict[str, dict]:
+    """What the child answers to each case; of those that compile, the row."""
+    pytest.importorskip("libtpu")
+    model = f"--config.model={write_tiny_model(tmp_path_factory.mktemp('compile') / 'model')}"
+    flux = str(ROOT / "configs" / "flux.py")
+
+    def case(program: str, topology: str, mesh: tuple[int, ...], batch: int, *overrides: str) -> report.Case:
+        return report.Case(program, flux, (model, *overrides), topology, mesh, batch)
+
+    small = ("--config.adapter.rank=8", "--config.distillation.nfe=1", "--config.distillation.states=1")
+    cases = {
+        "sharded": case("sampler", "v5e:2x2", (1, 1, 2, 2), 1, "--config.resolutions=((512, 1024),)"),
+        "too large": case("sampler", "v5e:1x1", (1, 1, 1, 1), 4096),
+        "two slices": case("train", "v5e:2x2*2", (2, 4, 1, 1), 8, "--config.resolutions=((256, 256),)", *small),
+        "topology": case("sampler", "v6e:3x3", (1, 1, 1, 1), 1),
+        "mesh": case("sampler", "v5e:2x2", (1, 1, 3, 1), 1),
+        "slices": case("sampler", "v5e:2x2*2", (1, 8, 1, 1), 1),
+        "batch": case("sampler", "v5e:2x2", (4, 1, 1, 1), 1),
+        "model": case("sampler", "v5e:2x2", (1, 1, 4, 1), 1, "--config.model=/nowhere"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", IN_ONE_PROCESS],
+        input=json.dumps([dataclasses.asdict(each) for each in cases.values()]),
+        env={k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | report.ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = zip(cases.items(), json.loads(done.stdout.splitlines()[-1]), strict=True)
+    return {name: each if "error" in each else report.row(case, each) for (name, case), each in found}
+
+
+def test_sampler_on_several_devices(answers):
+    row = answers["sharded"]
     assert row["status"] == "compiled"
     assert row["mesh"] == [1, 1, 2, 2]
     assert row["peak"] >= row["arguments"] + row["temporaries"] > 0
@@ -240,31 +300,32 @@ def test_report_of_a_tiny_model(capfd, tmp_path, tiny_model):
     assert row["roofline"]["seconds"] >= row["flops"] / 4 / 197e12
 
 
-def test_report_of_training_on_two_slices(capfd, tmp_path, tiny_model):
-    pytest.importorskip("libtpu")
-    out = tmp_path / "report.json"
-    common = (f"--config.model={tiny_model}", "--height", 256, "--width", 256, "--out", out, "--program", "train")
-    code, stdout, stderr = run(
-        capfd, "--topology", "v5e:2x2*2", "--mesh", "data=2,fsdp=4", "--batch", 8, "--config.adapter.rank=8", *common
-    )
-    assert code == 0, stderr
-    assert "s at 50 %" in stdout
-    (row,) = json.loads(out.read_text())
+def test_training_on_two_slices(answers):
+    row = answers["two slices"]
     assert row["status"] == "compiled"
     assert row["devices"] == 8
     assert row["roofline"]["half_peak"] == pytest.approx(2 * row["flops"] / 8 / 197e12)
     assert "all-gather" in row["collectives"]
 
 
-def test_out_of_memory_is_a_row(capfd, tmp_path, tiny_model):
-    pytest.importorskip("libtpu")
-    out = tmp_path / "report.json"
-    common = (f"--config.model={tiny_model}", "--height", 1024, "--width", 1024, "--out", out)
-    code, stdout, stderr = run(capfd, "--topology", "v5e:1x1", "--batch", 4096, *common)
-    assert code == 0, stderr
-    assert "out of memory" in stdout
-    (row,) = json.loads(out.read_text())
-    assert row["needed"] > row["capacity"]
+def test_out_of_memory_is_a_row(answers, capfd):
+    assert answers["too large"]["needed"] > answers["too large"]["capacity"]
+    report.table([answers["too large"]])
+    assert "out of memory" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("topology", "the compiler rejects topology 'v6e:3x3'"),
+        ("mesh", "4 devices"),
+        ("slices", "2 slices"),
+        ("batch", "batch 1 is not a multiple of the mesh's data × fsdp = 4"),
+        ("model", "model directory /nowhere does not exist"),
+    ],
+)
+def test_cases_that_do_not_fit(answers, case, message):
+    assert message in answers[case]["error"]
 
 
 def test_errors_come_before_any_compilation(capfd, tmp_path, tiny_model, monkeypatch):
@@ -280,15 +341,19 @@ def test_errors_come_before_any_compilation(capfd, tmp_path, tiny_model, monkeyp
     with monkeypatch.context() as patched:
         patched.setattr(report.importlib.util, "find_spec", lambda name: None)
         refused("libtpu, the compiler for TPUs, is not installed", "--topology", "v5e:2x2", model)
-    if importlib.util.find_spec("libtpu") is None:
-        return
-    refused("topology 'v5p-8' is unknown: known are v5e, v5p", "--topology", "v5p-8", model)
-    good = ("--topology", "v5e:2x2")
-    refused("topology 'v6e:3x3' is refused", *good, "--topology", "v6e:3x3", model)
-    refused("mesh tensor=3 needs 3 devices, but 4 devices are visible", *good, "--mesh", "tensor=3", model)
-    refused("data=1 is not a multiple of the 2 TPU slices", "--topology", "v5e:2x2*2", "--mesh", "fsdp=8", model)
-    refused("batch 1 does not divide", *good, "--mesh", "data=4", model)
-    refused("model directory /nowhere does not exist", *good, "--config.model=/nowhere")
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: name)
+    refused("unknown topology 'v5p-8': give one of v5e, v5p", "--topology", "v5p-8", model)
+
+    # The child process checks all cases before it compiles the first
+    asked = []
+
+    def ask(cases, limit, *, compiling):
+        asked.append((len(cases), compiling))
+        raise UserError("the second does not fit")
+
+    monkeypatch.setattr(report, "ask", ask)
+    refused("the second does not fit", "--topology", "v5e:2x2", "--topology", "v6e:2x2", model)
+    assert asked == [(2, False)]
 
 
 def test_tool_is_the_same_entry_point(tmp_path):

@@ -1,4 +1,4 @@
-"""The picture world, its judge, the figures and the report of the demo."""
+"""The demo's images and captions, its judge, its figures and its report."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.cli.reports import Teacher
 from arcflow_jax.data.prompts import read_prompts
-from arcflow_jax.demo import ASSETS, report, run
-from arcflow_jax.demo import world as pictures
+from arcflow_jax.demo import ASSETS, report, run, world
 from arcflow_jax.demo.evaluate import SEED, Results, Sampler, run_samplers
 from arcflow_jax.demo.judge import agreement, load_judge
 from arcflow_jax.demo.run import TEACHERS, bars
@@ -29,8 +27,8 @@ from tools.make_tiny_qwen import make_tiny_qwen
 from tools.tiny_teacher.denoiser import caption_index
 
 
-def test_captions_and_words_are_one_to_one():
-    captions = pictures.all_captions()
+def test_captions_map_to_words_and_back():
+    captions = world.all_captions()
     assert len({str(caption) for caption in captions}) == len(captions)
     caption = Caption(shape=3, colour=1, position=0, size=1, background=2)
     assert str(caption) == "a large green ring on the left on a black background"
@@ -38,75 +36,74 @@ def test_captions_and_words_are_one_to_one():
     assert str(Caption(shape=0, colour=0, position=4)) == "a red circle in the center"
 
 
-def test_caption_index_is_that_of_all_captions():
-    attributes = jnp.array([caption.as_array() for caption in pictures.all_captions()])
+def test_caption_index_matches_all_captions():
+    attributes = jnp.array([caption.as_array() for caption in world.all_captions()])
     np.testing.assert_array_equal(caption_index(attributes), np.arange(len(attributes)))
 
 
-def test_prompt_files_divide_the_captions():
+def test_prompt_files_share_no_caption():
     train, test = (read_prompts(ASSETS / f"prompts-{part}.txt").texts for part in ("train", "test"))
     assert (len(train), len(test)) == (2048, 512)
     assert not set(train) & set(test)
-    assert {*train, *test} <= {str(caption) for caption in pictures.all_captions()}
-    left_out = np.mean([caption_of(prompt).as_array() < 0 for prompt in test], axis=0)
-    np.testing.assert_allclose(left_out, [pictures.LEFT_OUT.get(name, 0) for name in pictures.ATTRIBUTES], atol=0.1)
+    assert {*train, *test} <= {str(caption) for caption in world.all_captions()}
+    omitted = np.mean([caption_of(prompt).as_array() < 0 for prompt in test], axis=0)
+    np.testing.assert_allclose(omitted, [world.OMITTED.get(name, 0) for name in world.ATTRIBUTES], atol=0.1)
 
 
-def test_random_attributes_leave_out_what_may_be_left_out():
-    drawn = np.asarray(pictures.random_attributes(jax.random.key(0), 2000))
-    for column, values in zip(drawn.T, pictures.ATTRIBUTES.values(), strict=True):
+def test_random_attributes_are_omitted_as_often_as_they_should():
+    drawn = np.asarray(world.random_attributes(jax.random.key(0), 2000))
+    for column, values in zip(drawn.T, world.ATTRIBUTES.values(), strict=True):
         assert set(column) - {-1} == set(range(len(values)))
-    left_out = dict(zip(pictures.ATTRIBUTES, (drawn < 0).mean(0), strict=True))
-    for name in pictures.ATTRIBUTES:
-        np.testing.assert_allclose(left_out[name], pictures.LEFT_OUT.get(name, 0), atol=0.05)
+    omitted = dict(zip(world.ATTRIBUTES, (drawn < 0).mean(0), strict=True))
+    for name in world.ATTRIBUTES:
+        np.testing.assert_allclose(omitted[name], world.OMITTED.get(name, 0), atol=0.05)
 
 
-def test_pictures_show_what_was_asked():
+def test_images_show_what_was_asked():
     attributes = jnp.array([[1, 2, 0, 1, 0], [0, 0, 3, 0, 2], [3, 1, 4, 1, 1]])  # square, circle, ring
-    drawn = np.asarray((pictures.render(jax.random.key(1), attributes) + 1) / 2)
-    for picture, (_, colour, _, _, background) in zip(drawn, np.asarray(attributes), strict=True):
-        low, high = pictures.LIGHTNESS[background]
-        assert ((low <= picture[0, 0]) & (picture[0, 0] <= high)).all()
-        assert np.isclose(picture, pictures.COLOUR_RGB[colour], atol=1e-5).all(-1).any()
-    rows, columns = np.nonzero(np.isclose(drawn[0], pictures.COLOUR_RGB[2], atol=1e-5).all(-1))
+    drawn = np.asarray((world.render(jax.random.key(1), attributes) + 1) / 2)
+    for image, (_, colour, _, _, background) in zip(drawn, np.asarray(attributes), strict=True):
+        low, high = world.LIGHTNESS[background]
+        assert ((low <= image[0, 0]) & (image[0, 0] <= high)).all()
+        assert np.isclose(image, world.COLOUR_RGB[colour], atol=1e-5).all(-1).any()
+    rows, columns = np.nonzero(np.isclose(drawn[0], world.COLOUR_RGB[2], atol=1e-5).all(-1))
     assert columns.mean() < 25  # on the left
     assert len(rows) == (np.ptp(rows) + 1) * (np.ptp(columns) + 1)  # a square is full
-    ring = np.isclose(drawn[2], pictures.COLOUR_RGB[1], atol=1e-5).all(-1)
+    ring = np.isclose(drawn[2], world.COLOUR_RGB[1], atol=1e-5).all(-1)
     assert not ring[30:34, 30:34].any()
     edge = drawn[1].reshape(-1, 3)
     between = (edge[:, 0] > 0.2) & (edge[:, 0] < 0.8)
     assert between.sum() > 10  # antialiased
 
 
-def test_what_is_left_out_takes_values_between_the_named_ones():
-    drawn = np.asarray((pictures.render(jax.random.key(2), jnp.array([[0, 0, 4, -1, -1]] * 500)) + 1) / 2)
+def test_omitted_attributes_take_values_between_the_named_ones():
+    drawn = np.asarray((world.render(jax.random.key(2), jnp.array([[0, 0, 4, -1, -1]] * 500)) + 1) / 2)
     lightness = drawn[:, 0, 0, 0]
     assert lightness.min() < 0.1
     assert lightness.max() > 0.92
     assert ((lightness > 0.2) & (lightness < 0.4)).sum() > 50
-    red = np.isclose(drawn, pictures.COLOUR_RGB[0], atol=1e-5).all(-1)
+    red = np.isclose(drawn, world.COLOUR_RGB[0], atol=1e-5).all(-1)
     wide = np.sqrt(red.sum((1, 2)) / np.pi)  # radius of a disc of that area
     assert wide.min() < 11
     assert wide.max() > 17.5
     assert ((wide > 13) & (wide < 15.5)).sum() > 50
 
 
-def test_judge_reads_real_pictures():
-    images, attributes = jax.jit(pictures.random_pictures, static_argnums=1)(jax.random.key(12), 1024)
+def test_judge_reads_rendered_images():
+    images, attributes = jax.jit(world.random_images, static_argnums=1)(jax.random.key(12), 256)
     judge = load_judge()
-    read = np.concatenate([np.asarray(judge.read(images[i : i + 256])) for i in range(0, 1024, 256)])
-    shares = agreement(read, np.asarray(attributes))
+    shares = agreement(np.asarray(judge.read(images)), np.asarray(attributes))
     assert min(shares.values()) >= 0.99, shares
 
 
-def test_agreement_counts_what_was_asked_for():
+def test_agreement_counts_requested_attributes():
     asked = np.array([[0, 1, -1, -1, 2], [1, 1, 3, -1, -1]])
     read = np.array([[0, 2, 4, 1, 2], [1, 1, 0, 0, 0]])
     assert agreement(read, asked) == {"shape": 1.0, "colour": 0.5, "position": 0.0, "background": 1.0, "mean": 4 / 6}
 
 
 def figure(error: float, agreement: float = 0.95, seconds: float = 0.002) -> dict:
-    kinds = dict.fromkeys(pictures.ATTRIBUTES, agreement)
+    kinds = dict.fromkeys(world.ATTRIBUTES, agreement)
     return {
         "endpoint_error": error,
         "frechet_distance": 1.0,
@@ -131,13 +128,13 @@ def test_bars_are_reached_or_missed():
 
 def test_report_is_one_page_with_everything(tmp_path):
     rng = np.random.default_rng(0)
-    captions = pictures.all_captions()[:4]
+    captions = world.all_captions()[:4]
     results = {
         name: Results(pixels=[rng.integers(0, 256, (2, 64, 64, 3), np.uint8) for _ in range(2)])
         for name in report.LABELS
     }
     metrics = {name: figure(0.1 * i, seconds=0.05 / (i + 1)) for i, name in enumerate(report.LABELS)}
-    metrics |= {"bars": bars(metrics), "teacher": "tiny-none", "prompts": 4, "iterations": 10, "date": "2026-01-01"}
+    metrics |= {"bars": bars(metrics), "teacher": "tiny-none", "prompts": 4, "training_steps": 10, "date": "2026-01-01"}
     metrics["machine"] = "a <machine>"
     logs = {}
     for name in ("arcflow", "linear"):
@@ -148,7 +145,7 @@ def test_report_is_one_page_with_everything(tmp_path):
 
     page = (tmp_path / "index.html").read_text()
     assert "$" not in page
-    assert not re.search(r'(src|href)="(?!data:)', page)  # nothing is loaded from elsewhere
+    assert not re.search(r'(src|href)="(?!data:)', page)  # the page loads nothing from elsewhere
     assert "a &lt;machine&gt;" in page
     assert "the bundled teacher tiny-none" in page
     assert all(label in page for label in report.LABELS.values())
@@ -158,9 +155,9 @@ def test_report_is_one_page_with_everything(tmp_path):
     np.testing.assert_array_equal(cell[::2, ::2], results["teacher_50"].pixels[0][0])
 
 
-def test_teachers_guidance_is_true_where_it_has_a_negative_prompt(tmp_path):
-    pipeline = ArcFlowPipeline.from_pretrained(convert_model(make_tiny_qwen(tmp_path / "source"), tmp_path / "teacher"))
-    captions = pictures.all_captions()[:2]
+def test_teacher_uses_cfg_with_a_negative_prompt(tiny_qwen):
+    pipeline = ArcFlowPipeline.from_pretrained(tiny_qwen)
+    captions = world.all_captions()[:2]
     noise = pipeline.noise(SEED, 2, *pipeline.grid())
     prompts, samplers = list(map(str, captions)), {"two": Sampler(pipeline, steps=2)}
     for negative, settings in ((None, {}), ("", {"guidance": 3.0, "negative_prompt": ""})):
@@ -170,8 +167,8 @@ def test_teachers_guidance_is_true_where_it_has_a_negative_prompt(tmp_path):
     assert np.abs(expected - np.stack(pipeline(prompts, steps=2, latents=noise, batch_size=2))).max() > 5
 
 
-def test_out_of_another_teacher_is_refused(tmp_path):
-    """It is told by its weights and settings: with others, the same pipeline is another teacher, too."""
+def test_a_directory_of_another_teacher_is_refused(tmp_path):
+    """A teacher is identified by its weights and settings, not by the kind of its pipeline."""
     out, source, other = tmp_path / "out" / "teacher", make_tiny_qwen(tmp_path / "qwen"), tmp_path / "other"
     made = run.convert(source, out)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
@@ -180,7 +177,9 @@ def test_out_of_another_teacher_is_refused(tmp_path):
     config = json.loads((other / "vae" / "config.json").read_text())
     (other / "vae" / "config.json").write_text(json.dumps(config | {"latents_std": [1.0] * 4}))
     for teacher in (other, ASSETS / "tiny-flux"):
-        refusal = f"{out} is not made of the bundled {teacher.name}: name another --out, or remove {out.parent}"
+        refusal = (
+            f"{out} was not converted from the bundled {teacher.name}: choose another --out, or remove {out.parent}"
+        )
         with pytest.raises(UserError, match=refusal):
             run.convert(teacher, out)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
@@ -188,15 +187,15 @@ def test_out_of_another_teacher_is_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("teacher", TEACHERS)
-def test_whole_demo_in_few_iterations(tmp_path, monkeypatch, teacher):
-    """Two iterations and sixteen prompts: nothing is learned, everything is there."""
+def test_whole_demo_in_few_steps(tmp_path, monkeypatch, teacher):
+    """Two training steps and sixteen prompts: nothing is learned, but everything is written."""
     recipe = run.recipe
-    monkeypatch.setattr(run, "recipe", lambda *of: dataclasses.replace(recipe(*of), steps=2))
+    monkeypatch.setattr(run, "recipe", lambda *args: dataclasses.replace(recipe(*args), steps=2))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(run.TEST_PROMPTS.read_text().splitlines(keepends=True)[:16]))
     monkeypatch.setattr(run, "TEST_PROMPTS", prompts)
     metrics = run.demo(tmp_path / "demo", teacher)
-    assert (metrics["prompts"], metrics["iterations"]) == (16, 2)
+    assert (metrics["prompts"], metrics["training_steps"]) == (16, 2)
     assert metrics["base"] == ModelDirectory.open(tmp_path / "demo" / "teacher").fingerprint
     assert metrics["teacher_50"]["endpoint_error"] == 0
     assert metrics["teacher_50"]["prompt_agreement"] > 0.9

@@ -1,4 +1,4 @@
-"""Pictures laid out for the scorers of GenEval and DPG-Bench, read here as those read them."""
+"""Images laid out for the scorers of GenEval and DPG-Bench, read here as the scorers read them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from arcflow_jax.checkpoints.conversion import convert_model
-from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.evaluate import benchmarks
 from arcflow_jax.evaluate.benchmarks import LAYOUTS
@@ -22,7 +20,7 @@ SIDE = 8
 
 
 class Painter:
-    """Stands for a pipeline: pictures whose colours tell their number and prompt."""
+    """A fake pipeline: the colour of an image encodes its number and prompt."""
 
     def __init__(self, stops_at: int | None = None):
         self.stops_at = stops_at
@@ -74,7 +72,7 @@ def dpg(tmp_path) -> Path:
 
 
 def as_geneval_reads(out: Path) -> dict[str, list[np.ndarray]]:
-    """Pictures by prompt: of the folders whose names are numbers, the files in samples/ that are numbered PNGs."""
+    """Images by prompt: the numbered PNGs in samples/ of each folder whose name is a number."""
     found = {}
     for folder in filter(str.isdigit, os.listdir(out)):
         with (out / folder / "metadata.jsonl").open() as file:
@@ -87,16 +85,16 @@ def as_geneval_reads(out: Path) -> dict[str, list[np.ndarray]]:
 
 def test_geneval(geneval, tmp_path):
     out = tmp_path / "out"
-    told = []
-    assert export(Painter(), "geneval", geneval, out, progress=lambda *what: told.append(what)) == 12
-    pictures = as_geneval_reads(out)
-    assert set(pictures) == {record["prompt"] for record in RECORDS}
+    calls = []
+    assert export(Painter(), "geneval", geneval, out, progress=lambda *what: calls.append(what)) == 12
+    images = as_geneval_reads(out)
+    assert set(images) == {record["prompt"] for record in RECORDS}
     for i, record in enumerate(RECORDS):
-        colours = [tuple(picture[0, 0].tolist()) for picture in pictures[record["prompt"]]]
+        colours = [tuple(image[0, 0].tolist()) for image in images[record["prompt"]]]
         assert colours == [colour(4 * i + j, record["prompt"]) for j in range(4)]
     assert sorted(os.listdir(out / "00002")) == ["metadata.jsonl", "samples"]
     assert sorted(os.listdir(out / "00002" / "samples")) == ["0000.png", "0001.png", "0002.png", "0003.png"]
-    assert told[-1] == ("painting", 12, 12)
+    assert calls[-1] == ("painting", 12, 12)
 
 
 def test_dpg_bench(dpg, tmp_path):
@@ -111,17 +109,17 @@ def test_dpg_bench(dpg, tmp_path):
         assert (crop == colour(8 + j, "Two dogs and a cat.")).all()
 
 
-def test_an_interrupted_export_goes_on(geneval, dpg, tmp_path):
+def test_an_interrupted_export_resumes(geneval, dpg, tmp_path):
     for benchmark, source in (("geneval", geneval), ("dpg-bench", dpg)):
         out = tmp_path / benchmark
         with pytest.raises(KeyboardInterrupt):
-            export(Painter(stops_at=6), benchmark, source, out)  # in the middle of the second prompt's
+            export(Painter(stops_at=6), benchmark, source, out)  # among the second prompt's images
         assert len(list(out.iterdir())) == 1
         painter = Painter()
         export(painter, benchmark, source, out)
         assert painter.asked == [(4, 8)]
         whole = {file.relative_to(out): file.read_bytes() for file in sorted(out.rglob("*.png"))}
-        # A hole in the middle is filled, and nothing else is made
+        # A gap is filled, and nothing else is made
         second = sorted(out.iterdir())[1]
         for file in [second] if second.is_file() else [*second.rglob("*.*")]:
             file.unlink()
@@ -135,33 +133,28 @@ def test_an_interrupted_export_goes_on(geneval, dpg, tmp_path):
         assert len(painter.asked) == 1
 
 
-def test_pictures_of_something_else_are_not_mixed(geneval, dpg, tmp_path):
+def test_different_images_are_not_mixed(geneval, dpg, tmp_path):
     out = tmp_path / "out"
     export(Painter(), "geneval", geneval, out)
-    with pytest.raises(UserError, match=r"pictures of something else \(their seed differ\).*delete it and out\.json"):
+    with pytest.raises(UserError, match=r"other images, with different seed: choose.*delete it and out\.json"):
         export(Painter(), "geneval", geneval, out, seed=1)
-    with pytest.raises(UserError, match=r"\(their images differ\)"):
+    with pytest.raises(UserError, match="with different images:"):
         export(Painter(), "geneval", geneval, out, images=2)
     geneval.write_text(geneval.read_text().replace("two", "three"))
-    with pytest.raises(UserError, match=r"\(their prompts_sha256 differ\)"):
+    with pytest.raises(UserError, match="with different prompts_sha256:"):
         export(Painter(), "geneval", geneval, out)
-    with pytest.raises(UserError, match="four square pictures"):
+    with pytest.raises(UserError, match="four square images"):
         export(Painter(), "dpg-bench", dpg, tmp_path / "dpg", images=2)
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine.txt").write_text("")
-    with pytest.raises(UserError, match="full holds pictures of something else"):
+    with pytest.raises(UserError, match="full contains other images"):
         export(Painter(), "geneval", geneval, full)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return convert_model(ASSETS / "tiny-flux", tmp_path_factory.mktemp("model") / "teacher")
-
-
-def test_from_the_command_line(capfd, geneval, dpg, tmp_path, model):
-    """Pictures are those of arcflow sample."""
-    sampling = ("--model", model, "--teacher", "--steps", 1, "--height", 32, "--width", 32, "--seed", 5)
+def test_from_the_command_line(capfd, geneval, dpg, tmp_path, tiny_flux):
+    """The images equal those of `arcflow sample`."""
+    sampling = ("--model", tiny_flux, "--teacher", "--steps", 1, "--height", 32, "--width", 32, "--seed", 5)
     prompts = ["a red ring", "a green circle"]
     geneval.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
@@ -182,11 +175,11 @@ def test_from_the_command_line(capfd, geneval, dpg, tmp_path, model):
     def refused(message: str, *arguments: object) -> None:
         assert_refused(capfd, tmp_path, *arguments, "--out", tmp_path / "new", message=message)
 
-    refused("name the student with --adapter", *export_dpg, "--model", model)
+    refused("name the student with --adapter", *export_dpg, "--model", tiny_flux)
     refused("GenEval's prompts are in its prompts/evaluation_metadata.jsonl", *export_geneval[:-1], "x", *sampling)
     refused("DPG-Bench's prompts are in dpg_bench/prompts", *export_dpg[:-1], geneval, *sampling)
-    refused("four square pictures", *export_dpg, *sampling, "--width", 64)
+    refused("four square images", *export_dpg, *sampling, "--width", 64)
     (dpg / "a.b.txt").write_text("a ring")
-    refused(r"a\.b\.txt: the scorer finds pictures by their names up to the first dot", *export_dpg, *sampling)
+    refused(r"a\.b\.txt: the scorer matches images by their names up to the first dot", *export_dpg, *sampling)
     geneval.write_text('{"prompt": " "}\n')
     refused("line 1: the prompt is empty", *export_geneval, *sampling)

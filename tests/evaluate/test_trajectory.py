@@ -1,4 +1,4 @@
-"""Where a student's error comes from, on a teacher and a student whose trajectories are known in closed form."""
+"""Error decomposition on a teacher and a student whose trajectories are known in closed form."""
 
 # B batch, N tokens, D features of a token, S teacher steps, n segments
 
@@ -23,7 +23,7 @@ A, C, G = 0.7, 0.5, 0.9  # teacher: u = A·x; student: v(σ) = C·x_src·exp(G·
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Growing(Curve):
-    """v(σ) = start · exp(G·(σ_src − σ)); its closed form is wrong by `wrong` for each unit of σ."""
+    """v(σ) = start · exp(G·(σ_src − σ)); its displacement is wrong by `wrong` per unit of σ."""
 
     start: jax.Array  # [B, N, D]
     wrong: jax.Array
@@ -54,8 +54,8 @@ def noise(batch: int = 3) -> np.ndarray:
 
 
 def grid_of(steps: int, segments: int, shift: float) -> Grid:
-    """With segments that begin between two nodes of the teacher."""
-    return Grid.of(euler_grid(steps, 1.0), sigma_of(boundaries(segments, 0.7), shift))
+    """A grid whose later segments start between two nodes of the teacher."""
+    return Grid.between(euler_grid(steps, 1.0), sigma_of(boundaries(segments, 0.7), shift))
 
 
 def teacher(x, sigma):
@@ -67,7 +67,7 @@ def student(wrong: float = 0.0):
 
 
 @pytest.mark.parametrize("segments", [1, 3])
-def test_every_part_is_what_the_formulas_say(x64, segments):
+def test_every_part_matches_its_formula(x64, segments):
     grid, x0 = grid_of(9, segments, 2.0), noise()
     sizes, end = jax.tree.map(np.asarray, compare(teacher, student(), jnp.asarray(x0), grid))
     square = np.square(x0).mean((1, 2))  # every state and velocity is a multiple of the noise
@@ -110,12 +110,14 @@ def test_every_part_is_what_the_formulas_say(x64, segments):
     assert segments == 1 or sizes["state"]["drift"][~first].min() > 1e-6
 
 
-def test_wrong_closed_form_is_found(x64):
-    """And in the next segment what it has led to is drift."""
+def test_a_wrong_closed_form_is_found(x64):
+    """It shows as closed_form in its own segment, and as drift in the next."""
     grid, wrong, x0 = grid_of(10, 2, 1.0), 0.01, noise()
     sizes, _ = jax.tree.map(np.asarray, compare(teacher, student(wrong), jnp.asarray(x0), grid))
-    gone = grid.spans.src[grid.segment] - grid.sigma
-    np.testing.assert_allclose(sizes["state"]["closed_form"], ((wrong * gone) ** 2)[:, None] * np.ones(3), atol=1e-16)
+    travelled = grid.spans.src[grid.segment] - grid.sigma
+    np.testing.assert_allclose(
+        sizes["state"]["closed_form"], ((wrong * travelled) ** 2)[:, None] * np.ones(3), atol=1e-16
+    )
 
     length = grid.spans.src[0] - grid.spans.end[0]
     own = x0 * (1 - C * (np.exp(G * length) - 1) / G) - wrong * length
@@ -123,13 +125,13 @@ def test_wrong_closed_form_is_found(x64):
     nodes = np.asarray(grid.nodes)
     forced = x0 * np.prod(1 + A * np.diff(nodes[: before + 1])) * (1 + A * (grid.spans.src[1] - nodes[before]))
     second = (grid.segment == 1) & grid.at_node
-    growth = C * np.exp(G * gone[second])[:, None]
+    growth = C * np.exp(G * travelled[second])[:, None]
     expected = growth**2 * np.square(own - forced).mean((1, 2))
     np.testing.assert_allclose(sizes["velocity"]["drift"][second], expected)
 
 
 def test_quadrature_of_a_mixture_is_its_closed_form(x64):
-    """Over spans as they lie between two of the teacher's nodes, and over a whole trajectory."""
+    """Over spans as short as between two nodes of the teacher, and over a whole trajectory."""
     rng = np.random.default_rng(1)
     means, logits, momenta = (rng.standard_normal(shape) for shape in ((2, 3, 4, 2, 4), (2, 3, 4, 4), (2, 3, 3, 4)))
     mixture = Mixture(*map(jnp.asarray, (means, logits, momenta)))
@@ -138,10 +140,10 @@ def test_quadrature_of_a_mixture_is_its_closed_form(x64):
         np.testing.assert_allclose(quadrature(mixture, span, a, b), exact, rtol=1e-11, atol=1e-12)
 
 
-def test_a_segment_may_begin_at_a_node():
-    """Its rounding may have put it on either side."""
+def test_a_segment_may_start_at_a_node():
+    """Rounding may put its start on either side of the node."""
     for nudge in (-1e-7, 0.0, 1e-7):
-        grid = Grid.of(np.linspace(1, 0, 11), np.array([1, 0.5 + nudge, 0]))
+        grid = Grid.between(np.linspace(1, 0, 11), np.array([1, 0.5 + nudge, 0]))
         assert grid.start_node.tolist() == [0, 5]
         assert grid.segment[grid.at_node].tolist() == [0] * 5 + [1] * 5
         assert grid.sigma[~grid.at_node].tolist() == [0.5 + nudge, 0]
@@ -150,6 +152,6 @@ def test_a_segment_may_begin_at_a_node():
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
-def test_too_few_steps_of_the_teacher(steps):
-    with pytest.raises(UserError, match=rf"^{steps} steps of the teacher are too few to compare 2 segments with"):
+def test_too_few_teacher_steps(steps):
+    with pytest.raises(UserError, match=rf"^{steps} teacher steps are too few to compare 2 segments"):
         grid_of(steps, 2, 3.2)

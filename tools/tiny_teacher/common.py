@@ -1,4 +1,4 @@
-"""What the stages of the bundled teacher's training share: the training loop's parts, and files."""
+"""What the stages of the bundled teachers' training share: the training loop, and files of weights."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import optax
 from flax import nnx
 from safetensors.flax import load_file, save_file
 
+from arcflow_jax.storage.atomic import whole_file
+
 
 def save_state(path: Path, state: nnx.State) -> None:
-    """Writes every array of a state under its dotted path."""
+    """Writes every array of a state under its dotted path. The file appears whole or not at all."""
     flat = {".".join(map(str, key)): value[...] for key, value in nnx.to_flat_state(state)}
-    aside = path.with_suffix(".tmp")
-    save_file(flat, aside)
-    aside.rename(path)
+    with whole_file(path) as aside:
+        save_file(flat, aside)
 
 
 def load_state(path: Path, module: nnx.Module) -> nnx.Module:
@@ -30,7 +31,7 @@ def load_state(path: Path, module: nnx.Module) -> nnx.Module:
 
 
 def psnr(mean_square: jax.Array | float) -> float:
-    """Decibels of a mean squared error of pixels in [-1, 1]."""
+    """Peak signal-to-noise ratio in dB, from the mean squared error of pixels in [-1, 1]."""
     return 10 * math.log10(4 / float(mean_square))
 
 
@@ -52,9 +53,10 @@ def train(
     report: Callable[[nnx.State], dict[str, float]] = lambda state: {},
     seed: int = 1,
 ) -> nnx.State:
-    """Minimises `loss(state, key) -> (loss, values to print)`; prints every `every` steps; returns the EMA.
+    """Minimises `loss(state, key) -> (loss, values to print)` and returns the EMA weights.
 
-    The learning rate decays over `horizon` steps, by default all.
+    Prints the values, and what `report` makes of the EMA weights, every `every` steps. The learning rate decays over
+    `horizon` steps, by default all of them.
     """
     optimizer = adam(peak, horizon or steps)
 

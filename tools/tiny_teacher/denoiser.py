@@ -1,8 +1,8 @@
-"""The tiny FLUX transformer: flow matching on the autoencoder's latents, then guidance distilled into its embedding.
+"""The tiny FLUX transformer: flow matching on the VAE's latents, then guidance distilled into its embedding.
 
-FLUX.1-dev takes a guidance scale as an input. Like it, this one is made in two stages: a network trained with and
-without captions, whose guidance embedding is fed 1; then the same network taught to answer, in one call, what
-classifier-free guidance of the first would give at any scale.
+FLUX.1-dev takes a guidance scale as an input. This network is made like it, in two stages. First it is trained with
+and without captions, with 1 as the input of its guidance embedding. Then it learns to give, in one evaluation, what
+classifier-free guidance of the first-stage network gives at any scale.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors.flax import load_file, save_file
 
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.data.tokenizers import load_tokenizer, token_length, tokenize
-from arcflow_jax.demo import world as pictures
+from arcflow_jax.demo import world
 from arcflow_jax.families import latents as packing
 from arcflow_jax.families.family import Network
 from arcflow_jax.families.flux import CLIP, T5
@@ -28,7 +28,8 @@ from arcflow_jax.networks.student import ArcModel
 from arcflow_jax.networks.vae import VAE
 from arcflow_jax.storage.files import parse_config, read_json
 from arcflow_jax.storage.safetensors import read_folder
-from tools.tiny_teacher import autoencoder, common
+from tools.tiny_teacher import common
+from tools.tiny_teacher.vae import new_vae
 
 CONFIG = FluxConfig(
     in_channels=16,
@@ -42,29 +43,29 @@ CONFIG = FluxConfig(
     axes_dims_rope=(8, 12, 12),
 )
 GRID = 4  # image tokens along a side
-PICTURES = 40_000
-GUIDANCE = (1.0, 3.0)  # the scales that the second stage learns
-CAPTIONS = pictures.all_captions()
+IMAGES = 40_000
+GUIDANCE = (1.0, 3.0)  # the range of scales that the second stage learns
+CAPTIONS = world.all_captions()
 
 
-def encode_pictures(vae: VAE) -> tuple[jax.Array, jax.Array]:
-    """Packed tokens [·, 16, 16] of a fixed set of random pictures, and their attributes [·, 5]."""
+def encode_images(vae: VAE) -> tuple[jax.Array, jax.Array]:
+    """Packed tokens [·, 16, 16] of a fixed set of random images, and their attributes [·, 5]."""
     graphdef, state = nnx.split(vae)
 
     @jax.jit
     def encode(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        images, attributes = pictures.random_pictures(key, 500)
+        images, attributes = world.random_images(key, 500)
         return packing.pack(nnx.merge(graphdef, state).encode(images)), attributes
 
-    batches = [encode(jax.random.fold_in(jax.random.key(2), i)) for i in range(PICTURES // 500)]
+    batches = [encode(jax.random.fold_in(jax.random.key(2), i)) for i in range(IMAGES // 500)]
     tokens, attributes = (jnp.concatenate(arrays) for arrays in zip(*batches, strict=True))
     return tokens, attributes
 
 
 def make_latents(work: Path) -> None:
-    """Encodes the pictures; saves packed tokens, attributes, and the latents' mean and deviation."""
-    vae = common.load_state(work / "autoencoder.safetensors", autoencoder.new_autoencoder())
-    tokens, attributes = encode_pictures(vae)
+    """Encodes the images; saves packed tokens, attributes, and the latents' mean and standard deviation."""
+    vae = common.load_state(work / "vae.safetensors", new_vae())
+    tokens, attributes = encode_images(vae)
     shift, scale = tokens.mean(), 1 / tokens.std()
     print(f"latents: shift_factor {shift:.4f}, scaling_factor {scale:.4f}")
     save_file(
@@ -74,7 +75,7 @@ def make_latents(work: Path) -> None:
 
 
 def make_embeddings(work: Path) -> None:
-    """Embeds every caption, and last the empty prompt: T5 states [·, T, D] and CLIP's pooled states [·, P]."""
+    """Embeds every caption, then the empty prompt: T5 states [·, T, D] and CLIP's pooled states [·, P]."""
     prompts = [*map(str, CAPTIONS), ""]
 
     def embed(network: Network, encoder: str, tokenizer: str) -> Any:
@@ -92,10 +93,10 @@ def make_embeddings(work: Path) -> None:
 
 
 def caption_index(attributes: jax.Array) -> jax.Array:
-    """Where in `pictures.all_captions()` the captions with attributes [B, 5] stand; a test checks it."""
+    """Index in `world.all_captions()` of the captions with attributes [B, 5]; a test checks it."""
     index = 0
-    for value, (name, values) in zip(attributes.T, pictures.ATTRIBUTES.items(), strict=True):
-        first = -1 if name in pictures.LEFT_OUT else 0
+    for value, (name, values) in zip(attributes.T, world.ATTRIBUTES.items(), strict=True):
+        first = -1 if name in world.OMITTED else 0
         index = index * (len(values) - first) + value - first
     return index
 
@@ -117,7 +118,7 @@ class Data:
         return FluxConditioning(self.text[caption], self.pooled[caption], guidance, positions)
 
     def draw(self, key: jax.Array, batch: int) -> tuple[jax.Array, jax.Array]:
-        """Tokens [B, 16, 16] of random pictures, and the numbers of their captions [B]."""
+        """Tokens [B, 16, 16] of random images, and the indices of their captions [B]."""
         picked = jax.random.randint(key, (batch,), 0, len(self.tokens))
         return self.tokens[picked], caption_index(self.attributes[picked])
 
@@ -136,7 +137,7 @@ def noisy(key: jax.Array, tokens: jax.Array, centre: float) -> tuple[jax.Array, 
 def new_model() -> ArcModel:
     rngs = nnx.Rngs(0)
     model = ArcModel(Flux(CONFIG, rngs=rngs), param_dtype=jnp.float32, rngs=rngs)
-    # Gates start closed and the output at zero, so that training starts from the identity (Peebles & Xie 2023)
+    # Gates and output start at zero, so that training starts from the identity (Peebles & Xie 2023)
     for blocks in (model.backbone.transformer_blocks.norm1, model.backbone.transformer_blocks.norm1_context):
         blocks.linear.kernel[...] = jnp.zeros_like(blocks.linear.kernel[...])
     modulation = model.backbone.single_transformer_blocks.norm.linear
@@ -148,7 +149,7 @@ def new_model() -> ArcModel:
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """A round of training; each starts where the last ended, with a warm restart (arXiv 1608.03983)."""
+    """A round of training; each starts from the last one's weights, with a warm restart (arXiv 1608.03983)."""
 
     steps: int
     peak: float  # learning rate
@@ -156,7 +157,7 @@ class Round:
     centre: float = 0.0  # of logit σ
 
 
-# All stay longer at high noise, where everything that a caption leaves open is decided
+# All rounds draw more of the high noise levels, which decide everything that a caption leaves open
 ROUNDS = (
     Round(5_000, 2e-3, 0.998, centre=0.4),
     Round(6_000, 1.5e-3, 0.999, centre=0.6),
@@ -169,7 +170,7 @@ def make_denoiser(
     new_model: Callable[[], ArcModel] = new_model,
     batch: int = 64,
 ) -> None:
-    """Flow matching with 10 % empty captions, guidance embedding fed 1. Goes on after the last round that is done."""
+    """Flow matching with 10 % empty captions and guidance scale 1. Resumes after the last finished round."""
     data = load(work)
     graphdef, state = nnx.split(new_model())
     empty = len(data.text) - 1
@@ -194,7 +195,7 @@ def make_denoiser(
 
 
 def make_guided(work: Path, steps: int = 4_000, batch: int = 64) -> None:
-    """Teaches the guidance embedding: the answer at scale g is u∅ + g (u − u∅) of the first stage's network."""
+    """Trains the guidance embedding: at scale g the output is u∅ + g (u − u∅) of the first-stage network."""
     data = Data.load(work)
     model = common.load_state(work / "denoiser.safetensors", new_model())
     graphdef, frozen = nnx.split(model)
@@ -212,7 +213,7 @@ def make_guided(work: Path, steps: int = 4_000, batch: int = 64) -> None:
         with_text, without = jnp.split(
             first.teacher_velocity(jnp.concatenate([x, x]), jnp.concatenate([sigma, sigma]), both), 2
         )
-        # Low scales more often: there the answer is the first stage's own, in all its detail
+        # Low scales more often: there the target is the first-stage network's own output, in all its detail
         low, high = GUIDANCE
         guidance = low + (high - low) * jax.random.uniform(scale_key, (batch,)) ** 2
         target = without + guidance[:, None, None] * (with_text - without)

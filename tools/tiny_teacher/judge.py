@@ -1,4 +1,4 @@
-"""The judge: a classifier of rendered pictures, trained to read noisy and blurred ones too."""
+"""The judge: a classifier of rendered images, trained to read noisy and blurred ones too."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 import optax
 from flax import nnx
 
-from arcflow_jax.demo import world as pictures
+from arcflow_jax.demo import world
 from arcflow_jax.demo.judge import Judge, agreement
 from tools.tiny_teacher.common import save_state, train
 
 
 def spoil(key: jax.Array, images: jax.Array) -> jax.Array:
-    """A random share of a 3×3 mean, and noise of a random strength up to 0.1."""
+    """Mixes in a random share of a 3×3 mean, and adds noise of a random strength up to 0.1."""
     blur_key, strength_key, noise_key = jax.random.split(key, 3)
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
     side = images.shape[1]
@@ -30,8 +30,8 @@ def make_judge(work: Path, steps: int = 2_500, batch: int = 32) -> None:
     graphdef, state = nnx.split(Judge(rngs=nnx.Rngs(0)))
 
     def loss(state: nnx.State, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        picture_key, spoil_key = jax.random.split(key)
-        images, attributes = pictures.random_pictures(picture_key, batch)
+        image_key, spoil_key = jax.random.split(key)
+        images, attributes = world.random_images(image_key, batch)
         _, logits = nnx.merge(graphdef, state)(spoil(spoil_key, images))
         losses = []
         for i, each in enumerate(logits):
@@ -41,7 +41,7 @@ def make_judge(work: Path, steps: int = 2_500, batch: int = 32) -> None:
 
     @jax.jit
     def read(state: nnx.State) -> tuple[jax.Array, jax.Array]:
-        images, attributes = pictures.random_pictures(jax.random.key(10**6), 2048)
+        images, attributes = world.random_images(jax.random.key(10**6), 2048)
         return nnx.merge(graphdef, state).read(images), attributes
 
     def report(state: nnx.State) -> dict[str, float]:

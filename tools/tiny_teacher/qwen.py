@@ -1,7 +1,6 @@
-"""The picture world's teacher as a Qwen-Image: the stages in which it differs from the bundled FLUX.1.
+"""The tiny teacher as a Qwen-Image: the stages in which it differs from the bundled FLUX.1.
 
-Its guidance is true classifier-free guidance, which takes no stage: a network trained with captions and without will
-do.
+It uses classifier-free guidance, which needs no stage of its own: the network is trained with and without captions.
 """
 
 # B batch, N image tokens, T text tokens, D width, C latent channels
@@ -23,7 +22,7 @@ from safetensors.flax import load_file, save_file
 from arcflow_jax import families
 from arcflow_jax.convert import qwen2_5_vl as text_table
 from arcflow_jax.convert import qwen_image as transformer_table
-from arcflow_jax.convert import vae_qwen as autoencoder_table
+from arcflow_jax.convert import vae_qwen as vae_table
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.data.tokenizers import load_tokenizer, tokenize
 from arcflow_jax.families import latents as packing
@@ -32,10 +31,11 @@ from arcflow_jax.networks.qwen2_5_vl import Qwen2_5VLConfig, Qwen2_5VLText
 from arcflow_jax.networks.qwen_image import QwenImage, QwenImageConditioning, QwenImageConfig
 from arcflow_jax.networks.student import ArcModel
 from arcflow_jax.networks.vae_qwen import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
-from arcflow_jax.storage.files import parse_config, read_json
+from arcflow_jax.storage.atomic import whole_directory
+from arcflow_jax.storage.files import parse_config, read_json, write_json
 from arcflow_jax.storage.safetensors import read_folder
-from tools.make_tiny_qwen import CONFIGS, LENGTH, PIPELINE, SCHEDULER, make_tokenizer, write_json
-from tools.tiny_teacher import autoencoder, common, denoiser, text
+from tools.make_tiny_qwen import CONFIGS, LENGTH, PIPELINE, SCHEDULER, make_tokenizer
+from tools.tiny_teacher import common, denoiser, text, vae
 from tools.tiny_teacher.assemble import write_component, write_prompts
 
 CONFIG = QwenImageConfig(
@@ -52,71 +52,67 @@ VAE = AutoencoderKLQwenImageConfig(
     z_dim=CHANNELS,
     dim_mult=(1, 2, 4, 4),
     num_res_blocks=1,
-    latents_mean=(0.0,) * CHANNELS,  # set when the folder is assembled, from the latents' own
+    latents_mean=(0.0,) * CHANNELS,  # set at assembly, from the latents
     latents_std=(1.0,) * CHANNELS,
     sample_size=64,
 )
 
 
-def new_autoencoder() -> AutoencoderKLQwenImage:
+def new_vae() -> AutoencoderKLQwenImage:
     return AutoencoderKLQwenImage(VAE, rngs=nnx.Rngs(0))
 
 
-def make_autoencoder(work: Path) -> None:
-    autoencoder.make_autoencoder(work, new_autoencoder)
+def make_vae(work: Path) -> None:
+    vae.make_vae(work, new_vae)
 
 
 def token_ids(tokenizer: Any, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of the prompts in Qwen-Image's template, [B, LENGTH], and how many are not padding, [B]."""
+    """Token ids of the prompts in Qwen-Image's template, [B, LENGTH], and their lengths without padding, [B]."""
     ids, _ = tokenize(tokenizer, [QwenPrompts.TEMPLATE.format(prompt) for prompt in prompts], LENGTH)
     return ids, (ids != tokenizer.pad_token_id).sum(axis=1)
 
 
 def make_text(work: Path, seed: int = 0) -> None:
-    """Writes tokenizer and text_encoder. Of a causal encoder, the last token alone has read the whole caption."""
-    out, aside = work / "text", work / "text.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    vocabulary = make_tokenizer(aside / "tokenizer")
-    tokenizer = load_tokenizer(aside / "tokenizer")
-    prompts, answers = text.prompts_and_answers()
-    ids, _ = token_ids(tokenizer, prompts)
+    """Writes tokenizer and text_encoder. In a causal encoder only the last token has read the whole caption."""
+    shutil.rmtree(work / "text", ignore_errors=True)
+    with whole_directory(work / "text", needed=0) as aside:
+        vocabulary = make_tokenizer(aside / "tokenizer")
+        tokenizer = load_tokenizer(aside / "tokenizer")
+        prompts, answers = text.prompts_and_answers()
+        ids, _ = token_ids(tokenizer, prompts)
 
-    config = CONFIGS["text_encoder"]
-    sizes = {"hidden_size": text.WIDTH, "intermediate_size": 2 * text.WIDTH, "vocab_size": vocabulary}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config |= {"text_config": config["text_config"] | sizes}
-    encoder = Qwen2_5VLText(parse_config(Qwen2_5VLConfig, config, "text_encoder"), rngs=nnx.Rngs(seed))
+        config = CONFIGS["text_encoder"]
+        sizes = {"hidden_size": text.WIDTH, "intermediate_size": 2 * text.WIDTH, "vocab_size": vocabulary}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+        config |= {"text_config": config["text_config"] | sizes}
+        encoder = Qwen2_5VLText(parse_config(Qwen2_5VLConfig, config, "text_encoder"), rngs=nnx.Rngs(seed))
 
-    def features(encoder: Qwen2_5VLText, ids: jax.Array) -> jax.Array:  # [B, T] -> [B, D]
-        last = (ids != tokenizer.pad_token_id).sum(axis=1) - 1
-        return jnp.take_along_axis(encoder(ids), last[:, None, None], axis=1)[:, 0]
+        def features(encoder: Qwen2_5VLText, ids: jax.Array) -> jax.Array:  # [B, T] -> [B, D]
+            last = (ids != tokenizer.pad_token_id).sum(axis=1) - 1
+            return jnp.take_along_axis(encoder(ids), last[:, None, None], axis=1)[:, 0]
 
-    encoder = text.train_encoder(encoder, ids, answers, features, norm="norm", seed=seed)
-    text.write_encoder(aside / "text_encoder", config, text_table, encoder)
-    shutil.rmtree(out, ignore_errors=True)
-    aside.rename(out)
+        encoder = text.train_encoder(encoder, ids, answers, features, norm="norm", seed=seed)
+        text.write_encoder(aside / "text_encoder", config, text_table, encoder)
 
 
 def make_latents(work: Path) -> None:
-    """As for FLUX.1, but for a mean a channel.
+    """As for FLUX.1, but with a mean per channel.
 
-    The deviation is that of all channels: the autoencoder may leave one nearly empty, which a deviation of its own
-    would blow up to the others' size, for the denoiser to learn.
+    The standard deviation is shared by all channels. The VAE may leave a channel nearly empty, and its own deviation
+    would scale that up to the size of the others, for the denoiser to learn.
     """
-    tokens, attributes = denoiser.encode_pictures(
-        common.load_state(work / "autoencoder.safetensors", new_autoencoder())
-    )
+    tokens, attributes = denoiser.encode_images(common.load_state(work / "vae.safetensors", new_vae()))
     pixels = tokens.reshape(-1, CHANNELS, 4)
     mean = pixels.mean((0, 2))
     centred = pixels - mean[:, None]
-    print(f"latents: mean {mean}, deviations {pixels.std((0, 2))}, of all {centred.std()}")
+    print(f"latents: mean {mean}, deviations {pixels.std((0, 2))}, shared {centred.std()}")
     std = jnp.full(CHANNELS, centred.std())
     normalised = (centred / std[:, None]).reshape(tokens.shape)
     save_file({"tokens": normalised, "attributes": attributes, "mean": mean, "std": std}, work / "latents.safetensors")
 
 
 def make_embeddings(work: Path) -> None:
-    """Embeds every caption, and last the empty prompt: [·, T, D], and their lengths, [·]."""
+    """Embeds every caption, then the empty prompt: [·, T, D], and their lengths, [·]."""
     folder = work / "text" / "text_encoder"
     config = parse_config(Qwen2_5VLConfig, read_json(folder / "config.json"), str(folder))
     graphdef, abstract = nnx.split(QWEN2_5_VL.abstract(config))
@@ -149,7 +145,7 @@ class Data:
 
 
 def new_model() -> ArcModel:
-    """With gates closed and the output at zero, as for FLUX.1."""
+    """With gates and output at zero, as for FLUX.1."""
     rngs = nnx.Rngs(0)
     model = ArcModel(QwenImage(CONFIG, rngs=rngs), param_dtype=jnp.float32, rngs=rngs)
     (last,) = model.backbone.last_block.values()
@@ -165,7 +161,7 @@ def make_denoiser(work: Path) -> None:
 
 
 def assemble(work: Path) -> None:
-    """Writes `work`/tiny-qwen: transformer and autoencoder in bfloat16, the text encoder as it is."""
+    """Writes `work`/tiny-qwen: transformer and VAE in bfloat16, the text encoder in float32."""
     write_prompts(work)
     out = work / "tiny-qwen"
     shutil.rmtree(out, ignore_errors=True)
@@ -184,9 +180,9 @@ def assemble(work: Path) -> None:
     write_component(out / "transformer", config, transformer_table, nnx.state(model), ml_dtypes.bfloat16)
 
     latents = load_file(work / "latents.safetensors")
-    vae = common.load_state(work / "autoencoder.safetensors", new_autoencoder())
+    model = common.load_state(work / "vae.safetensors", new_vae())
     stats = {f"latents_{name}": latents[name].tolist() for name in ("mean", "std")}
     config = CONFIGS["vae"] | dataclasses.asdict(VAE) | stats
-    write_component(out / "vae", config, autoencoder_table, nnx.state(vae), ml_dtypes.bfloat16)
+    write_component(out / "vae", config, vae_table, nnx.state(model), ml_dtypes.bfloat16)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {size / 1e6:.1f} MB")

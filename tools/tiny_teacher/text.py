@@ -1,8 +1,8 @@
-"""The tiny teacher's text encoders, trained until what a caption says can be read off their outputs.
+"""The tiny teacher's text encoders, trained until a linear head reads a caption's attributes from their outputs.
 
-A frozen encoder with random weights would leave the reading to the denoiser. These two are trained with linear
-heads, thrown away afterwards, that name every attribute of the caption, or say that it is not named: from CLIP's
-pooled vector, and from each of T5's tokens.
+With a frozen random encoder the denoiser would have to learn to read. These two are trained with linear heads, which
+are thrown away afterwards. The heads predict every attribute of the caption, or that it is omitted, from CLIP's
+pooled vector and from each of T5's tokens.
 """
 
 # B batch, N tokens, D width, A attributes
@@ -10,7 +10,6 @@ pooled vector, and from each of T5's tokens.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,16 +26,18 @@ from arcflow_jax.convert import clip as clip_table
 from arcflow_jax.convert import t5 as t5_table
 from arcflow_jax.convert.engine import export_tensors
 from arcflow_jax.data.tokenizers import load_tokenizer, tokenize
-from arcflow_jax.demo import world as pictures
+from arcflow_jax.demo import world
 from arcflow_jax.networks.clip import CLIPTextConfig, CLIPTextEncoder
 from arcflow_jax.networks.layers import Linear
 from arcflow_jax.networks.t5 import T5Config, T5Encoder
+from arcflow_jax.storage.atomic import whole_directory
+from arcflow_jax.storage.files import write_json
 from tools.tiny_teacher import common
 from tools.tiny_teacher.tokenizers import CLIP_LENGTH, T5_LENGTH, make_clip_tokenizer, make_t5_tokenizer
 
 WIDTH = 64
-ANSWERS = [len(values) + 1 for values in pictures.ATTRIBUTES.values()]  # of each attribute; the first is "not named"
-EMPTY_PROMPTS = 90  # guidance needs the empty prompt, one among all captions, to be learnt as well
+ANSWERS = [len(values) + 1 for values in world.ATTRIBUTES.values()]  # per attribute; the first is "omitted"
+EMPTY_PROMPTS = 90  # copies of the empty prompt, which guidance needs, among all captions
 ACCURACY = 0.999
 
 
@@ -59,7 +60,7 @@ def new_t5(tokenizer: Any, rngs: nnx.Rngs) -> T5Encoder:
 
 
 class Probed(nnx.Module):
-    """An encoder with the linear heads of its training, side by side in one layer."""
+    """An encoder with its linear heads, side by side in one layer."""
 
     def __init__(self, encoder: nnx.Module, rngs: nnx.Rngs):
         self.encoder = encoder
@@ -70,7 +71,7 @@ def train_encoder(
     encoder: nnx.Module,
     ids: np.ndarray,  # [captions, N]
     answers: np.ndarray,  # [captions, A]
-    features: Callable[[nnx.Module, jax.Array], jax.Array],  # of an encoder and ids [B, N]: [B, ..., D]
+    features: Callable[[nnx.Module, jax.Array], jax.Array],  # (encoder, ids [B, N]) → [B, ..., D]
     *,
     seed: int,
     norm: str = "final_layer_norm",
@@ -78,11 +79,11 @@ def train_encoder(
     batch: int = 128,
     peak: float = 3e-3,
 ) -> nnx.Module:
-    """The trained encoder, its final norm, of that name, norm_preserving so that `features` have unit mean square."""
+    """The trained encoder. Its final norm, called `norm`, is scaled so that `features` have unit mean square."""
     graphdef, state = nnx.split(Probed(encoder, nnx.Rngs(seed)))
     cuts = np.cumsum(ANSWERS)[:-1]
 
-    def logits(state: nnx.State, ids: jax.Array) -> list[jax.Array]:  # of each attribute, [B, ..., answers]
+    def logits(state: nnx.State, ids: jax.Array) -> list[jax.Array]:  # per attribute, [B, ..., answers]
         probed = nnx.merge(graphdef, state)
         return jnp.split(probed.heads(features(probed.encoder, ids)), cuts, axis=-1)
 
@@ -94,7 +95,7 @@ def train_encoder(
             value += optax.softmax_cross_entropy_with_integer_labels(scores, right).mean()
         return value, {"loss": value}
 
-    def accuracy(state: nnx.State) -> float:  # the share of right answers, of the worst attribute
+    def accuracy(state: nnx.State) -> float:  # share of right answers for the worst attribute
         answered = jax.jit(logits)(state, ids)
         return min(
             float((right == scores.argmax(-1).T).mean()) for scores, right in zip(answered, answers.T, strict=True)
@@ -102,7 +103,7 @@ def train_encoder(
 
     state = common.train(loss, state, steps=steps, peak=peak, every=200, seed=seed)
     if accuracy(state) < ACCURACY:
-        raise RuntimeError(f"only {accuracy(state):.4f} of an attribute's answers are right")
+        raise RuntimeError(f"only {accuracy(state):.4f} of an attribute's answers are right, needs {ACCURACY}")
     encoder = nnx.merge(graphdef, state).encoder
     scale = jnp.sqrt(jnp.square(features(encoder, ids)).mean())
     for weight in jax.tree.leaves(nnx.state(getattr(encoder, norm)), is_leaf=lambda x: isinstance(x, nnx.Variable)):
@@ -111,10 +112,9 @@ def train_encoder(
 
 
 def write_encoder(folder: Path, config: dict[str, Any], table: Any, encoder: nnx.Module) -> None:
-    """The folder of an encoder as transformers has it."""
+    """Writes an encoder's folder in transformers' layout."""
     folder.mkdir(parents=True)
-    config = config | {"dtype": "float32"}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config | {"dtype": "float32"})
     tensors = export_tensors(table, nnx.state(encoder))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -145,8 +145,8 @@ def write_t5(folder: Path, tokenizer: Any, encoder: T5Encoder) -> None:
 
 
 def prompts_and_answers() -> tuple[list[str], np.ndarray]:
-    """Every caption and the empty prompts, and of each the right answers [·, A]."""
-    captions = pictures.all_captions()
+    """Every caption and the empty prompts, and the right answers for each, [·, A]."""
+    captions = world.all_captions()
     prompts = [*map(str, captions), *[""] * EMPTY_PROMPTS]
     answers = np.zeros((len(prompts), len(ANSWERS)), np.int32)
     answers[: len(captions)] = np.stack([caption.as_array() for caption in captions]) + 1
@@ -154,27 +154,22 @@ def prompts_and_answers() -> tuple[list[str], np.ndarray]:
 
 
 def make_text(out_dir: Path, seed: int = 0) -> None:
-    """Writes tokenizer, tokenizer_2, text_encoder and text_encoder_2; about a minute on two CPU cores.
-
-    The folder appears when it is whole.
-    """
+    """Writes tokenizer, tokenizer_2, text_encoder and text_encoder_2; about a minute on two CPU cores."""
     aside = out_dir.with_suffix(".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     prompts, answers = prompts_and_answers()
-
-    make_clip_tokenizer(aside / "tokenizer")
-    tokenizer = load_tokenizer(aside / "tokenizer")
-    ids, _ = tokenize(tokenizer, prompts, CLIP_LENGTH)
-    clip = new_clip(tokenizer, nnx.Rngs(seed))
-    clip = train_encoder(clip, ids, answers, lambda encoder, ids: encoder(ids)[1], seed=seed)
-    write_clip(aside / "text_encoder", tokenizer, clip)
-
-    make_t5_tokenizer(aside / "tokenizer_2")
-    tokenizer = load_tokenizer(aside / "tokenizer_2")
-    ids, _ = tokenize(tokenizer, prompts, T5_LENGTH)
-    t5 = new_t5(tokenizer, nnx.Rngs(seed))
-    t5 = train_encoder(t5, ids, answers, lambda encoder, ids: encoder(ids), seed=seed)
-    write_t5(aside / "text_encoder_2", tokenizer, t5)
-
     shutil.rmtree(out_dir, ignore_errors=True)
-    aside.rename(out_dir)
+    with whole_directory(out_dir, needed=0) as aside:
+        make_clip_tokenizer(aside / "tokenizer")
+        tokenizer = load_tokenizer(aside / "tokenizer")
+        ids, _ = tokenize(tokenizer, prompts, CLIP_LENGTH)
+        clip = new_clip(tokenizer, nnx.Rngs(seed))
+        clip = train_encoder(clip, ids, answers, lambda encoder, ids: encoder(ids)[1], seed=seed)
+        write_clip(aside / "text_encoder", tokenizer, clip)
+
+        make_t5_tokenizer(aside / "tokenizer_2")
+        tokenizer = load_tokenizer(aside / "tokenizer_2")
+        ids, _ = tokenize(tokenizer, prompts, T5_LENGTH)
+        t5 = new_t5(tokenizer, nnx.Rngs(seed))
+        t5 = train_encoder(t5, ids, answers, lambda encoder, ids: encoder(ids), seed=seed)
+        write_t5(aside / "text_encoder_2", tokenizer, t5)

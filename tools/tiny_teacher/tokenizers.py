@@ -1,6 +1,6 @@
-"""The tiny teacher's two tokenizers, made from the words of its captions in the file layout of FLUX.1-dev's.
+"""The tiny teacher's two tokenizers, made from the words of its captions, in FLUX.1-dev's file layout.
 
-Each caption word is one token, in capitals too; anything else falls back to bytes (CLIP) or characters (T5).
+Each caption word is one token, also in capitals. Anything else falls back to bytes (CLIP) or characters (T5).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer, T5TokenizerFast, TokenizersBackend
 
-from arcflow_jax.demo import world as pictures
+from arcflow_jax.demo import world
 
 CLIP_LENGTH, T5_LENGTH = 32, 16  # tokens; the longest caption has 11 words
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
@@ -24,11 +24,11 @@ WORD_SCORE, CHARACTER_SCORE = -2.0, -10.0  # log-probabilities: a word always be
 
 
 def caption_words() -> list[str]:
-    return sorted({word for caption in pictures.all_captions() for word in str(caption).split()})
+    return sorted({word for caption in world.all_captions() for word in str(caption).split()})
 
 
 def byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair encoding's training, continued until every word is one token: the most frequent pair goes first."""
+    """Byte-pair merges, most frequent pair first, until every word is one token."""
     spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges = []
     while pairs := Counter(pair for word in spelled for pair in itertools.pairwise(word)):
@@ -46,7 +46,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write(folder: Path, tokenizer: TokenizersBackend, config: dict[str, Any], special: dict[str, str]) -> None:
-    """The files that both kinds have, by hand: `save_pretrained` writes what only its own version reads."""
+    """Writes the files that both tokenizers have. `save_pretrained` writes files that only its own version reads."""
     folder.mkdir(parents=True)
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", config | special)
@@ -54,7 +54,7 @@ def write(folder: Path, tokenizer: TokenizersBackend, config: dict[str, Any], sp
 
 
 def make_clip_tokenizer(folder: Path) -> None:
-    """Ids in the order of OpenAI's: bytes, bytes that end a word, merges, start, end. The end token has the highest."""
+    """Ids in OpenAI's order: bytes, bytes that end a word, merges, start, end. The end token has the highest id."""
     merges = byte_pair_merges(caption_words())
     alphabet = sorted(ByteLevel.alphabet())
     tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *map("".join, merges), CLIP_START, CLIP_END]
@@ -67,11 +67,11 @@ def make_clip_tokenizer(folder: Path) -> None:
 
 
 def lowercase_map() -> bytes:
-    """SentencePiece's form of a normalisation, of A … Z to a … z: the only kind that T5's class takes from a file.
+    """A SentencePiece normalisation from A … Z to a … z, in the only form that T5's class reads from a file.
 
-    Size of a trie in bytes, the trie, the replacements, each ended by a zero. The trie is a double array as in
-    darts-clone: the unit of a node has its character as label, and its children lie at its place ^ offset ^ character;
-    the child 0 of a node that ends a word is a leaf, whose unit is the replacement's place.
+    It consists of the size of a trie in bytes, the trie, and the replacements, each ended by a zero byte. The trie is a
+    double array as in darts-clone: a node's unit has its character as label, and its children are at its position ^
+    offset ^ character. Child 0 of a node that ends a word is a leaf, whose unit is the replacement's position.
     """
     trie = np.zeros(512, np.uint32)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from arcflow_jax.demo import world as pictures
+from arcflow_jax.demo import world
 from arcflow_jax.networks.vae import VAE
 from arcflow_jax.networks.vae_kl import AutoencoderKL, AutoencoderKLConfig
 from tools.tiny_teacher.common import psnr, save_state, train
@@ -17,32 +17,30 @@ from tools.tiny_teacher.common import psnr, save_state, train
 CONFIG = AutoencoderKLConfig(
     block_out_channels=(16, 32, 64, 64),
     layers_per_block=1,
-    latent_channels=4,  # keep as much of such pictures as FLUX.1's 16, and leave the denoiser less to carry
+    latent_channels=4,  # enough for these images, and less for the denoiser to learn than FLUX.1's 16
     norm_num_groups=4,
-    scaling_factor=1.0,  # set when the folder is assembled, from the latents' own mean and deviation
+    scaling_factor=1.0,  # set at assembly, from the latents' mean and standard deviation
     shift_factor=0.0,
 )
 
 
-def new_autoencoder() -> AutoencoderKL:
+def new_vae() -> AutoencoderKL:
     return AutoencoderKL(CONFIG, rngs=nnx.Rngs(0))
 
 
-def make_autoencoder(
-    work: Path, new: Callable[[], VAE] = new_autoencoder, steps: int = 4_500, batch: int = 8
-) -> None:
-    """Mean squared error, a KL term, which keeps detail that no eye sees out of the latents, and one of straightness.
+def make_vae(work: Path, new: Callable[[], VAE] = new_vae, steps: int = 4_500, batch: int = 8) -> None:
+    """Trains a VAE on mean squared error, a KL term and a straightness term.
 
-    At λ = 1e-3 the KL costs at most λ/2 of squared error, and the denoiser has smoother latents to learn. Alone it may
-    fold the way from black to white into an arc, whose ends are near each other: trajectories then part between them,
-    and no student of two steps knows which side to take. So the latents of the mean of two pictures are held to
-    the mean of theirs.
+    The KL term keeps invisible detail out of the latents. At λ = 1e-3 it costs at most λ/2 of squared error and gives
+    the denoiser smoother latents. The KL term alone may fold the line from black to white into an arc whose ends lie
+    close together. Trajectories then split between the two ends, and a two-step student cannot choose one. The
+    straightness term prevents this: the latents of the mean of two images must be the mean of their latents.
     """
     graphdef, state = nnx.split(new())
 
     def loss(state: nnx.State, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        picture_key, noise_key = jax.random.split(key)
-        images, _ = pictures.random_pictures(picture_key, batch)
+        image_key, noise_key = jax.random.split(key)
+        images, _ = world.random_images(image_key, batch)
         model = nnx.merge(graphdef, state)
         mean, log_variance = model.posterior(images)
         latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(noise_key, mean.shape)
@@ -54,12 +52,12 @@ def make_autoencoder(
 
     @jax.jit
     def held_out(state: nnx.State) -> jax.Array:
-        images, _ = pictures.random_pictures(jax.random.key(10**6), 256)
+        images, _ = world.random_images(jax.random.key(10**6), 256)
         model = nnx.merge(graphdef, state)
         return jnp.mean((model.decode(model.encode(images)) - images) ** 2)
 
     def report(state: nnx.State) -> dict[str, float]:
-        save_state(work / "autoencoder.safetensors", state)
+        save_state(work / "vae.safetensors", state)
         return {"held-out PSNR in dB": psnr(held_out(state))}
 
     train(loss, state, steps=steps, horizon=6_000, peak=1.5e-3, report=report)
