@@ -43,7 +43,7 @@ def file_name(image: Image.Image) -> str:
     """The picture's number, its seed unless its noise was given, and what it shows."""
     seed = f"-seed{image.info['seed']}" if "seed" in image.info else ""
     words = re.sub(r"\W+", "-", image.info["prompt"].lower()).strip("-")[:60]
-    return f"{image.info['picture']:04d}{seed}-{words}.png"
+    return f"{image.info['image']:04d}{seed}-{words}.png"
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:

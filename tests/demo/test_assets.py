@@ -56,7 +56,15 @@ def test_diffusers_makes_the_same_of_it(teacher, pipeline):
             output_type="np",
             **settings(2.0),
         ).images
-    ours = pipeline(prompts, steps=3, guidance=2.0, latents=noise, batch_size=2, norm_preserving=bool(own), **own)
+    ours = pipeline(
+        prompts,
+        num_inference_steps=3,
+        guidance_scale=2.0,
+        latents=noise,
+        batch_size=2,
+        norm_preserving=bool(own),
+        **own,
+    ).images
     assert np.abs(np.stack(ours) / 255 - images).max() < 1.01 / 255  # but for rounding to 8 bits
 
 
@@ -76,7 +84,7 @@ def test_fifty_steps_show_what_was_asked(teacher, pipeline, guidance):
     read = []
     for i in range(0, len(captions), 64):
         prompts = [str(caption) for caption in captions[i : i + 64]]
-        images = pipeline(prompts, seed=i, guidance=guidance, batch_size=64, **GUIDANCE[teacher][1])
+        images = pipeline(prompts, seed=i, guidance_scale=guidance, batch_size=64, **GUIDANCE[teacher][1]).images
         read.append(judge.read(jnp.stack([np.asarray(image) for image in images]) / 127.5 - 1))
     asked = np.stack([dataclasses.astuple(caption) for caption in captions])
     shares = agreement(np.concatenate(read), asked)

@@ -165,9 +165,12 @@ def test_teachers_guidance_is_true_where_it_has_a_negative_prompt(tmp_path):
     prompts, samplers = list(map(str, captions)), {"two": Sampler(pipeline, steps=2)}
     for negative, settings in ((None, {}), ("", {"guidance": 3.0, "negative_prompt": ""})):
         made = run_samplers(samplers, captions, 3.0, negative)["two"].pixels[0]
-        expected = np.stack(pipeline(prompts, steps=2, latents=noise, batch_size=2, **settings))
+        expected = np.stack(pipeline(prompts, num_inference_steps=2, latents=noise, batch_size=2, **settings).images)
         np.testing.assert_allclose(made.astype(int), expected, atol=1)
-    assert np.abs(expected - np.stack(pipeline(prompts, steps=2, latents=noise, batch_size=2))).max() > 5
+    assert (
+        np.abs(expected - np.stack(pipeline(prompts, num_inference_steps=2, latents=noise, batch_size=2).images)).max()
+        > 5
+    )
 
 
 def test_out_of_another_teacher_is_refused(tmp_path):
