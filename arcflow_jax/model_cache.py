@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from filelock import FileLock
-
-from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.model_directory import DESCRIPTION
 from arcflow_jax.compile_cache import cache_folder
 from arcflow_jax.errors import UserError
@@ -43,13 +40,18 @@ def converted(source: str | Path) -> Path:
         key = digest([str(source), revision])
     else:
         raise UserError(f"model {source} does not exist, and a hub id is owner/name")
+    # Not at the top, because a model that is converted needs neither
+    from filelock import FileLock
+
+    from arcflow_jax.checkpoints import conversion
+
     out = (cache_folder() / "models" / key[:32]).absolute()
     with cannot_write(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out.with_suffix(".lock"))
         with lock:  # of two processes, the second waits and finds the first one's conversion
             if not (out / DESCRIPTION).is_file():
-                convert_model(source, out, revision=revision)
+                conversion.convert_model(source, out, revision=revision)
     return out
 
 

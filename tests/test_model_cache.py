@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from arcflow_jax import model_cache
+from arcflow_jax.checkpoints import conversion
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.errors import UserError
 from arcflow_jax.model_cache import converted
@@ -42,13 +42,13 @@ def cache(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def conversions(monkeypatch) -> list:
     """The sources that were converted."""
-    converted, convert_model = [], model_cache.convert_model
+    converted, convert_model = [], conversion.convert_model
 
     def counted(source, *args, **kwargs):
         converted.append(str(source))
         return convert_model(source, *args, **kwargs)
 
-    monkeypatch.setattr(model_cache, "convert_model", counted)
+    monkeypatch.setattr(conversion, "convert_model", counted)
     return converted
 
 
