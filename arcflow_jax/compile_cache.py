@@ -17,12 +17,12 @@ def cache_folder() -> Path:
 def enable() -> None:
     """Turns JAX's persistent compilation cache on, in `cache_folder()`/xla; call it before the first compilation.
 
-    Does nothing where the user has chosen a cache, by JAX_COMPILATION_CACHE_DIR or jax.config, or has turned it off
-    (JAX_ENABLE_COMPILATION_CACHE=0). A cache that cannot be written is no error: JAX warns and compiles.
+    Does nothing where the user has chosen a cache, by JAX_COMPILATION_CACHE_DIR or jax.config. A cache that cannot be
+    written is no error: JAX warns and compiles.
     """
     import jax  # not at the top: `arcflow --help` comes past here, and needs no JAX
 
-    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 SHOWN = 4  # names that an error message spells out
 TRACEBACK = "ARCFLOW_TRACEBACK"  # environment variable: 1 shows the traceback of a UserError
@@ -28,7 +28,7 @@ class Preempted(Exception):
 
 
 @contextlib.contextmanager
-def report_errors() -> Iterator[None]:
+def report_errors() -> Generator[None]:
     """Around a command: prints a `UserError` as one line on stderr and exits with code 2; see also `Preempted`."""
     try:
         yield

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -140,7 +140,7 @@ def default_dtype() -> Any:
 
 
 @contextlib.contextmanager
-def memory_watched(offload: bool) -> Iterator[None]:
+def memory_watched(offload: bool) -> Generator[None]:
     """Inside the `with` block, a device that runs out of memory raises UserError, with what to try."""
     try:
         yield

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from arcflow_jax.checkpoints.model_directory import DESCRIPTION
+from arcflow_jax.checkpoints.model_directory import DESCRIPTION, VERSION
 from arcflow_jax.compile_cache import cache_folder
 from arcflow_jax.errors import UserError
 from arcflow_jax.storage import hub
@@ -21,7 +21,8 @@ def converted(source: str | Path) -> Path:
     """The model directory of a model: `source` itself if it is one, otherwise its conversion in the cache.
 
     A model is converted once; each of its components keeps its precision. A folder whose files have changed, or a hub
-    id whose main branch has a new commit, is another model and is converted again.
+    id whose main branch has a new commit, is another model and is converted again. A conversion takes as much room as
+    the model; nothing deletes it.
 
     Args:
       source: a model directory, a diffusers folder, or a hub id, owner/name.
@@ -33,11 +34,11 @@ def converted(source: str | Path) -> Path:
     if folder.is_dir():
         if not (folder / INDEX).is_file() or (folder / DESCRIPTION).is_file():
             return folder
-        key = digest(files_of(folder))
+        key = digest([VERSION, *files_of(folder)])
     elif hub.is_repository(source):
         # huggingface_hub names its folder by the commit
         revision = hub.fetch(str(source), None, [INDEX]).name
-        key = digest([str(source), revision])
+        key = digest([VERSION, str(source), revision])
     else:
         raise UserError(f"model {source} does not exist, and a hub id is owner/name")
     # Not at the top, because a model that is converted needs neither

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -42,8 +42,8 @@ from arcflow_jax.parallel.mesh import partition_spec, sharded, state_shardings
 from arcflow_jax.parallel.offload import Weights
 from arcflow_jax.sampling_settings import SamplingSettings, image_grid, resolve_settings
 
-# Batches that pass one network before the next one takes its place on the device, with `offload`: enough to make the
-# copying cheap, few enough to keep what waits on the device between two networks small.
+# With `offload`, batches that pass one network before the next one takes its place on the device: enough to make the
+# copying cheap, few enough to keep small what waits on the device between two networks.
 OFFLOADED_BATCHES = 32
 OutputType = Literal["pil", "np", "latent"]
 Progress = Callable[[str, int], None]  # (activity, number of finished images)
@@ -113,7 +113,8 @@ class ArcFlowPipeline:
 
         # One after the other, so that an offloaded network has left the device before the next one is loaded
         self.prompt_encoder = directory.family.prompts(directory, dtype, mesh, offload)
-        self.vae_graphdef, decoder = nnx.split(directory.abstract("vae", dtype).decoder_alone())
+        vae: Any = directory.abstract("vae", dtype)
+        self.vae_graphdef, decoder = nnx.split(vae.decoder_alone())
         self.vae = Weights(load("vae", decoder, part="decoder"), offload)
         if adapter is None:
             self.graphdef, base = nnx.split(directory.abstract("transformer", dtype))
@@ -125,11 +126,11 @@ class ArcFlowPipeline:
         trained = restore(sharded(mesh, trained), raw)
         self.origin |= {"adapter": str(adapter), "weights": "raw" if raw else "EMA"}
         self.origin |= {"lora": "merged" if merge else "apart", "adapter_checksum": f"{int(checksum(trained)):08x}"}
-        base = load("transformer", base)
+        state = load("transformer", base)
         if merged is None:
-            state = nnx.merge_state(base, trained)
+            state = nnx.merge_state(state, trained)
         else:
-            state, self.graphdef = merge_student(self.graphdef, base, trained, mesh), merged
+            state, self.graphdef = merge_student(self.graphdef, state, trained, mesh), merged
         self.transformer = Weights(state, offload)
 
     @classmethod
@@ -148,11 +149,9 @@ class ArcFlowPipeline:
 
         Args:
           path_or_id: a directory that `arcflow convert` wrote; or a PyTorch model, a diffusers folder or a hub id,
-            owner/name. A PyTorch model is converted on first use, in ~/.cache/arcflow_jax/models (ARCFLOW_CACHE names
-            another folder than ~/.cache/arcflow_jax), where its conversion takes as much room as the model; nothing
-            deletes it.
-          adapter: a directory that `arcflow train` wrote, or a student in the ArcFlow authors' layout; the latter also
-            on the hub, as owner/name or owner/name/folder.
+            owner/name, which is converted on first use, see `model_cache.converted`.
+          adapter: a directory that `arcflow train` wrote, or a student in the ArcFlow authors' layout, which may be on
+            the hub: owner/name or owner/name/folder.
           dtype: precision of computation; by default bfloat16, on a CPU, where bfloat16 is slow, float32.
           mesh: how to use several devices, e.g. "tensor=4" (splits attention heads and MLPs) or
             "tensor=2,sequence=4" (image tokens as well), see `parallel.mesh.parse_mesh`; by default one device. Or a
@@ -225,7 +224,9 @@ class ArcFlowPipeline:
             tokens = [np.asarray(batch) for _, group in self._latents(job) for batch in group]
             return PipelineOutput(np.concatenate(tokens)[: len(job.prompts)])
         images = list(self._images(job))
-        return PipelineOutput(images if output_type == "pil" else np.stack(images).astype(np.float32) / 255)
+        if output_type == "pil":
+            return PipelineOutput(images)
+        return PipelineOutput(np.stack([np.asarray(image, np.float32) for image in images]) / 255)
 
     def stream(
         self,
@@ -254,11 +255,11 @@ class ArcFlowPipeline:
         return self._images(self._job(prompt, resolved, num_images_per_prompt, latents, batch_size, first, progress))
 
     def settings(self, **settings: Any) -> SamplingSettings:
-        """The settings of a call, with the defaults filled in. Arguments and errors as for `resolve_settings`."""
+        """The settings of a call, defaults filled in. Arguments and errors as for `resolve_settings`."""
         return resolve_settings(self.directory, self.student, **settings)
 
     def described(self, **settings: Any) -> dict[str, int | float | str]:
-        """What images of these settings have in their `info`; arguments and errors as for `settings`."""
+        """What images of these settings have in their `info`; arguments and errors as for `resolve_settings`."""
         return self._described(self.settings(**settings))
 
     # The parts of a call, for evaluations
@@ -269,49 +270,46 @@ class ArcFlowPipeline:
 
     def encode(self, prompts: Sequence[str], *, guidance: float, rows: int, columns: int) -> Conditioning:
         """The conditioning of B prompts, see `families.text.PromptEncoder`."""
-        with jax.set_mesh(self.mesh):
+        with self._running():
             return self.prompt_encoder(prompts, guidance=guidance, rows=rows, columns=columns)
 
     def noise(self, seed: int, count: int, rows: int, columns: int, first: int = 0) -> jax.Array:
         """The noise that images `first` … of a seed start from, [B, N, 4C]."""
-        channels = self.directory.config("transformer").in_channels
-        with jax.set_mesh(self.mesh):
-            return seeded_noise(seed, count, rows * columns, channels, first)
+        with self._running():
+            return seeded_noise(seed, count, rows * columns, self.directory.config("transformer").in_channels, first)
 
     def denoise(
-        self,
-        latents: jax.Array,
-        conditioning: Conditioning | Guided,
-        steps: int,
-        final_step_ratio: float | None = None,
+        self, latents: jax.Array, conditioning: Any, steps: int, final_step_ratio: float | None = None
     ) -> jax.Array:
         """From noise to latent tokens, [B, N, 4C]: the student's segments, or the teacher's Euler steps.
 
         The teacher's timestep shift is the one of the model's scheduler, the student's the one that it was trained
         with; so is, by default, the student's final-step ratio.
         """
-        return self.transformer.run(lambda state: self._denoise(state, latents, conditioning, steps, final_step_ratio))
+        with self._running():
+            return self.transformer.run(
+                lambda state: self._denoise(state, latents, conditioning, steps, final_step_ratio)
+            )
 
     def decode(self, tokens: jax.Array, rows: int, columns: int) -> np.ndarray:
         """Pixels [B, H, W, 3], uint8, of latent tokens [B, N, 4C]."""
-        return self.vae.run(lambda state: self._decode(state, tokens, rows, columns))
+        with self._running():
+            return self.vae.run(lambda state: self._decode(state, tokens, rows, columns))
 
     def _denoise(
         self, state: nnx.State, latents: jax.Array, conditioning: Any, steps: int, final_step_ratio: float | None
     ) -> jax.Array:
         spec = partition_spec(self.mesh, ("batch", "tokens", None), latents.shape)
         latents = jax.device_put(latents, NamedSharding(self.mesh, spec))
-        with jax.set_mesh(self.mesh):
-            if self.student is None:
-                grid = teacher_grid(self.directory.scheduler, latents.shape[1])
-                return sample_teacher(self.graphdef, state, latents, conditioning, *grid, steps=steps)
-            settings = self.student.distillation
-            shift, ratio = jnp.float32(settings.shift), jnp.float32(final_step_ratio or settings.final_step_ratio)
-            return sample_student(self.graphdef, state, latents, conditioning, shift, ratio, steps=steps)
+        if self.student is None:
+            grid = teacher_grid(self.directory.scheduler, latents.shape[1])
+            return sample_teacher(self.graphdef, state, latents, conditioning, *grid, steps=steps)
+        settings = self.student.distillation
+        shift, ratio = jnp.float32(settings.shift), jnp.float32(final_step_ratio or settings.final_step_ratio)
+        return sample_student(self.graphdef, state, latents, conditioning, shift, ratio, steps=steps)
 
     def _decode(self, state: nnx.State, tokens: jax.Array, rows: int, columns: int) -> np.ndarray:
-        with jax.set_mesh(self.mesh):
-            return np.asarray(decode_latents(self.vae_graphdef, state, tokens, rows=rows, columns=columns))
+        return np.asarray(decode_latents(self.vae_graphdef, state, tokens, rows=rows, columns=columns))
 
     def _described(self, settings: SamplingSettings) -> dict[str, int | float | str]:
         side = PATCH * self.directory.config("vae").factor  # of a token, in pixels
@@ -319,7 +317,7 @@ class ArcFlowPipeline:
         return size | settings.described() | self.origin
 
     @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
+    def _running(self) -> Generator[None]:
         with memory_watched(self.offload), jax.set_mesh(self.mesh):
             yield
 
@@ -352,7 +350,7 @@ class ArcFlowPipeline:
                 latents = as_tokens(np.asarray(latents), len(prompts), *size)
         return _Job(prompts, settings, latents, batch_size, first, progress)
 
-    def _encode(self, batches: Sequence[Sequence[str]], settings: SamplingSettings) -> list[Conditioning | Guided]:
+    def _encode(self, batches: Sequence[Sequence[str]], settings: SamplingSettings) -> Sequence[Conditioning | Guided]:
         """The conditioning of each batch of prompts, all of one size."""
         scale, rows, columns = settings.guidance, settings.rows, settings.columns
         if settings.negative_prompt is None:
@@ -372,16 +370,17 @@ class ArcFlowPipeline:
             with self._running():
                 job.progress("encoding", start)
                 conditionings = self._encode([[job.prompts[i] for i in batch] for batch in batches], settings)
-                if job.latents is None:
-                    size = (job.batch_size, settings.rows, settings.columns)
-                    noises = [self.noise(settings.seed, *size, job.first + i) for i in starts]
-                else:
+                if job.latents is not None:
                     noises = [job.latents[batch] for batch in batches]
+                else:
+                    seed, size = settings.seed or 0, (job.batch_size, settings.rows, settings.columns)
+                    noises = [self.noise(seed, *size, job.first + i) for i in starts]
                 job.progress("denoising", start)
                 inputs = list(zip(noises, conditionings, strict=True))
                 tokens = self.transformer.run(
                     lambda state, inputs=inputs: [
-                        self._denoise(state, *each, settings.steps, settings.final_step_ratio) for each in inputs
+                        self._denoise(state, noise, conditioning, settings.steps, settings.final_step_ratio)
+                        for noise, conditioning in inputs
                     ]
                 )
             yield start, tokens
@@ -393,7 +392,7 @@ class ArcFlowPipeline:
             with self._running():
                 job.progress("decoding", start)
                 pixels = self.vae.run(
-                    lambda state, tokens=tokens: [self._decode(state, each, rows, columns) for each in tokens]
+                    lambda state, group=tokens: [self._decode(state, x, rows, columns) for x in group]
                 )
             for i, array in zip(range(start, len(job.prompts)), np.concatenate(pixels), strict=False):
                 image = Image.fromarray(array)

@@ -150,7 +150,9 @@ def evaluate_metrics(
     references = {name: at for name, at in zip(REFERENCES, (real, teacher_images), strict=True) if at is not None}
     # Before the model, which takes longest to load
     networks = Networks(METRICS if metric is None else [each.value for each in metric], inception, clip or CLIP)
-    if images is not None:
+    judged: Folder | Sampled
+    if prompts is None:
+        assert images is not None
         judged = Folder(images)
     else:
         found = read_prompts(prompts, prompts_field)

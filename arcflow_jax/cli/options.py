@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -39,7 +39,7 @@ def expand_options(command: Callable[..., None]) -> Callable[..., None]:
         }
         command(**values, **filled)
 
-    expanded.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    setattr(expanded, "__signature__", signature.replace(parameters=parameters))  # noqa: B010
     expanded.__annotations__ = {each.name: each.annotation for each in parameters}
     return expanded
 
@@ -189,7 +189,7 @@ def which_student(model: Path, adapter: str | None, otherwise: str = "") -> str:
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int | None], None]]:
+def progress_bar() -> Generator[Callable[[str, int, int | None], None]]:
     """A bar on stderr, if that is a terminal; call it with the activity, how many images are done, and of how many."""
     from arcflow_jax import console
 

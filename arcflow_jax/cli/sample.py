@@ -37,9 +37,12 @@ def sample(
     from arcflow_jax.data.output import contact_sheet, file_name, make_folder, read_latents, save_picture
     from arcflow_jax.data.prompts import check_prompts, read_prompts
 
-    if (prompt is None) == (prompts_file is None):
+    if prompt is not None and prompts_file is None:
+        prompts = prompt
+    elif prompts_file is not None and prompt is None:
+        prompts = read_prompts(prompts_file).texts
+    else:
         raise UserError("say what the images should show: either with --prompt or with --prompts-file")
-    prompts = prompt or read_prompts(prompts_file).texts
     check_prompts(prompts)
     noise = None if latents is None else read_latents(latents)
     pipeline = sampling.load()

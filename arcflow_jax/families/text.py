@@ -24,7 +24,8 @@ from arcflow_jax.parallel.processes import from_part
 class Model(Protocol):
     """What the text side asks of a converted model (`checkpoints.ModelDirectory`)."""
 
-    path: Path
+    @property
+    def path(self) -> Path: ...
 
     def config(self, component: str) -> Any: ...
 
