@@ -386,14 +386,11 @@ class ArcFlowPipeline:
             yield start, tokens
 
     def _images(self, job: _Job) -> Iterator[Image.Image]:
-        rows, columns = job.settings.rows, job.settings.columns
-        described = self._described(job.settings)
+        size, described = (job.settings.rows, job.settings.columns), self._described(job.settings)
         for start, tokens in self._latents(job):
             with self._running():
                 job.progress("decoding", start)
-                pixels = self.vae.run(
-                    lambda state, group=tokens: [self._decode(state, x, rows, columns) for x in group]
-                )
+                pixels = self.vae.run(lambda state, tokens=tokens: [self._decode(state, x, *size) for x in tokens])
             for i, array in zip(range(start, len(job.prompts)), np.concatenate(pixels), strict=False):
                 image = Image.fromarray(array)
                 image.info = {"prompt": job.prompts[i], "image": job.first + i} | described
