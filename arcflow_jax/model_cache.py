@@ -38,7 +38,7 @@ def converted(source: str | Path) -> Path:
     elif hub.is_repository(source):
         # huggingface_hub names its folder by the commit
         revision = hub.fetch(str(source), None, [INDEX]).name
-        key = digest([VERSION, str(source), revision])
+        key = digest([VERSION, str(source).removeprefix("hf:"), revision])
     else:
         raise UserError(f"model {source} does not exist, and a hub id is owner/name")
     # Not at the top, because a model that is converted needs neither
