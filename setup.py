@@ -4,25 +4,42 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# Reads prompts from Parquet files, and from data sets of the hub
+# Reads prompts from Parquet files and from data sets on the hub
 DATA = ["datasets>=4", "pyarrow>=18"]
-# Draws what `arcflow evaluate` finds
+# Plots the results of `arcflow evaluate`
 PLOTS = ["matplotlib>=3.9"]
 
 setup(
     name="arcflow_jax",
-    version="0.1.0",
+    version="0.2.0",
     description="ArcFlow in JAX: distils large flow-matching text-to-image models into 2-step generators",
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    url="https://arxiv.org/abs/2602.09014",
+    project_urls={"Method (paper)": "https://arxiv.org/abs/2602.09014"},
+    keywords=["JAX", "Flax", "diffusion", "flow matching", "distillation", "text-to-image", "TPU"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=[*find_packages(include=["arcflow_jax", "arcflow_jax.*"]), "arcflow_jax.configs"],
     package_dir={"arcflow_jax.configs": "configs"},
-    package_data={"arcflow_jax": ["assets/**/*"], "arcflow_jax.configs": ["**/*.json"]},
+    package_data={"arcflow_jax": ["assets/**/*", "py.typed"], "arcflow_jax.configs": ["**/*.json"]},
     install_requires=[
         "absl-py>=2.1",
         "chex>=0.1.90",
+        "filelock>=3.16",
         "flax>=0.12.8,<0.13",
         "grain>=0.2.10",
         "huggingface_hub>=1.3",
@@ -46,9 +63,18 @@ setup(
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "data": DATA,
-        # The plot of trajectories; FID, pFID and CLIP score, whose networks run in PyTorch
+        # The trajectory plot; FID, pFID and CLIP score, whose networks run in PyTorch
         "eval": [*PLOTS, "torch>=2.8", "transformers>=5.5,<6"],
-        "test": [*DATA, *PLOTS, "hypothesis>=6.100", "pytest>=8.4", "pytest-xdist>=3.6", "ruff==0.17.6", "scipy>=1.14"],
+        "test": [
+            *DATA,
+            *PLOTS,
+            "hypothesis>=6.100",
+            "pytest>=8.4",
+            "pytest-xdist>=3.6",
+            "ruff==0.17.6",
+            "scipy>=1.14",
+            "ty==0.0.105",
+        ],
         # The PyTorch twins that the parity tests compare with
         "parity": ["diffusers>=0.35", "peft>=0.17", "torch>=2.8"],
     },

@@ -1,53 +1,68 @@
-"""The exceptions that the command line knows: what a user can put right, and a run that was told to end."""
+"""The errors that a user can correct, and how the command line reports them."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Generator, Sequence
 
 SHOWN = 4  # names that an error message spells out
+TRACEBACK = "ARCFLOW_TRACEBACK"  # environment variable: 1 shows the traceback of a UserError
 
 
-class UserError(Exception):
-    """Bad input: the message is one line that says what was wrong and what would be right.
+class UserError(ValueError):
+    """Bad input. The message is one line that says what was wrong and what would be right.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints the message without a traceback and exits with code 2; with ARCFLOW_TRACEBACK=1 it prints
+    the traceback first, with the error that caused this one.
     """
 
 
 class Preempted(Exception):
-    """A run was told to end (SIGTERM), and has saved itself: the message says where.
+    """SIGTERM arrived, and the run has saved a checkpoint. The message says where.
 
-    The command line prints it and exits with code 0.
+    The command line prints the message and exits with code 0.
     """
 
 
 @contextlib.contextmanager
-def told_in_a_line() -> Iterator[None]:
-    """Around a command: what a user can put right is one line on stderr, and its exit code 2."""
+def report_errors() -> Generator[None]:
+    """Around a command: prints a `UserError` as one line on stderr and exits with code 2; see also `Preempted`."""
     try:
         yield
     except UserError as error:
+        if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+            traceback.print_exception(with_causes(error))
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except Preempted as told:
-        print(told)
+    except Preempted as preempted:
+        print(preempted)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
+def with_causes(error: BaseException) -> BaseException:
+    """The same error; its traceback also shows the errors that `raise … from None` hides."""
+    cause: BaseException | None = error
+    while cause is not None:
+        cause.__suppress_context__ = cause.__cause__ is not None
+        cause = cause.__cause__ or cause.__context__
+    return error
+
+
 def one_line(error: object) -> str:
-    """What another library's exception (or a value) says, on one line and cut short, for a UserError to quote."""
+    """The message of another library's exception (or a value) on one line, cut to 200 characters, to be quoted."""
     return " ".join(str(error).split())[:200]
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether a device's full memory is behind an exception, in XLA's words."""
+    """Whether an exception, or one that caused it, is XLA's report that a device's memory is full."""
     return error is not None and ("RESOURCE_EXHAUSTED" in str(error) or out_of_memory(error.__cause__))
 
 
 def first_few(items: Sequence[str]) -> str:
-    """Some names for an error message, cut to the first few."""
+    """The first names of a list, for an error message."""
     return ", ".join(items[:SHOWN]) + (", …" if len(items) > SHOWN else "")

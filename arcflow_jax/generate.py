@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -24,9 +24,9 @@ from arcflow_jax.flow import sampler
 from arcflow_jax.flow.schedule import scheduler_shift
 from arcflow_jax.networks.conditioning import Conditioning, Guided
 from arcflow_jax.networks.student import merged_state
-from arcflow_jax.parallel.mesh import constrain, state_shardings
+from arcflow_jax.parallel.mesh import MESH_AXES, constrain, parse_mesh, state_shardings
 
-TEACHER_STEPS = 50  # by default
+TEACHER_STEPS = 50  # the default for the teacher
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "steps"))
@@ -40,13 +40,14 @@ def sample_student(
     *,
     steps: int,
 ) -> jax.Array:
-    """The student's latent tokens [B, N, 4C] in `steps` network calls.
+    """The student's latent tokens [B, N, 4C] with an NFE of `steps`.
 
     Args:
-      graphdef, model_state: an `ArcModel` with a student, split.
+      graphdef, model_state: an `ArcModel` with a student, split; LoRA merged into the base model or beside it.
       latents: noise [B, N, 4C].
       conditioning: of the backbone, batch first.
-      shift, final_step_ratio: the student's time warp and segments.
+      shift: the student's timestep shift.
+      final_step_ratio: length of its last segment relative to the others.
     """
     model = nnx.merge(graphdef, model_state)
 
@@ -81,7 +82,7 @@ def sample_teacher(
 
 
 def teacher_grid(scheduler: dict[str, Any], tokens: int) -> tuple[jax.Array, jax.Array | None]:
-    """Shift and terminal noise level (see `schedule.euler_grid`) that a model's scheduler has for so many tokens."""
+    """Timestep shift and terminal noise level σ of a model's scheduler for N tokens, see `schedule.euler_grid`."""
     terminal = scheduler.get("shift_terminal")
     return jnp.float32(scheduler_shift(scheduler, tokens)), jnp.float32(terminal) if terminal else None
 
@@ -96,29 +97,55 @@ def decode_latents(graphdef: nnx.GraphDef, vae: nnx.State, tokens: jax.Array, *,
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "mesh"), donate_argnames="base")
 def merge_student(graphdef: nnx.GraphDef, base: nnx.State, trained: nnx.State, mesh: Mesh) -> nnx.State:
-    """The weights of the student for sampling, split over the mesh; takes the base's memory."""
+    """The student's weights for sampling: LoRA added to the base model's weights, whose memory is reused.
+
+    The sums are rounded to the precision of the base model. In bfloat16 that loses what an update has below 1/256 of a
+    weight.
+    """
     merged = merged_state(graphdef, base, trained)
     return jax.lax.with_sharding_constraint(merged, state_shardings(mesh, merged))
 
 
 def seeded_noise(seed: int, count: int, tokens: int, channels: int, first: int = 0) -> jax.Array:
-    """Standard normal [B, N, 4C]; picture i of a seed gets the same noise whatever the batch it is made in."""
+    """Standard normal [B, N, 4C]; image i of a seed gets the same noise whatever its batch."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), first + jnp.arange(count))
     return jax.vmap(lambda key: jax.random.normal(key, (tokens, channels)))(keys)
 
 
+def sampling_mesh(mesh: str | Mesh) -> Mesh:
+    """The mesh to sample on, with our four axes, from a text (see `parse_mesh`) or a caller's own mesh.
+
+    A caller's mesh may have some of our axes (`MESH_AXES`), in any order: those that it lacks have size 1. A mesh of
+    one device may have any axes. Its axis types do not matter: XLA chooses the shardings here (`AxisType.Auto`).
+
+    Raises:
+      UserError: on a text that is not a mesh, more devices than there are, or other axes.
+    """
+    if isinstance(mesh, str):
+        return parse_mesh(mesh)
+    axes, devices = mesh.axis_names, mesh.devices
+    if devices.size > 1:
+        if unknown := [str(axis) for axis in axes if axis not in MESH_AXES]:
+            raise UserError(
+                f"the mesh has axes {', '.join(map(str, axes))}: {', '.join(unknown)} is none of "
+                f"{', '.join(MESH_AXES)}, which say what is split"
+            )
+        devices = devices.transpose([axes.index(axis) for axis in MESH_AXES if axis in axes])
+    return Mesh(devices.reshape([mesh.shape.get(axis, 1) if devices.size > 1 else 1 for axis in MESH_AXES]), MESH_AXES)
+
+
 def default_dtype() -> Any:
-    """To compute in: bfloat16, but on a CPU, where that is slow, float32."""
+    """The precision of computation: bfloat16, on a CPU, where that is slow, float32."""
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
 @contextlib.contextmanager
-def memory_watched(offload: bool) -> Iterator[None]:
-    """Raises UserError, with what to try, where a device's memory does not suffice."""
+def memory_watched(offload: bool) -> Generator[None]:
+    """Inside the `with` block, a device that runs out of memory raises UserError, with what to try."""
     try:
         yield
     except Exception as error:
         if not out_of_memory(error):
             raise
-        ways = ["smaller pictures or batches", "more devices (mesh)", *([] if offload else ["offload"])]
+        ways = ["smaller images or batches", "more devices (mesh)", *([] if offload else ["offload"])]
         raise UserError(f"out of memory, try {', '.join(ways)}: {one_line(error)}") from error

@@ -1,10 +1,11 @@
 """The pipeline on the bundled teacher: batches, sizes, devices, memory, and what is compiled when."""
 
-# B pictures, N tokens, C latent channels
+# B images, N tokens, C latent channels
 
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import os
 import subprocess
@@ -14,53 +15,36 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from arcflow_jax import generate, pipeline
 from arcflow_jax.checkpoints import arrays
 from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
-from arcflow_jax.checkpoints.training import AdapterDescription, Checkpoints, load_adapter
 from arcflow_jax.compile_report.programs import open_model
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.families import latents, text
-from arcflow_jax.flow.distill import Distillation
+from arcflow_jax.generate import sampling_mesh
 from arcflow_jax.networks.states import flatten
-from arcflow_jax.networks.student import AdapterConfig, split_model
+from arcflow_jax.networks.student import split_model
 from arcflow_jax.parallel import offload
 from arcflow_jax.parallel.mesh import MESH_AXES, parse_mesh, partition_spec, sharded
 from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.sampling_settings import resolve_settings
 from arcflow_jax.training.recipe import Recipe, read_config
-from arcflow_jax.training.state import TrainState
+from tests.helpers.random_student import write_adapter
 
 PROMPTS = ["a red circle", "a large green ring", "a blue square on the left"]
-ADAPTER = AdapterConfig(
-    modes=3, rank=2, alpha=4.0, dropout=0.0, targets=("transformer_blocks.ff.*", "single_transformer_blocks.proj_out")
-)
 SIZE = {"height": 32, "width": 64}
-OF_ITS_OWN = ("prompt", "image")  # what a picture does not share with others of the same settings
+OF_ITS_OWN = ("prompt", "image")  # what an image does not share with others of the same settings
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return convert_model(ASSETS / "tiny-flux", tmp_path_factory.mktemp("model") / "teacher")
-
-
-def write_adapter(model: Path, run: Path, seed: int) -> Path:
-    """What a training run leaves, of random values."""
-    directory = ModelDirectory.open(model)
-    _, _, abstract = split_model(directory.student(ADAPTER, jnp.float32))
-    rng = np.random.default_rng(seed)
-    adapter = jax.tree.map(lambda x: jnp.asarray(0.05 * rng.standard_normal(x.shape), x.dtype), abstract)
-    run.mkdir()
-    AdapterDescription(directory.fingerprint, ADAPTER, Distillation(shift=1.0), guidance=2.0).write(run)
-    with Checkpoints(run) as checkpoints:
-        checkpoints.save(0, TrainState.create(adapter, optax.identity()).items())
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +61,7 @@ def pixels(images) -> np.ndarray:
     return np.stack([np.asarray(image, np.int32) for image in images])
 
 
-def assert_same_pictures(images, others, levels: int = 1) -> None:
+def assert_same_images(images, others, levels: int = 1) -> None:
     """But for rounding: `levels` of 255, which is where a value between two of them may fall."""
     np.testing.assert_allclose(pixels(images), pixels(others), atol=levels, rtol=0)
 
@@ -89,10 +73,10 @@ def compiled() -> dict[str, int]:
 
 
 def test_batch_size_changes_nothing_but_rounding(pipe):
-    one_by_one = pipe(PROMPTS, seed=3, **SIZE)
+    one_by_one = pipe(PROMPTS, seed=3, **SIZE).images
     before = compiled()
-    filled_up = pipe(PROMPTS, seed=3, batch_size=2, **SIZE)
-    assert_same_pictures(one_by_one, filled_up)
+    filled_up = pipe(PROMPTS, seed=3, batch_size=2, **SIZE).images
+    assert_same_images(one_by_one, filled_up)
     assert np.abs(pixels(one_by_one)[0] - pixels(one_by_one)[1]).max() > 20
     after = compiled()
     assert after["sample_student"] == before["sample_student"] + 1  # the last batch is filled up
@@ -104,30 +88,30 @@ def test_batch_size_changes_nothing_but_rounding(pipe):
         np.testing.assert_allclose(batch[0], latents[0][2], rtol=1e-6)
 
 
-def test_pictures_of_a_prompt(pipe):
-    images = pipe(PROMPTS[:2], images_per_prompt=2, **SIZE)
+def test_images_of_a_prompt(pipe):
+    images = pipe(PROMPTS[:2], num_images_per_prompt=2, **SIZE).images
     assert [image.info["prompt"] for image in images] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
     assert [image.info["image"] for image in images] == [0, 1, 2, 3]
-    assert_same_pictures(images, pipe([PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]], **SIZE), levels=0)
-    rest = pipe(PROMPTS[1], images_per_prompt=2, first=2, **SIZE)
+    assert_same_images(images, pipe([PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]], **SIZE).images, levels=0)
+    rest = list(pipe.stream(PROMPTS[1], num_images_per_prompt=2, first=2, **SIZE))
     assert [image.info for image in rest] == [image.info for image in images[2:]]
-    assert_same_pictures(rest, images[2:], levels=0)
+    assert_same_images(rest, images[2:], levels=0)
     assert np.abs(pixels(images)[0] - pixels(images)[1]).max() > 20
 
 
 def test_compiles_once_for_a_shape_and_a_number_of_steps(pipe, model):
-    def pictures(pipe=pipe, prompt=PROMPTS[0], **changes) -> np.ndarray:
-        return pixels(pipe(prompt, **{"seed": 0, "guidance": 2.0, **SIZE, **changes}))
+    def images(pipe=pipe, prompt=PROMPTS[0], **changes) -> np.ndarray:
+        return pixels(pipe(prompt, **{"seed": 0, "guidance_scale": 2.0, **SIZE, **changes}).images)
 
-    first = pictures()
+    first = images()
     before = compiled()
     other = ArcFlowPipeline.from_pretrained(model, write_adapter(model, model.with_name("other"), seed=1))
     changed = {
-        "prompt": pictures(prompt=PROMPTS[1]),
-        "seed": pictures(seed=2**31 - 1),
-        "guidance": pictures(guidance=7.0),
-        "final_step_ratio": pictures(final_step_ratio=0.25),
-        "adapter": pictures(pipe=other),
+        "prompt": images(prompt=PROMPTS[1]),
+        "seed": images(seed=2**31 - 1),
+        "guidance": images(guidance_scale=7.0),
+        "final_step_ratio": images(final_step_ratio=0.25),
+        "adapter": images(pipe=other),
     }
     assert compiled() == before
     for name, result in changed.items():
@@ -135,50 +119,70 @@ def test_compiles_once_for_a_shape_and_a_number_of_steps(pipe, model):
 
     seen = [first]
     for i, steps in enumerate((1, 8), start=1):
-        seen.append(pictures(steps=steps))
+        seen.append(images(num_inference_steps=steps))
         assert np.abs(seen[i] - seen[i - 1]).max() > 1
-        pictures(steps=steps, seed=5)
+        images(num_inference_steps=steps, seed=5)
         assert compiled() == {**before, "sample_student": before["sample_student"] + i}
 
 
 def test_lora_apart_and_merged_agree(pipe, model, student):
-    directory = ModelDirectory.open(model)
-    description, checkpoints = load_adapter(student, directory.fingerprint)
-    graphdef, base, trained = split_model(directory.student(description.adapter, jnp.float32))
-    with checkpoints:
-        trained = checkpoints.restore_adapter(trained)
-    base = directory.load("transformer", base)
-    rows, columns = pipe.grid(**SIZE)
-    conditioning = pipe.encode(PROMPTS[:2], guidance=2.0, rows=rows, columns=columns)
-    noise = pipe.noise(0, 2, rows, columns)
+    apart = ArcFlowPipeline.from_pretrained(model, student, merge=False)
+    settings = {"seed": 4, "output_type": "latent", **SIZE}
+    expected = pipe(PROMPTS[:2], **settings).images
+    made = apart(PROMPTS[:2], **settings).images
+    assert np.abs(made - expected).max() < 1e-5 * np.abs(expected).max()
+    assert (pipe.origin["lora"], apart.origin["lora"]) == ("merged", "apart")
+    flat = nnx.to_flat_state(apart.transformer.state)
+    apart.transformer.state = nnx.from_flat_state([(path, x * 0 if path[-1] == "b" else x) for path, x in flat])
+    bare = apart(PROMPTS[:2], **settings).images
+    assert np.abs(bare - expected).max() > 1e-3 * np.abs(expected).max()  # it is the LoRA that is in both
 
-    def sample(trained: nnx.State) -> np.ndarray:
-        return generate.sample_student(graphdef, nnx.merge_state(base, trained), noise, conditioning, 1.0, 1.0, steps=2)
 
-    merged, apart = pipe.denoise(noise, conditioning, 2), sample(trained)
-    scale = np.abs(merged).max()
-    assert np.abs(merged - apart).max() < 1e-5 * scale
-    flat = nnx.to_flat_state(trained)
-    bare = nnx.from_flat_state([(path, x * 0 if path[-1] == "b" else x) for path, x in flat])
-    assert np.abs(sample(bare) - apart).max() > 1e-3 * scale  # it is the LoRA that is in both
+def test_output_types(pipe):
+    images = pipe(PROMPTS, batch_size=2, **SIZE).images
+    array = pipe(PROMPTS, batch_size=2, output_type="np", **SIZE).images
+    assert array.shape == (3, 32, 64, 3)
+    assert array.dtype == np.float32
+    np.testing.assert_array_equal(np.round(array * 255), pixels(images))
+    tokens = pipe(PROMPTS, batch_size=2, output_type="latent", **SIZE).images
+    assert tokens.shape == (3, 8, 16)
+    np.testing.assert_allclose(pipe.decode(tokens, *pipe.grid(**SIZE)), pixels(images), atol=1)
+    with pytest.raises(UserError, match="output_type is 'pt', but has to be 'pil', 'np' or 'latent'"):
+        pipe(PROMPTS, output_type="pt")
+
+
+def test_unknown_arguments(pipe):
+    for call in (pipe, pipe.stream, pipe.settings):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'steps'"):
+            call(**({} if call == pipe.settings else {"prompt": PROMPTS}), steps=2)
+
+
+def test_call_and_stream_take_the_same_arguments(pipe):
+    """`stream` hands its settings on to `settings`."""
+    settings = set(inspect.signature(resolve_settings).parameters) - {"directory", "student"}
+    stream = set(inspect.signature(pipe.stream).parameters) - {"settings", "first"} | settings
+    assert set(inspect.signature(pipe).parameters) == stream | {"output_type"}
 
 
 def test_given_latents(pipe):
     rows, columns = pipe.grid(**SIZE)
-    expected = pipe(PROMPTS[:2], seed=7, **SIZE)
+    expected = pipe(PROMPTS[:2], seed=7, **SIZE).images
     packed = pipe.noise(7, 2, rows, columns)
     image = np.asarray(latents.unpack(packed, rows, columns)).transpose(0, 3, 1, 2)
     assert image.shape == (2, 4, 4, 8)
     for given in (np.asarray(packed), image):
-        images = pipe(PROMPTS[:2], latents=given, **SIZE)
-        assert_same_pictures(images, expected)
+        images = pipe(PROMPTS[:2], latents=given, **SIZE).images
+        assert_same_images(images, expected)
         assert "seed" not in images[0].info
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (np.zeros((1, 8, 16), np.float32), r"latents are \[1, 8, 16\], 2 images .* \[2, 8, 16\] or \[2, 4, 4, 8\]"),
+        (
+            np.zeros((1, 8, 16), np.float32),
+            r"latents are \[1, 8, 16\], 2 .* \[2, 8, 16\] or \[2, 4, 4, 8\]",
+        ),
         (np.zeros((2, 16, 8, 4), np.float32), r"latents are \[2, 16, 8, 4\]"),
         (np.zeros((2, 4, 8, 16), np.float32), r"latents are \[2, 4, 8, 16\]"),
         (np.zeros((2, 8, 16), np.int32), "latents are of int32"),
@@ -193,28 +197,28 @@ def test_latents_that_do_not_fit(pipe, given, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "steps is 0"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"images_per_prompt": 0}, "images_per_prompt is 0"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
         ({"final_step_ratio": 0.0}, r"final_step_ratio is 0\.0"),
         ({"width": 40}, "32x40: height and width have to be positive multiples of 16"),
     ],
 )
 def test_settings_that_do_not_fit(pipe, settings, message):
     with pytest.raises(UserError, match=message):
-        pipe.stream(PROMPTS, **{**SIZE, **settings})  # before the first picture is asked for
+        pipe.stream(PROMPTS, **{**SIZE, **settings})  # before the first image is asked for
 
 
 def test_a_model_that_does_not_name_a_size(pipe, monkeypatch):
     assert pipe.grid() == (4, 4)
     monkeypatch.delitem(pipe.directory.config_json("vae"), "sample_size")
     assert pipe.grid(**SIZE) == (2, 4)
-    with pytest.raises(UserError, match="does not say how large its pictures are: name height and width"):
+    with pytest.raises(UserError, match="does not say how large its images are: name height and width"):
         pipe(PROMPTS[0], height=32)
 
 
-def test_pictures_know_their_settings(pipe, model, student):
-    image = pipe(PROMPTS[0], seed=5, **SIZE)[0]
+def test_images_know_their_settings(pipe, model, student):
+    image = pipe(PROMPTS[0], seed=5, **SIZE).images[0]
     assert image.size == (64, 32)
     settings = dict(image.info)
     assert settings.pop("version").startswith("arcflow_jax ")
@@ -234,14 +238,15 @@ def test_pictures_know_their_settings(pipe, model, student):
         "model": str(model),
         "base": ModelDirectory.open(model).fingerprint,
         "adapter": str(student),
-        "weights": "averaged",
+        "weights": "EMA",
+        "lora": "merged",
     }
     assert pipe.described(seed=5, **SIZE) == {name: image.info[name] for name in image.info if name not in OF_ITS_OWN}
 
 
 def test_teacher(model):
     teacher = ArcFlowPipeline.from_pretrained(model)
-    image = teacher(PROMPTS[0], steps=3, **SIZE)[0]
+    image = teacher(PROMPTS[0], num_inference_steps=3, **SIZE).images[0]
     assert image.info["steps"] == 3
     assert "final_step_ratio" not in image.info
     with pytest.raises(UserError, match="the teacher has none"):
@@ -251,14 +256,42 @@ def test_teacher(model):
 def test_progress(pipe):
     told = []
     for _ in pipe.stream(PROMPTS[:2], **SIZE, progress=lambda *what: told.append(what)):
-        told.append("picture")
-    assert [what for what in told if what == "picture" or what[0] == "writing"] == [
+        told.append("image")
+    assert [what for what in told if what == "image" or what[0] == "writing"] == [
         ("writing", 1),
-        "picture",
+        "image",
         ("writing", 2),
-        "picture",
+        "image",
     ]
     assert [what for what, done in told[:3] if done == 0] == ["encoding", "denoising", "decoding"]
+
+
+# Meshes of the caller
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_runs_under_the_callers_mesh(pipe, model, student, kind):
+    expected = pipe(PROMPTS[:2], seed=3, **SIZE).images
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        assert_same_images(pipe(PROMPTS[:2], seed=3, **SIZE).images, expected, levels=0)
+        for _ in pipe.stream(PROMPTS[0], **SIZE):
+            assert jax.sharding.get_abstract_mesh().axis_names == ("model",)  # the caller's own, between the images
+        rows, columns = pipe.grid(**SIZE)
+        conditioning = pipe.encode(PROMPTS[:2], guidance=2.0, rows=rows, columns=columns)
+        tokens = pipe.denoise(pipe.noise(3, 2, rows, columns), conditioning, 2)
+        assert_same_images(pipe.decode(tokens, rows, columns), expected)
+        loaded = ArcFlowPipeline.from_pretrained(model, student, mesh=mesh)
+        noise = jnp.asarray(jax.random.normal(jax.random.key(0), (1, 8, 16)))
+        assert_same_images(
+            loaded(PROMPTS[0], latents=noise, **SIZE).images, pipe(PROMPTS[0], latents=noise, **SIZE).images, levels=0
+        )
+
+
+def test_meshes_of_the_caller():
+    devices = np.array(jax.devices()[:1])
+    for mesh in (Mesh(devices, ("x",)), Mesh(devices.reshape(1, 1), ("x", "data")), Mesh(devices, ("tensor",))):
+        assert sampling_mesh(mesh) == parse_mesh("")
 
 
 # Memory
@@ -292,19 +325,21 @@ def test_offload(pipe, model, student, monkeypatch, host):
 
     for name, what in (("apply_encoder", text), ("sample_student", pipeline), ("decode_latents", pipeline)):
         monkeypatch.setattr(what, name, watch(getattr(what, name)))
-    images = lean(PROMPTS, seed=3, batch_size=2, **SIZE)
+    images = lean(PROMPTS, seed=3, batch_size=2, **SIZE).images
     held["done"] = on_device() - before
     monkeypatch.undo()
 
     activations = 2**20
     assert held["loaded"] < activations
-    assert held["apply_encoder"] < size(lean.encode.weights.state) + activations
+    assert held["apply_encoder"] < size(lean.prompt_encoder.weights.state) + activations
     assert held["sample_student"] < size(lean.transformer.state) + activations
     assert held["decode_latents"] < size(lean.vae.state) + activations
     assert held["done"] < activations
     assert size(lean.transformer.state) > 5 * activations
-    assert_same_pictures(images, pipe(PROMPTS, seed=3, batch_size=2, **SIZE), levels=0)
-    assert_same_pictures(images, lean(PROMPTS, seed=3, batch_size=2, **SIZE), levels=0)  # nothing was lost on the way
+    assert_same_images(images, pipe(PROMPTS, seed=3, batch_size=2, **SIZE).images, levels=0)
+    assert_same_images(
+        images, lean(PROMPTS, seed=3, batch_size=2, **SIZE).images, levels=0
+    )  # nothing was lost on the way
 
 
 def test_a_decoder_alone_is_loaded(pipe, model):
@@ -353,9 +388,9 @@ def test_out_of_memory_while_loading(model, student, monkeypatch):
 
 
 @pytest.mark.slow
-def test_eight_devices_make_the_same_pictures(pipe, model, student, tmp_path):
+def test_eight_devices_make_the_same_images(pipe, model, student, tmp_path):
     """In a process that has eight CPU devices; and no device holds more of the weights than its part."""
-    expected = pipe(PROMPTS[:2], batch_size=2, seed=3, **SIZE)
+    expected = pipe(PROMPTS[:2], batch_size=2, seed=3, **SIZE).images
     rows, columns = pipe.grid(**SIZE)
     conditioning = pipe.encode(PROMPTS[:2], guidance=2.0, rows=rows, columns=columns)
     tokens = pipe.denoise(pipe.noise(3, 2, rows, columns), conditioning, 2)
@@ -371,6 +406,21 @@ def held():
             bytes[shard.device.id] += shard.data.nbytes
     return bytes
 
+from jax.sharding import Mesh
+from arcflow_jax.errors import UserError
+from arcflow_jax.generate import sampling_mesh
+eight = np.array(jax.devices())
+own = sampling_mesh(Mesh(eight.reshape(4, 2), ("tensor", "fsdp")))
+assert dict(own.shape) == {{"data": 1, "fsdp": 2, "tensor": 4, "sequence": 1}}
+assert own.devices[0, 1, 2, 0] == eight.reshape(4, 2)[2, 1]
+try:
+    sampling_mesh(Mesh(eight.reshape(4, 2), ("model", "fsdp")))
+except UserError as error:
+    assert str(error).startswith("the mesh has axes model, fsdp: model is none of data, fsdp, tensor, sequence"), error
+else:
+    assert False
+
+jax.set_mesh(jax.make_mesh((2, 4), ("x", "y")))  # the caller's, which the pipeline leaves alone
 report = {{}}
 for mesh in ("tensor=2,sequence=-1", "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=2,sequence=2"):
     pipe = ArcFlowPipeline.from_pretrained(model, student, mesh=mesh)
@@ -382,8 +432,8 @@ for mesh in ("tensor=2,sequence=-1", "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=2,
         np.save(out + "/tokens.npy", tokens)
         np.save(out + "/pixels.npy", pipe.decode(tokens, 2, 4))
     else:
-        pictures = pipe({PROMPTS[:2]!r}, seed=3, height=32, width=64, batch_size=4 if "data" in mesh else 2)
-        np.save(out + "/" + mesh + ".npy", np.stack(pictures))
+        images = pipe({PROMPTS[:2]!r}, seed=3, height=32, width=64, batch_size=4 if "data" in mesh else 2).images
+        np.save(out + "/" + mesh + ".npy", np.stack(images))
     del pipe
 print(json.dumps(report))
 """
@@ -393,14 +443,14 @@ print(json.dumps(report))
     report = json.loads(done.stdout.splitlines()[-1])
 
     assert np.abs(np.load(tmp_path / "tokens.npy") - tokens).max() < 1e-5 * np.abs(tokens).max()
-    assert_same_pictures(np.load(tmp_path / "pixels.npy"), expected)
+    assert_same_images(np.load(tmp_path / "pixels.npy"), expected)
     for mesh in ("data=2,fsdp=2,tensor=2", "fsdp=2,tensor=2,sequence=2"):
-        assert_same_pictures(np.load(tmp_path / f"{mesh}.npy"), expected)
+        assert_same_images(np.load(tmp_path / f"{mesh}.npy"), expected)
     assert report["tensor=2,sequence=-1"]["part"] == [2, 2, 16]  # a fourth of the 8 image tokens
 
     # The decoder is whole everywhere; of the rest what `tensor` and `fsdp` divide between them
     decoder = size(pipe.vae.state)
-    rest = size(pipe.transformer.state) + size(pipe.encode.weights.state)
+    rest = size(pipe.transformer.state) + size(pipe.prompt_encoder.weights.state)
     for mesh, parts in {
         "tensor=2,sequence=-1": 2,
         "data=2,fsdp=2,tensor=2": 4,

@@ -71,7 +71,7 @@ def test_template_before_the_prompt_has_the_tokens_that_are_dropped(source):
     assert len(load_tokenizer(source / "tokenizer")(before).input_ids) == QwenPrompts.BEFORE
 
 
-def test_pictures_are_those_of_diffusers(source, teacher):
+def test_images_are_those_of_diffusers(source, teacher):
     """QwenImagePipeline of diffusers on the same folder and noise: conditioning, latents and pixels."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
@@ -100,8 +100,8 @@ def test_pictures_are_those_of_diffusers(source, teacher):
     np.testing.assert_allclose(teacher.decode(latents, rows, columns), their_pixels * 255, atol=1)
 
 
-def test_true_guidance_is_that_of_diffusers(source, teacher):
-    """NormPreserving as its pipeline does it, and plain, by hand from velocities with either prompt."""
+def test_cfg_is_that_of_diffusers(source, teacher):
+    """Norm-preserving as its pipeline does it, and plain, by hand from velocities with either prompt."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.QwenImagePipeline.from_pretrained(source)
@@ -110,28 +110,30 @@ def test_true_guidance_is_that_of_diffusers(source, teacher):
     settings = {"height": 64, "width": 64, "num_inference_steps": 2, "true_cfg_scale": 4.0, "output_type": "np"}
     with torch.no_grad():
         expected = theirs(PROMPTS, negative_prompt=["", ""], latents=torch.from_numpy(noise.copy()), **settings).images
-    ours = teacher(PROMPTS, negative_prompt="", norm_preserving=True, steps=2, latents=noise, batch_size=2)
+    ours = teacher(
+        PROMPTS, negative_prompt="", norm_preserving=True, num_inference_steps=2, latents=noise, batch_size=2
+    ).images
     np.testing.assert_allclose(pixels(ours), expected * 255, atol=1)
     assert ours[0].info["guidance"] == 4.0
 
     with pytest.raises(UserError, match="no guidance embedding: give the teacher a negative_prompt"):
-        teacher.settings(guidance=4.0)
-    plain = pixels(teacher(PROMPTS, negative_prompt="", steps=1, latents=noise, batch_size=2))
+        teacher.settings(guidance_scale=4.0)
+    plain = pixels(teacher(PROMPTS, negative_prompt="", num_inference_steps=1, latents=noise, batch_size=2).images)
     with_either = [
         teacher.denoise(noise, teacher.encode(prompts, guidance=1.0, rows=4, columns=4), 1)
         for prompts in (PROMPTS, [""] * 2)
     ]
     latents = with_either[1] + 4 * (with_either[0] - with_either[1])  # one Euler step is linear in the velocity
     np.testing.assert_allclose(plain, teacher.decode(latents, 4, 4), atol=1)
-    assert np.abs(plain - pixels(teacher(PROMPTS, steps=1, latents=noise, batch_size=2))).max() > 5
+    assert np.abs(plain - pixels(teacher(PROMPTS, num_inference_steps=1, latents=noise, batch_size=2).images)).max() > 5
 
 
-def test_picture_of_a_prompt_is_its_own(teacher):
+def test_image_of_a_prompt_is_its_own(teacher):
     """Alone, beside a longer prompt, and whatever the size of the batch."""
-    together = pixels(teacher(PROMPTS, steps=2, seed=1, batch_size=2, height=32, width=64))
+    together = pixels(teacher(PROMPTS, num_inference_steps=2, seed=1, batch_size=2, height=32, width=64).images)
     for i, prompt in enumerate(PROMPTS):
         noise = np.asarray(teacher.noise(1, 1, 2, 4, first=i))
-        alone = pixels(teacher(prompt, steps=2, height=32, width=64, latents=noise))
+        alone = pixels(teacher(prompt, num_inference_steps=2, height=32, width=64, latents=noise).images)
         np.testing.assert_allclose(alone[0], together[i], atol=1)
     assert np.abs(together[0] - together[1]).max() > 20
 
@@ -190,8 +192,8 @@ def test_student_trains_and_samples(model, teacher, student):
     assert len(log) == 2
     assert np.isfinite([line["loss"] for line in log]).all()
     assert min(line["gradient_norm"] for line in log) > 0
-    made = pixels(ArcFlowPipeline.from_pretrained(model, student)(PROMPTS[0], seed=2, height=32, width=32))
-    again = pixels(teacher(PROMPTS[0], seed=2, steps=2, height=32, width=32))
+    made = pixels(ArcFlowPipeline.from_pretrained(model, student)(PROMPTS[0], seed=2, height=32, width=32).images)
+    again = pixels(teacher(PROMPTS[0], seed=2, num_inference_steps=2, height=32, width=32).images)
     assert np.abs(made - again).max() > 1
 
 
@@ -200,7 +202,7 @@ def test_student_has_its_guidance_built_in(model, student):
     with pytest.raises(UserError, match="negative_prompt is for the teacher"):
         pipeline.stream(PROMPTS, negative_prompt="")
     with pytest.raises(UserError, match="no guidance embedding: its student has it built in"):
-        pipeline.stream(PROMPTS, guidance=2.0)
+        pipeline.stream(PROMPTS, guidance_scale=2.0)
 
 
 def test_student_goes_out_and_comes_back_in_the_authors_layout(model, student, tmp_path):
@@ -215,7 +217,7 @@ def test_student_goes_out_and_comes_back_in_the_authors_layout(model, student, t
     imported = import_adapter(exported, model, tmp_path / "imported")
     settings = {"seed": 2, "height": 32, "width": 32}
     ours, theirs = (
-        pixels(ArcFlowPipeline.from_pretrained(model, run)(PROMPTS, **settings)) for run in (student, imported)
+        pixels(ArcFlowPipeline.from_pretrained(model, run)(PROMPTS, **settings).images) for run in (student, imported)
     )
     np.testing.assert_allclose(ours, theirs, atol=1)
 
@@ -256,10 +258,10 @@ def test_embeddings_from_a_cache(model, teacher, tmp_path):
 
 
 def test_encoder_and_transformer_are_never_on_the_device_together(model, student, monkeypatch):
-    """With offload, whose pictures are the same."""
+    """With offload, whose images are the same."""
     straight = ArcFlowPipeline.from_pretrained(model, student)
     lean = ArcFlowPipeline.from_pretrained(model, student, offload=True)
-    weights = {"encoder": straight.encode.weights, "transformer": straight.transformer}
+    weights = {"encoder": straight.prompt_encoder.weights, "transformer": straight.transformer}
     shapes = {name: [x.shape for x in jax.tree.leaves(each.state)] for name, each in weights.items()}
     largest = {name: max(each, key=np.prod) for name, each in shapes.items()}
 
@@ -279,13 +281,13 @@ def test_encoder_and_transformer_are_never_on_the_device_together(model, student
     for name, module in (("apply_encoder", text), ("sample_student", pipeline)):
         monkeypatch.setattr(module, name, watched(getattr(module, name), name))
     settings = {"seed": 3, "height": 32, "width": 32}
-    made = pixels(lean(PROMPTS, **settings))
+    made = pixels(lean(PROMPTS, **settings).images)
     monkeypatch.undo()
     assert seen == {
         "apply_encoder": before | {"encoder": before["encoder"] + 1},
         "sample_student": before | {"transformer": before["transformer"] + 1},
     }
-    np.testing.assert_array_equal(made, pixels(straight(PROMPTS, **settings)))
+    np.testing.assert_array_equal(made, pixels(straight(PROMPTS, **settings).images))
 
 
 def test_base_of_another_kind_is_refused(student, tmp_path):
@@ -302,23 +304,25 @@ def test_compiles_once_for_a_shape(teacher):
     def count() -> int:
         return generate.sample_teacher._cache_size()
 
-    teacher(PROMPTS[0], steps=2, height=32, width=64)
+    teacher(PROMPTS[0], num_inference_steps=2, height=32, width=64)
     before = count()
-    teacher(PROMPTS[1], steps=2, height=32, width=64, seed=5)
+    teacher(PROMPTS[1], num_inference_steps=2, height=32, width=64, seed=5)
     assert count() == before
 
 
 def whole_path(source: Path, out: Path, mesh: tuple[int, ...]) -> None:
-    """Converts, trains with true guidance, exports, and makes pictures with what it wrote, over a mesh."""
+    """Converts, trains with CFG, exports, and makes images with what it wrote, over a mesh."""
     model = convert_model(source, out / "model")
     settings = {"mesh": mesh, "steps": 20, "batch": 8, "preview_every": 0, "distillation": {"decay": 20}}
     run = train(recipe(model, out / "run", **settings))
     exported = export_adapter(run, out / "exported", dtype=np.float32)
     named = ",".join(f"{name}={size}" for name, size in zip(MESH_AXES, mesh, strict=True))
     size = {"height": 32, "width": 64, "seed": 3, "batch_size": 4}
-    few = ArcFlowPipeline.from_pretrained(model, exported, mesh=named)(PROMPTS, **size)
-    many = ArcFlowPipeline.from_pretrained(model, mesh=named)(PROMPTS, negative_prompt="", steps=3, **size)
-    np.save(out / "pictures.npy", pixels([*few, *many]))
+    few = ArcFlowPipeline.from_pretrained(model, exported, mesh=named)(PROMPTS, **size).images
+    many = ArcFlowPipeline.from_pretrained(model, mesh=named)(
+        PROMPTS, negative_prompt="", num_inference_steps=3, **size
+    ).images
+    np.save(out / "images.npy", pixels([*few, *many]))
 
 
 ON_EIGHT = """
@@ -343,6 +347,6 @@ def test_whole_path_on_eight_devices_is_that_on_one(source, tmp_path):
     assert one.keys() == eight.keys()
     for name in one:
         assert relative_error(eight[name], one[name]) < 2e-3, name
-    one, eight = (np.load(tmp_path / name / "pictures.npy") for name in ("one", "eight"))
+    one, eight = (np.load(tmp_path / name / "images.npy") for name in ("one", "eight"))
     np.testing.assert_allclose(eight, one, atol=1)
     assert min(np.abs(a - b).max() for a, b in itertools.combinations(one, 2)) > 10

@@ -1,7 +1,4 @@
-"""The command line, `arcflow`: each command parses, imports its worker, calls it and prints.
-
-Workers are imported where they are called, so that `--help` does not wait for JAX.
-"""
+"""The command line, `arcflow`, with all its commands."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from collections.abc import Sequence
 import typer
 
 from arcflow_jax.cli import evaluate, exchange, reports, sample, train
-from arcflow_jax.errors import told_in_a_line
+from arcflow_jax.errors import report_errors
 
 app = typer.Typer(
     help="ArcFlow in JAX: distils large text-to-image models into 2-step generators.",
@@ -33,6 +30,6 @@ app.command()(reports.demo)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits: with 0, with 2 and one line on stderr for what a user can put right."""
-    with told_in_a_line():
+    """Runs the command line and exits: with 0, or with 2 and one line on stderr for bad input."""
+    with report_errors():
         app(arguments)

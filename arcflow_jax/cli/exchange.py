@@ -29,30 +29,31 @@ def convert(
         str | None,
         typer.Option(
             help="The PyTorch model, FLUX.1 or Qwen-Image: a diffusers folder with model_index.json and the folders "
-            "that it names (transformer/, text_encoder/, vae/, …), weights as safetensors; or a hub id, OWNER/NAME."
+            "that it names (transformer/, text_encoder/, vae/, …), weights in safetensors; or a hub id, OWNER/NAME."
         ),
     ] = None,
     revision: Annotated[
-        str | None, typer.Option(help="Of a hub id: branch, tag or commit. By default the main branch.")
+        str | None, typer.Option(help="Branch, tag or commit of a hub id. By default the main branch.")
     ] = None,
     transformer: Annotated[
         Path | None,
         typer.Option(
-            help="A single file, such as flux1-dev.safetensors, with the transformer's weights, in the authors' layout "
-            "or diffusers'. SOURCE then needs only transformer/config.json."
+            help="A single file with the transformer's weights, such as flux1-dev.safetensors, in the authors' layout "
+            "or diffusers'. Of SOURCE/transformer, only config.json is then needed."
         ),
     ] = None,
     vae: Annotated[
-        Path | None, typer.Option(help="The same for the autoencoder, such as ae.safetensors and vae/config.json.")
+        Path | None, typer.Option(help="The same for the VAE, such as ae.safetensors; needs SOURCE/vae/config.json.")
     ] = None,
     dtype: Annotated[
-        Precision | None, typer.Option(help="Of the converted weights. By default each component keeps its own.")
+        Precision | None,
+        typer.Option(help="Precision of the weights. By default each component keeps its own."),
     ] = None,
     adapter: Annotated[
         str | None,
         typer.Option(
-            help="Instead of --source, a released student: a folder with config.json and "
-            "diffusion_pytorch_model.safetensors, or that file; or a hub id, OWNER/NAME or OWNER/NAME/FOLDER. With "
+            help="Instead of --source: a released student, a folder with config.json and "
+            "diffusion_pytorch_model.safetensors, or that file; or a hub id, OWNER/NAME or OWNER/NAME/FOLDER. Needs "
             "--base."
         ),
     ] = None,
@@ -60,21 +61,22 @@ def convert(
         Path | None, typer.Option(help="The converted model that the released student was distilled from.")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Network calls of the released student. By default what its file says, or 2.")
+        int | None, typer.Option(help="NFE of the released student. By default what its file says, or 2.")
     ] = None,
-    shift: Annotated[float | None, typer.Option(help="Its time shift. By default what its file says, or 3.2.")] = None,
+    shift: Annotated[float | None, typer.Option(help="Timestep shift. By default what its file says, or 3.2.")] = None,
     final_step_ratio: Annotated[
-        float | None, typer.Option(help="Length of its last step. By default what its file says, or 1.0.")
+        float | None,
+        typer.Option(help="Relative length of its last segment. By default what its file says, or 1.0."),
     ] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Its guidance scale. By default what its file says, or the published one.")
     ] = None,
 ) -> None:
-    """Converts a PyTorch model to a model directory for training and sampling, or a released student to one
-    that arcflow sample takes as --adapter.
+    """Converts a PyTorch model to a model directory for training and sampling, or a released student to an adapter
+    for arcflow sample.
 
-    Every tensor is checked by name, shape and value; nothing is filled in or left out. OUT appears complete at the
-    end, or not at all.
+    Every tensor is checked by name, shape and value; nothing is filled in or left out. OUT appears at the end,
+    complete, or not at all.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no arithmetic here: leave an accelerator, if any, to others
     sampling = {"steps": steps, "shift": shift, "final_step_ratio": final_step_ratio, "guidance": guidance}
@@ -96,15 +98,15 @@ def convert(
 
 
 def export(
-    adapter: Annotated[Path, typer.Option(help="What arcflow train wrote.")],
+    adapter: Annotated[Path, typer.Option(help="A directory that arcflow train wrote.")],
     out: Annotated[Path, typer.Option(help="The directory to write. It must not exist yet, or be empty.")],
     raw: Annotated[
-        bool, typer.Option("--raw", help="The last iteration's weights instead of the averaged ones.")
+        bool, typer.Option("--raw", help="Take the weights of the last training step instead of the EMA weights.")
     ] = False,
-    dtype: Annotated[ExportPrecision, typer.Option(help="Of the exported tensors.")] = ExportPrecision.float16,
+    dtype: Annotated[ExportPrecision, typer.Option(help="Precision of the tensors.")] = ExportPrecision.float16,
 ) -> None:
-    """Writes a student as the ArcFlow authors release theirs: config.json and safetensors for their PyTorch loader,
-    diffusers and PEFT.
+    """Writes a student in the layout of the ArcFlow authors' releases: config.json and safetensors, for their PyTorch
+    loader, diffusers and PEFT.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no arithmetic here: leave an accelerator, if any, to others
     from arcflow_jax.checkpoints.student_formats import export_adapter

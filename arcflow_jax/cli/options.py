@@ -1,101 +1,198 @@
-"""What the commands that make pictures have in common: options, the student that is meant, progress."""
+"""Options that several commands share, each declared once, and what the commands do with them."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from arcflow_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from arcflow_jax.pipeline import ArcFlowPipeline
+
 DEMO = Path("runs/demo")
 
-Model = Annotated[Path, typer.Option(help="What arcflow convert wrote. By default what arcflow demo left.")]
-Adapter = Annotated[
-    str | None,
-    typer.Option(
-        help="What arcflow train wrote, or a released student; also a hub id, OWNER/NAME or OWNER/NAME/FOLDER. By "
-        "default, with the demo's model, its student."
-    ),
-]
-Raw = Annotated[bool, typer.Option("--raw", help="The last iteration's weights instead of the averaged ones.")]
-Teacher = Annotated[bool, typer.Option("--teacher", help="Sample from the teacher itself.")]
-Steps = Annotated[int | None, typer.Option(help="Network calls. By default the student's own, for the teacher 50.")]
-Seed = Annotated[int, typer.Option(help="Of the noise.")]
-Guidance = Annotated[
-    float | None, typer.Option(help="Guidance scale. By default the one that the student was trained at, or 3.5.")
-]
-Height = Annotated[int | None, typer.Option(help="In pixels. By default the model's own.")]
-Width = Annotated[int | None, typer.Option(help="In pixels. By default the model's own.")]
-FinalStepRatio = Annotated[
-    float | None, typer.Option(help="Length of the last step relative to the others. By default as trained.")
-]
-NegativePrompt = Annotated[
-    str | None,
-    typer.Option(
-        help='With --teacher: what to guide away from, or "" as Qwen-Image has it. Guidance is then true '
-        "classifier-free guidance, by default 4."
-    ),
-]
-NormPreserving = Annotated[
-    bool, typer.Option("--norm_preserving", help="True guidance as diffusers has it for Qwen-Image, which keeps norms.")
-]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(help="Pictures made at a time. By default 1 for each part that --mesh splits them into."),
-]
-Mesh = Annotated[
-    str,
-    typer.Option(
-        help="Several devices, e.g. tensor=4 or tensor=2,sequence=4: data splits the batch, fsdp batch and "
-        "weights, tensor attention heads and MLPs, sequence image tokens."
-    ),
-]
-Offload = Annotated[
-    bool,
-    typer.Option("--offload", help="Keep in host memory what is not running: encoders, transformer or decoder."),
-]
 
+def expand_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorates a command: a parameter whose type is a dataclass becomes one option for each of its fields.
 
-def which_student(model: Path, adapter: str | None, raw: bool = False, teacher: bool | None = None) -> str | None:
-    """The student that is meant, by default the demo's; None for the teacher. Raises UserError if none is named.
-
-    Args:
-      teacher: whether the teacher is meant; None where it cannot be.
+    Typer sees the options, and the command gets the dataclass.
     """
-    if teacher and (adapter is not None or raw):
-        superfluous = "--adapter" if adapter is not None else "--raw"
-        raise UserError(f"--teacher samples without a student: leave {superfluous} out")
-    if teacher or adapter is not None:
+    signature = inspect.signature(command, eval_str=True)
+    groups = {name: each.annotation for name, each in signature.parameters.items() if is_group(each.annotation)}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in signature.parameters.items():
+        parameters += options_of(groups[name]) if name in groups else [parameter.replace(kind=KEYWORD)]
+
+    @functools.wraps(command)
+    def expanded(**values: Any) -> None:
+        filled = {
+            name: group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
+            for name, group in groups.items()
+        }
+        command(**values, **filled)
+
+    setattr(expanded, "__signature__", signature.replace(parameters=parameters))  # noqa: B010
+    expanded.__annotations__ = {each.name: each.annotation for each in parameters}
+    return expanded
+
+
+KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
+
+def is_group(annotation: Any) -> bool:
+    return isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
+
+
+def options_of(group: Any) -> list[inspect.Parameter]:
+    """The fields of a dataclass as parameters with typer's annotations."""
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(field.name, KEYWORD, default=field.default, annotation=hints[field.name])
+        for field in dataclasses.fields(group)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentOptions:
+    """Which model and student, on which devices; what every command that samples has."""
+
+    model: Annotated[
+        Path,
+        typer.Option(
+            help="A directory that arcflow convert wrote; or a diffusers folder or hub id, OWNER/NAME, which is "
+            "converted into a cache on first use. By default the demo's teacher."
+        ),
+    ] = DEMO / "teacher"
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            help="A directory that arcflow train wrote, or a released student; also a hub id, OWNER/NAME or "
+            "OWNER/NAME/FOLDER. By default, with the demo's teacher, the demo's student."
+        ),
+    ] = None
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Take the weights of the last training step instead of the EMA weights.")
+    ] = False
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0
+    height: Annotated[int | None, typer.Option(help="Height in pixels. By default the model's own.")] = None
+    width: Annotated[int | None, typer.Option(help="Width in pixels. By default the model's own.")] = None
+    norm_preserving: Annotated[
+        bool,
+        typer.Option("--norm-preserving", help="Norm-preserving CFG, which diffusers uses for Qwen-Image."),
+    ] = False
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Images per batch. By default 1 for each part into which --mesh splits a batch."),
+    ] = None
+    mesh: Annotated[
+        str,
+        typer.Option(
+            help="How to use several devices, e.g. tensor=4 or tensor=2,sequence=4: data splits the batch, fsdp batch "
+            "and weights, tensor attention heads and MLPs, sequence image tokens."
+        ),
+    ] = ""
+
+    def student(self) -> str:
+        """The student's adapter. Raises UserError if none is named and the model is not the demo's."""
+        return which_student(self.model, self.adapter)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions(StudentOptions):
+    """Everything that images are made with, apart from prompts and noise."""
+
+    teacher: Annotated[bool, typer.Option("--teacher", help="Sample from the teacher itself.")] = False
+    steps: Annotated[
+        int | None, typer.Option(help="NFE. By default what the student was trained for, 50 for the teacher.")
+    ] = None
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Guidance scale. By default what the student was trained at, 3.5 for the teacher."),
+    ] = None
+    final_step_ratio: Annotated[
+        float | None,
+        typer.Option(help="Length of the student's last segment relative to the others. By default as trained."),
+    ] = None
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option(
+            help='With --teacher: classifier-free guidance (CFG) away from this prompt, which may be "" as for '
+            "Qwen-Image. --guidance is then the scale of CFG, by default 4."
+        ),
+    ] = None
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge/--no-merge",
+            help="Add LoRA to the base model's weights, or compute it beside them, which is slower and in bfloat16 "
+            "more precise.",
+        ),
+    ] = True
+    offload: Annotated[
+        bool,
+        typer.Option(
+            "--offload", help="Keep what is not running in host memory: text encoders, transformer or VAE decoder."
+        ),
+    ] = False
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments of `ArcFlowPipeline.settings`."""
+        return {
+            "num_inference_steps": self.steps,
+            "seed": self.seed,
+            "guidance_scale": self.guidance,
+            "height": self.height,
+            "width": self.width,
+            "final_step_ratio": self.final_step_ratio,
+            "negative_prompt": self.negative_prompt,
+            "norm_preserving": self.norm_preserving,
+        }
+
+    def adapter_or_teacher(self) -> str | None:
+        """The student's adapter, None for the teacher. Raises UserError if the options contradict one another."""
+        if self.teacher and (self.adapter is not None or self.raw):
+            superfluous = "--adapter" if self.adapter is not None else "--raw"
+            raise UserError(f"--teacher samples without a student: leave {superfluous} out")
+        return None if self.teacher else which_student(self.model, self.adapter, ", or say --teacher for the teacher")
+
+    def load(self) -> ArcFlowPipeline:
+        """The pipeline; a PyTorch model is converted first. Raises UserError."""
+        from arcflow_jax import compile_cache
+        from arcflow_jax.model_cache import converted
+        from arcflow_jax.pipeline import ArcFlowPipeline
+
+        compile_cache.enable()
+        adapter = self.adapter_or_teacher()
+        model = converted(self.model)  # which has a progress bar of its own
+        with progress_bar() as progress:
+            progress("loading", 0, None)
+            return ArcFlowPipeline.from_pretrained(
+                model, adapter, mesh=self.mesh, offload=self.offload, raw=self.raw, merge=self.merge
+            )
+
+
+def which_student(model: Path, adapter: str | None, otherwise: str = "") -> str:
+    """The adapter that is meant, by default the demo's. Raises UserError if none is named for another model."""
+    if adapter is not None:
         return adapter
     if model != DEMO / "teacher":
-        itself = "" if teacher is None else ", or say --teacher for the teacher itself"
-        raise UserError(f"name the student with --adapter{itself}")
+        raise UserError(f"name the student with --adapter{otherwise}")
     return str(DEMO / "arcflow")
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr, if that is a terminal: told what is going on, how many pictures are done, and of how many."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+def progress_bar() -> Generator[Callable[[str, int, int | None], None]]:
+    """A bar on stderr, if that is a terminal; call it with the activity, how many images are done, and of how many."""
+    from arcflow_jax import console
 
-    # stdout has the paths, which scroll by above the bar where they share one
-    console = Console(stderr=True)
-    with Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        redirect_stdout=sys.stdout.isatty(),
-        disable=not console.is_interactive,
-    ) as bar:
-        task = bar.add_task("loading", total=None)
+    with console.progress_bar(transient=True) as bar:
+        task = bar.add_task("starting", total=None, text="")
         yield lambda activity, done, total: bar.update(task, description=activity, completed=done, total=total)

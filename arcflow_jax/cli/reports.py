@@ -28,27 +28,29 @@ def compile_report(
     config: Annotated[str, typer.Option(help="The recipe: FILE.py, or FILE.py:VARIANT.")],
     topology: Annotated[
         list[str],
-        typer.Option(help="E.g. v5p:1x1x1, v6e:2x4, v6e:2x4*2 for two such slices. May be given several times."),
+        typer.Option(help="TPU topology, e.g. v5p:1x1x1, or v6e:2x4*2 for two slices. May be given several times."),
     ],
     mesh: Annotated[
         list[str],
-        typer.Option(help="E.g. tensor=4,sequence=2; one -1 takes the rest. May be given several times."),
+        typer.Option(help="Mesh, e.g. tensor=4,sequence=2; a size of -1 takes the rest. May be given several times."),
     ] = ["tensor=-1"],  # noqa: B006
     program: Annotated[
         Program,
-        typer.Option(help="The few-step sampler, or an iteration of distillation: while the teacher leads, or after."),
+        typer.Option(
+            help="The few-step sampler, or a training step: the first ones (train), or later ones (train-steady)."
+        ),
     ] = Program.sampler,
-    batch: Annotated[int, typer.Option(help="Pictures, on all devices together.")] = 1,
+    batch: Annotated[int, typer.Option(help="Batch size, of all devices together.")] = 1,
     height: Annotated[
-        int | None, typer.Option(help="In pixels, with --width. By default the recipe's largest resolution.")
+        int | None, typer.Option(help="Height in pixels, with --width. By default the recipe's largest resolution.")
     ] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels, with --height.")] = None,
-    limit: Annotated[float, typer.Option(help="Seconds that one compilation may take.")] = 1800,
+    width: Annotated[int | None, typer.Option(help="Width in pixels, with --height.")] = None,
+    limit: Annotated[float, typer.Option(help="Time limit of one compilation, in seconds.")] = 1800,
     out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
 ) -> None:
-    """Compiles a program for TPUs that are not there, and prints memory, work and communication.
+    """Compiles a program for TPUs that this machine does not have, and prints memory, work and communication.
 
-    Needs no weights: the recipe's model may also be a diffusers folder of config files alone, as in
+    Needs no weights: the recipe's model may be a diffusers folder with config files only, as in
     --config.model=configs/flux.1-dev, or configs/qwen-image.
     """
     from arcflow_jax.compile_report.report import Case, report
@@ -66,16 +68,18 @@ def compile_report(
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for everything that the demo makes.")] = options.DEMO,
+    out: Annotated[Path, typer.Option(help="Directory for the demo's model, students and report.")] = options.DEMO,
     teacher: Annotated[
         Teacher, typer.Option(help="The bundled teacher, a FLUX.1 or a Qwen-Image.")
     ] = Teacher.tiny_flux,
 ) -> None:
     """Converts a bundled teacher, distils it, and compares 2 steps with 50, in about ten minutes on two cores.
 
-    Leaves index.html, grid.png and metrics.json in OUT, and a student that arcflow sample uses. A demo that was
-    interrupted goes on.
+    Leaves index.html, grid.png and metrics.json in OUT, and a student that arcflow sample uses. An interrupted demo
+    resumes.
     """
+    from arcflow_jax import compile_cache
     from arcflow_jax.demo.run import demo as run
 
+    compile_cache.enable()
     run(out, teacher.value)

@@ -13,31 +13,32 @@ def train(
     config: Annotated[str, typer.Option(help="The recipe: FILE.py, or FILE.py:VARIANT.")],
     step: Annotated[
         int | None,
-        typer.Option(help="Go on from this checkpoint instead of the newest. Newer ones are deleted."),
+        typer.Option(help="Resume from this checkpoint instead of the newest. Newer ones are deleted."),
     ] = None,
     profile: Annotated[
         str | None,
-        typer.Option(help="A:B, write a JAX trace of iterations A to B, counted from 1, to OUT/profile."),
+        typer.Option(help="A:B, write a JAX trace of training steps A to B, counted from 1, to OUT/profile."),
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Only check everything, and print the recipe, sizes, memory and the mesh."),
+        typer.Option("--dry-run", help="Only check the inputs, and print the recipe, sizes, memory and the mesh."),
     ] = False,
     coordinator: Annotated[
-        str | None, typer.Option(help="HOST:PORT on the first of several machines, where the others find it.")
+        str | None, typer.Option(help="HOST:PORT of the first of several machines, as the others reach it.")
     ] = None,
     processes: Annotated[int | None, typer.Option(help="How many machines run this command.")] = None,
-    process_id: Annotated[int | None, typer.Option(help="Which of them this is, from 0.")] = None,
+    process_id: Annotated[int | None, typer.Option(help="The number of this machine, from 0.")] = None,
 ) -> None:
     """Distils a converted teacher into a few-step student.
 
-    Any value of the recipe can be overridden: --config.steps=1000 --config.optimizer.learning_rate=1e-4. A run whose
-    directory (--config.out) is there already goes on from its last checkpoint. SIGTERM makes it save and end with
-    exit code 0.
+    Any value of the recipe can be overridden: --config.steps=1000 --config.optimizer.learning_rate=1e-4. If the
+    run's directory (--config.out) exists, the run resumes from its last checkpoint. On SIGTERM it saves a checkpoint
+    and exits with code 0.
 
-    On several machines the same command runs on each. On TPU pods and under SLURM they find one another; elsewhere
-    --coordinator, --processes and --process-id tell them.
+    On several machines, run the same command on each. On TPU pods and under SLURM they find one another; elsewhere
+    give --coordinator, --processes and --process-id.
     """
+    from arcflow_jax import compile_cache
     from arcflow_jax.parallel.processes import initialize, is_main
     from arcflow_jax.training.dry_run import report
     from arcflow_jax.training.loop import train as run
@@ -48,6 +49,7 @@ def train(
     if dry_run:
         print(report(recipe))
         return
+    compile_cache.enable()
     out = run(recipe, step=step, profile=profile)
     if is_main():
         print(f"the student is in {out}")
@@ -60,11 +62,12 @@ def embed_prompts(
 ) -> None:
     """Writes the text embeddings of a recipe's prompts, for training where the encoders do not fit.
 
-    arcflow train then reads them, with the same recipe and --config.embeddings=OUT. Where the encoders fit, training
-    without costs less: embeddings take 4.2 MB a prompt for FLUX.1, 3.7 MB for Qwen-Image. Embedding that was
-    interrupted goes on.
+    arcflow train then reads them, with the same recipe and --config.embeddings=OUT. Where the encoders fit, train
+    without them: embeddings take 4.2 MB per prompt for FLUX.1, 3.7 MB for Qwen-Image. An interrupted run resumes.
     """
+    from arcflow_jax import compile_cache
     from arcflow_jax.training.embeddings import embed_prompts as embed
     from arcflow_jax.training.recipe import Recipe, read_config
 
+    compile_cache.enable()
     print(f"the embeddings are in {embed(Recipe.of(read_config(config, context.args)), out)}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,19 +30,28 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
       UserError: if the folder is missing or does not hold a complete tokenizer.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # without PyTorch it prints a warning
-    from transformers import AutoTokenizer  # slow to import, and needed for prompts only
-
     if not (folder / "tokenizer_config.json").is_file():
         raise UserError(f"{folder} holds no tokenizer: tokenizer_config.json is missing")
     if not any((folder / name).is_file() for name in VOCABULARIES):  # transformers would make an empty one
         raise UserError(f"{folder} holds no vocabulary: it needs one of {', '.join(VOCABULARIES)}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        name = read_json(folder / "tokenizer_config.json").get("tokenizer_class")
+        tokenizer = tokenizer_class(name).from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises all kinds, down to the bare Exception of its Rust part
         raise UserError(f"{folder} does not hold a tokenizer that transformers can load: {one_line(error)}") from error
     if tokenizer.pad_token_id is None:
         raise UserError(f"{folder} names no pad_token")
     return tokenizer
+
+
+def tokenizer_class(name: Any) -> Any:
+    """A tokenizer class of transformers by its name; `AutoTokenizer`, which imports far more (PyTorch, if there is
+    one), for a name that is none."""
+    import transformers  # slow to import, and only prompts need it
+
+    known = isinstance(name, str) and name.endswith(("Tokenizer", "TokenizerFast"))
+    found = getattr(transformers, name, None) if known else None
+    return transformers.AutoTokenizer if found is None else found
 
 
 def max_length(folder: Path, most: int) -> int:

@@ -167,7 +167,7 @@ def export(
         wanted = [i for _, i in run]
         stream = pipeline.stream(
             [items[i].prompt for i in wanted],
-            images_per_prompt=images,
+            num_images_per_prompt=images,
             first=wanted[0] * images,
             batch_size=batch_size,
             progress=lambda activity, done, first=wanted[0]: progress(

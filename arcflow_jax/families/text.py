@@ -24,7 +24,8 @@ from arcflow_jax.parallel.processes import from_part
 class Model(Protocol):
     """The part of a converted model (`checkpoints.model_directory.ModelDirectory`) that is used here."""
 
-    path: Path
+    @property
+    def path(self) -> Path: ...
 
     def config(self, component: str) -> Any:
         """The config dataclass of a component."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from arcflow_jax.errors import told_in_a_line
+from arcflow_jax.errors import report_errors
 from benchmarks.ablation.cells import CELLS
 from benchmarks.ablation.report import write
 from benchmarks.ablation.study import Study
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="seeds per cell; default: 3 where methods are compared, else 1")
     parser.add_argument("--report", action="store_true", help="only write the report")
     arguments = parser.parse_args()
-    with told_in_a_line():
+    with report_errors():
         study = Study(arguments.out, arguments.steps, arguments.prompts)
         if not arguments.report:
             study.run(arguments.cells, arguments.seeds)

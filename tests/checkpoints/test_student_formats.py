@@ -169,11 +169,11 @@ def test_a_converted_student_makes_the_same_images(capfd, tmp_path):
     assert (code, stderr) == (0, "")
     pixels = np.asarray(Image.open(stdout.strip()))
     pipeline = ArcFlowPipeline.from_pretrained(base, adapter=tmp_path / "run")
-    np.testing.assert_array_equal(pixels, np.asarray(pipeline(["a red circle"], height=32, width=32)[0]))
+    np.testing.assert_array_equal(pixels, np.asarray(pipeline(["a red circle"], height=32, width=32).images[0]))
     assert pixels.std() > 0
     for released in (out, out / WEIGHTS):  # and as it is
         pipeline = ArcFlowPipeline.from_pretrained(base, released)
-        np.testing.assert_array_equal(pixels, np.asarray(pipeline(["a red circle"], height=32, width=32)[0]))
+        np.testing.assert_array_equal(pixels, np.asarray(pipeline(["a red circle"], height=32, width=32).images[0]))
 
 
 def test_students_on_the_hub(capfd, base, tmp_path, monkeypatch):

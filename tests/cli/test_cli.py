@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 from safetensors.numpy import save, save_file
 
 from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.training import AdapterDescription
+from arcflow_jax.cli.app import app
+from arcflow_jax.cli.options import SamplingOptions, expand_options
 from arcflow_jax.data.output import contact_sheet, read_latents
 from arcflow_jax.demo import ASSETS
-from arcflow_jax.errors import UserError
+from arcflow_jax.errors import UserError, report_errors
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe, read_config
 from tests.helpers.command_line import assert_refused, run
@@ -47,13 +54,80 @@ def student(model, tmp_path_factory) -> Path:
     return train(Recipe.of(config))
 
 
-@pytest.mark.parametrize(
-    "command", ["convert", "train", "embed-prompts", "sample", "demo", "evaluate metrics", "evaluate export"]
-)
-def test_help_names_every_option(capfd, command):
-    code, stdout, _ = run(capfd, *command.split(), "--help")
+def commands(command: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(name, command) of all commands, those of groups too."""
+    command = command or typer.main.get_command(app)
+    if not hasattr(command, "commands"):
+        yield path, command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from commands(inner, (*path, name))
+
+
+@pytest.mark.parametrize(("name", "command"), commands(), ids=lambda value: " ".join(value) if value is tuple else None)
+def test_help_explains_every_option(capfd, name, command):
+    code, stdout, _ = run(capfd, *name, "--help")
     assert code == 0
-    assert {"sample": "--prompt", "train": "--config"}.get(command, "--out") in stdout
+    assert command.help
+    assert len(command.params) > 1
+    for option in command.params:
+        assert option.help, option.name
+        assert len(option.help) > 10, option.help
+        assert re.search(rf"^ +{option.opts[0]}\b", stdout, re.MULTILINE), option.name
+
+
+def test_commands_share_the_sampling_options():
+    names = {" ".join(name): [option.name for option in command.params] for name, command in commands()}
+    shared = [field.name for field in dataclasses.fields(SamplingOptions)]
+    for command in ("sample", "evaluate metrics", "evaluate export"):
+        assert [name for name in names[command] if name in shared] == shared
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    sides: Annotated[int, typer.Option(help="Number of sides.")] = 3
+    filled: Annotated[bool, typer.Option("--filled", help="Draw more than the outline.")] = False
+
+
+def test_a_group_of_options_becomes_one_object():
+    made = []
+
+    def draw(name: Annotated[str, typer.Argument()], *, shape: Shape) -> None:
+        made.append((name, shape))
+
+    tool = typer.Typer()
+    tool.command()(expand_options(draw))
+    for arguments in (["a", "--sides", "4", "--filled"], ["b"]):
+        tool(arguments, standalone_mode=False)
+    assert made == [("a", Shape(4, True)), ("b", Shape(3, False))]
+
+
+def test_an_error_is_one_line_unless_its_traceback_is_asked_for(capfd, tmp_path, monkeypatch):
+    arguments = ("train", "--config", TINY, "--config.model=/nowhere", f"--config.out={tmp_path / 'run'}")
+    assert_refused(capfd, tmp_path, *arguments, message="does not exist")
+    monkeypatch.setenv("ARCFLOW_TRACEBACK", "1")
+    code, _, stderr = run(capfd, *arguments)
+    assert code == 2
+    assert "Traceback (most recent call last)" in stderr
+    assert stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_a_traceback_shows_hidden_causes(capfd, monkeypatch):
+    monkeypatch.setenv("ARCFLOW_TRACEBACK", "1")
+
+    def fail() -> None:
+        try:
+            int("x")
+        except ValueError:
+            raise UserError("not a number") from None
+
+    with pytest.raises(SystemExit), report_errors():
+        fail()
+    assert "invalid literal for int()" in capfd.readouterr().err
+
+
+def test_a_user_error_is_a_value_error():
+    with pytest.raises(ValueError, match="bad"):
+        raise UserError("bad")
 
 
 def test_tools_are_the_same_entry_points(tmp_path):
@@ -129,7 +203,7 @@ def test_embed_prompts_refuses_bad_inputs(capfd, tmp_path, model):
     refused("model directory /nowhere does not exist", "--out", tmp_path / "out", "--config.model=/nowhere")
 
 
-def test_sample_writes_pictures_with_their_settings(capfd, tmp_path, model, student):
+def test_sample_writes_images_with_their_settings(capfd, tmp_path, model, student):
     arguments = ("--model", model, "--adapter", student, "--seed", 5, "--out", tmp_path)
     (tmp_path / "0000-seed5-2steps-student-a-red-circle.png").write_text("of another call")
     code, stdout, stderr = run(capfd, "sample", *arguments, "--prompt", "a red circle", "--prompt", "a blue square")
@@ -176,6 +250,22 @@ def test_sample_from_files_and_on_one_sheet(capfd, tmp_path, model, student):
         np.testing.assert_array_equal(sheet[-64:, :64], pictures[-1][2])
         assert sheet.shape == (132, 132, 3)
     np.testing.assert_array_equal(*pictures)
+
+
+def test_sample_converts_a_pytorch_model(capfd, tmp_path, monkeypatch):
+    monkeypatch.setenv("ARCFLOW_CACHE", str(tmp_path / "cache"))
+    arguments = ("--teacher", "--steps", 1, "--height", 32, "--width", 32, "--prompt", "a ring")
+    paths = []
+    for out in ("one", "two"):
+        code, stdout, stderr = run(
+            capfd, "sample", "--model", ASSETS / "tiny-flux", *arguments, "--out", tmp_path / out
+        )
+        assert code == 0, stderr
+        paths.append(Path(stdout.strip()))
+    (model,) = (path for path in (tmp_path / "cache" / "models").iterdir() if path.is_dir())
+    with Image.open(paths[0]) as one, Image.open(paths[1]) as two:
+        assert one.text["model"] == two.text["model"] == str(model)
+        np.testing.assert_array_equal(one, two)
 
 
 def test_contact_sheet():
@@ -229,7 +319,6 @@ def test_sample_refuses_bad_input(capfd, tmp_path, model, student):
     refused("final_step_ratio is -1.0", *whole, "--prompt", "a ring", "--final-step-ratio", -1)
     refused("leave --adapter out", *whole, "--teacher", "--prompt", "a ring")
     refused("does not exist", "--model", tmp_path / "none", "--teacher", "--prompt", "a ring")
-    refused("run arcflow convert", "--model", ASSETS / "tiny-flux", "--teacher", "--prompt", "a ring")
     refused("holds no adapter", "--model", model, "--adapter", tmp_path, "--prompt", "a ring")
     file = tmp_path / "file"
     file.write_text("")

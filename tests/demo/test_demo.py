@@ -162,9 +162,12 @@ def test_teacher_uses_cfg_with_a_negative_prompt(tiny_qwen):
     prompts, samplers = list(map(str, captions)), {"two": Sampler(pipeline, steps=2)}
     for negative, settings in ((None, {}), ("", {"guidance": 3.0, "negative_prompt": ""})):
         made = run_samplers(samplers, captions, 3.0, negative)["two"].pixels[0]
-        expected = np.stack(pipeline(prompts, steps=2, latents=noise, batch_size=2, **settings))
+        expected = np.stack(pipeline(prompts, num_inference_steps=2, latents=noise, batch_size=2, **settings).images)
         np.testing.assert_allclose(made.astype(int), expected, atol=1)
-    assert np.abs(expected - np.stack(pipeline(prompts, steps=2, latents=noise, batch_size=2))).max() > 5
+    assert (
+        np.abs(expected - np.stack(pipeline(prompts, num_inference_steps=2, latents=noise, batch_size=2).images)).max()
+        > 5
+    )
 
 
 def test_a_directory_of_another_teacher_is_refused(tmp_path):

@@ -29,13 +29,13 @@ class Painter:
     def described(self, height: int = SIDE, width: int = SIDE, seed: int = 0) -> dict:
         return {"height": height, "width": width, "seed": seed}
 
-    def stream(self, prompts, images_per_prompt, first, batch_size, progress, **settings):
-        self.asked.append((first, len(prompts) * images_per_prompt))
-        for i in range(len(prompts) * images_per_prompt):
+    def stream(self, prompts, num_images_per_prompt, first, batch_size, progress, **settings):
+        self.asked.append((first, len(prompts) * num_images_per_prompt))
+        for i in range(len(prompts) * num_images_per_prompt):
             if first + i == self.stops_at:
                 raise KeyboardInterrupt
-            image = Image.new("RGB", (SIDE, SIDE), colour(first + i, prompts[i // images_per_prompt]))
-            image.info = {"image": first + i}
+            image = Image.new("RGB", (SIDE, SIDE), colour(first + i, prompts[i // num_images_per_prompt]))
+            image.info = {"picture": first + i}
             progress("painting", i + 1)
             yield image
 

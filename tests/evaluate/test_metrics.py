@@ -120,8 +120,8 @@ def test_a_folder_against_both_references(capfd, folders, tmp_path, inception, c
     common = ("evaluate", "metrics", "--inception", inception, "--clip", clip)
     code, stdout, stderr = run(
         capfd,
-        *(*common, "--pictures", folders / "mine", "--out", out),
-        *("--real", folders / "coco", "--teacher-pictures", folders / "teacher"),
+        *(*common, "--images", folders / "mine", "--out", out),
+        *("--real", folders / "coco", "--teacher-images", folders / "teacher"),
     )
     assert code == 0, stderr
     report = json.loads(out.read_text())
@@ -154,8 +154,8 @@ def test_a_folder_against_both_references(capfd, folders, tmp_path, inception, c
     again = tmp_path / "again.json"
     code, stdout, stderr = run(
         capfd,
-        *(*common, "--pictures", folders / "mine", "--out", again, "--metric", "pfid"),
-        *("--real", out.with_name("mine-real.npz"), "--teacher-pictures", out.with_suffix(".npz")),
+        *(*common, "--images", folders / "mine", "--out", again, "--metric", "pfid"),
+        *("--real", out.with_name("mine-real.npz"), "--teacher-images", out.with_suffix(".npz")),
     )
     assert code == 0, stderr
     second = json.loads(again.read_text())
@@ -200,7 +200,7 @@ def test_straight_from_a_sampler(capfd, folders, tmp_path, tiny_flux, inception,
     common += ("--metric", "clip", "--metric", "fid")
     made = [*sampling, "--prompts", prompts, "--batch-size", 2]
     reports = []
-    for name, judged in {"kept": ["--pictures", tmp_path / "kept"], "made": made}.items():
+    for name, judged in {"kept": ["--images", tmp_path / "kept"], "made": made}.items():
         code, _, stderr = run(capfd, *common, *judged, "--out", tmp_path / f"{name}.json")
         assert code == 0, stderr
         reports.append(json.loads((tmp_path / f"{name}.json").read_text()))
@@ -286,7 +286,7 @@ def test_what_the_networks_take():
 
 
 def test_bad_input(capfd, folders, tmp_path, inception, clip, monkeypatch):
-    good = {"--pictures": folders / "mine", "--inception": inception, "--clip": clip, "--out": tmp_path / "a.json"}
+    good = {"--images": folders / "mine", "--inception": inception, "--clip": clip, "--out": tmp_path / "a.json"}
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.txt").write_text("not a network")
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
@@ -297,8 +297,8 @@ def test_bad_input(capfd, folders, tmp_path, inception, clip, monkeypatch):
         options = [part for option in (good | changed).items() if option[1] is not None for part in option]
         assert_refused(capfd, tmp_path, "evaluate", "metrics", *options, message=message)
 
-    refused("either --pictures, or what to sample with --prompts", pictures=None)
-    refused("either --pictures, or what to sample with --prompts", prompts="a.txt")
+    refused("either --images, or what to sample with --prompts", pictures=None)
+    refused("either --images, or what to sample with --prompts", prompts="a.txt")
     refused("leave --adapter and --teacher out", adapter="x")
     refused("image folder .*nothing does not exist", pictures=tmp_path / "nothing")
     refused("empty contains no images", pictures=tmp_path / "empty")

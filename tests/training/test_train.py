@@ -82,10 +82,10 @@ def test_interrupted_run_goes_on_bit_for_bit(model, tmp_path):
 
     # what it left can be sampled from, and only with its own base
     pipeline = ArcFlowPipeline.from_pretrained(model, adapter=straight)
-    images = pipeline(PROMPTS[:2], height=32, width=48, seed=3)
+    images = pipeline(PROMPTS[:2], height=32, width=48, seed=3).images
     assert [image.size for image in images] == [(48, 32)] * 2
     compiled = sample_student._cache_size()
-    others = pipeline(PROMPTS[2:], height=32, width=48, seed=4, guidance=1.5)
+    others = pipeline(PROMPTS[2:], height=32, width=48, seed=4, guidance_scale=1.5).images
     assert sample_student._cache_size() == compiled  # nothing of a request is in the program
     assert np.any(np.asarray(others[0]) != np.asarray(images[0]))
 

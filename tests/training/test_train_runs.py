@@ -133,8 +133,8 @@ def test_kill_and_resume_is_bit_identical(model, tmp_path):
     assert shown[0] == shown[1] == [(step, "loss") for step in range(1, 21)]
 
     # what is left can be sampled from, averaged or not
-    sampled = [ArcFlowPipeline.from_pretrained(model, straight, raw=raw)(PROMPTS[:1], height=32, width=32, seed=3)
-               for raw in (False, True)]  # fmt: skip
+    few = [ArcFlowPipeline.from_pretrained(model, straight, raw=raw) for raw in (False, True)]
+    sampled = [pipe(PROMPTS[:1], height=32, width=32, seed=3).images for pipe in few]
     assert np.any(np.asarray(sampled[0][0]) != np.asarray(sampled[1][0]))
 
 
@@ -268,7 +268,9 @@ def test_pictures_trace_and_weights_and_biases(model, tmp_path, monkeypatch, cap
     for one, two in ((teacher[0], teacher[1]), (teacher, raw), (raw, averaged)):
         assert np.any(one != two)
     straight = ArcFlowPipeline.from_pretrained(model)
-    expected = straight(["a red circle", "a ring"], height=32, width=32, seed=0, guidance=shown.guidance, batch_size=2)
+    expected = straight(
+        ["a red circle", "a ring"], height=32, width=32, seed=0, guidance_scale=shown.guidance, batch_size=2
+    ).images
     np.testing.assert_allclose(teacher, np.stack([np.asarray(each, np.int32) for each in expected]), atol=1)
     for raw_weights, there in ((True, raw), (False, averaged)):
         student = ArcFlowPipeline.from_pretrained(model, run, raw=raw_weights)

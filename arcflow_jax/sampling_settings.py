@@ -1,0 +1,116 @@
+"""The settings that images are made with: their defaults, and the checks that they fit the model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from arcflow_jax.checkpoints.model_directory import ModelDirectory
+from arcflow_jax.checkpoints.training import AdapterDescription
+from arcflow_jax.errors import UserError
+from arcflow_jax.families.family import takes_guidance
+from arcflow_jax.families.latents import token_grid
+from arcflow_jax.generate import TEACHER_STEPS
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSettings:
+    """What an image is made with, apart from its prompt and the weights.
+
+    Attributes:
+      steps: NFE.
+      seed: of the noise; None if the noise is given.
+      guidance: scale that the guidance embedding is fed, or scale of CFG.
+      rows, columns: of tokens.
+      final_step_ratio: length of the student's last segment relative to the others; None for the teacher.
+      negative_prompt: for CFG of the teacher; None for no CFG.
+      norm_preserving: norm-preserving CFG.
+    """
+
+    steps: int
+    seed: int | None
+    guidance: float
+    rows: int
+    columns: int
+    final_step_ratio: float | None
+    negative_prompt: str | None
+    norm_preserving: bool
+
+    def described(self) -> dict[str, int | float | str]:
+        """The settings by name, as they stand in an image's `info`."""
+        names = ["steps", "seed", "guidance", "final_step_ratio", "negative_prompt"]
+        values = {name: getattr(self, name) for name in [*names, *["norm_preserving"] * self.norm_preserving]}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def resolve_settings(
+    directory: ModelDirectory,
+    student: AdapterDescription | None,
+    *,
+    negative_prompt: str | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    seed: int = 0,
+    final_step_ratio: float | None = None,
+    norm_preserving: bool = False,
+) -> SamplingSettings:
+    """Settings with the defaults filled in.
+
+    Args:
+      directory: the converted model.
+      student: None samples from the teacher.
+      negative_prompt: for the teacher: classifier-free guidance (CFG) away from this, which may be "", instead of the
+        guidance embedding.
+      num_inference_steps: NFE; by default as many as the student was trained for, 50 for the teacher.
+      guidance_scale: scale that the guidance embedding is fed, by default the one that the student was trained at, 3.5
+        for the teacher; with `negative_prompt` the scale of CFG, by default 4.
+      height, width: in pixels; by default the model's own.
+      seed: of the noise; image i of a seed starts from the same noise, whatever the batch size.
+      final_step_ratio: length of the student's last segment relative to the others; by default as trained.
+      norm_preserving: CFG that keeps the norm of each token's velocity, as diffusers does for Qwen-Image.
+
+    Raises:
+      UserError: if the settings do not fit the model or one another.
+    """
+    steps, ratio, guidance = num_inference_steps, final_step_ratio, guidance_scale
+    if steps is not None and steps < 1:
+        raise UserError(f"num_inference_steps is {steps}, but has to be at least 1")
+    if norm_preserving and negative_prompt is None:
+        raise UserError("norm_preserving is a kind of classifier-free guidance, which needs a negative_prompt")
+    if student is None and ratio is not None:
+        raise UserError("final_step_ratio is a setting of the student's segments: the teacher has none")
+    if student is not None and negative_prompt is not None:
+        raise UserError("negative_prompt is for the teacher: the student has its guidance built in")
+    if ratio is not None and not ratio > 0:
+        raise UserError(f"final_step_ratio is {ratio}, but has to be above 0")
+    if guidance is not None and negative_prompt is None and not takes_guidance(directory.config("transformer")):
+        instead = "give the teacher a negative_prompt" if student is None else "its student has it built in"
+        raise UserError(f"guidance_scale is {guidance}, but this model has no guidance embedding: {instead}")
+    rows, columns = image_grid(directory, height, width)
+    if student is None:
+        family = directory.family
+        published = family.embedded_guidance if negative_prompt is None else family.cfg_guidance
+        default_steps, default_guidance, default_ratio = TEACHER_STEPS, published, None
+    else:
+        trained = student.distillation
+        default_steps, default_guidance, default_ratio = trained.nfe, student.guidance, trained.final_step_ratio
+    return SamplingSettings(
+        steps=default_steps if steps is None else steps,
+        seed=seed,
+        guidance=default_guidance if guidance is None else guidance,
+        rows=rows,
+        columns=columns,
+        final_step_ratio=default_ratio if ratio is None else ratio,
+        negative_prompt=negative_prompt,
+        norm_preserving=norm_preserving,
+    )
+
+
+def image_grid(directory: ModelDirectory, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+    """Rows and columns of tokens of an image; the default is the model's own size. Raises UserError if it has none, or
+    a side does not fit."""
+    vae = directory.config("vae")
+    if vae.sample_size is None and None in (height, width):
+        raise UserError(f"{directory.path} does not say how large its images are: name height and width")
+    return token_grid(height or vae.sample_size, width or vae.sample_size, vae.factor)
