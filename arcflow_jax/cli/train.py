@@ -10,14 +10,14 @@ import typer
 
 def train(
     context: typer.Context,
-    config: Annotated[str, typer.Option(help="The recipe: FILE.py, or FILE.py:VARIANT.")],
+    config: Annotated[str, typer.Option(help="The recipe: NAME or FILE.py, and :VARIANT if it has some.")],
     step: Annotated[
         int | None,
-        typer.Option(help="Go on from this checkpoint instead of the newest. Newer ones are deleted."),
+        typer.Option(help="Resume from this checkpoint instead of the newest. Newer ones are deleted."),
     ] = None,
     profile: Annotated[
         str | None,
-        typer.Option(help="A:B, write a JAX trace of iterations A to B, counted from 1, to OUT/profile."),
+        typer.Option(help="A:B, write a JAX trace of training steps A to B, counted from 1, to OUT/profile."),
     ] = None,
     dry_run: Annotated[
         bool,
@@ -31,9 +31,9 @@ def train(
 ) -> None:
     """Distils a converted teacher into a few-step student.
 
-    Any value of the recipe can be overridden: --config.steps=1000 --config.optimizer.learning_rate=1e-4. A run whose
-    directory (--config.out) is there already goes on from its last checkpoint. SIGTERM makes it save and end with
-    exit code 0.
+    Any value of the recipe can be overridden: --config.steps=1000 --config.optimizer.learning_rate=1e-4. If the run's
+    directory (--config.out) exists, the run resumes from its last checkpoint. On SIGTERM it writes a checkpoint and ends
+    with exit code 0.
 
     On several machines the same command runs on each. On TPU pods and under SLURM they find one another; elsewhere
     --coordinator, --processes and --process-id tell them.
@@ -43,7 +43,7 @@ def train(
     from arcflow_jax.training.loop import train as run
     from arcflow_jax.training.recipe import Recipe, read_config
 
-    recipe = Recipe.of(read_config(config, context.args))
+    recipe = Recipe.from_config(read_config(config, context.args))
     initialize(coordinator, processes, process_id)
     if dry_run:
         print(report(recipe))
@@ -55,7 +55,7 @@ def train(
 
 def embed_prompts(
     context: typer.Context,
-    config: Annotated[str, typer.Option(help="The recipe: FILE.py, or FILE.py:VARIANT.")],
+    config: Annotated[str, typer.Option(help="The recipe: NAME or FILE.py, and :VARIANT if it has some.")],
     out: Annotated[Path, typer.Option(help="The directory to write. It must not exist yet, or be empty.")],
 ) -> None:
     """Writes the text embeddings of a recipe's prompts, for training where the encoders do not fit.
@@ -67,4 +67,4 @@ def embed_prompts(
     from arcflow_jax.training.embeddings import embed_prompts as embed
     from arcflow_jax.training.recipe import Recipe, read_config
 
-    print(f"the embeddings are in {embed(Recipe.of(read_config(config, context.args)), out)}")
+    print(f"the embeddings are in {embed(Recipe.from_config(read_config(config, context.args)), out)}")

@@ -31,11 +31,13 @@ class Prompts:
       source: where.
       texts: the prompts, in the source's order, without white space at their ends.
       empty: how many were empty, and are not among them.
+      sizes: (height, width) in pixels of each prompt's image, if the source has such columns.
     """
 
     source: str
     texts: list[str]
     empty: int
+    sizes: list[tuple[int, int]] | None = None
 
     def __str__(self) -> str:
         left_out = f", {self.empty} empty ones left out" if self.empty else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib
 import json
 import os
 import platform
@@ -22,7 +21,7 @@ from arcflow_jax.demo.world import caption_of
 from arcflow_jax.errors import UserError
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.training.loop import train
-from arcflow_jax.training.recipe import Recipe
+from arcflow_jax.training.recipe import Recipe, read_config
 
 TEACHERS = {"tiny-flux": "tiny", "tiny-qwen": "tiny_qwen"}  # the bundled ones, and each one's recipe in configs/
 TRAIN_PROMPTS = ASSETS / "prompts-train.txt"
@@ -31,10 +30,10 @@ TEST_PROMPTS = ASSETS / "prompts-test.txt"
 
 def recipe(teacher: str, arg: str, out: Path) -> Recipe:
     """That of a bundled teacher for the student ARG, for a run under `out`."""
-    config = importlib.import_module(f"arcflow_jax.configs.{TEACHERS[teacher]}").get_config(arg)
+    config = read_config(f"{TEACHERS[teacher]}:{arg}")
     config.model, config.prompts, config.out = str(out / "teacher"), str(TRAIN_PROMPTS), str(out / arg)
     config.preview_every = 0  # the demo ends with pictures of its own
-    return Recipe.of(config)
+    return Recipe.from_config(config)
 
 
 def convert(source: Path, out: Path) -> ModelDirectory:

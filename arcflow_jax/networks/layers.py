@@ -114,9 +114,9 @@ class LoRA(nnx.Module):
         self.salt = salt  # tells this layer's random numbers from those of the others
 
     def initialize(self, key: jax.Array) -> None:
-        """A ~ N(0, 1/r) and B = 0: the update is zero, and its gradient is not."""
+        """A normal with standard deviation 1/r and B = 0: the update is zero, and its gradient is not."""
         rank = self.a.shape[-1]
-        self.a[...] = jax.random.normal(jax.random.fold_in(key, self.salt), self.a.shape) * rank**-0.5
+        self.a[...] = jax.random.normal(jax.random.fold_in(key, self.salt), self.a.shape) * rank**-1
         self.b[...] = jnp.zeros(self.b.shape)
 
     def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:

@@ -31,34 +31,41 @@ class Backbone(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """What distillation adds to a teacher.
+    """What distillation adds to a teacher. The defaults are the published ones.
 
     Attributes:
       modes: K, of the momentum mixture, or terms of the Legendre series; 1 is a linear student, one constant velocity a
         segment.
       rank: LoRA rank r.
-      alpha: LoRA scale; the update is multiplied by alpha / rank.
+      alpha: LoRA scale; the update is multiplied by alpha / rank. None is the rank, so that the update is not scaled.
       dropout: rate of LoRA dropout in training.
-      targets: the linear layers of the backbone that get LoRA, as patterns (see `lora.attach_lora`).
+      targets: the linear layers of the backbone that get LoRA, as patterns (see `lora.attach_lora`). None stands for
+        the model family's published ones (see `with_targets`).
       basis: of the student's curves, "momentum" (`momentum.Mixture`) or "legendre" (`legendre.Series`).
       initial_momenta: the first and last of K − 1 log-spaced values that a mixture's momenta e^g start from.
     """
 
-    modes: int
-    rank: int
-    alpha: float
-    dropout: float
-    targets: tuple[str, ...]
+    modes: int = 16
+    rank: int = 256
+    alpha: float | None = None
+    dropout: float = 0.05
+    targets: tuple[str, ...] | None = None
     basis: str = "momentum"
     initial_momenta: tuple[float, float] = (0.2, 4.0)
 
     def __post_init__(self):
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", float(self.rank))
         if self.modes < 1:
             raise UserError(f"modes is {self.modes}, but has to be at least 1")
         if self.basis not in ("momentum", "legendre"):
             raise UserError(f"basis is {self.basis!r}, but has to be 'momentum' or 'legendre'")
         if len(self.initial_momenta) != 2 or min(self.initial_momenta) <= 0:
             raise UserError(f"initial_momenta is {self.initial_momenta}, but has to be two numbers above 0")
+
+    def with_targets(self, published: tuple[str, ...]) -> AdapterConfig:
+        """The same with a family's published targets where none are given."""
+        return self if self.targets is not None else dataclasses.replace(self, targets=published)
 
     def head(self, width: int, out_channels: int, rngs: nnx.Rngs) -> CurveHead:
         """The head that predicts such curves."""

@@ -105,7 +105,7 @@ class Study:
         # The whole of the schedule is that much shorter or longer
         config.distillation.decay = config.distillation.decay * self.steps // config.steps
         config.steps = config.optimizer.decay_steps = self.steps
-        return Recipe.of(config)
+        return Recipe.from_config(config)
 
     def stops(self, cell: str) -> list[int]:
         """The iterations after which a cell is evaluated: those that are compared on their way, too."""
@@ -187,7 +187,7 @@ class Study:
         figures = measure({DENSE: dense} | results, self.captions, against=DENSE)
         if stop == self.steps:
             jax.clear_caches()  # of programs that no other cell runs
-        seconds = statistics.median(1 / line["iterations_per_second"] for line in lines)
+        seconds = statistics.median(1 / line["steps_per_second"] for line in lines)
         return Result(cell, seed, stop, seconds, figures["student"])
 
 

@@ -33,13 +33,13 @@ def flat(recipe: Recipe) -> dict[str, object]:
 
 
 def test_every_cell_differs_from_its_student_in_what_it_says():
-    students = {method: flat(Recipe.of(read_config(f"{TINY}:{method}"))) for method in METHODS}
+    students = {method: flat(Recipe.from_config(read_config(f"{TINY}:{method}"))) for method in METHODS}
     for name in CELLS:
         student, *changes = name.split("+")
-        values = flat(Recipe.of(read_config(f"{CONFIG}:{name}")))
+        values = flat(Recipe.from_config(read_config(f"{CONFIG}:{name}")))
         different = {key: value for key, value in values.items() if value != students[student][key]}
         assert different == {key: value for change in changes for key, value in CHANGES[change].items()}, name
-    assert len({Recipe.of(read_config(f"{CONFIG}:{name}")).out for name in CELLS}) == len(CELLS)
+    assert len({Recipe.from_config(read_config(f"{CONFIG}:{name}")).out for name in CELLS}) == len(CELLS)
 
 
 def test_modes_that_are_unchanged_are_those_of_the_recipe(tmp_path):
@@ -71,7 +71,7 @@ def test_cells_that_are_none_are_refused(name, message):
     ],
 )
 def test_parts_of_the_head_learn_at_rates_of_their_own(part, factors):
-    recipe = Recipe.of(read_config(f"{CONFIG}:arcflow+{part}"))
+    recipe = Recipe.from_config(read_config(f"{CONFIG}:arcflow+{part}"))
     _, _, abstract = split_model(FLUX.student(FLUX_CONFIG, recipe.adapter, jnp.float32))
     adapter = jax.tree.map(lambda _: jnp.ones(()), abstract)
     optimizer = make_optimizer(recipe.optimizer, adapter)

@@ -29,7 +29,7 @@ def test_recipe_fits_its_model(file, arg):
     """Every group of the optimizer finds its variables, and the student is under 5 % of its teacher, FLUX.1's published
     one excepted."""
     network, folder, _ = LARGE[file]
-    recipe = Recipe.of(read_config(f"{CONFIGS / file}.py:{arg}"))
+    recipe = Recipe.from_config(read_config(f"{CONFIGS / file}.py:{arg}"))
     config = CONFIGS / folder / "transformer" / "config.json"
     student = network.student(
         parse_config(network.config, read_json(config), str(config)), recipe.adapter, jnp.bfloat16

@@ -41,7 +41,7 @@ def recipe(model: Path, out: Path, **changes) -> Recipe:
         config.adapter.update(modes=3, rank=2, dropout=0.1)
         config.distillation.update(decay=3, states=2)
         config.update(changes)
-    return Recipe.of(config)
+    return Recipe.from_config(config)
 
 
 def losses(run: Path) -> list[float]:

@@ -59,7 +59,7 @@ def overrides(model: Path, out: Path, **changes: object) -> list[str]:
 
 
 def recipe(model: Path, out: Path, **changes: object) -> Recipe:
-    return Recipe.of(read_config(TINY, overrides(model, out, **changes)))
+    return Recipe.from_config(read_config(TINY, overrides(model, out, **changes)))
 
 
 def log(run: Path) -> list[dict]:
