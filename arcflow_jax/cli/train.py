@@ -32,8 +32,8 @@ def train(
     """Distils a converted teacher into a few-step student.
 
     Any value of the recipe can be overridden: --config.steps=1000 --config.optimizer.learning_rate=1e-4. If the run's
-    directory (--config.out) exists, the run resumes from its last checkpoint. On SIGTERM it writes a checkpoint and ends
-    with exit code 0.
+    directory (--config.out) exists, the run resumes from its last checkpoint. On SIGTERM it writes a checkpoint and
+    ends with exit code 0.
 
     On several machines the same command runs on each. On TPU pods and under SLURM they find one another; elsewhere
     --coordinator, --processes and --process-id tell them.

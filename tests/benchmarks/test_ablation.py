@@ -19,7 +19,7 @@ from benchmarks.ablation import report
 from benchmarks.ablation.cells import CELLS, COMPARED, METHODS, MODES, cell, modes
 from benchmarks.ablation.study import CONFIG, Result, Study, teacher
 from configs.tiny_ablation import CHANGES
-from tests.helpers.few_steps import FLUX_CONFIG
+from tests.helpers.few_steps import FLUX_CONFIG, TARGETS
 
 TINY = CONFIG.with_name("tiny.py")
 
@@ -51,9 +51,9 @@ def test_modes_that_are_unchanged_are_those_of_the_recipe(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("arcflow+nfe-3", "no change is nfe-3; known are nfe-1, nfe-4"),
-        ("arcflow+slow-head+slow-momenta", "two changes of the same value"),
-        ("quadratic", "known are arcflow, linear and legendre"),
+        ("arcflow+nfe-3", "no change is called nfe-3; known are nfe-1, nfe-4"),
+        ("arcflow+slow-head+slow-momenta", "two changes set the same value"),
+        ("quadratic", "known variants are arcflow, linear, legendre"),
     ],
 )
 def test_cells_that_are_none_are_refused(name, message):
@@ -72,7 +72,7 @@ def test_cells_that_are_none_are_refused(name, message):
 )
 def test_parts_of_the_head_learn_at_rates_of_their_own(part, factors):
     recipe = Recipe.from_config(read_config(f"{CONFIG}:arcflow+{part}"))
-    _, _, abstract = split_model(FLUX.student(FLUX_CONFIG, recipe.adapter, jnp.float32))
+    _, _, abstract = split_model(FLUX.student(FLUX_CONFIG, recipe.adapter.with_targets(TARGETS), jnp.float32))
     adapter = jax.tree.map(lambda _: jnp.ones(()), abstract)
     optimizer = make_optimizer(recipe.optimizer, adapter)
     updates, _ = optimizer.update(adapter, optimizer.init(adapter), adapter)

@@ -1,6 +1,6 @@
-"""Five iterations of distillation on a tiny random FLUX, over whatever devices and processes there are.
+"""Five training steps of distillation on a tiny random FLUX, over whatever devices and processes there are.
 
-Run as a script, in a process that a test gives several devices: python tests/few_iterations.py MESHES [ADDRESS ID]
+Run as a script, in a process that a test gives several devices: python tests/helpers/few_steps.py MESHES [ADDRESS ID]
 prints the losses in each of several meshes; with an address it is one of two processes.
 """
 
@@ -42,11 +42,11 @@ FLUX_CONFIG = FluxConfig(
 )
 TARGETS = ("single_transformer_blocks.proj_*", "transformer_blocks.ff.*", "time_text_embed.timestep_embedder.*")
 ADAPTER = AdapterConfig(modes=3, rank=8, alpha=8.0, dropout=0.1, targets=TARGETS)
-OPTIMIZER = OptimizerConfig(1e-2, 1, 0, 0.9, 0.95, 0.0, 50.0, 0, ())
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup=0, clip_from=0)
 
 
 def conditioning(mesh: Mesh) -> FluxConditioning:
-    """Of which this process makes its own part."""
+    """Conditioning of a batch, of which this process makes its own part."""
     index, count = local_part(mesh)
     rng = np.random.default_rng(0)
     text = rng.standard_normal((BATCH, TEXT, FLUX_CONFIG.joint_attention_dim)).astype(np.float32)
@@ -66,8 +66,8 @@ def random_weights(abstract: nnx.State, mesh: Mesh) -> nnx.State:
     return jax.tree.map(draw, abstract, state_shardings(mesh, abstract))
 
 
-def few_iterations(sizes: Sequence[int]) -> tuple[list[float], TrainState, Mesh]:
-    """The losses, and the state that is left, in a mesh of these sizes."""
+def few_steps(sizes: Sequence[int]) -> tuple[list[float], TrainState, Mesh]:
+    """The losses, and the last state, on a mesh of these sizes."""
     mesh = make_mesh(sizes)
     graphdef, abstract_base, abstract = split_model(FLUX.student(FLUX_CONFIG, ADAPTER, jnp.float32))
     optimizer = make_optimizer(OPTIMIZER, abstract)
@@ -99,7 +99,7 @@ def main(meshes: str, address: str | None = None, process: str | None = None) ->
         initialize(address, 2, int(process))
     found = []
     for sizes in json.loads(meshes):
-        losses, state, mesh = few_iterations(sizes)
+        losses, state, mesh = few_steps(sizes)
         found.append(losses)
         shardings = jax.tree.leaves(state_shardings(mesh, state))
         for x, sharding in zip(jax.tree.leaves(state), shardings, strict=True):

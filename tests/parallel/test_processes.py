@@ -24,7 +24,7 @@ from tests.training.test_train import CONFIGS, losses, recipe, train
 
 @pytest.fixture(scope="module")
 def one_device() -> list[float]:
-    found, *_ = few_steps.few_iterations((1, 1, 1, 1))
+    found, *_ = few_steps.few_steps((1, 1, 1, 1))
     assert np.isfinite(found).all()
     assert len(set(found)) == few_steps.STEPS
     return found
