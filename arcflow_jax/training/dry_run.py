@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from arcflow_jax.errors import first_few
 from arcflow_jax.parallel.mesh import state_shardings
 from arcflow_jax.training.plan import Plan, parameters
 from arcflow_jax.training.recipe import Recipe
@@ -37,7 +38,7 @@ def report(recipe: Recipe) -> str:
         encoders = [name for name in components if name.startswith("text_encoder")]
         parts["text encoders"] = [nnx.state(plan.directory.abstract(name, recipe.dtype)) for name in encoders]
     sizes = {name: bytes_per_device(plan.mesh, state) for name, state in parts.items()}
-    tokens = " or ".join(f"{rows} × {columns}" for rows, columns in plan.grids.values())
+    tokens = first_few([f"{rows} × {columns}" for rows, columns in plan.grids.values()])
     memory = [*sizes.items(), ("total", sum(sizes.values()))]
     return "\n".join(
         [

@@ -104,7 +104,7 @@ log_step = RunLog.step
 def killing(log, step, values):
     line = log_step(log, step, values)
     if step == 13:
-        while not (out / "checkpoints" / "10").exists():  # saving goes on in the background
+        while not (out / "checkpoints" / "10").exists():  # saved in the background
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     return line
@@ -310,18 +310,18 @@ def test_previews_trace_and_weights_and_biases(model, tmp_path, monkeypatch, cap
     with Image.open(run / "previews" / "000002.png") as image:
         sheet = np.asarray(image.convert("RGB"), np.int32)
     # rows under a line of names, each under its prompt; images of 32 pixels are drawn six times as large
-    teacher, raw, averaged = (
+    teacher, raw, ema = (
         np.stack([sheet[40 + 212 * row :, 196 * column :][:192:6, :192:6] for row in range(2)]) for column in range(3)
     )
     assert sheet.shape == (20 + 2 * 212, 3 * 196 - 4, 3)
     assert (sheet[:20] < 128).any()
     assert (sheet[20:40] < 128).any()
-    for one, two in ((teacher[0], teacher[1]), (teacher, raw), (raw, averaged)):
+    for one, two in ((teacher[0], teacher[1]), (teacher, raw), (raw, ema)):
         assert np.any(one != two)
     straight = ArcFlowPipeline.from_pretrained(model)
     expected = straight(["a red circle", "a ring"], height=32, width=32, seed=0, guidance=shown.guidance, batch_size=2)
     np.testing.assert_allclose(teacher, np.stack([np.asarray(each, np.int32) for each in expected]), atol=1)
-    for raw_weights, there in ((True, raw), (False, averaged)):
+    for raw_weights, there in ((True, raw), (False, ema)):
         student = ArcFlowPipeline.from_pretrained(model, run, raw=raw_weights)
         expected = student(["a red circle", "a ring"], height=32, width=32, seed=0, batch_size=2)
         np.testing.assert_allclose(there, np.stack([np.asarray(each, np.int32) for each in expected]), atol=2)
