@@ -54,7 +54,9 @@ def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None
         state = starting_state(plan, base, key, checkpoints, step)
         done = int(state.step)
         trace.check(done, recipe.steps)
-        mixed, steady = (jitted_step(plan, steady=flag) for flag in (False, True))
+        mixed, steady = (
+            jitted_step(recipe, plan.graphdef, plan.optimizer, mesh, steady=flag) for flag in (False, True)
+        )
         rows, columns = plan.largest_grid
         if recipe.preview_every:
             preview = Preview(recipe, plan.directory, encode, plan.graphdef, base, mesh, rows=rows, columns=columns)

@@ -107,21 +107,22 @@ def parameters(state: nnx.State) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
-def jitted_step(plan: Plan, *, steady: bool) -> Callable[..., Any]:
-    """`train_step` of a plan, compiled; `steady` once the teacher's share has reached zero.
+def jitted_step(
+    recipe: Recipe, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh, *, steady: bool
+) -> Callable[..., Any]:
+    """`train_step` of a recipe, compiled; `steady` once the teacher's share has reached zero.
 
     It donates the state: the next one is written over it.
     """
-    recipe = plan.recipe
     step = functools.partial(
         train_step,
-        graphdef=plan.graphdef,
+        graphdef=graphdef,
         settings=recipe.distillation,
         guidance=recipe.guidance,
-        optimizer=plan.optimizer,
+        optimizer=optimizer,
         optimizer_config=recipe.optimizer,
         ema=recipe.ema,
-        mesh=plan.mesh,
+        mesh=mesh,
         steady=steady,
     )
     return jax.jit(step, donate_argnums=0)

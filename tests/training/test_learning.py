@@ -47,7 +47,7 @@ def test_the_endpoint_error_falls(tmp_path: Path):
         return float(np.mean(np.square(endpoints - target)) / np.mean(np.square(target)))
 
     before = error(state.ema)
-    step = jitted_step(plan, steady=True)
+    step = jitted_step(plan.recipe, plan.graphdef, plan.optimizer, plan.mesh, steady=True)
     with jax.set_mesh(plan.mesh):
         for _ in range(STEPS):
             state, _ = step(state, base, conditioning, key)
