@@ -25,12 +25,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from arcflow_jax.console import duration
 from arcflow_jax.errors import UserError
 from arcflow_jax.evaluate.comparison import Comparison
 from arcflow_jax.evaluate.trajectory import Grid
 from arcflow_jax.evaluate.trajectory_plot import plot
 from arcflow_jax.storage.files import digest, read_json, write_json
-from arcflow_jax.training.log import left
 
 REPORT, PARTIAL, PLOT = "trajectory.json", "trajectory.partial.json", "trajectory.png"
 FORMAT = "arcflow_jax trajectory report"
@@ -149,7 +149,7 @@ def run(comparison: Comparison, prompts: Sequence[str], tally: Tally, partial: P
                 counted = tally.done, now
             else:
                 rate = (tally.done - counted[0]) / (now - counted[1])
-                text = f"{rate:.3g} prompts/s, {left(total - tally.done, rate)} left"
+                text = f"{rate:.3g} prompts/s, {duration((total - tally.done) / rate)} left"
             bar.update(task, completed=tally.done, text=text)
             if not console.is_terminal and (said is None or now - said > SAY_EVERY or tally.done == total):
                 print(", ".join(filter(None, [f"compared {tally.done} of {total} prompts", text])), flush=True)

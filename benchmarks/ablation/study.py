@@ -16,6 +16,7 @@ import jax
 
 from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.model_directory import DESCRIPTION
+from arcflow_jax.console import duration
 from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.demo.evaluate import Results, Sampler, measure, run_samplers
@@ -24,7 +25,7 @@ from arcflow_jax.demo.world import Caption, caption_of
 from arcflow_jax.errors import UserError
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.storage.files import read_json, write_json
-from arcflow_jax.training.log import LOG, left
+from arcflow_jax.training.log import LOG
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe, read_config
 from benchmarks.ablation.cells import COMPARED, seeds
@@ -152,7 +153,7 @@ class Study:
             done += work[cell, seed, stop]
             rate = done / (time.monotonic() - began)
             error = result.figures["endpoint_error"]
-            rest = left(sum(work.values()) - done, rate)
+            rest = duration((sum(work.values()) - done) / rate)
             print(f"{i + 1} of {len(work)}: endpoint error {error:.4f}; {rest} left in all", flush=True)
 
     def begin(self, guidances: Iterable[float]) -> None:
