@@ -124,7 +124,7 @@ def ours(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
     save_file(export_tensors(AdapterTable(table), adapter), folder / "adapter.safetensors")
     save_file(numbers, folder / "numbers.safetensors")
 
-    optimizer_config = OptimizerConfig(LEARNING_RATE, 1, 0, *BETAS, 0.0, 50.0, 0, ())
+    optimizer_config = OptimizerConfig(LEARNING_RATE, 0, 0, *BETAS, 0.0, 50.0, 0, ())
     optimizer = make_optimizer(optimizer_config, adapter)
     step = functools.partial(
         train_step,

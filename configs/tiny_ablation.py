@@ -1,12 +1,10 @@
-"""The recipe of configs/tiny.py with named changes: what each of its parts is worth.
+"""The recipe of tiny.py with named changes, which measure what each of its parts contributes.
 
-    arcflow train --config configs/tiny_ablation.py:arcflow
-    arcflow train --config configs/tiny_ablation.py:legendre+k-3+nfe-1
+    arcflow train --config tiny_ablation:arcflow
+    arcflow train --config tiny_ablation:legendre+k-3+nfe-1
 
-The argument is a student that configs/tiny.py knows, and any changes, joined by +. `python -m benchmarks.ablation`
-trains, evaluates and compares them.
-
-Hardware and cost: those of configs/tiny.py, a run. The time is proportional to the network calls (nfe).
+The variant is one of tiny.py's and any changes, joined by +. `python -m benchmarks.ablation` trains, evaluates and
+compares them.
 """
 
 from arcflow_jax.configs import tiny
@@ -15,7 +13,7 @@ from ml_collections import ConfigDict
 MOMENTA = "head.proj_out_loggamma.*"
 HEAD = "head.proj_out_*"
 CHANGES = {
-    # Network calls
+    # Number of network evaluations
     "nfe-1": {"distillation.nfe": 1},
     "nfe-4": {"distillation.nfe": 4},
     # Modes of the mixture, or terms of the series
@@ -27,7 +25,7 @@ CHANGES = {
     "fast-head": {"optimizer.groups": ((HEAD, 3.0),)},
     "half-rate": {"optimizer.learning_rate": 2e-3},
     "double-rate": {"optimizer.learning_rate": 8e-3},
-    # The student alone carries the trajectory, from the first iteration
+    # The student alone carries the trajectory, from the first training step
     "no-mixing": {"distillation.decay": 0},
     "no-mode-dropout": {"distillation.mode_dropout": 0.0},
     "shift-1": {"distillation.shift": 1.0},
@@ -40,11 +38,13 @@ def get_config(arg: str = "arcflow") -> ConfigDict:
     student, *changes = arg.split("+")
     if unknown := [change for change in changes if change not in CHANGES]:
         known = ", ".join(CHANGES)
-        raise ValueError(f"configs/tiny_ablation.py:{arg}: no change is {', '.join(unknown)}; known are {known}")
+        raise ValueError(f"no change is called {', '.join(unknown)}; known are {known}")
     config = tiny.get_config(student)
     values = [item for change in changes for item in CHANGES[change].items()]
     if len(dict(values)) < len(values):
-        raise ValueError(f"configs/tiny_ablation.py:{arg}: two changes of the same value")
-    config.update_from_flattened_dict(dict(values))
+        raise ValueError("two changes set the same value")
+    for key, value in values:
+        group, _, name = key.rpartition(".")
+        (config[group] if group else config)[name] = value
     config.out = f"runs/tiny-ablation/{arg}"
     return config

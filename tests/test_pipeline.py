@@ -353,7 +353,7 @@ def test_merging_takes_the_memory_of_a_few_layers():
     """FLUX.1-dev's, compiled only. In float32, because XLA for CPUs copies a bfloat16 array that it should change."""
     root = Path(__file__).parents[1]
     config = read_config(str(root / "configs" / "flux.py"), [f"--config.model={root / 'configs' / 'flux.1-dev'}"])
-    recipe = Recipe.of(config)
+    recipe = Recipe.from_config(config)
     directory, mesh = open_model(recipe.model), parse_mesh("")
     graphdef, base, trained = split_model(directory.student(recipe.adapter, jnp.float32))
     arguments = (graphdef, sharded(mesh, base), sharded(mesh, trained), mesh)

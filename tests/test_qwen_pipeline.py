@@ -179,7 +179,7 @@ def recipe(model: Path, out: Path, **changes) -> Recipe:
         config.optimizer.update(warmup=1, learning_rate=1e-2)
         config.ema.update(start=0)
         config.update(changes)
-    return Recipe.of(config)
+    return Recipe.from_config(config)
 
 
 @pytest.fixture(scope="module")

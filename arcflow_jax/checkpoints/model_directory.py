@@ -145,6 +145,7 @@ class ModelDirectory:
 
     def student(self, adapter: AdapterConfig, dtype: Any) -> ArcModel:
         """The transformer with a student's head and LoRA, shapes in place of arrays."""
+        adapter = adapter.with_targets(self.family.lora_targets)
         return self.networks["transformer"].student(self.config("transformer"), adapter, dtype)
 
     def load(

@@ -10,7 +10,7 @@ import typer
 
 def train(
     context: typer.Context,
-    config: Annotated[str, typer.Option(help="The recipe: FILE.py, or FILE.py:VARIANT.")],
+    config: Annotated[str, typer.Option(help="The recipe: NAME or FILE.py, and :VARIANT if it has some.")],
     step: Annotated[
         int | None,
         typer.Option(help="Resume from this checkpoint instead of the newest. Newer ones are deleted."),
@@ -31,9 +31,9 @@ def train(
 ) -> None:
     """Distils a converted teacher into a few-step student.
 
-    Any value of the recipe can be overridden: --config.steps=1000 --config.optimizer.learning_rate=1e-4. If the
-    run's directory (--config.out) exists, the run resumes from its last checkpoint. On SIGTERM it saves a checkpoint
-    and exits with code 0.
+    Any value of the recipe can be overridden: --config.steps=1000 --config.optimizer.learning_rate=1e-4. If the run's
+    directory (--config.out) exists, the run resumes from its last checkpoint. On SIGTERM it writes a checkpoint and
+    ends with exit code 0.
 
     On several machines, run the same command on each. On TPU pods and under SLURM they find one another; elsewhere
     give --coordinator, --processes and --process-id.
@@ -44,7 +44,7 @@ def train(
     from arcflow_jax.training.loop import train as run
     from arcflow_jax.training.recipe import Recipe, read_config
 
-    recipe = Recipe.of(read_config(config, context.args))
+    recipe = Recipe.from_config(read_config(config, context.args))
     initialize(coordinator, processes, process_id)
     if dry_run:
         print(report(recipe))
@@ -57,7 +57,7 @@ def train(
 
 def embed_prompts(
     context: typer.Context,
-    config: Annotated[str, typer.Option(help="The recipe: FILE.py, or FILE.py:VARIANT.")],
+    config: Annotated[str, typer.Option(help="The recipe: NAME or FILE.py, and :VARIANT if it has some.")],
     out: Annotated[Path, typer.Option(help="The directory to write. It must not exist yet, or be empty.")],
 ) -> None:
     """Writes the text embeddings of a recipe's prompts, for training where the encoders do not fit.
@@ -70,4 +70,4 @@ def embed_prompts(
     from arcflow_jax.training.recipe import Recipe, read_config
 
     compile_cache.enable()
-    print(f"the embeddings are in {embed(Recipe.of(read_config(config, context.args)), out)}")
+    print(f"the embeddings are in {embed(Recipe.from_config(read_config(config, context.args)), out)}")

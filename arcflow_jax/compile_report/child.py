@@ -38,7 +38,7 @@ def build(
 ) -> tuple[Mesh, Program]:
     """The mesh and program of a case. Raises UserError if recipe, model, topology, mesh or batch do not fit."""
     grid = make_mesh(mesh, describe(topology))
-    return grid, PROGRAMS[program](Recipe.of(read_config(config, overrides)), grid, batch)
+    return grid, PROGRAMS[program](Recipe.from_config(read_config(config, overrides)), grid, batch)
 
 
 def compile_program(mesh: Mesh, program: Program) -> dict[str, Any]:

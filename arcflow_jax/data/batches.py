@@ -1,10 +1,11 @@
-"""The prompts and the resolution of a training step, as functions of the seed and the step.
+"""What a training step is trained on, its prompts and its image size: functions of the seed and of the step's number.
 
-So a run resumes without any stored state of the data.
+So a run that stopped needs no state of theirs to resume.
 """
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,15 +14,19 @@ import numpy as np
 
 from arcflow_jax.errors import UserError
 
+Size = tuple[int, int]  # (height, width) in pixels
 
-def prompt_batches(prompts: Sequence[Any], batch: int, seed: int, part: tuple[int, int] = (0, 1)) -> grain.MapDataset:
-    """Batches of prompts, shuffled again in each epoch, without end. Item i is one process's part of step i's batch.
+
+def shuffled_batches(
+    examples: Sequence[Any], batch: int, seed: int, part: tuple[int, int] = (0, 1)
+) -> grain.MapDataset:
+    """Batches of examples, shuffled anew in each epoch, without end: item i is one process's part of batch i.
 
     The whole batch does not depend on the number of parts.
 
     Args:
-      prompts: prompts, or other examples.
-      batch: prompts per training step, of all parts together.
+      examples: prompts, or others.
+      batch: examples in a batch, of all parts together.
       part: (index, count): rows index · batch / count up to (index + 1) · batch / count of each batch.
 
     Raises:
@@ -29,15 +34,58 @@ def prompt_batches(prompts: Sequence[Any], batch: int, seed: int, part: tuple[in
     """
     index, count = part
     if batch % count:
-        raise UserError(f"batch {batch} is not divisible by {count}, the number of parts that processes read")
+        raise UserError(f"batch {batch} does not divide by the {count} parts that processes load")
     rows = slice(index * batch // count, (index + 1) * batch // count)
-    # Every process has all texts in any case; only encoding them is expensive
-    shuffled = grain.MapDataset.source(prompts).seed(seed).shuffle().repeat()
+    # Every process has all prompts in memory anyway; what costs is encoding them
+    shuffled = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
     return shuffled.batch(batch, batch_fn=lambda texts: list(texts[rows]))
 
 
-def draw_resolution(resolutions: Sequence[tuple[int, int]], seed: int, step: int) -> tuple[int, int]:
-    """The (height, width) of a training step, drawn uniformly."""
-    # NumPy guarantees the bits of a SeedSequence for all versions, but not the integers of its generators
+def draw_size(sizes: Sequence[Size], seed: int, step: int) -> Size:
+    """The image size of a training step, each entry of `sizes` as likely as the others."""
+    # NumPy promises never to change the bits of SeedSequence. It does not for its generators' integers
     (bits,) = np.random.SeedSequence((seed, step)).generate_state(1)
-    return resolutions[int(bits) % len(resolutions)]
+    return sizes[int(bits) % len(sizes)]
+
+
+class MixedBatches:
+    """Batches whose size does not depend on the examples.
+
+    Item i is what training step i, counted from 0, takes: this process's part of the batch, and the image size.
+    Arguments as in `shuffled_batches` and `draw_size`.
+    """
+
+    def __init__(self, examples: Sequence[Any], sizes: Sequence[Size], batch: int, seed: int, part: tuple[int, int]):
+        self.batches, self.sizes, self.seed = shuffled_batches(examples, batch, seed, part), sizes, seed
+
+    def __getitem__(self, step: int) -> tuple[list[Any], Size]:
+        return self.batches[step], draw_size(self.sizes, self.seed, step)
+
+
+class BucketedBatches:
+    """Batches of examples of one size each. A step's size is drawn in proportion to the number of its examples.
+
+    Items as in `MixedBatches`. Within a size, examples are taken in epochs, as in `shuffled_batches`.
+
+    Args:
+      examples: prompts, or others.
+      sizes: of each example.
+      batch, seed, part: as in `shuffled_batches`.
+    """
+
+    def __init__(self, examples: Sequence[Any], sizes: Sequence[Size], batch: int, seed: int, part: tuple[int, int]):
+        self.sizes, self.seed = sizes, seed
+        buckets = collections.defaultdict(list)
+        for example, size in zip(examples, sizes, strict=True):
+            buckets[size].append(example)
+        self.batches = {size: shuffled_batches(bucket, batch, seed, part) for size, bucket in buckets.items()}
+        self.taken: collections.Counter[Size] = collections.Counter()  # batches of each size in the steps so far
+        self.places: list[tuple[Size, int]] = []  # of each step so far: its size, and which batch of that size
+
+    def __getitem__(self, step: int) -> tuple[list[Any], Size]:
+        for earlier in range(len(self.places), step + 1):
+            size = draw_size(self.sizes, self.seed, earlier)
+            self.places.append((size, self.taken[size]))
+            self.taken[size] += 1
+        size, index = self.places[step]
+        return self.batches[size][index], size

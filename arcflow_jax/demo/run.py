@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib
 import os
 import platform
 import tempfile
@@ -23,7 +22,7 @@ from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.storage.atomic import cannot_write, make_directory
 from arcflow_jax.storage.files import write_json
 from arcflow_jax.training.loop import train
-from arcflow_jax.training.recipe import Recipe
+from arcflow_jax.training.recipe import Recipe, read_config
 
 TEACHERS = {"tiny-flux": "tiny", "tiny-qwen": "tiny_qwen"}  # bundled teacher: its recipe in configs/
 TRAIN_PROMPTS = ASSETS / "prompts-train.txt"
@@ -32,10 +31,10 @@ TEST_PROMPTS = ASSETS / "prompts-test.txt"
 
 def recipe(teacher: str, student: str, out: Path) -> Recipe:
     """The recipe of a bundled teacher's student, "arcflow" or "linear", for a run under `out`."""
-    config = importlib.import_module(f"arcflow_jax.configs.{TEACHERS[teacher]}").get_config(student)
+    config = read_config(f"{TEACHERS[teacher]}:{student}")
     config.model, config.prompts, config.out = str(out / "teacher"), str(TRAIN_PROMPTS), str(out / student)
     config.preview_every = 0  # the demo makes its own images at the end
-    return Recipe.of(config)
+    return Recipe.from_config(config)
 
 
 def convert(source: Path, out: Path) -> ModelDirectory:

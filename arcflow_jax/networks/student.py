@@ -43,34 +43,41 @@ class Backbone(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """What distillation adds to a teacher.
+    """What distillation adds to a teacher. The defaults are the published ones.
 
     Attributes:
       modes: K, the number of modes of the momentum mixture, or of terms of the Legendre series. 1 is the linear
         student: one constant velocity per segment.
       rank: LoRA rank r.
-      alpha: LoRA scale; the update is multiplied by alpha / rank.
+      alpha: LoRA scale; the update is multiplied by alpha / rank. None is the rank, so that the update is not scaled.
       dropout: rate of LoRA dropout in training.
-      targets: the linear layers of the backbone that get LoRA, as patterns (see `lora.attach_lora`).
+      targets: the linear layers of the backbone that get LoRA, as patterns (see `lora.attach_lora`). None stands for
+        the model family's published ones (see `with_targets`).
       basis: the kind of curve, "momentum" (`momentum.Mixture`) or "legendre" (`legendre.Series`).
       initial_momenta: the first and last of the K − 1 log-spaced initial momenta e^g of a mixture.
     """
 
-    modes: int
-    rank: int
-    alpha: float
-    dropout: float
-    targets: tuple[str, ...]
+    modes: int = 16
+    rank: int = 256
+    alpha: float | None = None
+    dropout: float = 0.05
+    targets: tuple[str, ...] | None = None
     basis: str = "momentum"
     initial_momenta: tuple[float, float] = (0.2, 4.0)
 
     def __post_init__(self):
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", float(self.rank))
         if self.modes < 1:
             raise UserError(f"modes is {self.modes}, but has to be at least 1")
         if self.basis not in ("momentum", "legendre"):
             raise UserError(f"basis is {self.basis!r}, but has to be 'momentum' or 'legendre'")
         if len(self.initial_momenta) != 2 or min(self.initial_momenta) <= 0:
             raise UserError(f"initial_momenta is {self.initial_momenta}, but has to be two numbers above 0")
+
+    def with_targets(self, published: tuple[str, ...]) -> AdapterConfig:
+        """The same with a family's published targets where none are given."""
+        return self if self.targets is not None else dataclasses.replace(self, targets=published)
 
     def head(self, width: int, out_channels: int, rngs: nnx.Rngs) -> CurveHead:
         """A new head that predicts these curves."""

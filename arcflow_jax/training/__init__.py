@@ -1,6 +1,6 @@
 """Distillation runs: from a recipe to a trained student.
 
-`recipe` (settings), `plan` (shapes and the compiled step), `loop` (the run), `state` (one step), `optimizer`; `log`,
-`preview` and `trace` show how it goes, `dry_run` what it would be; `embeddings` writes a cache and reads it. May import
-generate, checkpoints and what lies below them.
+`recipe` has the settings and `overrides` reads them; `plan` has shapes and the compiled step; `start` the first state;
+`loop` runs. `state` has one training step, `optimizer` its optimizer. `log`, `preview` and `trace` report. `dry_run`
+says what a run would do. `embeddings` writes and reads a cache. May import generate, checkpoints and what lies below.
 """

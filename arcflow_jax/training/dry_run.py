@@ -1,4 +1,4 @@
-"""What a run would be: the recipe with all overrides, how much it trains, memory, and the mesh."""
+"""What a run would do: the recipe with all overrides, how much it trains, memory, and the mesh."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from arcflow_jax.errors import first_few
 from arcflow_jax.parallel.mesh import state_shardings
 from arcflow_jax.training.plan import Plan, parameters
 from arcflow_jax.training.recipe import Recipe
@@ -22,12 +23,13 @@ def report(recipe: Recipe) -> str:
       UserError: if the model or the prompts do not fit the recipe.
     """
     plan = Plan.make(recipe)
+    recipe = plan.recipe
     trained, whole = parameters(plan.adapter), parameters(plan.base)
     optimizer = jax.eval_shape(plan.optimizer.init, plan.adapter)
     parts = {
         "base": plan.base,
         "adapter": plan.adapter,
-        "average": plan.adapter,
+        "EMA weights": plan.adapter,
         "optimizer": optimizer,
         "gradients": plan.adapter,
     }
@@ -36,24 +38,24 @@ def report(recipe: Recipe) -> str:
         encoders = [name for name in components if name.startswith("text_encoder")]
         parts["text encoders"] = [nnx.state(plan.directory.abstract(name, recipe.dtype)) for name in encoders]
     sizes = {name: bytes_per_device(plan.mesh, state) for name, state in parts.items()}
-    tokens = ", ".join(f"{rows} × {columns}" for rows, columns in plan.grids.values())
-    memory = [*sizes.items(), ("together", sum(sizes.values()))]
+    tokens = first_few([f"{rows} × {columns}" for rows, columns in plan.grids.values()])
+    memory = [*sizes.items(), ("total", sum(sizes.values()))]
     return "\n".join(
         [
             json.dumps(recipe.resolved(), indent=2),
             "",
             f"parameters  teacher {whole:,}, trained {trained:,}: {100 * trained / whole:.2f} %",
-            f"prompts     {plan.prompts}; {recipe.batch} an iteration of {tokens} tokens",
+            f"prompts     {plan.prompts}; {recipe.batch} in a training step, {tokens} tokens each",
             f"mesh        {', '.join(f'{name} {size}' for name, size in plan.mesh.shape.items())}: "
             f"{plan.mesh.size} × {plan.mesh.devices.flat[0].device_kind}",
-            "memory of one device, from shapes and how they are split:",
+            "memory of one device, computed from shapes and shardings:",
             *(f"  {name:14} {size / 2**30:9.3f} GiB" for name, size in memory),
-            "without activations and what XLA needs on the way: arcflow compile-report has those",
+            "activations and XLA's temporary buffers come on top: arcflow compile-report counts those",
         ]
     )
 
 
 def bytes_per_device(mesh: Mesh, abstract: Any) -> int:
-    """What one device holds of a tree of variables."""
+    """Bytes of a tree of variables that one device holds."""
     leaves = zip(jax.tree.leaves(abstract), jax.tree.leaves(state_shardings(mesh, abstract)), strict=True)
     return sum(math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize for x, sharding in leaves)

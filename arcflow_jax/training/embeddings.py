@@ -1,4 +1,4 @@
-"""Text embeddings that are made beforehand: writes a cache, and reads it in place of the encoders."""
+"""Precomputed text embeddings: writes a cache, and reads it in place of the text encoders."""
 
 # P prompts of a shard
 
@@ -37,10 +37,10 @@ from arcflow_jax.training.recipe import Recipe
 
 
 def encoders_fingerprint(directory: ModelDirectory) -> str:
-    """SHA-256 over weights and tokenizers of a model's text side.
+    """SHA-256 over the weights and tokenizers of a model's text encoders.
 
     Raises:
-      UserError: if the model was converted before fingerprints of all components were kept.
+      UserError: if the model was converted by a version that kept no fingerprints of text encoders.
     """
     sha = hashlib.sha256()
     for component, tokenizer in directory.family.prompts.ENCODERS.items():
@@ -48,7 +48,7 @@ def encoders_fingerprint(directory: ModelDirectory) -> str:
         weights = stored.get("fingerprint")
         if weights is None:
             raise UserError(f"{directory.path} keeps no fingerprint of its {component}: convert the model again")
-        # The fingerprint is of the source's values: weights that are kept in another dtype embed a little differently
+        # The fingerprint is of the source's values. Weights stored in another dtype give slightly other embeddings
         rounded = f" {stored['dtype']}" if stored["dtype"] != stored.get("source_dtype", stored["dtype"]) else ""
         sha.update(f"{component} {weights}{rounded}\n".encode())
         for file in sorted((directory.path / tokenizer).iterdir()):
@@ -60,12 +60,12 @@ def encoders_fingerprint(directory: ModelDirectory) -> str:
 def embed_prompts(recipe: Recipe, out: Path) -> Path:
     """Writes the embeddings of all prompts that a recipe's run encodes, each once, to the directory `out`.
 
-    What a run that was interrupted has written is in a directory beside `out`, and the next goes on from there. `out`
+    An interrupted call leaves what it has written in a directory beside `out`, and the next call resumes from it. `out`
     appears at the end, complete, or not at all.
 
     Raises:
-      UserError: if the prompts or the model do not fit the recipe, or `out` exists or cannot be written; if what is
-        there already is of other prompts or encoders.
+      UserError: if the prompts or the model do not fit the recipe, `out` exists or cannot be written, or an
+        unfinished cache beside it is of other prompts or text encoders.
     """
     out = out.absolute()
     refuse_used(out)
@@ -102,16 +102,16 @@ def embed_prompts(recipe: Recipe, out: Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     if cut:
-        print(f"{cut} prompts had more tokens than the encoder takes, and were cut", flush=True)
+        print(f"{cut} prompts had more tokens than the text encoder takes, and were cut", flush=True)
     return out
 
 
 def begin_cache(aside: Path, description: dict[str, Any]) -> None:
-    """Makes the directory that a cache is written to, or checks that the unfinished one that is there is the same."""
+    """Makes the directory that a cache is written to, or checks that an unfinished one there is of the same prompts."""
     if (aside / DESCRIPTION).exists():
         if read_json(aside / DESCRIPTION) != description:
             raise UserError(
-                f"{aside} is an unfinished cache of other prompts or encoders: remove it, or name another --out"
+                f"{aside} is an unfinished cache of other prompts or text encoders: remove it, or name another --out"
             )
         return
     aside.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def begin_cache(aside: Path, description: dict[str, Any]) -> None:
 
 
 def write_shards(shards: Mapping[Path, Sequence[str]], encode: Any, batch: int, total: int) -> None:
-    """Writes the shards of these prompts, out of `total`, one after the other.
+    """Writes the shards of these prompts, out of `total` prompts, one after the other.
 
     Raises:
       UserError: before the first is written, if the disk has no room for all.
@@ -134,12 +134,12 @@ def write_shards(shards: Mapping[Path, Sequence[str]], encode: Any, batch: int, 
             write_shard(path, arrays)
             done += len(prompts)
             progress.update(task, completed=done)
-            if not progress.console.is_terminal:  # where no bar can move
+            if not progress.console.is_terminal:  # a log file, CI
                 print(f"embedded {done} of {total} prompts", flush=True)
 
 
 def embed_shard(encode: Any, prompts: Sequence[str], batch: int) -> dict[str, np.ndarray]:
-    """The arrays of a shard, [P, ...], made in batches of one size, so that the encoders are compiled once."""
+    """The arrays of a shard, [P, ...]. All batches have the same size, so that the text encoders are compiled once."""
     parts = []
     for first in range(0, len(prompts), batch):
         some = list(prompts[first : first + batch])
@@ -153,35 +153,35 @@ def embed_shard(encode: Any, prompts: Sequence[str], batch: int) -> dict[str, np
 
 
 class CachedPrompts:
-    """Prompts to conditioning as `prompts.FluxPrompts` does it, with embeddings from a cache in place of encoders.
+    """Turns prompts into conditioning like a family's `PromptEncoder`, with embeddings from a cache.
 
     Args:
-      folder: the cache.
+      folder: of the cache.
       directory: the model.
-      dtype: that the recipe computes in.
-      mesh: over which the batch is split.
-      prompts: that will be asked for.
+      dtype: of the recipe.
+      mesh: that the batch is sharded over.
+      prompts: all that the run will need.
 
     Attributes:
-      cut: how many of the prompts so far had more tokens than the encoder takes, and were cut.
+      cut: how many of the prompts so far had more tokens than the text encoder takes, and were cut.
 
     Raises:
-      UserError: if the cache is missing, unfinished or damaged, was made by other encoders or in another dtype, or
-        lacks a prompt.
+      UserError: if the cache is missing, unfinished or damaged, was made by other text encoders or in another dtype,
+        or lacks a prompt.
     """
 
     def __init__(self, folder: str | Path, directory: ModelDirectory, dtype: str, mesh: Mesh, prompts: Iterable[str]):
         self.folder, self.directory, self.mesh = Path(folder), directory, mesh
         description = read_description(self.folder)
         if description["encoders"] != encoders_fingerprint(directory):
-            raise UserError(f"the embeddings in {folder} are of other encoders than those of {directory.path}")
+            raise UserError(f"the embeddings in {folder} are of other text encoders than those of {directory.path}")
         if description["dtype"] != dtype:
             raise UserError(
                 f"the embeddings in {folder} are {description['dtype']}, the recipe computes in {dtype}: embed the "
                 f"prompts again with --config.dtype={dtype}"
             )
         self.shards = []
-        self.rows: dict[str, tuple[int, int]] = {}  # of each prompt, shard and row
+        self.rows: dict[str, tuple[int, int]] = {}  # shard and row of each prompt
         for i in range(-(-description["prompts"] // description["shard"])):
             shard, texts = read_shard(shard_path(self.folder, i))
             self.shards.append(shard)
@@ -199,7 +199,7 @@ class CachedPrompts:
             )
 
     def __call__(self, prompts: Sequence[str], *, guidance: float, rows: int, columns: int) -> Any:
-        """Conditioning of B prompts for pictures of rows × columns tokens. Raises UserError if the cache lacks one."""
+        """Conditioning of B prompts for images of rows × columns tokens. Raises UserError if the cache lacks one."""
         self.check(prompts)
         places = [self.rows[prompt] for prompt in prompts]
         self.cut += sum(int(self.shards[shard]["cut"][row]) for shard, row in places)

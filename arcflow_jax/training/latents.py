@@ -28,12 +28,12 @@ def _encode(graphdef: nnx.GraphDef, state: nnx.State, images: jax.Array) -> jax.
 
 
 class LatentEncoder:
-    """The autoencoder's part in distillation with data.
+    """Encodes images with the VAE, for distillation with data.
 
     Args:
       directory: a converted model.
-      dtype: to compute in.
-      mesh: over which the batch is split.
+      dtype: of the arithmetic.
+      mesh: that the batch is sharded over.
     """
 
     def __init__(self, directory: ModelDirectory, dtype: Any, mesh: Mesh):
@@ -41,7 +41,7 @@ class LatentEncoder:
         self.state = directory.load("vae", abstract, state_shardings(mesh, abstract))
         self.mesh = mesh
 
-    def __call__(self, pictures: Sequence[CaptionedImage], height: int, width: int) -> jax.Array:  # [B, N, 4C] float32
-        """Latents of pictures, packed; on several processes, of each one's own (see `distributed.local_part`)."""
-        images = np.stack([pixels(picture.file, height, width) for picture in pictures])
-        return _encode(self.graphdef, self.state, from_part(images, self.mesh))
+    def __call__(self, images: Sequence[CaptionedImage], height: int, width: int) -> jax.Array:  # [B, N, 4C] float32
+        """Packed latents of the whole batch; each process gives the images of its part (see `processes.local_part`)."""
+        own = np.stack([pixels(image.file, height, width) for image in images])
+        return _encode(self.graphdef, self.state, from_part(own, self.mesh))

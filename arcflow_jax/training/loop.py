@@ -9,7 +9,6 @@ import jax
 from jax.experimental import multihost_utils
 
 from arcflow_jax.checkpoints.training import DESCRIPTION, AdapterDescription, Checkpoints
-from arcflow_jax.data.batches import draw_resolution, prompt_batches
 from arcflow_jax.errors import Preempted, UserError
 from arcflow_jax.parallel.mesh import state_shardings
 from arcflow_jax.parallel.preemption import Preemption
@@ -17,10 +16,10 @@ from arcflow_jax.parallel.processes import is_main, local_part
 from arcflow_jax.training.embeddings import CachedPrompts
 from arcflow_jax.training.latents import LatentEncoder
 from arcflow_jax.training.log import RunLog
-from arcflow_jax.training.plan import Plan, initial_state, jitted_step
+from arcflow_jax.training.plan import Plan, jitted_step
 from arcflow_jax.training.preview import Preview
 from arcflow_jax.training.recipe import Recipe
-from arcflow_jax.training.state import TrainState
+from arcflow_jax.training.start import starting_state
 from arcflow_jax.training.trace import Trace
 
 
@@ -28,98 +27,99 @@ def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None
     """Runs a recipe to its end, from where an interrupted run of the same directory stopped; returns the directory.
 
     Args:
-      step: the checkpoint to go on from; by default the newest. Newer ones are deleted.
-      profile: "A:B" writes a JAX trace of iterations A to B, counted from 1, to the directory's profile/.
+      step: the checkpoint to resume from; by default the newest. Newer ones are deleted.
+      profile: "A:B" writes a JAX trace of training steps A to B, counted from 1, to the directory's profile/.
 
     Raises:
       UserError: if the model, the prompts or the directory do not fit the recipe, the newest checkpoint is damaged,
-        too many iterations in a row were not finite, or something could not be written.
+        too many training steps in a row were not finite, or something could not be written.
       Preempted: on SIGTERM, once a checkpoint is written.
     """
     run = Path(recipe.out)
     trace = Trace(profile, run / "profile")
     plan = Plan.make(recipe)
-    mesh = plan.mesh
-    batches = prompt_batches(plan.pictures or plan.prompts.texts, recipe.batch, recipe.seed, local_part(mesh))
-    to_latents = LatentEncoder(plan.directory, recipe.dtype, mesh) if plan.pictures else None
+    recipe, mesh = plan.recipe, plan.mesh
+    batches = plan.batches()
+    to_latents = LatentEncoder(plan.directory, recipe.dtype, mesh) if plan.images else None
     if recipe.embeddings:
         needed = [*plan.prompts.texts, *recipe.other_prompts]
         encode = CachedPrompts(recipe.embeddings, plan.directory, recipe.dtype, mesh, needed)
     else:
         encode = plan.directory.family.prompts(plan.directory, recipe.dtype, mesh)
-    begin(run, recipe, plan)
+    begin(run, plan)
     base = plan.directory.load("transformer", plan.base, state_shardings(mesh, plan.base))
     key = jax.random.key(recipe.seed)
 
     with Preemption() as preemption, Checkpoints(run, recipe.keep_last, recipe.keep_every) as checkpoints:
-        state = initial_state(plan.graphdef, base, plan.adapter, key, mesh, plan.optimizer)
-        if checkpoints.latest is not None or step is not None:
-            state = TrainState.from_items(checkpoints.restore(state.items(), step))
+        state = starting_state(plan, base, key, checkpoints, step)
         done = int(state.step)
         trace.check(done, recipe.steps)
         mixed, steady = (
             jitted_step(recipe, plan.graphdef, plan.optimizer, mesh, steady=flag) for flag in (False, True)
         )
+        rows, columns = plan.largest_grid
         if recipe.preview_every:
-            rows, columns = plan.grids[recipe.largest]
             preview = Preview(recipe, plan.directory, encode, plan.graphdef, base, mesh, rows=rows, columns=columns)
         negative = latents = None
         if recipe.distillation.teacher_guidance == "cfg":
-            rows, columns = plan.grids[recipe.largest]  # of which it takes only the text
-            prompts = [recipe.distillation.negative_prompt] * len(batches[0])
+            prompts = [recipe.distillation.negative_prompt] * (recipe.batch // local_part(mesh)[1])
+            # Only its text is used, so its image size does not matter
             negative = encode(prompts, guidance=recipe.guidance, rows=rows, columns=columns)
 
         with RunLog(run, recipe, done) as log, trace:
             log.say(str(plan.prompts))
-            log.say(plan.header() + (f"; goes on after iteration {done}" if done else ""))
+            log.say(plan.header() + (f"; resumes after training step {done}" if done else ""))
             for i in range(done, recipe.steps):
                 trace.before(i + 1)
-                prompts, resolution = batches[i], draw_resolution(recipe.resolutions, recipe.seed, i)
+                prompts, size = batches[i]
                 if to_latents is not None:
-                    latents = to_latents(prompts, *resolution)
-                    prompts = [picture.caption for picture in prompts]
-                rows, columns = plan.grids[resolution]
+                    latents = to_latents(prompts, *size)
+                    prompts = [image.caption for image in prompts]
+                rows, columns = plan.grids[size]
                 conditioning = encode(prompts, guidance=recipe.guidance, rows=rows, columns=columns)
                 one_step = steady if i >= recipe.distillation.decay else mixed
                 with jax.set_mesh(mesh):  # which fused attention needs to know
                     state, values = one_step(state, base, conditioning, key, negative, latents)
                 trace.after(i + 1, values)
                 if due(recipe.log_every, i + 1, recipe):
-                    line = log.iteration(i + 1, values | {"prompts_cut": encode.cut})
+                    line = log.step(i + 1, values | {"prompts_cut": encode.cut})
                     if line["skipped_in_row"] > recipe.max_skipped:
                         checkpoints.save(int(state.step), state.items())
                         raise UserError(too_many_skipped(line, run))
                     checkpoints.check()
                 if due(recipe.preview_every, i + 1, recipe):
-                    log.picture(i + 1, preview.sheet(state))
+                    log.image(i + 1, preview.sheet(state))
                 if due(recipe.save_every, i + 1, recipe):
                     checkpoints.save(int(state.step), state.items())
                 if preemption.reached(i + 1) and i + 1 < recipe.steps:
                     checkpoints.save(int(state.step), state.items())
                     raise Preempted(
-                        f"told to end: {run} keeps iteration {i + 1} of {recipe.steps}, and the same command goes on"
+                        f"preempted: checkpoint at step {i + 1} of {recipe.steps} written to {run}; run the same "
+                        "command to resume"
                     )
         checkpoints.save(int(state.step), state.items())
-    if encode.cut:
-        print(f"{encode.cut} prompts had more tokens than the encoder takes, and were cut", flush=True)
+    if encode.cut and is_main():
+        print(f"{encode.cut} prompts had more tokens than the text encoder takes, and were cut", flush=True)
     return run
 
 
 def due(every: int, done: int, recipe: Recipe) -> bool:
-    """Whether something that happens each so many iterations, 0 is never, and at the end happens now."""
+    """Whether what happens every so many training steps (0 is never), and at the end, happens now."""
     return every > 0 and (done % every == 0 or done == recipe.steps)
 
 
 def too_many_skipped(line: dict[str, Any], run: Path) -> str:
-    """What a run says that stops because of it, with the last line of its log."""
+    """The error of a run that stops after too many skipped training steps; `line` is the last of its log."""
     return (
-        f"stopped: the loss or gradient of the last {line['skipped_in_row']} iterations was not finite; {run} keeps "
-        f"checkpoint {line['step']}, as it was before them: a lower learning rate may help, or --step and an older one"
+        f"stopped: the loss or gradient of the last {line['skipped_in_row']} training steps was not finite. Checkpoint "
+        f"{line['step']} in {run} holds the weights from before them: try a lower learning rate, or --step with an "
+        "older checkpoint"
     )
 
 
-def begin(run: Path, recipe: Recipe, plan: Plan) -> None:
+def begin(run: Path, plan: Plan) -> None:
     """Makes the run's directory, or checks that the run that is there is the same. Raises UserError."""
+    recipe = plan.recipe
     transformer = plan.directory.description["components"]["transformer"]
     settings = (recipe.adapter, recipe.distillation, recipe.guidance)
     recipe.check_same(run)
@@ -133,7 +133,7 @@ def describe(run: Path, description: AdapterDescription) -> None:
     """Makes the run's directory, or checks that its adapter is the same. Raises UserError."""
     try:
         if (run / DESCRIPTION).exists() and AdapterDescription.read(run) != description:
-            raise UserError(f"{run} holds a run of other settings or another base: name another --config.out")
+            raise UserError(f"{run} holds a run of other settings or another base model: name another --config.out")
         if is_main():
             run.mkdir(parents=True, exist_ok=True)
             description.write(run)

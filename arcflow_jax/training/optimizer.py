@@ -1,4 +1,4 @@
-"""The published optimizer: AdamW with warm-up, per-group learning rates and clipping that starts late; and the EMA."""
+"""The published optimizer, AdamW with warm-up, group learning rates and late clipping; and the EMA."""
 
 from __future__ import annotations
 
@@ -12,88 +12,94 @@ from flax import nnx
 
 from arcflow_jax.errors import UserError
 
+WARMUP_START = 0.001  # the first learning rate, as a share of the full one: the start_factor of the authors' LinearLR
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Settings of AdamW.
+    """Settings of AdamW. The defaults are the published ones, `groups` excepted, which depend on the student's head.
 
     Attributes:
       learning_rate: after warm-up.
-      warmup: steps of linear warm-up from 0.
-      decay_steps: with a positive number, the rate falls along a cosine to 0 at that step; 0 keeps it constant.
+      warmup: training steps of linear warm-up (see `learning_rate_schedule`).
+      decay_steps: with a positive number, the rate falls after warm-up along a cosine to 0 at that training step; 0
+        keeps it constant.
       b1, b2, weight_decay: of AdamW.
-      clip_norm: global gradient norm to clip at, from step `clip_from` on.
+      clip_norm: global gradient norm to clip at, from training step `clip_from` on, counted from 0.
       groups: ((pattern, factor), …): variables whose dotted path matches learn at factor × learning_rate. The first
         match counts.
     """
 
-    learning_rate: float
-    warmup: int
-    decay_steps: int
-    b1: float
-    b2: float
-    weight_decay: float
-    clip_norm: float
-    clip_from: int
-    groups: tuple[tuple[str, float], ...]
+    learning_rate: float = 1e-4
+    warmup: int = 100
+    decay_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.0
+    clip_norm: float = 50.0
+    clip_from: int = 100
+    groups: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self):
+        for name in ("learning_rate", "warmup", "decay_steps", "weight_decay", "clip_from"):
+            if getattr(self, name) < 0:
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}, but has to be at least 0")
+        if self.clip_norm <= 0:
+            raise UserError(f"optimizer.clip_norm is {self.clip_norm}, but has to be above 0")
+        if self.decay_steps and self.decay_steps <= self.warmup:
+            raise UserError(
+                f"optimizer.decay_steps is {self.decay_steps}, but has to be above warmup = {self.warmup}, or 0"
+            )
 
 
-def learning_rate(config: OptimizerConfig, step: jax.Array) -> jax.Array:
-    """The learning rate of a step counted from 0, before group factors."""
-    warm = jnp.minimum(1.0, (step + 1) / max(1, config.warmup))
-    if not config.decay_steps:
-        return config.learning_rate * warm
-    progress = jnp.clip(step / config.decay_steps, 0.0, 1.0)
-    return config.learning_rate * warm * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
+    """The learning rate of training step i, counted from 0, before group factors.
 
-
-def clip_late(norm: float, start: int) -> optax.GradientTransformation:
-    """Clips the global norm of the gradients at `norm` once `start` steps have passed."""
-
-    def update(updates, state, params=None):
-        del params
-        factor = jnp.minimum(1.0, norm / jnp.maximum(optax.global_norm(updates), 1e-12))
-        factor = jnp.where(state.count >= start, factor, 1.0)
-        return jax.tree.map(lambda g: g * factor, updates), optax.ScaleByScheduleState(state.count + 1)
-
-    return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32)), update)
+    lr · (0.001 + 0.999 · i / warmup) for i < warmup, as in the authors' code; then lr, or a cosine from lr to 0.
+    """
+    peak = config.learning_rate
+    warm_up = optax.linear_schedule(WARMUP_START * peak, peak, max(1, config.warmup))
+    after = optax.constant_schedule(peak)
+    if config.decay_steps:
+        after = optax.cosine_decay_schedule(peak, config.decay_steps - config.warmup)
+    return optax.join_schedules([warm_up, after], [config.warmup])
 
 
 def make_optimizer(config: OptimizerConfig, adapter: nnx.State) -> optax.GradientTransformation:
     """The optimizer of an adapter's variables.
 
     Raises:
-      UserError: a group that matches no variable.
+      UserError: if a group matches no variable.
     """
-    paths = {".".join(map(str, path)): path for path, _ in nnx.to_flat_state(adapter)}
+    paths = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(adapter)]
     for pattern, _ in config.groups:
         if not fnmatch.filter(paths, pattern):
             raise UserError(f"optimizer group {pattern!r} matches no trainable variable; there are {', '.join(paths)}")
 
     def factor(path: tuple) -> float:
         name = ".".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
-        for pattern, value in config.groups:
-            if fnmatch.fnmatchcase(name, pattern):
-                return value
-        return 1.0
+        return next((value for pattern, value in config.groups if fnmatch.fnmatchcase(name, pattern)), 1.0)
 
-    def scale_groups(updates, params=None):
-        del params
-        return jax.tree_util.tree_map_with_path(lambda path, u: u * factor(path), updates)
+    def factors(variables: nnx.State) -> nnx.State:
+        return jax.tree_util.tree_map_with_path(lambda path, _: factor(path), variables)
 
+    scales = {value: optax.scale(value) for value in {1.0, *(value for _, value in config.groups)}}
     return optax.chain(
-        clip_late(config.clip_norm, config.clip_from),
+        optax.conditionally_transform(
+            optax.clip_by_global_norm(config.clip_norm), lambda step: step >= config.clip_from
+        ),
         optax.scale_by_adam(config.b1, config.b2),
         optax.add_decayed_weights(config.weight_decay),
-        optax.stateless(scale_groups),
-        optax.scale_by_learning_rate(lambda step: learning_rate(config, step)),
+        optax.partition(scales, factors),
+        optax.scale_by_learning_rate(learning_rate_schedule(config)),
     )
 
 
 def ema_decay(step: jax.Array, start: int, power: float) -> jax.Array:
-    """Decay of the moving average after step t = step + 1: (1 − 1/t)^power, and 0 (a copy) up to `start`.
+    """Decay of the EMA after training step i = `step`, counted from 0: (1 − 1/t)^power with t = i + 1 − start.
 
-    The power-function EMA of Karras et al. 2024 (arXiv 2312.02696), whose width is a share of the run.
+    For t ≤ 1 it is 0: the EMA is a copy. The power-function EMA of Karras et al. 2024 (arXiv 2312.02696), whose width
+    is a share of the steps since `start`.
     """
-    t = step + 1.0
-    return jnp.where(t <= start, 0.0, (1 - 1 / t) ** power)
+    t = jnp.maximum(step + 1.0 - start, 1.0)
+    return (1 - 1 / t) ** power

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,15 +16,19 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
+from arcflow_jax.data.batches import BucketedBatches, MixedBatches, Size
 from arcflow_jax.data.images import CaptionedImage, captions, read_images
 from arcflow_jax.data.prompts import Prompts, read_prompts
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import token_grid
 from arcflow_jax.networks.student import initial_adapter, split_model
 from arcflow_jax.parallel.mesh import make_mesh, state_shardings
+from arcflow_jax.parallel.processes import local_part
 from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.recipe import Recipe
 from arcflow_jax.training.state import TrainState, train_step
+
+SHOWN = 8  # image sizes that the header lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,17 +36,19 @@ class Plan:
     """What a recipe comes to before anything large is loaded.
 
     Attributes:
-      prompts: or the captions of the pictures.
-      pictures: that the run starts from, if it does.
-      grids: rows and columns of tokens, by resolution.
+      recipe: with the LoRA targets of the model's family, where it named none.
+      prompts: to train on; the images' captions, if there are images.
+      images: to start from; None for a run without data.
+      grids: rows and columns of tokens, by image size.
       graphdef, base, adapter: of the model, split; shapes in place of arrays.
     """
 
+    recipe: Recipe
     directory: ModelDirectory
     mesh: Mesh
     prompts: Prompts
-    pictures: list[CaptionedImage] | None
-    grids: dict[tuple[int, int], tuple[int, int]]
+    images: list[CaptionedImage] | None
+    grids: dict[Size, tuple[int, int]]
     graphdef: nnx.GraphDef
     base: nnx.State
     adapter: nnx.State
@@ -48,43 +56,63 @@ class Plan:
 
     @classmethod
     def make(cls, recipe: Recipe) -> Plan:
-        """Raises UserError if the model or the prompts do not fit the recipe, or wandb is asked for and not there."""
+        """Raises UserError if model or prompts do not fit the recipe, or wandb is asked for but not installed."""
         if recipe.wandb_project and importlib.util.find_spec("wandb") is None:
             raise UserError("wandb_project asks for Weights & Biases, which is not installed: pip install wandb")
         directory = ModelDirectory.open(recipe.model)
+        recipe = dataclasses.replace(recipe, adapter=recipe.adapter.with_targets(directory.family.lora_targets))
         mesh = make_mesh(recipe.mesh)
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         if recipe.batch % shards:
             raise UserError(f"batch {recipe.batch} does not divide by data × fsdp = {shards} of the mesh")
-        factor = directory.config("vae").factor
-        grids = {resolution: token_grid(*resolution, factor) for resolution in recipe.resolutions}
-        pictures = read_images(recipe.images) if recipe.images else None
-        if pictures is None:
+        images = read_images(recipe.images) if recipe.images else None
+        if images is None:
             prompts = read_prompts(recipe.prompts, recipe.prompts_field)
         else:
-            prompts = captions(recipe.images, pictures)
+            prompts = captions(recipe.images, images)
+        factor = directory.config("vae").factor
+        sizes = dict.fromkeys(prompts.sizes or recipe.resolutions)
+        grids = {size: token_grid(*size, factor) for size in sizes}
         graphdef, base, adapter = split_model(directory.student(recipe.adapter, recipe.dtype))
         optimizer = make_optimizer(recipe.optimizer, adapter)
-        return cls(directory, mesh, prompts, pictures, grids, graphdef, base, adapter, optimizer)
+        return cls(recipe, directory, mesh, prompts, images, grids, graphdef, base, adapter, optimizer)
+
+    @property
+    def largest_grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens of the largest image size."""
+        return max(self.grids.values(), key=math.prod)
+
+    def batches(self) -> MixedBatches | BucketedBatches:
+        """What each training step takes: this process's part of the batch, and the image size."""
+        recipe, examples, part = self.recipe, self.images or self.prompts.texts, local_part(self.mesh)
+        if self.prompts.sizes:
+            return BucketedBatches(examples, self.prompts.sizes, recipe.batch, recipe.seed, part)
+        return MixedBatches(examples, recipe.resolutions, recipe.batch, recipe.seed, part)
 
     def header(self) -> str:
         """How much is trained, and on what."""
         size = ", ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
         trained, whole = parameters(self.adapter), parameters(self.base)
         share = f"{trained / 1e6:.2f} of {whole / 1e6:.2f} million parameters ({100 * trained / whole:.2f} %)"
-        return f"trains {share} on {self.mesh.size} {self.mesh.devices.flat[0].device_kind} devices: {size}"
+        text = f"trains {share} on {self.mesh.size} {self.mesh.devices.flat[0].device_kind} devices: {size}"
+        if self.prompts.sizes:
+            counts = collections.Counter(self.prompts.sizes).most_common()
+            shown = ", ".join(f"{height} × {width} ({count} prompts)" for (height, width), count in counts[:SHOWN])
+            text += f"\n{len(counts)} image sizes: {shown}" + (", …" if len(counts) > SHOWN else "")
+        return text
 
 
 def parameters(state: nnx.State) -> int:
+    """The number of parameters in a state."""
     return sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
 def jitted_step(
     recipe: Recipe, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh, *, steady: bool
 ) -> Callable[..., Any]:
-    """`train_step` of a recipe, compiled for a mesh; `steady` once the teacher's share has reached zero.
+    """`train_step` of a recipe, compiled; `steady` once the teacher's share has reached zero.
 
-    It takes the state's memory, and puts the next state where the last one was.
+    It donates the state: the next one is written over it.
     """
     step = functools.partial(
         train_step,
@@ -108,10 +136,14 @@ def initial_state(
     mesh: Mesh,
     optimizer: optax.GradientTransformation,
 ) -> TrainState:
-    """The state that a run begins with, made in its sharding; `abstract` is the adapter's structure."""
+    """The state that a run begins with at the teacher, made in its sharding; `abstract` is the adapter's structure."""
 
     def make(base: nnx.State) -> TrainState:
         return TrainState.create(initial_adapter(graphdef, base, abstract, key), optimizer)
 
-    shapes = jax.eval_shape(lambda adapter: TrainState.create(adapter, optimizer), abstract)
-    return jax.jit(make, out_shardings=state_shardings(mesh, shapes))(base)
+    return jax.jit(make, out_shardings=state_shardings(mesh, abstract_state(abstract, optimizer)))(base)
+
+
+def abstract_state(adapter: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes of a run's state; those of its adapter are given."""
+    return jax.eval_shape(lambda adapter: TrainState.create(adapter, optimizer), adapter)

@@ -1,6 +1,6 @@
-"""Pictures while a run goes on: fixed prompts and noises, the teacher beside the student, raw and averaged."""
+"""Preview images during a run: fixed prompts and noise; teacher, student, and the student with its EMA weights."""
 
-# B pictures, N tokens, C latent channels
+# B images, N tokens, C latent channels
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from arcflow_jax.training.state import TrainState
 
 
 class Preview:
-    """Draws sheets of a recipe's preview prompts, a row a prompt.
+    """Draws sheets of images of a recipe's preview prompts, a row a prompt.
 
     Args:
       encode: prompts to conditioning.
-      graphdef, base: of the model, and the teacher's weights.
+      graphdef, base: definition of the model, and the teacher's weights.
       rows, columns: of tokens.
     """
 
@@ -54,7 +54,7 @@ class Preview:
         self.graphdef, self.base, self.mesh = graphdef, base, mesh
         self.rows, self.columns = rows, columns
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        # Filled up with the last, so that each device draws its share
+        # Padded with the last one, so that the devices divide them evenly
         prompts = [*self.prompts, *self.prompts[-1:] * (-len(self.prompts) % shards)]
         index, count = local_part(mesh)
         own = slice(index * len(prompts) // count, (index + 1) * len(prompts) // count)
@@ -69,21 +69,21 @@ class Preview:
         self.grid = teacher_grid(directory.scheduler, rows * columns)
         self.vae_graphdef, decoder = nnx.split(directory.abstract("vae", recipe.dtype).decoder_alone())
         self.vae = directory.load("vae", decoder, state_shardings(mesh, decoder), part="decoder")
-        self.teacher: list[Image.Image] | None = None
+        self.teacher: list[Image.Image] | None = None  # its images, drawn once
 
     def sheet(self, state: TrainState) -> Image.Image:
-        """The pictures of a state, labelled."""
-        if self.teacher is None:  # its pictures stay the same
-            self.teacher = self._pictures(state.adapter, teacher=True)
+        """The images of a state, labelled."""
+        if self.teacher is None:
+            self.teacher = self._images(state.adapter, teacher=True)
         columns = {
             f"teacher, {TEACHER_STEPS} steps": self.teacher,
-            f"student, {self.settings.nfe} steps": self._pictures(state.adapter),
-            f"averaged, {self.settings.nfe} steps": self._pictures(state.ema),
+            f"student, {self.settings.nfe} steps": self._images(state.adapter),
+            f"EMA weights, {self.settings.nfe} steps": self._images(state.ema),
         }
         return labelled_sheet(columns, self.prompts)
 
-    def _pictures(self, adapter: nnx.State, teacher: bool = False) -> list[Image.Image]:
-        """What the student makes with an adapter, or the teacher, who passes it over."""
+    def _images(self, adapter: nnx.State, teacher: bool = False) -> list[Image.Image]:
+        """The student's images with an adapter, or the teacher's, which does not use it."""
         model, settings = nnx.merge_state(self.base, adapter), self.settings
         with jax.set_mesh(self.mesh):
             inputs = (self.graphdef, model, self.noise)
@@ -93,5 +93,5 @@ class Preview:
                 shift, ratio = jnp.float32(settings.shift), jnp.float32(settings.final_step_ratio)
                 tokens = sample_student(*inputs, self.conditioning, shift, ratio, steps=settings.nfe)
             pixels = decode_latents(self.vae_graphdef, self.vae, tokens, rows=self.rows, columns=self.columns)
-        whole = jax.device_put(pixels, replicated(self.mesh))  # of several processes each has its part
-        return [Image.fromarray(picture) for picture in np.asarray(whole)[: len(self.prompts)]]
+        whole = jax.device_put(pixels, replicated(self.mesh))  # each process holds only its part
+        return [Image.fromarray(image) for image in np.asarray(whole)[: len(self.prompts)]]

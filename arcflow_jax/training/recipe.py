@@ -1,102 +1,97 @@
-"""Recipes: `configs/NAME.py[:ARG]` plus overrides, to a checked `Recipe`."""
+"""Recipes: `NAME[:VARIANT]` or `FILE.py[:VARIANT]` plus overrides, to a checked `Recipe`."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
-import sys
+import pkgutil
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-from unittest import mock
+from types import ModuleType
+from typing import Any
 
 import jax
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from arcflow_jax.errors import UserError
+from arcflow_jax import configs
+from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.student import AdapterConfig
 from arcflow_jax.storage.files import read_json, write_json
 from arcflow_jax.training.optimizer import OptimizerConfig
+from arcflow_jax.training.overrides import checked, flatten, parsed
 from arcflow_jax.training.state import EmaConfig
 
-T = TypeVar("T")
 SETTINGS = "config.json"  # in the run's directory: the recipe with all overrides
-# What may be changed when a run goes on: where things are, for how long and how often. The rest decides its numbers.
+# What may differ when a run is resumed: where things are, for how long and how often. The rest decides its numbers.
 CHANGEABLE = {
-    *(
-        "model",
-        "prompts",
-        "prompts_field",
-        "embeddings",
-        "out",
-        "mesh",
-        "steps",
-        "log_every",
-        "save_every",
-        "keep_last",
-        "keep_every",
-    ),
-    *("max_skipped", "preview_every", "preview_prompts", "wandb_project"),
+    *("model", "prompts", "prompts_field", "embeddings", "out", "mesh", "steps"),
+    *("log_every", "save_every", "keep_last", "keep_every", "max_skipped"),
+    *("preview_every", "preview_prompts", "wandb_project"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A distillation run, complete.
+    """A distillation run, complete. A recipe file states what differs from the defaults.
 
     Attributes:
       model: the converted teacher's directory.
-      prompts: a .txt, .jsonl or .parquet file, a folder of them, or a data set's hub id (see `prompt_sources`).
+      out: the run's directory; a run that is there already is resumed.
+      guidance: teacher guidance scale used for distillation.
+      prompts: a .txt, .jsonl or .parquet file, a folder of them, or a data set's hub id (see `data.prompts`).
       prompts_field: the field or column that has the prompt.
       embeddings: a cache that `arcflow embed-prompts` wrote; "" encodes the prompts as they come.
-      images: a folder of real pictures to start from, with captions, which take the place of `prompts` (see
-        `images.read_images`); "" starts from noise, without data.
-      out: the run's directory; a run that is there already goes on.
+      images: a folder of real images to start from, with captions, which take the place of `prompts` (see
+        `data.images.read_images`); "" starts from noise, without data.
+      start_from: a student to begin from, with a new optimizer: a run's directory, or a released student's folder or
+        hub id. Its EMA weights are taken. "" begins from the teacher.
       seed: of everything that is drawn.
-      resolutions: (height, width) in pixels, one or several; an iteration's pictures have one of them, each as likely
-        as the others; one that is listed twice is twice as likely.
-      guidance: scale that the teacher is imitated at.
-      batch, steps: examples an iteration, and iterations.
-      dtype: that the networks compute in.
+      resolutions: (height, width) in pixels, one or several. The images of a training step have one of them, each as
+        likely as the others; one that is listed twice is twice as likely. Prompts with sizes of their own (columns
+        height and width) do not use it.
+      batch, steps: examples in a training step, and number of training steps.
+      dtype: of the networks' arithmetic.
       mesh: sizes of the axes data, fsdp, tensor, sequence; -1 takes what is left.
-      log_every, save_every: iterations.
+      log_every, save_every: training steps from one line of the log, or one checkpoint, to the next.
       keep_last: how many of the newest checkpoints stay.
-      keep_every: checkpoints of iterations that this divides stay for good; 0 keeps none of them.
-      max_skipped: how many iterations in a row may have a loss or gradient that is not finite. With more the run
-        stops, where it logs.
-      preview_every: iterations from one picture of teacher and student to the next; 0 makes none.
-      preview_prompts: what the pictures show.
+      keep_every: checkpoints of training steps that are multiples of this are never deleted; 0 keeps none of them.
+      max_skipped: how many training steps in a row may have a loss or gradient that is not finite. With more, the run
+        stops at the next line of the log.
+      preview_every: training steps from one sheet of teacher's and student's images to the next; 0 draws none.
+      preview_prompts: what those images show.
       wandb_project: of Weights & Biases, to log there as well; "" does not.
     """
 
     model: str
-    prompts: str
-    prompts_field: str
-    embeddings: str
-    images: str
     out: str
-    seed: int
-    resolutions: tuple[tuple[int, int], ...]
     guidance: float
-    batch: int
-    steps: int
-    dtype: str
-    mesh: tuple[int, ...]
-    log_every: int
-    save_every: int
-    keep_last: int
-    keep_every: int
-    max_skipped: int
-    preview_every: int
-    preview_prompts: tuple[str, ...]
-    wandb_project: str
-    adapter: AdapterConfig
-    distillation: Distillation
-    optimizer: OptimizerConfig
-    ema: EmaConfig
+    prompts: str = ""
+    prompts_field: str = "prompt"
+    embeddings: str = ""
+    images: str = ""
+    start_from: str = ""
+    seed: int = 0
+    resolutions: tuple[tuple[int, int], ...] = ((1024, 1024),)
+    batch: int = 16
+    steps: int = 10_000
+    dtype: str = "bfloat16"
+    mesh: tuple[int, ...] = (1, -1, 1, 1)
+    log_every: int = 10
+    save_every: int = 500
+    keep_last: int = 2
+    keep_every: int = 0
+    max_skipped: int = 20
+    preview_every: int = 0
+    preview_prompts: tuple[str, ...] = ()
+    wandb_project: str = ""
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
+    distillation: Distillation = dataclasses.field(default_factory=Distillation)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    ema: EmaConfig = dataclasses.field(default_factory=EmaConfig)
 
     def __post_init__(self):
         least = {"seed": 0, "batch": 1, "steps": 0, "log_every": 1, "save_every": 1}
@@ -104,14 +99,16 @@ class Recipe:
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise UserError(f"{name} is {getattr(self, name)}, but has to be at least {value}")
+        if not self.prompts and not self.images:
+            raise UserError("the recipe has no prompts: set --config.prompts, or --config.images for real images")
         if self.preview_every and not self.preview_prompts:
-            raise UserError("preview_every asks for pictures, and preview_prompts says nothing of what they show")
+            raise UserError(f"preview_every is {self.preview_every}, but preview_prompts is empty: list some, or set 0")
         if not self.resolutions or not all(map(is_size, self.resolutions)):
             raise UserError(
                 f"resolutions is {self.resolutions}, but has to list sizes as (height, width), e.g. ((1024, 1024),)"
             )
         if self.distillation.data_weight and not self.images:
-            raise UserError("distillation.data_weight is of a term on real pictures: name a folder of them as images")
+            raise UserError("distillation.data_weight weights a loss on real images: name a folder of them as images")
         if self.distillation.mode_dropout and self.adapter.basis != "momentum":
             raise UserError(
                 f"distillation.mode_dropout has to be 0 with the basis {self.adapter.basis}: it has no modes"
@@ -132,16 +129,25 @@ class Recipe:
         return max(self.resolutions, key=math.prod)
 
     @classmethod
-    def of(cls, config: ConfigDict) -> Recipe:
-        """Raises UserError if the config lacks a key or has one that no recipe knows."""
-        return _fill(cls, config.to_dict(), "config")
+    def from_config(cls, config: ConfigDict) -> Recipe:
+        """A recipe from its values, or from those that differ from the defaults.
+
+        Raises:
+          UserError: if the config lacks a key without a default, has an unknown key, or a value of the wrong type.
+        """
+        values = {key: checked(cls, key, value) for key, value in flatten(cls, config.to_dict())}
+        required = [field.name for field in dataclasses.fields(cls) if no_default(field)]
+        if missing := [name for name in required if name not in values]:
+            options = " ".join(f"--config.{name}=…" for name in missing)
+            raise UserError(f"the recipe lacks {', '.join(missing)}: state it in its file, or set {options}")
+        return cls(**{name: GROUPS[name](**x) if name in GROUPS else x for name, x in nest(values).items()})
 
     def resolved(self) -> dict[str, Any]:
         """All values, as JSON has them."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def write(self, run: Path) -> None:
-        """Keeps the recipe in a run's directory. Raises UserError if that is not possible."""
+        """Writes the recipe to a run's directory. Raises UserError if that is not possible."""
         try:
             if jax.process_index() == 0:
                 write_json(run / SETTINGS, self.resolved())
@@ -152,22 +158,27 @@ class Recipe:
         """Raises UserError if the run was begun with other values of what decides its numbers."""
         if not (run / SETTINGS).exists():
             return
-        before, now = _flat(read_json(run / SETTINGS)), _flat(self.resolved())
+        before, now = (dict(flatten(Recipe, x)) for x in (read_json(run / SETTINGS), self.resolved()))
         changed = [
             f"{name} was {before[name]}, not {now[name]}"
             for name in sorted(before.keys() & now.keys() - CHANGEABLE)
-            if before[name] != now[name]
+            if before[name] != now[name] and now[name] is not None  # None is left to the model
         ]
         if changed:
             raise UserError(f"{run} holds a run of other settings: {', '.join(changed)}; name another --config.out")
 
 
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings under dotted names."""
-    flat = {}
-    for name, value in values.items():
-        flat |= {f"{name}.{key}": x for key, x in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
+GROUPS: dict[str, type] = {
+    "adapter": AdapterConfig,
+    "distillation": Distillation,
+    "optimizer": OptimizerConfig,
+    "ema": EmaConfig,
+}
+
+
+def no_default(field: dataclasses.Field) -> bool:
+    """Whether a dataclass's field has to be given."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def is_size(value: Any) -> bool:
@@ -175,40 +186,77 @@ def is_size(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(isinstance(side, int) for side in value)
 
 
-def _fill(cls: type[T], values: dict[str, Any], where: str) -> T:
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    if unknown := sorted(values.keys() - fields.keys()):
-        raise UserError(f"{where} has unknown keys {', '.join(unknown)}; known are {', '.join(fields)}")
-    if missing := sorted(fields.keys() - values.keys()):
-        raise UserError(f"{where} lacks {', '.join(missing)}")
-    nested = {"adapter": AdapterConfig, "distillation": Distillation, "optimizer": OptimizerConfig, "ema": EmaConfig}
-    return cls(
-        **{
-            name: _fill(nested[name], value, f"{where}.{name}") if name in nested and isinstance(value, dict) else value
-            for name, value in values.items()
-        }
-    )
+def defaults(cls: type = Recipe) -> dict[str, Any]:
+    """The fields' defaults, those of groups in dicts of their own."""
+    return {
+        field.name: defaults(GROUPS[field.name]) if field.name in GROUPS else field.default
+        for field in dataclasses.fields(cls)
+        if not no_default(field)
+    }
 
 
-def read_config(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """The config of `FILE.py[:ARG]` with overrides of the form `--config.a.b=c`.
+def read_config(recipe: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """All values of a recipe: the defaults, what its `get_config` states, and overrides.
+
+    Args:
+      recipe: `NAME[:VARIANT]` of a bundled recipe, or `FILE.py[:VARIANT]`. The variant is the argument of the file's
+        `get_config`, which returns a ConfigDict of what differs from the defaults.
+      overrides: "--config.key=value". A text is written as it stands, other values in Python's notation.
 
     Raises:
-      UserError: if the file is missing or broken, or an override names an unknown key or has the wrong type.
+      UserError: if there is no such recipe, its file fails, or a key or a value is wrong.
     """
-    path = file.split(":", 1)[0]
-    if not Path(path).is_file():
-        raise UserError(f"config {path} does not exist")
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=values)
-    arguments = ["arcflow", f"--config={file}", *overrides]
+    name, *variant = recipe.split(":", 1)
+    module = load(name)
     try:
-        # ml_collections looks for the overrides in sys.argv, whatever it is called with
-        with mock.patch.object(sys, "argv", arguments):
-            rest = values(arguments)[1:]
-    # Quoted whole: what went wrong in a config file stands at the end
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{' '.join(str(error).split())} (overrides have the form --config.key=value)") from None
-    if rest:
-        raise UserError(f"cannot read {' '.join(rest)}: overrides have the form --config.key=value")
-    return holder.value
+        stated = ConfigDict(module.get_config(*variant))
+    except UserError:
+        raise
+    except Exception as error:  # whatever the file's code raises
+        raise UserError(f"recipe {recipe}: {one_line(error)}") from error
+    values = dict(flatten(Recipe, defaults()))
+    values |= {key: checked(Recipe, key, value) for key, value in flatten(Recipe, stated.to_dict())}
+    for text in overrides:
+        found = re.fullmatch(r"--config\.([\w.]+)=(.*)", text, re.DOTALL)
+        if found is None:
+            raise UserError(f"cannot read {text}: overrides have the form --config.key=value")
+        key, value = found.groups()
+        values[key] = parsed(Recipe, key, value)
+    return ConfigDict(nest(values)).lock()
+
+
+def load(name: str) -> ModuleType:
+    """The module of a bundled recipe, or of a file. Raises UserError if there is none, or importing it fails."""
+    path = Path(name)
+    try:
+        if path.suffix == ".py":
+            if not path.is_file():
+                raise UserError(f"recipe {name} does not exist")
+            spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return module
+        if name not in (known := bundled()):
+            raise UserError(f"no recipe is called {name!r}: known are {', '.join(known)}; a file's name ends in .py")
+        return importlib.import_module(f"arcflow_jax.configs.{name}")
+    except UserError:
+        raise
+    except Exception as error:  # whatever the file's code raises
+        raise UserError(f"recipe {name}: {one_line(error)}") from error
+
+
+def bundled() -> list[str]:
+    """The names of the recipes that come with the library."""
+    return sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
+
+
+def nest(values: dict[str, Any]) -> dict[str, Any]:
+    """Values under dotted names as nested dicts: `flatten` undone."""
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        *groups, name = key.split(".")
+        place = nested
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[name] = value
+    return nested

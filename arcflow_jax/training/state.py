@@ -16,36 +16,36 @@ from jax.sharding import Mesh
 from arcflow_jax.flow.distill import Distillation, distil, teacher_share
 from arcflow_jax.networks.conditioning import Conditioning, Guided
 from arcflow_jax.parallel.mesh import batched, replicated, state_shardings
-from arcflow_jax.training import optimizer as optim
+from arcflow_jax.training.optimizer import OptimizerConfig, ema_decay, learning_rate_schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class EmaConfig:
-    """The moving average of the adapter: see `optim.ema_decay`."""
+    """The exponential moving average (EMA) of the adapter: see `ema_decay`. The defaults are the published ones."""
 
-    start: int
-    power: float
+    start: int = 100
+    power: float = 8.0
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """Iterations that were without effect, because their loss or gradient was not finite."""
+    """Training steps that were skipped because their loss or gradient was not finite."""
 
     total: jax.Array
-    in_row: jax.Array  # the last ones, up to now
+    in_row: jax.Array  # up to the last one
 
     def after(self, finite: jax.Array) -> Skipped:
-        """The counts after an iteration that was, or was not, finite."""
+        """The counts after a training step that was, or was not, finite."""
         return Skipped(self.total + ~finite, jnp.where(finite, 0, self.in_row + 1))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes; the frozen base is not in it."""
+    """Everything that a training step changes. The frozen base model is not in it."""
 
-    step: jax.Array  # iterations done
+    step: jax.Array  # training steps done
     adapter: nnx.State
     ema: nnx.State
     opt_state: optax.OptState
@@ -53,9 +53,10 @@ class TrainState:
 
     @classmethod
     def create(cls, adapter: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
-        step, total, in_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # each its own, to be donated
-        average = jax.tree.map(jnp.copy, adapter)
-        return cls(step, adapter, average, optimizer.init(adapter), Skipped(total, in_row))
+        """The state before the first training step."""
+        step, total, in_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # three arrays, because each is donated
+        ema = jax.tree.map(jnp.copy, adapter)
+        return cls(step, adapter, ema, optimizer.init(adapter), Skipped(total, in_row))
 
     def items(self) -> dict[str, Any]:
         """What a checkpoint holds."""
@@ -69,13 +70,13 @@ class TrainState:
 
     @classmethod
     def from_items(cls, items: dict[str, Any]) -> TrainState:
-        """`items` undone."""
+        """The inverse of `items`."""
         skipped = Skipped(**items["skipped"])
         return cls(items["step"], items["adapter"], items["ema"], items["optimizer"], skipped)
 
     @property
     def updates(self) -> jax.Array:
-        """Iterations that had an effect: what warm-up and the average's width count in."""
+        """Training steps that were not skipped: warm-up and the EMA count these."""
         return self.step - self.skipped.total
 
 
@@ -91,27 +92,27 @@ def train_step(
     settings: Distillation,
     guidance: float,
     optimizer: optax.GradientTransformation,
-    optimizer_config: optim.OptimizerConfig,
+    optimizer_config: OptimizerConfig,
     ema: EmaConfig,
     steady: bool,
     mesh: Mesh,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One iteration of distillation on the prompts of `conditioning`, batch first.
+    """One training step of distillation on the prompts of `conditioning`, batch first.
 
-    If the loss or its gradient is not finite, the iteration is skipped: it counts, and changes nothing else.
+    If the loss or its gradient is not finite, the step is skipped: it counts, and changes nothing else.
 
     Args:
-      base: the teacher's weights.
-      key: of the run; the step's own is folded from it, so that a resumed run draws the same numbers.
-      negative: conditioning of the negative prompt, as large a batch, where the teacher is guided by "cfg".
-      latents: of real pictures [B, N, 4C], one a prompt; without them the iteration starts in noise.
+      base: the teacher's weights, frozen.
+      key: of the run. The step folds its number into it, so that a resumed run draws the same numbers.
+      negative: conditioning of the negative prompt, with the same batch size, if the teacher guidance is "cfg".
+      latents: of real images [B, N, 4C], one a prompt; without them the step starts from noise.
       guidance: scale of "cfg".
-      mesh: over which the batch and the state are split.
-      steady: whether the teacher's share has reached zero, which batches its calls (see `distill`). Static.
+      mesh: that batch and state are sharded over.
+      steady: whether the teacher's share has reached zero, so that its calls are batched (see `distill`). Static.
 
     Returns:
-      The next state, and what to log: loss, of each segment loss and velocity error, gradient norm, learning rate,
-      teacher share, and how many iterations were skipped, in all and the last ones in a row.
+      The next state, and what to log: loss, loss and velocity error of each segment, gradient norm, learning rate,
+      teacher share, and how many training steps were skipped: in all, and in a row up to this one.
     """
     noise_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
     batch, tokens = conditioning.batch_size, conditioning.positions.shape[0]
@@ -124,7 +125,7 @@ def train_step(
     teachers = conditioning if negative is None else Guided(conditioning, negative, guidance)
 
     def student(adapter, x, sigma, dropout_key):
-        # The gradient is split as the adapter is, where it arises
+        # So that the gradient is sharded as the adapter is, where it arises
         adapter = jax.lax.with_sharding_constraint(adapter, shardings.adapter)
         return nnx.merge(graphdef, base, adapter).student_curve(x, sigma, conditioning, dropout_key)
 
@@ -138,7 +139,7 @@ def train_step(
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.adapter)
     adapter = optax.apply_updates(state.adapter, updates)
-    decay = optim.ema_decay(state.updates, ema.start, ema.power)
+    decay = ema_decay(state.updates, ema.start, ema.power)
     average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, adapter)
     adapter, average, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
@@ -151,7 +152,7 @@ def train_step(
         "segment_loss": log["loss"],
         "loss": loss,
         "gradient_norm": norm,
-        "learning_rate": optim.learning_rate(optimizer_config, state.updates),
+        "learning_rate": learning_rate_schedule(optimizer_config)(state.updates),
         "teacher_share": jnp.zeros(()) if steady else share,
         "skipped": skipped.total,
         "skipped_in_row": skipped.in_row,

@@ -1,4 +1,4 @@
-"""A JAX trace of a few iterations, for TensorBoard's profiler, XProf or Perfetto."""
+"""A JAX trace of a few training steps, for TensorBoard's profiler, XProf or Perfetto."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from arcflow_jax.errors import UserError
 
 
 class Trace:
-    """Records iterations first … last, counted from 1, both included.
+    """Records training steps A to B, counted from 1, both included.
 
     Args:
       text: "A:B", or None for no trace.
-      folder: for the trace.
+      folder: to write the trace to.
+
+    Raises:
+      UserError: if the text is not A:B.
     """
 
     def __init__(self, text: str | None, folder: Path):
@@ -26,24 +29,24 @@ class Trace:
             found = re.fullmatch(r"(\d+):(\d+)", text)
             self.first, self.last = map(int, found.groups()) if found else (0, 0)
             if not 1 <= self.first <= self.last:
-                raise UserError(f"profile {text!r} is not A:B, the first and the last iteration, counted from 1")
+                raise UserError(f"profile {text!r} is not A:B, the first and the last training step, counted from 1")
 
     def check(self, done: int, steps: int) -> None:
-        """Raises UserError unless a run that goes on after `done` of `steps` iterations makes those to be traced."""
+        """Raises UserError unless all traced training steps are among those left of `steps` after `done`."""
         if self.first and not done < self.first <= self.last <= steps:
             raise UserError(
-                f"profile {self.first}:{self.last}: this run makes iterations {done + 1} to {steps}, and no others"
+                f"profile {self.first}:{self.last} is outside the training steps of this run, {done + 1} to {steps}"
             )
 
-    def before(self, iteration: int) -> None:
-        """To be called before each iteration."""
-        if iteration == self.first:
+    def before(self, step: int) -> None:
+        """Call it before each training step."""
+        if step == self.first:
             jax.profiler.start_trace(str(self.folder))
             self.running = True
 
-    def after(self, iteration: int, result: Any) -> None:
-        """To be called with what each iteration leaves."""
-        if iteration == self.last and self.running:
+    def after(self, step: int, result: Any) -> None:
+        """Call it after each training step, with its result."""
+        if step == self.last and self.running:
             jax.block_until_ready(result)
             self.stop()
 

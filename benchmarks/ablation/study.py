@@ -114,7 +114,7 @@ class Study:
         # The schedule scales with the number of steps
         config.distillation.decay = config.distillation.decay * self.steps // config.steps
         config.steps = config.optimizer.decay_steps = self.steps
-        return Recipe.of(config)
+        return Recipe.from_config(config)
 
     def stops(self, cell: str) -> list[int]:
         """The training steps after which a cell is evaluated: compared cells also during training."""
@@ -194,7 +194,7 @@ class Study:
         figures = measure({DENSE: dense} | results, self.captions, against=DENSE)
         if stop == self.steps:
             jax.clear_caches()  # no other cell runs these programs
-        seconds = statistics.median(1 / line["iterations_per_second"] for line in lines)
+        seconds = statistics.median(1 / line["steps_per_second"] for line in lines)
         return Result(cell, seed, stop, seconds, figures["student"])
 
 

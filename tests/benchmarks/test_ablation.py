@@ -19,7 +19,7 @@ from benchmarks.ablation import report
 from benchmarks.ablation.cells import CELLS, COMPARED, METHODS, MODES, cell, modes
 from benchmarks.ablation.study import CONFIG, Result, Study, teacher
 from configs.tiny_ablation import CHANGES
-from tests.helpers.few_steps import FLUX_CONFIG
+from tests.helpers.few_steps import FLUX_CONFIG, TARGETS
 
 TINY = CONFIG.with_name("tiny.py")
 
@@ -32,14 +32,14 @@ def flat(recipe: Recipe) -> dict[str, object]:
     return {name: value for name, value in values.items() if name != "out"}
 
 
-def test_every_cell_changes_what_its_name_says():
-    students = {method: flat(Recipe.of(read_config(f"{TINY}:{method}"))) for method in METHODS}
+def test_every_cell_differs_from_its_student_in_what_it_says():
+    students = {method: flat(Recipe.from_config(read_config(f"{TINY}:{method}"))) for method in METHODS}
     for name in CELLS:
         student, *changes = name.split("+")
-        values = flat(Recipe.of(read_config(f"{CONFIG}:{name}")))
+        values = flat(Recipe.from_config(read_config(f"{CONFIG}:{name}")))
         different = {key: value for key, value in values.items() if value != students[student][key]}
         assert different == {key: value for change in changes for key, value in CHANGES[change].items()}, name
-    assert len({Recipe.of(read_config(f"{CONFIG}:{name}")).out for name in CELLS}) == len(CELLS)
+    assert len({Recipe.from_config(read_config(f"{CONFIG}:{name}")).out for name in CELLS}) == len(CELLS)
 
 
 def test_unchanged_modes_are_those_of_the_recipe(tmp_path):
@@ -51,9 +51,9 @@ def test_unchanged_modes_are_those_of_the_recipe(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("arcflow+nfe-3", "no change is nfe-3; known are nfe-1, nfe-4"),
-        ("arcflow+slow-head+slow-momenta", "two changes of the same value"),
-        ("quadratic", "known are arcflow, linear and legendre"),
+        ("arcflow+nfe-3", "no change is called nfe-3; known are nfe-1, nfe-4"),
+        ("arcflow+slow-head+slow-momenta", "two changes set the same value"),
+        ("quadratic", "known variants are arcflow, linear, legendre"),
     ],
 )
 def test_unknown_cells_are_refused(name, message):
@@ -70,9 +70,9 @@ def test_unknown_cells_are_refused(name, message):
         ("fast-head", (1.0, 3.0, 3.0)),
     ],
 )
-def test_parts_of_the_head_have_their_own_rates(part, factors):
-    recipe = Recipe.of(read_config(f"{CONFIG}:arcflow+{part}"))
-    _, _, abstract = split_model(FLUX.student(FLUX_CONFIG, recipe.adapter, jnp.float32))
+def test_parts_of_the_head_learn_at_rates_of_their_own(part, factors):
+    recipe = Recipe.from_config(read_config(f"{CONFIG}:arcflow+{part}"))
+    _, _, abstract = split_model(FLUX.student(FLUX_CONFIG, recipe.adapter.with_targets(TARGETS), jnp.float32))
     adapter = jax.tree.map(lambda _: jnp.ones(()), abstract)
     optimizer = make_optimizer(recipe.optimizer, adapter)
     updates, _ = optimizer.update(adapter, optimizer.init(adapter), adapter)

@@ -51,7 +51,7 @@ def student(model, tmp_path_factory) -> Path:
             "--config.mesh=(1, 1, 1, 1)",
         ],
     )
-    return train(Recipe.of(config))
+    return train(Recipe.from_config(config))
 
 
 def commands(command: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -78,7 +78,7 @@ def test_flops_of_flux_sampling():
     """FLUX.1-dev at 1024², two steps: every weight matrix by its tokens, and attention."""
     config = read_config(str(ROOT / "configs" / "flux.py"), [f"--config.model={FLUX_DEV}"])
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES)
-    program = sampler(Recipe.of(config), mesh, 1)
+    program = sampler(Recipe.from_config(config), mesh, 1)
     counted = flops(program.function.trace(*program.arguments, **program.keywords).jaxpr.jaxpr)
     n, t, d = 4096, 512, 3072
     double = 19 * ((n + t) * (4 * d * d + 8 * d * d) + 2 * 6 * d * d)  # attention, MLP; modulation of one vector each
@@ -96,7 +96,7 @@ def test_flops_of_flux_training(steady):
     gradient, which costs less than two forwards because the base needs none."""
     config = read_config(f"{ROOT / 'configs' / 'flux.py'}:published", [f"--config.model={FLUX_DEV}"])
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES)
-    program = train_step(Recipe.of(config), mesh, 1, steady=steady)
+    program = train_step(Recipe.from_config(config), mesh, 1, steady=steady)
     counted = flops(program.function.trace(*program.arguments, **program.keywords).jaxpr.jaxpr)
     teacher, student = 74.4e12, 79.1e12
     assert 2 * (4 * teacher + 3 * student) < counted < 2 * (4 * teacher + 3.8 * student)
@@ -106,7 +106,7 @@ def test_flops_of_qwen_image_sampling():
     """Qwen-Image, whose blocks are all double ones, with 512 text tokens including padding."""
     config = read_config(str(ROOT / "configs" / "qwen.py"), [f"--config.model={ROOT / 'configs' / 'qwen-image'}"])
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES)
-    program = sampler(Recipe.of(config), mesh, 1)
+    program = sampler(Recipe.from_config(config), mesh, 1)
     counted = flops(program.function.trace(*program.arguments, **program.keywords).jaxpr.jaxpr)
     n, t, d = 4096, 512, 3072
     blocks = 60 * ((n + t) * (4 * d * d + 8 * d * d) + 2 * 6 * d * d)
@@ -121,7 +121,7 @@ def test_flops_of_qwen_image_training(steady):
     """As for FLUX.1-dev, but CFG calls the teacher with and without the prompt: eight times per segment."""
     config = read_config(str(ROOT / "configs" / "qwen.py"), [f"--config.model={ROOT / 'configs' / 'qwen-image'}"])
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES)
-    program = train_step(Recipe.of(config), mesh, 1, steady=steady)
+    program = train_step(Recipe.from_config(config), mesh, 1, steady=steady)
     counted = flops(program.function.trace(*program.arguments, **program.keywords).jaxpr.jaxpr)
     teacher, student = 78.3e12, 82.7e12
     assert 2 * (8 * teacher + 3 * student) < counted < 2 * (8 * teacher + 3.8 * student)

@@ -1,4 +1,4 @@
-"""The streams of prompts and resolutions: functions of the seed and the step."""
+"""What training steps take: a function of seed and step alone."""
 
 from __future__ import annotations
 
@@ -6,49 +6,50 @@ import collections
 
 import pytest
 
-from arcflow_jax.data.batches import draw_resolution, prompt_batches
+from arcflow_jax.data.batches import BucketedBatches, MixedBatches, draw_size, shuffled_batches
 from arcflow_jax.errors import UserError
 
 PROMPTS = [f"prompt {i}" for i in range(24)]
 SIZES = ((64, 64), (32, 96), (96, 32))
+WIDE, TALL = (32, 96), (96, 32)
 
 
-def test_each_round_has_every_prompt_once_in_an_order_of_its_own():
-    batches = prompt_batches(PROMPTS, 8, seed=0)
-    rounds = [[prompt for i in range(3 * r, 3 * r + 3) for prompt in batches[i]] for r in range(4)]
-    assert all(sorted(each) == sorted(PROMPTS) for each in rounds)
-    assert len({tuple(each) for each in rounds}) == 4
-    assert rounds[0] != PROMPTS
+def test_each_epoch_has_every_prompt_once_in_an_order_of_its_own():
+    batches = shuffled_batches(PROMPTS, 8, seed=0)
+    epochs = [[prompt for i in range(3 * r, 3 * r + 3) for prompt in batches[i]] for r in range(4)]
+    assert all(sorted(each) == sorted(PROMPTS) for each in epochs)
+    assert len({tuple(each) for each in epochs}) == 4
+    assert epochs[0] != PROMPTS
 
 
-def test_the_stream_goes_on_anywhere():
-    first, again, other = (prompt_batches(PROMPTS, 5, seed) for seed in (7, 7, 8))
+def test_a_batch_does_not_depend_on_those_read_before():
+    first, again, other = (shuffled_batches(PROMPTS, 5, seed) for seed in (7, 7, 8))
     assert [again[i] for i in (90, 3, 41)] == [first[i] for i in (90, 3, 41)]
     assert [other[i] for i in range(4)] != [first[i] for i in range(4)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_parts_make_the_batch_of_one_process(count):
-    whole = prompt_batches(PROMPTS, 16, seed=3)
-    parts = [prompt_batches(PROMPTS, 16, seed=3, part=(index, count)) for index in range(count)]
+    whole = shuffled_batches(PROMPTS, 16, seed=3)
+    parts = [shuffled_batches(PROMPTS, 16, seed=3, part=(index, count)) for index in range(count)]
     for i in (0, 1, 17):
         assert [len(part[i]) for part in parts] == [16 // count] * count
         assert [prompt for part in parts for prompt in part[i]] == whole[i]
 
 
-def test_batches_larger_than_the_list_go_round():
-    batch = prompt_batches(PROMPTS[:3], 8, seed=0)[0]
+def test_batches_larger_than_the_list_repeat_it():
+    batch = shuffled_batches(PROMPTS[:3], 8, seed=0)[0]
     assert sorted(batch[:3]) == sorted(batch[3:6]) == PROMPTS[:3]
 
 
 def test_parts_that_do_not_divide_the_batch():
-    with pytest.raises(UserError, match="batch 6 is not divisible by 4"):
-        prompt_batches(PROMPTS, 6, seed=0, part=(0, 4))
+    with pytest.raises(UserError, match="batch 6 does not divide by the 4 parts"):
+        shuffled_batches(PROMPTS, 6, seed=0, part=(0, 4))
 
 
-def test_resolutions_are_drawn_from_seed_and_step():
+def test_sizes_are_drawn_from_seed_and_step():
     def drawn(seed: int, steps: range) -> list[tuple[int, int]]:
-        return [draw_resolution(SIZES, seed, i) for i in steps]
+        return [draw_size(SIZES, seed, i) for i in steps]
 
     first = drawn(0, range(3000))
     assert drawn(0, range(2999, -1, -1)) == first[::-1]
@@ -57,4 +58,49 @@ def test_resolutions_are_drawn_from_seed_and_step():
     pairs = collections.Counter(zip(first[::2], first[1::2], strict=True))
     assert len(pairs) == 9
     assert all(abs(count - 1500 / 9) < 5 * 13 for count in pairs.values())  # one says nothing of the next
-    assert draw_resolution(SIZES[:1], 0, 5) == (64, 64)
+    assert draw_size(SIZES[:1], 0, 5) == (64, 64)
+
+
+def test_mixed_batches_pair_the_streams_of_prompts_and_sizes():
+    mixed, prompts = MixedBatches(PROMPTS, SIZES, 4, 5, (1, 2)), shuffled_batches(PROMPTS, 4, 5, (1, 2))
+    assert [mixed[i] for i in (7, 0)] == [(prompts[i], draw_size(SIZES, 5, i)) for i in (7, 0)]
+
+
+def buckets(seed: int = 0, part: tuple[int, int] = (0, 1)) -> BucketedBatches:
+    """Eighteen wide prompts and six tall ones, in batches of six."""
+    return BucketedBatches(PROMPTS, [TALL if i % 4 == 0 else WIDE for i in range(24)], 6, seed, part)
+
+
+def test_each_batch_has_one_size_that_of_its_prompts():
+    batches = buckets()
+    for i in range(40):
+        prompts, size = batches[i]
+        assert len(prompts) == 6
+        assert all((int(prompt.split()[1]) % 4 == 0) == (size == TALL) for prompt in prompts)
+
+
+def test_a_size_is_drawn_as_often_as_it_has_prompts():
+    batches = buckets()
+    tall = sum(batches[i][1] == TALL for i in range(2000))
+    assert abs(tall - 500) < 5 * (2000 * 0.25 * 0.75) ** 0.5  # five deviations of a binomial
+
+
+def test_every_prompt_of_a_size_is_seen_once_in_an_epoch_of_that_size():
+    batches = buckets()
+    of_size = collections.defaultdict(list)
+    for i in range(60):
+        prompts, size = batches[i]
+        of_size[size].append(prompts)
+    wide = [prompt for batch in of_size[WIDE][:3] for prompt in batch]  # 18 prompts, 3 batches
+    assert len(wide) == len(set(wide)) == 18
+    assert all(len(set(batch)) == 6 for batch in of_size[TALL])
+
+
+def test_buckets_resume_anywhere_and_split_into_parts():
+    straight, resumed, other = buckets(3), buckets(3), buckets(4)
+    expected = [straight[i] for i in range(50)]
+    assert [resumed[i] for i in (40, 3, 49)] == [expected[i] for i in (40, 3, 49)]
+    assert [other[i] for i in range(50)] != expected
+    left, right = buckets(3, (0, 2)), buckets(3, (1, 2))
+    for i in (0, 11, 30):
+        assert (left[i][0] + right[i][0], left[i][1], right[i][1]) == (*expected[i], expected[i][1])

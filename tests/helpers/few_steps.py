@@ -1,6 +1,6 @@
-"""Five iterations of distillation on a tiny random FLUX, over whatever devices and processes there are.
+"""Five training steps of distillation on a tiny random FLUX, over whatever devices and processes there are.
 
-Run as a script, in a process that a test gives several devices: python tests/few_iterations.py MESHES [ADDRESS ID]
+Run as a script, in a process that a test gives several devices: python tests/helpers/few_steps.py MESHES [ADDRESS ID]
 prints the losses in each of several meshes; with an address it is one of two processes.
 """
 
@@ -10,6 +10,7 @@ import functools
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,17 +43,18 @@ FLUX_CONFIG = FluxConfig(
 )
 TARGETS = ("single_transformer_blocks.proj_*", "transformer_blocks.ff.*", "time_text_embed.timestep_embedder.*")
 ADAPTER = AdapterConfig(modes=3, rank=8, alpha=8.0, dropout=0.1, targets=TARGETS)
-OPTIMIZER = OptimizerConfig(1e-2, 1, 0, 0.9, 0.95, 0.0, 50.0, 0, ())
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup=0, clip_from=0)
 
 
-def conditioning(mesh: Mesh) -> FluxConditioning:
-    """Of which this process makes its own part."""
+def conditioning(mesh: Mesh, dtype: Any) -> FluxConditioning:
+    """Conditioning of a batch, of which this process makes its own part."""
     index, count = local_part(mesh)
     rng = np.random.default_rng(0)
     text = rng.standard_normal((BATCH, TEXT, FLUX_CONFIG.joint_attention_dim)).astype(np.float32)
     pooled = rng.standard_normal((BATCH, FLUX_CONFIG.pooled_projection_dim)).astype(np.float32)
     mine = slice(index * BATCH // count, (index + 1) * BATCH // count)
-    arrays = (from_part(x[mine], mesh) for x in (text, pooled, np.linspace(1, 4, BATCH, dtype=np.float32)))
+    arrays = [text.astype(dtype), pooled.astype(dtype), np.linspace(1, 4, BATCH, dtype=np.float32)]
+    arrays = (from_part(x[mine], mesh) for x in arrays)
     return FluxConditioning(*arrays, jnp.asarray(position_ids(ROWS, ROWS)))
 
 
@@ -60,16 +62,18 @@ def random_weights(abstract: nnx.State, mesh: Mesh) -> nnx.State:
     rng = np.random.default_rng(1)
 
     def draw(x: jax.ShapeDtypeStruct, sharding: jax.NamedSharding) -> jax.Array:
-        array = 0.15 * rng.standard_normal(x.shape).astype(np.float32)
+        array = (0.15 * rng.standard_normal(x.shape)).astype(x.dtype)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(draw, abstract, state_shardings(mesh, abstract))
 
 
-def few_iterations(sizes: Sequence[int]) -> tuple[list[float], TrainState, Mesh]:
-    """The losses, and the state that is left, in a mesh of these sizes."""
+def few_steps(
+    sizes: Sequence[int], dtype: Any = jnp.float32, steps: int = STEPS
+) -> tuple[list[dict[str, np.ndarray]], TrainState, Mesh]:
+    """What each step logs, and the last state, on a mesh of these sizes. Base model and inputs are of `dtype`."""
     mesh = make_mesh(sizes)
-    graphdef, abstract_base, abstract = split_model(FLUX.student(FLUX_CONFIG, ADAPTER, jnp.float32))
+    graphdef, abstract_base, abstract = split_model(FLUX.student(FLUX_CONFIG, ADAPTER, dtype))
     optimizer = make_optimizer(OPTIMIZER, abstract)
 
     base = random_weights(abstract_base, mesh)
@@ -86,12 +90,16 @@ def few_iterations(sizes: Sequence[int]) -> tuple[list[float], TrainState, Mesh]
         steady=False,
         mesh=mesh,
     )
-    step, prompts, losses = jax.jit(step, donate_argnums=0), conditioning(mesh), []
+    step, prompts, logs = jax.jit(step, donate_argnums=0), conditioning(mesh, dtype), []
     with jax.set_mesh(mesh):
-        for _ in range(STEPS):
+        for _ in range(steps):
             state, log = step(state, base, prompts, key)
-            losses.append(float(log["loss"]))
-    return losses, state, mesh
+            logs.append(jax.device_get(log))
+    return logs, state, mesh
+
+
+def losses(logs: Sequence[dict[str, np.ndarray]]) -> list[float]:
+    return [float(log["loss"]) for log in logs]
 
 
 def main(meshes: str, address: str | None = None, process: str | None = None) -> None:
@@ -99,8 +107,8 @@ def main(meshes: str, address: str | None = None, process: str | None = None) ->
         initialize(address, 2, int(process))
     found = []
     for sizes in json.loads(meshes):
-        losses, state, mesh = few_iterations(sizes)
-        found.append(losses)
+        logs, state, mesh = few_steps(sizes)
+        found.append(losses(logs))
         shardings = jax.tree.leaves(state_shardings(mesh, state))
         for x, sharding in zip(jax.tree.leaves(state), shardings, strict=True):
             assert x.sharding.is_equivalent_to(sharding, x.ndim), (sizes, x.shape, x.sharding)

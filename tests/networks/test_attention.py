@@ -112,7 +112,10 @@ def test_override_is_part_of_the_jit_key():
         f(q)
         f(q)
     assert traced == [None, "chunked"]
-    with attention_kernel("flash"), pytest.raises(ValueError, match="unknown attention kernel 'flash'; the kernels are xla, "):
+    with (
+        attention_kernel("flash"),
+        pytest.raises(ValueError, match="unknown attention kernel 'flash'; the kernels are xla, "),
+    ):
         f(q)
 
 

@@ -32,7 +32,7 @@ CLIP_L = CLIPTextConfig(
 
 def flux() -> dict[str, object]:
     """What a run of FLUX.1-dev holds, as shapes."""
-    recipe = Recipe.of(read_config(str(ROOT / "configs" / "flux.py")))
+    recipe = Recipe.from_config(read_config(str(ROOT / "configs" / "flux.py")))
     student = open_model(ROOT / "configs" / "flux.1-dev").student(recipe.adapter, jnp.bfloat16)
     _, base, adapter = split_model(student)
     optimizer = make_optimizer(recipe.optimizer, adapter)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,18 +15,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.parallel import processes as distributed
+from arcflow_jax.training.embeddings import embed_prompts
+from arcflow_jax.training.recipe import Recipe
 from tests.helpers import few_steps
-from tests.training.test_train import CONFIGS, losses, recipe, train
+from tests.training.test_train import CONFIGS, PROMPTS, losses, recipe, train
 
 
 @pytest.fixture(scope="module")
 def one_device() -> list[float]:
-    found, *_ = few_steps.few_iterations((1, 1, 1, 1))
+    logs, *_ = few_steps.few_steps((1, 1, 1, 1))
+    found = few_steps.losses(logs)
     assert np.isfinite(found).all()
     assert len(set(found)) == few_steps.STEPS
     return found
@@ -86,8 +92,8 @@ ENDLESS = """
 
 
 @pytest.mark.slow
-def test_run_of_two_processes_is_killed_and_goes_on_in_one(tmp_path):
-    """They save every two iterations; one device goes on in the mesh that it has."""
+def test_run_of_two_processes_is_killed_and_resumed_in_one(tmp_path):
+    """They save every two training steps; one device resumes on a mesh of its own."""
     model = convert_model(ASSETS / "tiny-flux", tmp_path / "model")
     run, address = tmp_path / "two" / "run", free_address()
     run.parent.mkdir()
@@ -109,6 +115,62 @@ def test_run_of_two_processes_is_killed_and_goes_on_in_one(tmp_path):
     straight = losses(train(recipe(model, tmp_path / "straight", steps=last + 2)))
     np.testing.assert_allclose([two[i] for i in range(1, last + 1)], straight[:last], rtol=1e-4)
     np.testing.assert_allclose([after[last + 1], after[last + 2]], straight[last:], rtol=1e-4)
+
+
+EVERYTHING = """
+    import sys
+    from pathlib import Path
+    from arcflow_jax.errors import told_in_a_line
+    from arcflow_jax.parallel.processes import initialize
+    from tests.parallel.test_processes import everything, train
+    model, out, address, process = sys.argv[1:]
+    initialize(address, 2, int(process))
+    with told_in_a_line():
+        train(everything(Path(model), Path(out), mesh=(2, 2, 1, 1), steps=10_000))
+"""
+
+
+def everything(model: Path, out: Path, **changes: object) -> Recipe:
+    """A run that starts from images with cached embeddings, and has CFG and previews."""
+    guided = {"teacher_guidance": "cfg", "negative_prompt": "a blue square", "data_weight": 0.5, "decay": 10_000}
+    folder = out.parent
+    settings = {"images": str(folder / "images"), "embeddings": str(folder / "embeddings"), "guidance": 3.0, "batch": 4}
+    settings |= {"preview_every": 2, "preview_prompts": ("a red circle", "a ring"), "save_every": 10_000}
+    return recipe(model, out, **settings | changes, distillation=guided)
+
+
+@pytest.mark.slow
+def test_everything_at_once_on_two_processes_until_one_is_preempted(tmp_path):
+    """Images, CFG, embedding cache and previews are those of one process; SIGTERM at one ends both at the same step."""
+    model = convert_model(ASSETS / "tiny-flux", tmp_path / "model")
+    (tmp_path / "images").mkdir()
+    for i, prompt in enumerate(PROMPTS):
+        noise = np.random.default_rng(i).integers(0, 255, (40, 50, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / "images" / f"{i}.png")
+        (tmp_path / "images" / f"{i}.txt").write_text(prompt)
+    run, address = tmp_path / "two", free_address()
+    embed_prompts(dataclasses.replace(everything(model, run), embeddings=""), tmp_path / "embeddings")
+    processes = [start(2, "-c", textwrap.dedent(EVERYTHING), model, run, address, i) for i in (0, 1)]
+    try:
+        while not ((run / "log.jsonl").exists() and len(losses(run)) >= 3):
+            assert all(process.poll() is None for process in processes), processes[0].communicate()
+            time.sleep(0.2)
+        processes[1].send_signal(signal.SIGTERM)
+        told = [finish(process).splitlines()[-1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    steps = len(losses(run))
+    assert (
+        told == [f"preempted: checkpoint at step {steps} of 10000 written to {run}; run the same command to resume"] * 2
+    )
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [str(steps)]
+
+    alone = train(everything(model, tmp_path / "one", steps=2))
+    np.testing.assert_allclose(losses(run)[:2], losses(alone), rtol=1e-4)
+    sheets = [np.asarray(Image.open(each / "previews" / "000002.png"), np.int32) for each in (run, alone)]
+    np.testing.assert_allclose(*sheets, atol=2)
 
 
 PARTS = """

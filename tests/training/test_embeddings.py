@@ -38,7 +38,7 @@ def model(tmp_path_factory) -> Path:
 
 
 def small(model: Path, out: Path, **changes: Any) -> Recipe:
-    """Three iterations of two resolutions, on LINES."""
+    """Three training steps of two resolutions, on LINES."""
     made = recipe(model, out)
     Path(made.prompts).write_text("\n".join(LINES))
     return dataclasses.replace(made, **{"resolutions": ((32, 32), (32, 48)), "steps": 3} | changes)
@@ -81,7 +81,7 @@ def test_training_from_a_cache_is_training_on_the_fly(model, cache, tmp_path, mo
     # Twenty-four draws out of seven prompts are three rounds and three more
     assert cut[0] == cut[1] == sorted(cut[0])
     assert cut[0][-1] in (3, 4)
-    assert f"{cut[0][-1]} prompts had more tokens than the encoder takes, and were cut" in out
+    assert f"{cut[0][-1]} prompts had more tokens than the text encoder takes, and were cut" in out
 
 
 def test_conditioning_is_that_of_the_encoders(model, cache):
@@ -111,7 +111,7 @@ class Encoders:
         patched.setattr(FluxPrompts, "embed", recorded)
 
 
-def test_a_cache_that_was_interrupted_goes_on(model, cache, tmp_path, monkeypatch):
+def test_an_interrupted_cache_is_resumed(model, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(embeddings, "SHARD", 4)
     encoders = Encoders(monkeypatch)
     settings = small(model, tmp_path / "run")
@@ -131,7 +131,7 @@ def test_a_cache_that_was_interrupted_goes_on(model, cache, tmp_path, monkeypatc
     assert encoders.asked == [first, second]
 
     others = dataclasses.replace(settings, prompts=str(ASSETS / "prompts-test.txt"))
-    with pytest.raises(UserError, match=r"\.out\.incomplete is an unfinished cache of other prompts or encoders"):
+    with pytest.raises(UserError, match=r"\.out\.incomplete is an unfinished cache of other prompts or text encoders"):
         embed_prompts(others, tmp_path / "out")
 
     encoders.asked.clear()
@@ -200,7 +200,7 @@ def test_the_door(model, cache, tmp_path):
     other = json.loads(json.dumps(description))
     other["components"]["text_encoder_2"]["fingerprint"] = "0" * 64
     directory = ModelDirectory(model, other)
-    refused("are of other encoders than those of")
+    refused("are of other text encoders than those of")
     del other["components"]["text_encoder_2"]["fingerprint"]
     refused("keeps no fingerprint of its text_encoder_2: convert the model again")
     retokenized = tmp_path / "model"
@@ -210,4 +210,4 @@ def test_the_door(model, cache, tmp_path):
     CachedPrompts(cache, directory, "float32", mesh, PROMPTS)
     with (retokenized / "tokenizer_2" / "tokenizer.json").open("a") as file:
         file.write(" ")
-    refused("are of other encoders than those of")
+    refused("are of other text encoders than those of")

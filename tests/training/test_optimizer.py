@@ -68,28 +68,70 @@ def test_first_matching_group_counts():
 
 
 def test_clipping_starts_late_and_keeps_small_gradients():
-    clip = optim.clip_late(norm=1.0, start=2)
-    grads = {"a": jnp.array([3.0, 4.0])}
-    state = clip.init(grads)
-    norms = []
-    for _ in range(4):
-        updates, state = clip.update(grads, state)
-        norms.append(float(optax.global_norm(updates)))
-    np.testing.assert_allclose(norms, [5, 5, 1, 1], rtol=1e-6)
-    small, _ = clip.update({"a": jnp.array([0.3, 0.4])}, state)
-    np.testing.assert_allclose(small["a"], [0.3, 0.4])
+    """Adam after the first update only sees ratios of gradients: those of a clipped one are 1/norm times as large."""
+    state = adapter()
+    size = sum(x.size for x in jax.tree.leaves(state))  # 10 entries: gradients of ones have norm √10
+
+    def first_moments(clip_from: int, scale: float) -> list[float]:
+        optimizer = optim.make_optimizer(dataclasses.replace(CONFIG, clip_from=clip_from, b1=0.0), state)
+        grads = jax.tree.map(lambda x: scale * jnp.ones_like(x), state)
+        inner, seen = optimizer.init(state), []
+        for _ in range(3):
+            _, inner = optimizer.update(grads, inner, state)
+            # With b1 = 0, Adam's first moment is the gradient that reaches it
+            (moments,) = (part.mu for part in inner if isinstance(part, optax.ScaleByAdamState))
+            seen.append(float(optax.global_norm(moments)))
+        return seen
+
+    norm = size**0.5
+    np.testing.assert_allclose(first_moments(2, 1.0), [norm, norm, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(first_moments(0, 0.1), [0.1 * norm] * 3, rtol=1e-6)  # below the limit of 1
 
 
-def test_learning_rate_warms_up_and_decays():
-    config = dataclasses.replace(CONFIG, warmup=4, decay_steps=100)
-    rates = [float(optim.learning_rate(config, jnp.asarray(step))) for step in (0, 1, 3, 50, 100, 120)]
-    quarter, half, full = (0.1 * f * 0.5 * (1 + np.cos(np.pi * s / 100)) for f, s in ((0.25, 0), (0.5, 1), (1, 3)))
-    np.testing.assert_allclose(rates, [quarter, half, full, 0.05, 0, 0], atol=1e-7)
+def rates(steps: tuple[int, ...], **changes: float) -> list[float]:
+    schedule = optim.learning_rate_schedule(dataclasses.replace(CONFIG, **changes))
+    return [float(schedule(jnp.asarray(step))) for step in steps]
+
+
+def test_published_warm_up():
+    """lr · (0.001 + 0.999 · i / warmup) for i < warmup, then lr; here lr is 1e-4 and warmup 100."""
+    expected = [
+        1e-7,  # i = 0: 1e-4 · 0.001
+        1.0990e-6,  # i = 1: 1e-4 · (0.001 + 0.00999)
+        5.0050e-5,  # i = 50: 1e-4 · (0.001 + 0.4995)
+        9.9001e-5,  # i = 99: 1e-4 · (0.001 + 0.98901)
+        1e-4,
+        1e-4,
+    ]
+    np.testing.assert_allclose(rates((0, 1, 50, 99, 100, 9999), learning_rate=1e-4, warmup=100), expected, rtol=1e-5)
+
+
+def test_learning_rate_without_warm_up_and_with_decay():
+    np.testing.assert_allclose(rates((0, 1, 500)), [0.1] * 3, rtol=1e-6)
+    # From step 20 to step 100 half a cosine: a quarter of it is at step 40, half at 60
+    decayed = rates((0, 10, 20, 40, 60, 100, 120), warmup=20, decay_steps=100)
+    quarter = 0.1 * (1 + 0.5**0.5) / 2
+    np.testing.assert_allclose(decayed, [1e-4, 0.1 * 0.5005, 0.1, quarter, 0.05, 0, 0], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"warmup": -1}, "optimizer.warmup is -1, but has to be at least 0"),
+        ({"clip_norm": 0.0}, "optimizer.clip_norm is 0.0, but has to be above 0"),
+        ({"warmup": 20, "decay_steps": 20}, "optimizer.decay_steps is 20, but has to be above warmup = 20, or 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(CONFIG, **changes)
 
 
 def test_ema_copies_at_first_and_then_averages_over_a_share_of_the_run():
-    decays = [float(optim.ema_decay(jnp.asarray(step), start=10, power=8.0)) for step in (0, 9, 10, 99, 9999)]
-    np.testing.assert_allclose(decays, [0, 0, (10 / 11) ** 8, 0.99**8, 0.9999**8], rtol=1e-5)
+    """(1 − 1/t)^8 with t = i + 1 − 100 for t ≥ 1, and a copy before: t is 1, 2, 3, 10 at i = 100, 101, 102, 109."""
+    decays = [float(optim.ema_decay(jnp.asarray(i), start=100, power=8.0)) for i in (0, 99, 100, 101, 102, 109)]
+    by_hand = [0, 0, 0, 1 / 256, 256 / 6561, 0.43046721]  # 0.5^8, (2/3)^8, 0.9^8
+    np.testing.assert_allclose(decays, by_hand, rtol=1e-5)
 
 
 @dataclasses.dataclass(frozen=True)

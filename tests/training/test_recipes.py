@@ -1,46 +1,178 @@
-"""The recipes for the large models, held against those models' geometry. Shapes only."""
+"""Recipes: found by name or file, small, typed; the large ones fit their models. Shapes only."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
+import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from ml_collections import ConfigDict
 
+from arcflow_jax import families
 from arcflow_jax.errors import UserError
-from arcflow_jax.families.flux import FLUX
-from arcflow_jax.families.qwen_image import QWEN_IMAGE
 from arcflow_jax.networks.student import split_model
 from arcflow_jax.storage.files import parse_config, read_json
 from arcflow_jax.training.optimizer import make_optimizer
-from arcflow_jax.training.recipe import Recipe, read_config
+from arcflow_jax.training.recipe import SETTINGS, Recipe, bundled, read_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LARGE = {
-    "flux": (FLUX, "flux.1-dev", ("default", "published", "legendre")),
-    "qwen": (QWEN_IMAGE, "qwen-image", ("published", "compact", "legendre")),
+    "flux": ("FluxPipeline", "flux.1-dev", ("default", "published", "legendre")),
+    "qwen": ("QwenImagePipeline", "qwen-image", ("published", "compact", "legendre")),
 }
+VARIANTS = {name: variants for name, (*_, variants) in LARGE.items()}
+VARIANTS |= dict.fromkeys(("tiny", "tiny_qwen", "tiny_ablation"), ("arcflow", "linear", "legendre"))
 
 
-@pytest.mark.parametrize(("file", "arg"), [(file, arg) for file, (*_, args) in LARGE.items() for arg in args])
-def test_recipe_fits_its_model(file, arg):
+@pytest.mark.parametrize(("name", "variant"), [(name, each) for name, (*_, some) in LARGE.items() for each in some])
+def test_recipe_fits_its_model(name, variant):
     """Every group of the optimizer finds its variables, and the student is under 5 % of its teacher, FLUX.1's published
     one excepted."""
-    network, folder, _ = LARGE[file]
-    recipe = Recipe.of(read_config(f"{CONFIGS / file}.py:{arg}"))
+    pipeline, folder, _ = LARGE[name]
+    family = families.of_pipeline(pipeline, name)
+    network = family.networks["transformer"]
+    recipe = Recipe.from_config(read_config(f"{name}:{variant}"))
     config = CONFIGS / folder / "transformer" / "config.json"
-    student = network.student(
-        parse_config(network.config, read_json(config), str(config)), recipe.adapter, jnp.bfloat16
-    )
+    adapter = recipe.adapter.with_targets(family.lora_targets)
+    student = network.student(parse_config(network.config, read_json(config), str(config)), adapter, jnp.bfloat16)
     _, base, trained = split_model(student)
     make_optimizer(recipe.optimizer, trained)
     trainable, frozen = (sum(math.prod(x.shape) for x in jax.tree.leaves(state)) for state in (trained, base))
-    assert 0.01 < trainable / frozen < (0.0549 if (file, arg) == ("flux", "published") else 0.05)
+    assert 0.01 < trainable / frozen < (0.0549 if (name, variant) == ("flux", "published") else 0.05)
 
 
-@pytest.mark.parametrize("file", LARGE)
-def test_a_variant_that_is_none_is_refused(file):
-    with pytest.raises(UserError, match=f"configs/{file}.py:curved: known are .*legendre"):
-        read_config(f"{CONFIGS / file}.py:curved")
+def test_the_published_recipe_of_flux():
+    """The table of the paper."""
+    recipe = Recipe.from_config(read_config("flux:published"))
+    adapter, optimizer = recipe.adapter, recipe.optimizer
+    assert (adapter.modes, adapter.rank, adapter.alpha, adapter.dropout) == (16, 256, 256.0, 0.05)
+    assert (optimizer.learning_rate, optimizer.warmup, optimizer.b1, optimizer.b2) == (1e-4, 100, 0.9, 0.95)
+    assert (optimizer.weight_decay, optimizer.clip_norm, optimizer.clip_from) == (0.0, 50.0, 100)
+    assert optimizer.groups == (("head.proj_out_loggamma.*", 0.1),)
+    assert (recipe.steps, recipe.batch, recipe.guidance, recipe.distillation.decay) == (10_000, 16, 3.5, 2000)
+    assert (recipe.ema.start, recipe.ema.power) == (100, 8.0)
+
+
+def test_every_bundled_recipe_is_found_by_name_and_by_file():
+    assert set(bundled()) == VARIANTS.keys()
+    for name, variants in VARIANTS.items():
+        for variant in ("", *(f":{each}" for each in variants)):
+            named, by_path = read_config(name + variant), read_config(f"{CONFIGS / name}.py{variant}")
+            assert named.to_dict() == by_path.to_dict()
+            Recipe.from_config(named)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_recipes_are_small(name):
+    lines = (CONFIGS / f"{name}.py").read_text().splitlines()
+    assert len(lines) <= (60 if name == "tiny_ablation" else 40)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("flux:curved", "recipe flux:curved: known variants are default, published, legendre"),
+        ("tiny_ablation:arcflow+faster", "recipe .*: no change is called faster; known are nfe-1, "),
+        ("fluks", "no recipe is called 'fluks': known are flux, qwen, tiny, tiny_ablation, tiny_qwen; a file's name"),
+        ("nowhere/mine.py", "recipe nowhere/mine.py does not exist"),
+    ],
+)
+def test_recipes_that_do_not_exist_are_refused(recipe, message):
+    with pytest.raises(UserError, match=message):
+        read_config(recipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import nothing_of_this_name\n", "mine.py: No module named 'nothing_of_this_name'"),
+        ("def get_config():\n    return {'model': 'm', 'adapter': {'rnk': 3}}\n", "adapter has no key 'rnk': did you"),
+        ("def get_config():\n    return {'model': 3}\n", "model is 3, but has to be a text"),
+        ("get_conf = None\n", "has no attribute 'get_config'"),
+    ],
+)
+def test_broken_recipe_files_are_refused(tmp_path, text, message):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_config(str(tmp_path / "mine.py"))
+
+
+def test_a_file_states_what_differs_and_lacks_what_has_no_default(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def get_config(arg='x'):\n    return {'model': 'm', 'out': arg, 'adapter': {'rank': 3}}\n")
+    with pytest.raises(UserError, match=r"the recipe lacks guidance: state it in its file, or set --config.guidance=…"):
+        Recipe.from_config(read_config(str(file)))
+    recipe = Recipe.from_config(read_config(f"{file}:runs/y", ["--config.guidance=2", "--config.prompts=p.txt"]))
+    assert recipe == dataclasses.replace(
+        Recipe("m", "runs/y", 2.0, prompts="p.txt"),
+        adapter=dataclasses.replace(Recipe("", "", 0, "p").adapter, rank=3, alpha=3.0),
+    )
+
+
+def test_overrides_are_typed():
+    overrides = {
+        "out": "runs/a=b, (c)",
+        "steps": "7",
+        "guidance": "2",
+        "mesh": "(1, 2, 3, 4)",
+        "resolutions": "[(64, 32)]",
+        "adapter.targets": "('a.*',)",
+        "optimizer.learning_rate": "1e-3",
+        "optimizer.groups": "(('head.*', 1),)",
+    }
+    config = read_config("tiny", [f"--config.{key}={text}" for key, text in overrides.items()])
+    recipe = Recipe.from_config(config)
+    assert (recipe.out, recipe.steps, recipe.guidance, recipe.mesh) == ("runs/a=b, (c)", 7, 2.0, (1, 2, 3, 4))
+    assert (recipe.resolutions, recipe.adapter.targets) == (((64, 32),), ("a.*",))
+    assert (recipe.optimizer.learning_rate, recipe.optimizer.groups) == (1e-3, (("head.*", 1.0),))
+    assert type(recipe.guidance) is type(recipe.optimizer.groups[0][1]) is float
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.stpes=7", "a recipe has no key 'stpes': did you mean steps? known are model, out"),
+        ("--config.adapter.rnk=7", "adapter has no key 'rnk': did you mean adapter.rank? known are modes, rank, "),
+        ("--config.seed.x=7", "seed has no key 'x': known are none below it"),
+        ("--config.adapter=7", "adapter is 7, but it is a group of keys: set one of adapter.modes, adapter.rank, "),
+        ("--config.steps=1e3", "steps is 1000.0, but has to be a whole number"),
+        ("--config.steps=many", "steps is 'many', but has to be a whole number"),
+        ("--config.steps=True", "steps is True, but has to be a whole number"),
+        ("--config.optimizer.b1='0.9'", "optimizer.b1 is '0.9', but has to be a number"),
+        ("--config.mesh=(1, 2", "mesh is '(1, 2', but has to be a tuple, each element a whole number"),
+        ("--config.resolutions=(64, 64)", "but has to be a tuple, each element (a whole number, a whole number)"),
+        ("--config.adapter.targets=7", "adapter.targets is 7, but has to be None or a tuple, each element a text"),
+        ("steps=7", "cannot read steps=7: overrides have the form --config.key=value"),
+        ("--config.steps", "cannot read --config.steps: overrides have the form --config.key=value"),
+    ],
+)
+def test_overrides_that_are_wrong_are_refused(override, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_config("tiny", [override])
+
+
+def test_configs_are_locked_against_typos():
+    config = read_config("tiny")
+    with pytest.raises(AttributeError, match="stpes"):
+        config.stpes = 3
+    with pytest.raises(UserError, match="a recipe has no key 'stpes'"):
+        Recipe.from_config(ConfigDict({"stpes": 3}))
+
+
+def test_a_run_begun_before_defaults_is_the_same(tmp_path):
+    """Its config.json spells out LoRA targets, and lacks keys that came later."""
+    recipe = Recipe.from_config(read_config("tiny"))
+    before = recipe.resolved()
+    before["adapter"]["targets"] = ["transformer_blocks.ff.*"]
+    del before["start_from"]
+    (tmp_path / SETTINGS).write_text(json.dumps(before))
+    recipe.check_same(tmp_path)
+    before["optimizer"]["b1"] = 0.5
+    (tmp_path / SETTINGS).write_text(json.dumps(before))
+    with pytest.raises(UserError, match=r"other settings: optimizer\.b1 was 0\.5, not 0\.9; name another"):
+        recipe.check_same(tmp_path)

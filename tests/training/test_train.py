@@ -41,7 +41,7 @@ def recipe(model: Path, out: Path, **changes) -> Recipe:
         config.adapter.update(modes=3, rank=2, dropout=0.1)
         config.distillation.update(decay=3, states=2)
         config.update(changes)
-    return Recipe.of(config)
+    return Recipe.from_config(config)
 
 
 def losses(run: Path) -> list[float]:
@@ -68,7 +68,7 @@ def test_student_of_legendre_polynomials(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_interrupted_run_goes_on_bit_for_bit(model, tmp_path):
+def test_interrupted_run_resumes_bit_for_bit(model, tmp_path):
     straight = train(recipe(model, tmp_path / "straight"))
     train(recipe(model, tmp_path / "resumed", steps=2))
     resumed = train(recipe(model, tmp_path / "resumed"))
@@ -80,13 +80,13 @@ def test_interrupted_run_goes_on_bit_for_bit(model, tmp_path):
     for name in one:
         np.testing.assert_array_equal(one[name], two[name], err_msg=name)
 
-    # what it left can be sampled from, and only with its own base
+    # the run can be sampled from, and only with its own base model
     pipeline = ArcFlowPipeline.from_pretrained(model, adapter=straight)
     images = pipeline(PROMPTS[:2], height=32, width=48, seed=3).images
     assert [image.size for image in images] == [(48, 32)] * 2
     compiled = sample_student._cache_size()
     others = pipeline(PROMPTS[2:], height=32, width=48, seed=4, guidance_scale=1.5).images
-    assert sample_student._cache_size() == compiled  # nothing of a request is in the program
+    assert sample_student._cache_size() == compiled  # nothing about a request is compiled in
     assert np.any(np.asarray(others[0]) != np.asarray(images[0]))
 
 
@@ -112,9 +112,9 @@ def test_mesh_of_another_size_is_refused(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_with_pictures_and_true_guidance(model, tmp_path, monkeypatch):
-    """From a folder to the log, with every optional term."""
-    folder = tmp_path / "pictures"
+def test_with_images_and_cfg(model, tmp_path, monkeypatch):
+    """From a folder to the log, with every optional loss."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for i, prompt in enumerate(PROMPTS):
         noise = np.random.default_rng(i).integers(0, 255, (40, 50, 3), np.uint8)
@@ -140,6 +140,6 @@ def test_with_pictures_and_true_guidance(model, tmp_path, monkeypatch):
     assert first["reconstruction"] != second["reconstruction"]
 
 
-def test_term_on_pictures_without_pictures_is_refused(model, tmp_path):
-    with pytest.raises(UserError, match="data_weight is of a term on real pictures"):
+def test_loss_on_images_without_images_is_refused(model, tmp_path):
+    with pytest.raises(UserError, match="data_weight weights a loss on real images: name a folder"):
         recipe(model, tmp_path / "run", distillation={"data_weight": 0.5})

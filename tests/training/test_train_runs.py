@@ -1,8 +1,9 @@
-"""Runs that are killed, told to end, diverge or fill the disk; what they log, draw and trace."""
+"""Runs that are killed, preempted, diverge or fill the disk; what they log, draw and trace."""
 
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
 import os
 import re
@@ -45,7 +46,7 @@ def model(tmp_path_factory) -> Path:
 
 
 def overrides(model: Path, out: Path, **changes: object) -> list[str]:
-    """The tiny recipe, cut down to iterations of a fraction of a second."""
+    """The tiny recipe, cut down to training steps of a fraction of a second."""
     prompts = out.parent / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
     values = {
@@ -59,7 +60,7 @@ def overrides(model: Path, out: Path, **changes: object) -> list[str]:
 
 
 def recipe(model: Path, out: Path, **changes: object) -> Recipe:
-    return Recipe.of(read_config(TINY, overrides(model, out, **changes)))
+    return Recipe.from_config(read_config(TINY, overrides(model, out, **changes)))
 
 
 def log(run: Path) -> list[dict]:
@@ -99,15 +100,15 @@ import os, signal, sys, time
 from pathlib import Path
 from tests.training.test_train_runs import RunLog, recipe, train
 model, out = map(Path, sys.argv[1:])
-iteration = RunLog.iteration
+log_step = RunLog.step
 def killing(log, step, values):
-    line = iteration(log, step, values)
+    line = log_step(log, step, values)
     if step == 13:
-        while not (out / "checkpoints" / "10").exists():  # saving goes on in the background
+        while not (out / "checkpoints" / "10").exists():  # saved in the background
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     return line
-RunLog.iteration = killing
+RunLog.step = killing
 train(recipe(model, out, steps=20))
 """
 
@@ -123,7 +124,7 @@ def test_kill_and_resume_is_bit_identical(model, tmp_path):
         file.write('{"step": 14, "lo')  # as a kill may leave it
     resumed = train(recipe(model, tmp_path / "killed", steps=20))
     assert_same(saved(straight), saved(resumed))
-    timings = ("time", "iterations_per_second")
+    timings = ("time", "steps_per_second")
     lines = [[{name: x for name, x in line.items() if name not in timings} for line in log(run)]
              for run in (straight, resumed)]  # fmt: skip
     assert lines[0] == lines[1]
@@ -132,27 +133,28 @@ def test_kill_and_resume_is_bit_identical(model, tmp_path):
              for run in (straight, resumed)]  # fmt: skip
     assert shown[0] == shown[1] == [(step, "loss") for step in range(1, 21)]
 
-    # what is left can be sampled from, averaged or not
+    # what is left can be sampled from, with EMA weights and without
     few = [ArcFlowPipeline.from_pretrained(model, straight, raw=raw) for raw in (False, True)]
     sampled = [pipe(PROMPTS[:1], height=32, width=32, seed=3).images for pipe in few]
     assert np.any(np.asarray(sampled[0][0]) != np.asarray(sampled[1][0]))
 
 
-def test_told_to_end_saves_and_exits_with_0(model, tmp_path, monkeypatch, capfd):
-    iteration = RunLog.iteration
+def test_preempted_run_saves_and_exits_with_0(model, tmp_path, monkeypatch, capfd):
+    log_step = RunLog.step
 
-    def telling(self, step, values):
+    def preempting(self, step, values):
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return iteration(self, step, values)
+        return log_step(self, step, values)
 
-    monkeypatch.setattr(RunLog, "iteration", telling)
+    monkeypatch.setattr(RunLog, "step", preempting)
     before = signal.getsignal(signal.SIGTERM)
     assert exit_code(["train", "--config", TINY, *overrides(model, tmp_path / "run")]) == 0
-    assert "told to end" in capfd.readouterr().out
+    message = f"preempted: checkpoint at step 2 of 4 written to {tmp_path / 'run'}; run the same command to resume\n"
+    assert capfd.readouterr().out.endswith(message)
     assert signal.getsignal(signal.SIGTERM) == before
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["2"]
-    monkeypatch.setattr(RunLog, "iteration", iteration)
+    monkeypatch.setattr(RunLog, "step", log_step)
     train(recipe(model, tmp_path / "run"))
     assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 3, 4]
 
@@ -174,7 +176,7 @@ def test_full_disk_under_the_log(model, tmp_path, capsys):
 
     def write_a_line() -> None:
         with RunLog(run, settings, 0) as log:
-            log.iteration(1, values)
+            log.step(1, values)
 
     message = r"^cannot write to .*/run, its checkpoints are intact: File too large$"
     with disk_for_files_up_to(0), pytest.raises(UserError, match=message):
@@ -182,8 +184,8 @@ def test_full_disk_under_the_log(model, tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def poison(monkeypatch, iterations: set[int]) -> None:
-    """Makes the guidance of some iterations, counted from 1, NaN, and with it loss and gradient."""
+def poison(monkeypatch, steps: set[int]) -> None:
+    """Makes the guidance of some training steps, counted from 1, NaN, and with it loss and gradient."""
     real = flux.FAMILY.prompts
 
     class Poisoned(real):
@@ -192,14 +194,14 @@ def poison(monkeypatch, iterations: set[int]) -> None:
         def __call__(self, prompts, **settings):
             conditioning = super().__call__(prompts, **settings)
             self.seen += 1
-            if self.seen in iterations:
+            if self.seen in steps:
                 return dataclasses.replace(conditioning, guidance=conditioning.guidance * jnp.nan)
             return conditioning
 
     monkeypatch.setitem(families._FAMILIES, "FluxPipeline", dataclasses.replace(flux.FAMILY, prompts=Poisoned))
 
 
-def test_iterations_that_are_not_finite_are_skipped(model, tmp_path, monkeypatch):
+def test_training_steps_that_are_not_finite_are_skipped(model, tmp_path, monkeypatch):
     poison(monkeypatch, {2})
     run = train(recipe(model, tmp_path / "run", steps=3, save_every=1, keep_last=3))
     assert [line["skipped"] for line in log(run)] == [0, 1, 1]
@@ -220,7 +222,9 @@ def test_too_many_in_a_row_stop_the_run(model, tmp_path, monkeypatch, capfd):
     arguments = overrides(model, tmp_path / "run", steps=90, max_skipped=2)
     assert exit_code(["train", "--config", TINY, *arguments]) == 2
     error = capfd.readouterr().err
-    assert re.fullmatch(r"error: stopped: the loss or gradient of the last 3 iterations was not finite; .*\n", error)
+    assert re.fullmatch(
+        r"error: stopped: the loss or gradient of the last 3 training steps was not finite\. .*\n", error
+    )
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["4"]
 
 
@@ -230,27 +234,74 @@ def test_other_settings_are_named(model, tmp_path):
         UserError, match=r"other settings: optimizer.learning_rate was 0.002, not 0.1, seed was 0, not 1;"
     ):
         train(recipe(model, tmp_path / "run", **{"seed": 1, "optimizer.learning_rate": 0.1}))
-    train(recipe(model, tmp_path / "run", steps=0, log_every=7))  # which decides nothing
+    train(recipe(model, tmp_path / "run", steps=0, log_every=7))  # which does not change the numbers
     assert json.loads((tmp_path / "run" / "config.json").read_text())["log_every"] == 7
 
 
 class FakeWandb(types.ModuleType):
-    """What the run calls of Weights & Biases, which is not installed where tests run."""
+    """What the run calls of Weights & Biases, which is not installed where tests run, as its documentation has it.
+
+    A run is known by its id. Its own step counts up, in a resumed run too; what is logged to an earlier one is dropped.
+    A metric is drawn over that step, or over another metric of the same call, as `define_metric` says.
+    """
 
     def __init__(self):
         super().__init__("wandb")
-        self.started: list[dict] = []
-        self.logged: list[tuple[int, dict]] = []
+        self.runs: dict[str, FakeWandb.Run] = {}
         self.__spec__ = types.SimpleNamespace()
         self.Image = lambda image: image.size
 
-    def init(self, **settings):
-        self.started.append(settings)
-        return types.SimpleNamespace(log=lambda values, step: self.logged.append((step, values)), finish=lambda: None)
+    def init(self, *, project: str, name: str, id: str, resume: str, dir: str, config: dict) -> FakeWandb.Run:
+        assert resume == "allow"
+        run = self.runs.setdefault(id, FakeWandb.Run())
+        run.open = True
+        return run
+
+    class Run:
+        def __init__(self):
+            self.open, self.own_step, self.x = False, 0, {}
+            self.drawn: list[tuple[str, int, object]] = []  # metric, where, value
+
+        def define_metric(self, name: str, *, step_metric: str) -> None:
+            self.x[name] = step_metric
+
+        def log(self, data: dict, step: int | None = None) -> None:
+            assert self.open, "log after finish"
+            if step is not None and step < self.own_step:
+                return  # dropped, with a warning
+            self.own_step = self.own_step + 1 if step is None else step
+            for name, value in data.items():
+                over = next((x for pattern, x in self.x.items() if fnmatch.fnmatchcase(name, pattern)), None)
+                if over is None or over in data:
+                    self.drawn.append((name, self.own_step if over is None else data[over], value))
+
+        def finish(self) -> None:
+            self.open = False
+
+        def steps(self, name: str) -> list[int]:
+            return [step for metric, step, _ in self.drawn if metric == name]
+
+
+def test_weights_and_biases_of_a_resumed_run(model, tmp_path, monkeypatch):
+    """What is trained again after a checkpoint arrives, though Weights & Biases has seen later steps."""
+    monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
+    values = {name: jnp.ones(()) for name in ("loss", "gradient_norm", "learning_rate", "teacher_share", "skipped")}
+    values |= {"segment_loss": jnp.ones(2), "skipped_in_row": jnp.zeros(())}
+    run = tmp_path / "run"
+    run.mkdir()
+    logged = recipe(model, run, wandb_project="w")
+    for done, steps in ((0, (1, 2, 3)), (1, (2, 3, 4))):
+        with RunLog(run, logged, done) as log:
+            for step in steps:
+                log.step(step, values)
+            log.image(steps[-1], Image.new("RGB", (8, 8)))
+    (project,) = wandb.runs.values()
+    assert project.steps("loss") == [1, 2, 3, 2, 3, 4]
+    assert project.steps("preview") == [3, 4]
 
 
 @pytest.mark.slow
-def test_pictures_trace_and_weights_and_biases(model, tmp_path, monkeypatch, capfd):
+def test_previews_trace_and_weights_and_biases(model, tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
     run = tmp_path / "run"
     shown = recipe(model, run, steps=2, preview_every=2, preview_prompts=("a red circle", "a ring"), wandb_project="w")
@@ -258,21 +309,21 @@ def test_pictures_trace_and_weights_and_biases(model, tmp_path, monkeypatch, cap
 
     with Image.open(run / "previews" / "000002.png") as image:
         sheet = np.asarray(image.convert("RGB"), np.int32)
-    # rows under a line of names, each under its prompt; pictures of 32 pixels are drawn six times as large
-    teacher, raw, averaged = (
+    # rows under a line of names, each under its prompt; images of 32 pixels are drawn six times as large
+    teacher, raw, ema = (
         np.stack([sheet[40 + 212 * row :, 196 * column :][:192:6, :192:6] for row in range(2)]) for column in range(3)
     )
     assert sheet.shape == (20 + 2 * 212, 3 * 196 - 4, 3)
     assert (sheet[:20] < 128).any()
     assert (sheet[20:40] < 128).any()
-    for one, two in ((teacher[0], teacher[1]), (teacher, raw), (raw, averaged)):
+    for one, two in ((teacher[0], teacher[1]), (teacher, raw), (raw, ema)):
         assert np.any(one != two)
     straight = ArcFlowPipeline.from_pretrained(model)
     expected = straight(
         ["a red circle", "a ring"], height=32, width=32, seed=0, guidance_scale=shown.guidance, batch_size=2
     ).images
     np.testing.assert_allclose(teacher, np.stack([np.asarray(each, np.int32) for each in expected]), atol=1)
-    for raw_weights, there in ((True, raw), (False, averaged)):
+    for raw_weights, there in ((True, raw), (False, ema)):
         student = ArcFlowPipeline.from_pretrained(model, run, raw=raw_weights)
         expected = student(["a red circle", "a ring"], height=32, width=32, seed=0, batch_size=2)
         np.testing.assert_allclose(there, np.stack([np.asarray(each, np.int32) for each in expected]), atol=2)
@@ -283,16 +334,18 @@ def test_pictures_trace_and_weights_and_biases(model, tmp_path, monkeypatch, cap
     output = capfd.readouterr().out
     assert re.search(r"trains 0\.\d+ of \d\.\d+ million parameters \(\d+\.\d+ %\) on 1 \w+ devices", output)
     assert re.search(
-        r"iteration 2 of 2: loss [\d.]+ \(segments [\d.]+ [\d.]+\), gradient \S+, rate 0.0002, teacher 100 %, "
-        r"[\d.]+ it/s, 0:00:00 left",
+        r"step 2 of 2: loss [\d.]+ \(segments [\d.]+ [\d.]+\), gradient \S+, rate 0.0002, teacher 100 %, "
+        r"[\d.]+ steps/s, 0:00:00 left",
         output,
     )
-    assert [step for step, _ in wandb.logged] == [1, 2, 2]
-    assert wandb.logged[-1][1]["preview"] == (3 * 196 - 4, 20 + 2 * 212)
+    (project,) = wandb.runs.values()
+    assert project.steps("loss") == [1, 2]
+    assert project.drawn[-1] == ("preview", 2, (3 * 196 - 4, 20 + 2 * 212))
+    assert not project.open
 
     train(dataclasses.replace(shown, steps=2))
-    assert [each["id"] for each in wandb.started] == [wandb.started[0]["id"]] * 2
-    with pytest.raises(UserError, match=r"profile 1:2: this run makes iterations 3 to 2, and no others"):
+    assert len(wandb.runs) == 1
+    with pytest.raises(UserError, match=r"profile 1:2 is outside the training steps of this run, 3 to 2"):
         train(shown, profile="1:2")
 
 
@@ -318,17 +371,15 @@ def test_dry_run(model, tmp_path, capfd):
     tolerance = 0.0006 * 2**30
     assert gib["base"] == pytest.approx(4 * teacher, abs=tolerance)  # float32
     assert gib["optimizer"] == pytest.approx(8 * trained, abs=tolerance)  # two moments
-    for name in ("adapter", "average", "gradients"):
+    for name in ("adapter", "EMA weights", "gradients"):
         assert gib[name] == pytest.approx(4 * trained, abs=tolerance)
-    assert gib["together"] == pytest.approx(sum(gib.values()) - gib["together"], abs=4 * tolerance)
+    assert gib["total"] == pytest.approx(sum(gib.values()) - gib["total"], abs=4 * tolerance)
     assert "data 1, fsdp 1, tensor 1, sequence 1" in rest
 
     assert exit_code(["train", "--dry-run", "--config", TINY, *changed, "--config.embeddings=cached"]) == 0
     cached = dict(re.findall(r"^  (\S.*\S) +([\d.]+) GiB$", capfd.readouterr().out, re.M))
     assert memory.keys() - cached.keys() == {"text encoders"}
-    assert float(cached["together"]) == pytest.approx(
-        float(memory["together"]) - float(memory["text encoders"]), abs=0.002
-    )
+    assert float(cached["total"]) == pytest.approx(float(memory["total"]) - float(memory["text encoders"]), abs=0.002)
 
 
 def test_weights_and_biases_that_is_not_there(model, tmp_path):
