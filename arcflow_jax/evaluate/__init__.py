@@ -1,4 +1,4 @@
-"""How close a student comes to its teacher, and how good its images are. Imports every room below except the commands.
+"""How close a student comes to its teacher, and how good its images are. May import `pipeline` and the rooms below it.
 
 trajectory.py          compares two trajectories: pure functions
 comparison.py          a student and its teacher, loaded and ready to be compared

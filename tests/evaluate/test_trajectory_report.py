@@ -252,8 +252,9 @@ evaluate(Killed(batch_size=2), list("abcdefg"), Path(sys.argv[1]))
 def test_killed_report_resumes(tmp_path):
     """A process killed in its third batch has left two; the rest of a line that it was writing is dropped."""
     whole = evaluate(FakeComparison(batch_size=2), list("abcdefg"), tmp_path / "whole")
-    process = child(KILLED, tmp_path / "out")
-    assert process.wait(120) == -signal.SIGKILL, process.stdout.read()
+    with child(KILLED, tmp_path / "out") as process:
+        printed, _ = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, printed
     partial = tmp_path / "out" / PARTIAL
     assert len(partial.read_text().splitlines()) == 3
     with partial.open("a") as file:
