@@ -31,6 +31,7 @@ endif
 check: .venv/test.installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/ty check
 
 .venv/bin/python:
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'arcflow_jax needs Python 3.11 or newer'"
