@@ -43,12 +43,11 @@ from arcflow_jax.training.state import Skipped, TrainState
 from tests.cli.test_cli import assert_refused, run
 from tests.helpers.fake_hub import ID, serving
 from tests.helpers.full_disk import disk_for_files_up_to
+from tests.helpers.golden import LORA, RELEASED, TEACHER_FILE, check_mixture, student_case, student_inputs
 from tests.helpers.source_folder import weights_file, write_source
-from tests.networks.test_flux import inputs, relative_error, twin_output
-from tests.networks.test_student import GOLDEN, LORA, check_mixture, golden, golden_inputs
+from tests.helpers.twins import flux_inputs, flux_twin_output, relative_error
 
 ROOT = Path(__file__).parents[2]
-RELEASED = GOLDEN / "arcflux_tiny_adapter"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -59,7 +58,7 @@ def base(tmp_path_factory) -> Path:
     write_source(folder / "source")
     config = json.loads((RELEASED / "config.json").read_text()) | {"_class_name": "FluxTransformer2DModel"}
     (folder / "source" / "transformer" / "config.json").write_text(json.dumps(config))
-    shutil.copy(GOLDEN / "flux_tiny_teacher.safetensors", weights_file(folder / "source", "transformer"))
+    shutil.copy(TEACHER_FILE, weights_file(folder / "source", "transformer"))
     return convert_model(folder / "source", folder / "model")
 
 
@@ -143,7 +142,7 @@ def test_the_authors_file_there_and_back(capfd, base, tmp_path):
     assert description.base == ModelDirectory.open(base).fingerprint
     assert (description.adapter.rank, description.adapter.alpha, description.adapter.modes) == (4, 4.0, 4)
     assert (description.distillation, description.guidance) == (Distillation(), 3.5)
-    check_mixture(student(base, ours).student_curve(*golden_inputs(golden("06d"))), golden("06d"))
+    check_mixture(student(base, ours).student_curve(*student_inputs(student_case("06d"))), student_case("06d"))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
@@ -190,12 +189,12 @@ def test_diffusers_and_peft_read_it(capfd, base, tmp_path):
     config = diffusers.AutoModel.load_config(folder)
     assert config["_class_name"] == "ArcFluxTransformer2DModel"
     twin = diffusers.FluxTransformer2DModel.from_config(config).eval()
-    twin.load_state_dict(load_torch(GOLDEN / "flux_tiny_teacher.safetensors"))
+    twin.load_state_dict(load_torch(TEACHER_FILE))
     attach_student(twin, folder)
 
     model = student(base, tmp_path / "run")
-    tokens, sigma, c = inputs(model.backbone.config)
-    theirs = twin_output(twin, tokens, sigma, c)
+    tokens, sigma, c = flux_inputs(model.backbone.config)
+    theirs = flux_twin_output(twin, tokens, sigma, c)
     assert relative_error(predicted(model, tokens, sigma, c), theirs) < 1e-5
 
 
