@@ -1,7 +1,7 @@
-"""Five iterations of distillation on a tiny random FLUX, over whatever devices and processes there are.
+"""Five training steps of a tiny random FLUX, on all devices and processes there are.
 
-Run as a script, in a process that a test gives several devices: python tests/few_iterations.py MESHES [ADDRESS ID]
-prints the losses in each of several meshes; with an address it is one of two processes.
+As a script, in a process that a test gives several devices, `few_steps.py MESHES [ADDRESS ID]` prints the losses on
+each of several meshes. With an address it is one of two processes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ OPTIMIZER = OptimizerConfig(1e-2, 1, 0, 0.9, 0.95, 0.0, 50.0, 0, ())
 
 
 def conditioning(mesh: Mesh) -> FluxConditioning:
-    """Of which this process makes its own part."""
+    """The global conditioning, from the slice that this process makes."""
     index, count = local_part(mesh)
     rng = np.random.default_rng(0)
     text = rng.standard_normal((BATCH, TEXT, FLUX_CONFIG.joint_attention_dim)).astype(np.float32)
@@ -66,8 +66,8 @@ def random_weights(abstract: nnx.State, mesh: Mesh) -> nnx.State:
     return jax.tree.map(draw, abstract, state_shardings(mesh, abstract))
 
 
-def few_iterations(sizes: Sequence[int]) -> tuple[list[float], TrainState, Mesh]:
-    """The losses, and the state that is left, in a mesh of these sizes."""
+def train_few_steps(sizes: Sequence[int]) -> tuple[list[float], TrainState, Mesh]:
+    """The losses, the last state, and the mesh of these sizes."""
     mesh = make_mesh(sizes)
     graphdef, abstract_base, abstract = split_model(FLUX.student(FLUX_CONFIG, ADAPTER, jnp.float32))
     optimizer = make_optimizer(OPTIMIZER, abstract)
@@ -99,9 +99,11 @@ def main(meshes: str, address: str | None = None, process: str | None = None) ->
         initialize(address, 2, int(process))
     found = []
     for sizes in json.loads(meshes):
-        losses, state, mesh = few_iterations(sizes)
+        losses, state, mesh = train_few_steps(sizes)
         found.append(losses)
         shardings = jax.tree.leaves(state_shardings(mesh, state))
+        if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:  # not all arrays may be too small to be sharded
+            assert any(not sharding.is_fully_replicated for sharding in shardings), sizes
         for x, sharding in zip(jax.tree.leaves(state), shardings, strict=True):
             assert x.sharding.is_equivalent_to(sharding, x.ndim), (sizes, x.shape, x.sharding)
     print(json.dumps(found))

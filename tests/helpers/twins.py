@@ -164,11 +164,8 @@ def random_network(make: Callable[[], nnx.Module], scale: Callable[[str], float]
     arrays = {}
     for path, variable in flatten(state).items():
         draw = rng.standard_normal(variable.shape)
-        if path.endswith("kernel"):
-            draw = draw * variable.shape[-2] ** -0.5
-        else:
-            draw = 0.3 * draw + path.endswith("scale")
-        arrays[path] = jnp.asarray(scale(path) * draw, variable.dtype)
+        std = variable.shape[-2] ** -0.5 if path.endswith("kernel") else 0.3
+        arrays[path] = jnp.asarray(scale(path) * (path.endswith("scale") + std * draw), variable.dtype)
     return nnx.merge(graphdef, unflatten(state, arrays))
 
 
