@@ -33,7 +33,7 @@ from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe, read_config
 from tests.helpers.students import attach_student, metadata, predicted, write_run
 from tests.helpers.students import student as student_model
-from tests.networks.test_qwen_image import inputs, twin_velocity
+from tests.helpers.twins import qwen_inputs, qwen_twin_velocity
 from tests.parallel.test_processes import finish, start
 from tests.training.test_train import losses
 from tools.make_tiny_qwen import make_tiny_qwen
@@ -238,9 +238,10 @@ def test_export_is_what_the_authors_have(model, source, tmp_path):
     twin.load_state_dict(load_torch(source / "transformer" / WEIGHTS))
     attach_student(twin, folder)
     ours = student_model(model, tmp_path / "run")
-    tokens, sigma, c = inputs(ours.backbone.config, 3, 4, (2, 5))
+    tokens, sigma, c = qwen_inputs(ours.backbone.config, 3, 4, (2, 5))
     with jax.default_matmul_precision("highest"):
-        assert relative_error(predicted(ours, tokens, sigma, c), twin_velocity(twin, tokens, sigma, c, 3, 4)) < 1e-5
+        theirs = qwen_twin_velocity(twin, tokens, sigma, c, 3, 4)
+        assert relative_error(predicted(ours, tokens, sigma, c), theirs) < 1e-5
 
 
 def test_embeddings_from_a_cache(model, teacher, tmp_path):

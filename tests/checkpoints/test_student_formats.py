@@ -36,7 +36,8 @@ from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.storage.safetensors import read_header
 from tests.helpers.command_line import assert_refused, run
 from tests.helpers.fake_hub import ID, serving
-from tests.helpers.paths import GOLDEN, ROOT
+from tests.helpers.golden import TEACHER_FILE, check_mixture, student_case, student_inputs
+from tests.helpers.paths import ROOT
 from tests.helpers.students import (
     LORA,
     RELEASED,
@@ -49,8 +50,7 @@ from tests.helpers.students import (
     student,
     write_run,
 )
-from tests.networks.test_flux import inputs, relative_error, twin_output
-from tests.networks.test_student import check_mixture, golden, golden_inputs
+from tests.helpers.twins import flux_inputs, flux_twin_output, relative_error
 
 
 def read_weights(folder: Path) -> dict[str, np.ndarray]:
@@ -76,7 +76,7 @@ def test_the_authors_file_there_and_back(capfd, base, tmp_path):
     assert description.base == ModelDirectory.open(base).fingerprint
     assert (description.adapter.rank, description.adapter.alpha, description.adapter.modes) == (4, 4.0, 4)
     assert (description.distillation, description.guidance) == (Distillation(), 3.5)
-    check_mixture(student(base, ours).student_curve(*golden_inputs(golden("06d"))), golden("06d"))
+    check_mixture(student(base, ours).student_curve(*student_inputs(student_case("06d"))), student_case("06d"))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
@@ -123,12 +123,12 @@ def test_diffusers_and_peft_read_it(capfd, base, tmp_path):
     config = diffusers.AutoModel.load_config(folder)
     assert config["_class_name"] == "ArcFluxTransformer2DModel"
     twin = diffusers.FluxTransformer2DModel.from_config(config).eval()
-    twin.load_state_dict(load_torch(GOLDEN / "flux_tiny_teacher.safetensors"))
+    twin.load_state_dict(load_torch(TEACHER_FILE))
     attach_student(twin, folder)
 
     model = student(base, tmp_path / "run")
-    tokens, sigma, c = inputs(model.backbone.config)
-    theirs = twin_output(twin, tokens, sigma, c)
+    tokens, sigma, c = flux_inputs(model.backbone.config)
+    theirs = flux_twin_output(twin, tokens, sigma, c)
     assert relative_error(predicted(model, tokens, sigma, c), theirs) < 1e-5
 
 

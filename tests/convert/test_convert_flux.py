@@ -17,18 +17,8 @@ from arcflow_jax.families import flux as family
 from arcflow_jax.networks.flux import FluxConfig
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.storage.files import parse_config
+from tests.helpers.full_size import FLUX_DEV
 
-FLUX_DEV = {
-    "patch_size": 1,
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-}
 TINY = FluxConfig(
     in_channels=16,
     num_layers=2,

@@ -22,8 +22,7 @@ from arcflow_jax.networks.flux import FluxConfig
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.vae_kl import AutoencoderKLConfig
 from arcflow_jax.storage.files import parse_config
-from tests.convert.test_convert_flux import FLUX_DEV
-from tests.convert.test_convert_vae import FLUX as FLUX_VAE
+from tests.helpers.full_size import FLUX_DEV, FLUX_VAE
 from tests.helpers.source_folder import CONFIGS, weights_file, write_source
 
 # The authors' names, from their repository's modules: layers with weight and bias, and the norms' scales
@@ -88,7 +87,7 @@ def test_full_size_rows_go_where_diffusers_puts_them():
             np.testing.assert_array_equal(rows, theirs[diffusers_name].numpy()[:, 0])
 
 
-def test_full_size_autoencoder():
+def test_full_size_vae():
     config = parse_config(AutoencoderKLConfig, FLUX_VAE, "config.json")
     shapes = shapes_of(nnx.state(family.VAE.abstract(config)))
     theirs = source_shapes(family.VAE.original(config), shapes)
@@ -143,7 +142,7 @@ def original_flux(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def original_vae(tensors: Mapping[str, np.ndarray], levels: int) -> dict[str, np.ndarray]:
-    """diffusers' tensors of an autoencoder in the authors' layout, spelt out."""
+    """diffusers' tensors of a VAE in the authors' layout, spelt out."""
     result = {}
     for name, tensor in tensors.items():
         new = name.replace("mid_block.resnets.0", "mid.block_1").replace("mid_block.resnets.1", "mid.block_2")
@@ -165,7 +164,7 @@ def original_vae(tensors: Mapping[str, np.ndarray], levels: int) -> dict[str, np
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A diffusers folder and, in it, the same model's transformer and autoencoder as its authors would save them."""
+    """A diffusers folder and, in it, the same model's transformer and VAE as its authors would save them."""
     folder = tmp_path_factory.mktemp("pytorch") / "source"
     written = write_source(folder)
     save_file(original_flux(written["transformer"]), folder / "flux1-tiny.safetensors")
@@ -173,7 +172,7 @@ def source(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_spelt_out_autoencoder_is_what_diffusers_reads(source):
+def test_the_spelt_out_vae_is_what_diffusers_reads(source):
     torch = pytest.importorskip("torch")
     utils = pytest.importorskip("diffusers.loaders.single_file_utils")
     tensors = {name: torch.from_numpy(array) for name, array in load_file(source / "ae.safetensors").items()}

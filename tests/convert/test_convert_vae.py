@@ -1,4 +1,4 @@
-"""The autoencoder's rule table: FLUX.1's full key list, and checkpoints from before diffusers 0.12."""
+"""The VAE's rule table: FLUX.1's full key list, and checkpoints from before diffusers 0.12."""
 
 from __future__ import annotations
 
@@ -14,17 +14,8 @@ from arcflow_jax.families import flux as family
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.vae_kl import AutoencoderKLConfig
 from arcflow_jax.storage.files import parse_config
+from tests.helpers.full_size import FLUX_VAE
 
-FLUX = {
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "norm_num_groups": 32,
-    "scaling_factor": 0.3611,
-    "shift_factor": 0.1159,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
 TINY = AutoencoderKLConfig(
     block_out_channels=(4, 8, 8),
     layers_per_block=1,
@@ -40,12 +31,12 @@ def test_full_size():
     diffusers = pytest.importorskip("diffusers")
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     with torch.device("meta"):
-        model = diffusers.AutoencoderKL(**FLUX, **blocks)
+        model = diffusers.AutoencoderKL(**FLUX_VAE, **blocks)
     config = parse_config(AutoencoderKLConfig, dict(model.config), "config.json")
     shapes = shapes_of(nnx.state(family.VAE.abstract(config)))
     # arrays of the checkpoint's shapes that take no memory
     tensors = {name: np.broadcast_to(np.float32(0), tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
-    used = [group for _, group in check(table, tensors, shapes, "FLUX's autoencoder")]
+    used = [group for _, group in check(table, tensors, shapes, "FLUX's VAE")]
     assert sum(map(len, used)) == len(tensors) == 244
     assert sum(np.prod(shape) for shape in shapes.values()) == 83_819_683
 

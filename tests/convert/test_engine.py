@@ -119,7 +119,7 @@ def test_layouts_mean_the_same_function():
 
 @settings(deadline=None)
 @given(hnp.arrays(np.float32, hnp.array_shapes(min_dims=4, max_dims=4, max_side=4)))
-def test_forms_undo_each_other(array):
+def test_forms_are_inverse_to_each_other(array):
     even = np.concatenate([array[0, 0], array[0, 0] + 1])
     forms = [(AS_IS, array), (CONV, array), (POINTWISE, array[:, :, :1, :1]), (LINEAR, array[0, 0])]
     for form, x in (*forms, (SWAPPED, even), (SWAPPED_LINEAR, even)):
@@ -130,7 +130,7 @@ def test_forms_undo_each_other(array):
 
 @settings(deadline=None, max_examples=30)
 @given(st.sets(st.sampled_from(sorted(source())), min_size=1), st.sets(st.text("abc.", min_size=1, max_size=6)))
-def test_what_is_missing_and_left_over_is_counted(removed, added):
+def test_missing_and_left_over_tensors_are_counted(removed, added):
     added = {f"extra.{name}" for name in added}
     tensors = {name: tensor for name, tensor in source().items() if name not in removed}
     message = refused(tensors | {name: np.zeros(1, np.float32) for name in added})
@@ -139,7 +139,7 @@ def test_what_is_missing_and_left_over_is_counted(removed, added):
     assert len(message) < 400
 
 
-def test_everything_wrong_is_told_at_once():
+def test_one_error_lists_everything_that_is_wrong():
     message = refused(
         source(
             proj__weight=np.zeros((3, 4), np.float32),
@@ -202,11 +202,11 @@ def test_aliases():
     assert "model.proj.bias holds NaN" in refused(tensors)  # the name in the file, not the canonical one
 
 
-def test_alias_beside_the_name_it_stands_for():
+def test_alias_beside_its_canonical_name():
     same = source()["shared.weight"].copy()
     import_tensors(TABLE, source(embed_tokens__weight=same), ABSTRACT)
     message = refused(source(embed_tokens__weight=same + 1))
-    assert "shared.weight and embed_tokens.weight are two names of one tensor but differ" in message
+    assert "shared.weight and embed_tokens.weight are two names of one tensor, but their values differ" in message
 
 
 def test_nothing_is_read_before_all_names_and_shapes_are_right():
@@ -274,7 +274,7 @@ def test_fused_and_swapped():
         np.testing.assert_array_equal(back[name], tensor)
 
 
-def test_a_fused_tensor_is_complained_about_once():
+def test_a_fused_tensor_is_reported_once():
     tensors = fused_source()
     del tensors["blocks.0.qkv.bias"]
     tensors["blocks.1.qkv.weight"] = np.zeros((11, 4), np.float32)

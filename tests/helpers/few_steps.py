@@ -1,7 +1,7 @@
-"""Five training steps of distillation on a tiny random FLUX, over whatever devices and processes there are.
+"""Five training steps of a tiny random FLUX, on all devices and processes there are.
 
-Run as a script, in a process that a test gives several devices: python tests/helpers/few_steps.py MESHES [ADDRESS ID]
-prints the losses in each of several meshes; with an address it is one of two processes.
+As a script, in a process that a test gives several devices, `few_steps.py MESHES [ADDRESS ID]` prints the losses on
+each of several meshes. With an address it is one of two processes.
 """
 
 from __future__ import annotations
@@ -110,6 +110,8 @@ def main(meshes: str, address: str | None = None, process: str | None = None) ->
         logs, state, mesh = few_steps(sizes)
         found.append(losses(logs))
         shardings = jax.tree.leaves(state_shardings(mesh, state))
+        if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:  # not all arrays may be too small to be sharded
+            assert any(not sharding.is_fully_replicated for sharding in shardings), sizes
         for x, sharding in zip(jax.tree.leaves(state), shardings, strict=True):
             assert x.sharding.is_equivalent_to(sharding, x.ndim), (sizes, x.shape, x.sharding)
     print(json.dumps(found))

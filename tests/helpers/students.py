@@ -19,8 +19,8 @@ from arcflow_jax.networks.student import AdapterConfig, ArcModel, split_model
 from arcflow_jax.training.loop import describe
 from arcflow_jax.training.state import Skipped, TrainState
 from tests.helpers.command_line import run
+from tests.helpers.golden import LORA
 from tests.helpers.paths import GOLDEN
-from tests.networks.test_student import LORA
 
 RELEASED = GOLDEN / "arcflux_tiny_adapter"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

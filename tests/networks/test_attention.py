@@ -1,4 +1,4 @@
-"""The attention kernels agree in value and gradient, alone and on a mesh, and each platform gets its own."""
+"""The attention kernels agree in value and gradient, on one device and on a mesh, and each platform runs its own."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import os
 import subprocess
 import sys
 import textwrap
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arcflow_jax.networks.attention import attention, attention_kernel, blocking, choose
+from arcflow_jax.networks import attention as module
+from arcflow_jax.networks.attention import attention, attention_kernel, blocking
 
 
 def inputs(b: int, s: int, t: int, h: int, e: int):
@@ -38,7 +40,7 @@ def by_hand(q, k, v, weight):
     )
 
 
-# One short sequence that splash pads in queries and keys, one that chunks unevenly, one of different lengths
+# A short sequence that splash pads, one that chunks do not divide evenly, one with fewer queries than keys
 @pytest.mark.parametrize("shape", [(2, 32, 32, 2, 128), (1, 1100, 1100, 1, 128), (1, 150, 512, 2, 128)])
 @pytest.mark.parametrize("kernel", ["xla", "chunked", "splash"])
 def test_kernels_are_attention(kernel, shape):
@@ -54,7 +56,7 @@ def test_kernels_are_attention(kernel, shape):
 
 @pytest.mark.parametrize("kernel", ["xla", "chunked", "splash"])
 def test_keys_past_the_length_do_not_count(kernel):
-    """Each example is as if its keys ended where its length says; what lies beyond gets no gradient."""
+    """The result is as if the keys ended at the length of the example; keys beyond it get no gradient."""
     q, k, v, weight = inputs(2, 600, 300, 1, 128)
     lengths = [300, 130]
     with attention_kernel(kernel), jax.default_matmul_precision("highest"):
@@ -69,7 +71,7 @@ def test_keys_past_the_length_do_not_count(kernel):
 
 
 def test_softmax_is_float32():
-    """bfloat16 inputs lose their own rounding and that of the probabilities, not that of a bfloat16 sum of scores."""
+    """In bfloat16 the inputs and probabilities are rounded, but the scores are not."""
     q, k, v, weight = inputs(1, 640, 640, 1, 128)
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q * 8, k, v))
     value, _ = by_hand(q, k, v, weight)
@@ -81,21 +83,46 @@ def test_softmax_is_float32():
         assert np.abs(np.asarray(ours, np.float64) - value).mean() < 0.005  # scores in bfloat16 give 0.009
 
 
-def test_each_platform_gets_its_kernel():
-    def chosen(platform: str, tokens: int, head_dim: int, dtype=jnp.bfloat16) -> str:
-        return choose(platform, jax.ShapeDtypeStruct((1, tokens, 4, head_dim), dtype))
+@pytest.mark.parametrize(
+    ("platform", "tokens", "head_dim", "dtype", "kernel"),
+    [
+        ("gpu", 4608, 128, jnp.bfloat16, "cudnn"),
+        ("gpu", 32, 32, jnp.float16, "cudnn"),
+        ("gpu", 4608, 128, jnp.float32, "chunked"),  # cuDNN has 16 bits only
+        ("gpu", 4608, 512, jnp.bfloat16, "chunked"),
+        ("gpu", 4608, 36, jnp.bfloat16, "chunked"),
+        ("tpu", 4608, 128, jnp.bfloat16, "splash"),
+        ("tpu", 4608, 128, jnp.float32, "splash"),
+        ("tpu", 4608, 64, jnp.bfloat16, "chunked"),
+        ("tpu", 32, 128, jnp.bfloat16, "xla"),
+        ("cpu", 4608, 128, jnp.bfloat16, "chunked"),
+        ("cpu", 1024, 128, jnp.bfloat16, "xla"),
+        ("cpu", 1025, 128, jnp.bfloat16, "chunked"),
+    ],
+)
+def test_each_platform_runs_its_kernel(monkeypatch, platform, tokens, head_dim, dtype, kernel):
+    """`attention` itself is called, with every kernel replaced by one that notes its name."""
+    ran = []
 
-    assert chosen("gpu", 4608, 128) == "cudnn"
-    assert chosen("gpu", 32, 32, jnp.float16) == "cudnn"
-    assert chosen("gpu", 4608, 128, jnp.float32) == "chunked"  # cuDNN has 16 bits only
-    assert chosen("gpu", 4608, 512) == "chunked"
-    assert chosen("gpu", 4608, 36) == "chunked"
-    assert chosen("tpu", 4608, 128) == "splash"
-    assert chosen("tpu", 4608, 128, jnp.float32) == "splash"
-    assert chosen("tpu", 4608, 64) == "chunked"
-    assert chosen("tpu", 32, 128) == "xla"
-    assert chosen("cpu", 4608, 128) == "chunked"
-    assert chosen("cpu", 32, 128) == "xla"
+    def noting(name):
+        def stand_in(q, k, v, lengths, **options):
+            ran.append((name, options))
+            return q
+
+        return stand_in
+
+    for name in ("xla", "cudnn", "chunked", "splash"):
+        monkeypatch.setattr(module, name, noting(name))
+    monkeypatch.setattr(module, "platform", lambda mesh: platform)
+    q = jax.ShapeDtypeStruct((1, tokens, 4, head_dim), dtype)
+    jax.eval_shape(lambda q: attention(q, q, q), q)  # a new function, because JAX caches traces by function
+    assert ran == [(kernel, {"interpret": False} if kernel == "splash" else {})]
+
+
+def test_the_platform_is_that_of_the_mesh():
+    assert module.platform(jax.sharding.get_abstract_mesh()) == jax.default_backend() == "cpu"
+    tpus = types.SimpleNamespace(abstract_device=types.SimpleNamespace(platform="tpu"))
+    assert module.platform(tpus) == "tpu"
 
 
 def test_override_is_part_of_the_jit_key():
@@ -114,12 +141,12 @@ def test_override_is_part_of_the_jit_key():
     assert traced == [None, "chunked"]
     with (
         attention_kernel("flash"),
-        pytest.raises(ValueError, match="unknown attention kernel 'flash'; the kernels are xla, "),
+        pytest.raises(ValueError, match="unknown attention kernel 'flash'; the kernels are xla"),
     ):
         f(q)
 
 
-def test_blocks_pad_little():
+def test_blocks_need_little_padding():
     assert blocking(4608) == (512, 4608)  # FLUX.1 at 1024²
     assert blocking(2304) == (384, 2304)  # half of it
     assert blocking(1152) == (384, 1152)
@@ -138,7 +165,7 @@ ON_A_MESH = """
         value, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, lengths), q, k, v)
         return value, *vjp(jax.numpy.cos(value))
 
-    # Heads over tensor and sequence; heads over tensor and queries over sequence; nothing that divides
+    # Heads over tensor and sequence; heads over tensor, queries over sequence; sizes that no mesh axis divides
     for shape, parts, lengths in [
         ((2, 300, 4, 128), 8, None), ((2, 300, 2, 128), 8, np.array([290, 7])), ((1, 129, 3, 128), 1, None)
     ]:
@@ -155,7 +182,7 @@ ON_A_MESH = """
 
 
 def test_kernels_on_a_mesh():
-    """Each of 8 devices computes a part of its own, of value and gradient; what does not divide stays whole."""
+    """Each of 8 devices computes its own part of value and gradient; sizes that do not divide are replicated."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(ON_A_MESH)],
         env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},

@@ -15,6 +15,7 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.networks.clip import CLIPTextConfig, CLIPTextEncoder
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.storage.files import parse_config
+from tests.helpers.twins import random_network, relative_error
 from tools.tiny_teacher.text import new_clip, write_clip
 from tools.tiny_teacher.tokenizers import make_clip_tokenizer
 
@@ -31,7 +32,7 @@ TINY = {
     "eos_token_id": 40,
     "pad_token_id": 40,
 }
-GEOMETRIES = {
+CONFIGS = {
     "first end token": TINY,
     "legacy end token": TINY | {"eos_token_id": 2, "num_hidden_layers": 1},
     "gelu, one head": TINY | {"hidden_act": "gelu", "num_attention_heads": 1, "layer_norm_eps": 1e-3},
@@ -48,7 +49,7 @@ CLIP_L = {
 
 
 def twin(config, device="cpu"):
-    """transformers' model of the same geometry, with nothing left at a trivial value."""
+    """transformers' model with the same model config and random weights."""
     torch = pytest.importorskip("torch")
     from transformers import CLIPTextConfig as TheirConfig
     from transformers import CLIPTextModel
@@ -74,27 +75,15 @@ def ours(model, config, dtype=jnp.float32):
     return nnx.merge(graphdef, import_tensors(table, tensors, state, dtype))
 
 
-def random_encoder(make):
-    """The module that `make` makes, every weight of it drawn from N(0, 0.3²)."""
-    graphdef, state = nnx.split(nnx.eval_shape(make))
-    rng = np.random.default_rng(0)
-    return nnx.merge(graphdef, jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), state))
-
-
 @nnx.jit
 def run(encoder, ids):
     return encoder(ids)
 
 
-def relative_error(a, b):
-    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-    return np.abs(a - b).max() / np.abs(b).max()
-
-
 def prompts_ids():
-    """[3, 20]: prompts of several lengths, then the end token 40, which may come again as padding; the last has none.
+    """[3, 20]: prompts of several lengths, then the end token 40, in the first also as padding; the last has none.
 
-    Ordinary ids lie on both sides of the end token's, so that its first position and the highest id's differ.
+    Other ids are below and above that of the end token, so its first position differs from that of the highest id.
     """
     rng = np.random.default_rng(0)
     ids = rng.choice([*range(3, 40), *range(41, 60)], (3, 20))
@@ -103,10 +92,10 @@ def prompts_ids():
     return ids
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_parity(name):
     torch = pytest.importorskip("torch")
-    config = GEOMETRIES[name]
+    config = CONFIGS[name]
     model = twin(config)
     ids = prompts_ids()
     with torch.no_grad():
@@ -138,7 +127,7 @@ def test_full_size_table():
 
 def test_names_with_and_without_prefix():
     config = parse_config(CLIPTextConfig, TINY, "config.json")
-    state = nnx.state(random_encoder(lambda: CLIPTextEncoder(config, rngs=nnx.Rngs(0))))
+    state = nnx.state(random_network(lambda: CLIPTextEncoder(config, rngs=nnx.Rngs(0))))
     prefixed = export_tensors(table, state)
     assert all(name.startswith("text_model.") for name in prefixed)
     prefixed["text_model.embeddings.position_ids"] = np.arange(20)[None]  # in files of older transformers
@@ -148,13 +137,13 @@ def test_names_with_and_without_prefix():
 
 
 def test_tiny_teacher_files(tmp_path):
-    """What the bundled teacher's maker writes is loaded by transformers as it is."""
+    """transformers loads the files of the bundled teacher unchanged."""
     torch = pytest.importorskip("torch")
     from transformers import CLIPTextModel
 
     make_clip_tokenizer(tmp_path / "tokenizer")
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
-    encoder = random_encoder(lambda: new_clip(tokenizer, nnx.Rngs(0)))
+    encoder = random_network(lambda: new_clip(tokenizer, nnx.Rngs(0)))
     write_clip(tmp_path / "encoder", tokenizer, encoder)
     model = CLIPTextModel.from_pretrained(tmp_path / "encoder").eval()
     ids, _ = tokenize(tokenizer, ["a small red ring at the top", ""], token_length(tokenizer))
@@ -165,7 +154,7 @@ def test_tiny_teacher_files(tmp_path):
 
 def test_too_many_tokens():
     config = parse_config(CLIPTextConfig, TINY, "config.json")
-    encoder = random_encoder(lambda: CLIPTextEncoder(config, rngs=nnx.Rngs(0)))
+    encoder = random_network(lambda: CLIPTextEncoder(config, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="21 tokens"):
         encoder(jnp.zeros((1, 21), jnp.int32))
 

@@ -16,6 +16,7 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.networks.qwen2_5_vl import Qwen2_5VLConfig, Qwen2_5VLText
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.storage.files import parse_config
+from tests.helpers.twins import bfloat16_error, random_network, relative_error, rounding_bounds
 
 TINY = {
     "vocab_size": 50,
@@ -27,7 +28,7 @@ TINY = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 1e6,
 }
-GEOMETRIES = {
+CONFIGS = {
     "shared keys": TINY,
     "one head of keys, other eps and frequencies": TINY
     | {"num_key_value_heads": 1, "num_hidden_layers": 1, "rms_norm_eps": 1e-3, "rope_theta": 500.0},
@@ -45,7 +46,7 @@ VISION = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16
 
 
 def twin(config, device="cpu"):
-    """transformers' model of the same geometry, vision tower included, with nothing left at a trivial value."""
+    """transformers' model with the same model config, including a vision tower, and random weights."""
     torch = pytest.importorskip("torch")
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -81,16 +82,11 @@ def run(encoder, ids):
     return encoder(ids)
 
 
-def relative_error(a, b):
-    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-    return np.abs(a - b).max() / np.abs(b).max()
-
-
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_parity(name):
-    """Whatever side they pad: diffusers' pipeline keeps the states of the tokens that are not padding."""
+    """With either padding side: diffusers' pipeline keeps the states of the tokens that are not padding."""
     torch = pytest.importorskip("torch")
-    config = GEOMETRIES[name]
+    config = CONFIGS[name]
     model = twin(config)
     lengths = (40, 13)
     ids = np.random.default_rng(0).integers(1, config["vocab_size"], (2, 40))
@@ -112,8 +108,17 @@ def test_parity(name):
             assert relative_error(rounded[i, :length], kept) < 0.05
 
 
+def test_bfloat16_against_float32():
+    """About twelve roundings in a row per layer: seven in attention, three in the MLP, two in the residual sums."""
+    config = parse_config(Qwen2_5VLConfig, TINY, "config.json")
+    encoder = random_network(lambda: Qwen2_5VLText(config, rngs=nnx.Rngs(0)))
+    ids = jnp.asarray(np.random.default_rng(0).integers(1, config.vocab_size, (2, 40)))
+    least, most = rounding_bounds(12 * config.num_hidden_layers)
+    assert least < bfloat16_error(encoder, ids) < most
+
+
 def test_full_size_table():
-    """Qwen-Image's text_encoder: every key of the language model is mapped, the vision tower is left out, no other."""
+    """Qwen-Image's text_encoder: every key of the language model is mapped, and only the vision tower is left out."""
     pytest.importorskip("torch")
     tensors = {
         name: np.broadcast_to(np.float32(0), tensor.shape)

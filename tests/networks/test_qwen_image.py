@@ -1,4 +1,4 @@
-"""Qwen-Image's transformer against diffusers', through the converter's table, and what padding does to it: nothing."""
+"""Qwen-Image's transformer against diffusers', through the converter's table, and that padding has no effect."""
 
 from __future__ import annotations
 
@@ -13,22 +13,14 @@ from flax import nnx
 from arcflow_jax.convert import qwen_image as table
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.errors import UserError
-from arcflow_jax.families.latents import centred_positions
 from arcflow_jax.networks.conditioning import Guided
 from arcflow_jax.networks.qwen_image import QwenImage, QwenImageConditioning, QwenImageConfig
 from arcflow_jax.networks.student import ArcModel
 from arcflow_jax.storage.files import parse_config
+from tests.helpers.twins import QWEN_IMAGE, qwen_inputs, qwen_twin, qwen_twin_velocity, relative_error
 
-TINY = QwenImageConfig(
-    in_channels=64,
-    num_layers=3,
-    attention_head_dim=32,
-    num_attention_heads=2,
-    joint_attention_dim=48,
-    axes_dims_rope=(8, 12, 12),
-)
 THREE_HEADS = dataclasses.replace(
-    TINY,
+    QWEN_IMAGE,
     in_channels=16,
     num_layers=2,
     attention_head_dim=16,
@@ -36,10 +28,10 @@ THREE_HEADS = dataclasses.replace(
     joint_attention_dim=20,
     axes_dims_rope=(4, 6, 6),
 )
-# geometry, rows, columns, length of each text
+# model config, rows, columns, length of each text
 CASES = {
-    "unequal lengths": (TINY, 4, 6, (7, 3)),
-    "odd sides": (TINY, 5, 3, (2, 9)),
+    "unequal lengths": (QWEN_IMAGE, 4, 6, (7, 3)),
+    "odd sides": (QWEN_IMAGE, 5, 3, (2, 9)),
     "one row, three heads": (THREE_HEADS, 1, 8, (5, 5)),
     "one token of text": (THREE_HEADS, 6, 2, (1, 4)),
 }
@@ -61,60 +53,12 @@ def velocity(model: ArcModel, tokens, sigma, conditioning):
     return model.teacher_velocity(tokens, sigma, conditioning)
 
 
-def inputs(config: QwenImageConfig, rows: int, columns: int, lengths: tuple[int, ...]):
-    """Tokens, σ and conditioning; the padding of the text is not zero, so that it shows if it is read."""
-    rng = np.random.default_rng(0)
-    b, n = len(lengths), rows * columns
-    tokens = rng.standard_normal((b, n, config.in_channels)).astype(np.float32)
-    sigma = np.linspace(0.9, 0.31, b, dtype=np.float32)
-    conditioning = QwenImageConditioning(
-        text=10 * rng.standard_normal((b, max(lengths), config.joint_attention_dim)).astype(np.float32),
-        lengths=np.array(lengths, np.int32),
-        positions=centred_positions(rows, columns),
-    )
-    return tokens, sigma, conditioning
-
-
-def relative_error(ours, theirs) -> float:
-    """The largest error over the largest value."""
-    theirs = np.asarray(theirs, np.float64)
-    return float(np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max())
-
-
-def new_twin(config: QwenImageConfig):
-    """diffusers' model of the same geometry, with nothing left at a trivial value."""
-    torch = pytest.importorskip("torch")
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    channels = config.in_channels // 4
-    twin = diffusers.QwenImageTransformer2DModel(**dataclasses.asdict(config), out_channels=channels).eval()
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3 / max(1, parameter[0].numel()) ** 0.5 + 0.02)
-    return twin
-
-
-def twin_velocity(twin, tokens, sigma, conditioning, rows: int, columns: int) -> np.ndarray:
-    """What diffusers' model gives for the same inputs."""
-    import torch
-
-    mask = np.arange(conditioning.text.shape[1]) < np.asarray(conditioning.lengths)[:, None]
-    with torch.no_grad():
-        return twin(
-            hidden_states=torch.from_numpy(tokens),
-            timestep=torch.from_numpy(sigma),
-            encoder_hidden_states=torch.from_numpy(conditioning.text),
-            encoder_hidden_states_mask=torch.from_numpy(mask),
-            img_shapes=[[(1, rows, columns)]] * len(tokens),
-        ).sample.numpy()
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_teacher_is_diffusers_transformer(case):
     config, rows, columns, lengths = CASES[case]
-    twin = new_twin(config)
-    tokens, sigma, c = inputs(config, rows, columns, lengths)
-    theirs = twin_velocity(twin, tokens, sigma, c, rows, columns)
+    twin = qwen_twin(config)
+    tokens, sigma, c = qwen_inputs(config, rows, columns, lengths)
+    theirs = qwen_twin_velocity(twin, tokens, sigma, c, rows, columns)
     tensors = {name: tensor.numpy() for name, tensor in twin.state_dict().items()}
     with jax.default_matmul_precision("highest"):
         ours = velocity(teacher(config, tensors), tokens, sigma, c)
@@ -125,22 +69,22 @@ def test_teacher_is_diffusers_transformer(case):
         assert relative_error(rounded, theirs) < 0.03
 
 
-def test_prompt_depends_on_neither_batch_mates_nor_padding():
-    model = new_teacher(TINY)
-    tokens, sigma, c = inputs(TINY, 4, 4, (2, 6, 3))
+def test_a_prompt_does_not_depend_on_its_batch_or_padding():
+    model = new_teacher(QWEN_IMAGE)
+    tokens, sigma, c = qwen_inputs(QWEN_IMAGE, 4, 4, (2, 6, 3))
     together = velocity(model, tokens, sigma, c)
     for padded in (2, 9):
-        text = np.full((1, padded, TINY.joint_attention_dim), 1e4, np.float32)
+        text = np.full((1, padded, QWEN_IMAGE.joint_attention_dim), 1e4, np.float32)
         text[0, :2] = c.text[0, :2]
         alone = QwenImageConditioning(text, c.lengths[:1], c.positions)
         ours = velocity(model, tokens[:1], sigma[:1], alone)
         np.testing.assert_allclose(ours[0], together[0], rtol=1e-5, atol=1e-5 * np.abs(together).max())
 
 
-def test_what_is_padded_does_matter_within_the_length():
-    """The test above would hold for a network that reads no text at all."""
-    model = new_teacher(TINY)
-    tokens, sigma, c = inputs(TINY, 4, 4, (2, 6, 3))
+def test_text_within_the_length_has_an_effect():
+    """The test above would pass for a network that reads no text at all."""
+    model = new_teacher(QWEN_IMAGE)
+    tokens, sigma, c = qwen_inputs(QWEN_IMAGE, 4, 4, (2, 6, 3))
     longer = dataclasses.replace(c, lengths=c.lengths + np.array([1, 0, 0], np.int32))
     change = np.abs(velocity(model, tokens, sigma, longer) - velocity(model, tokens, sigma, c)).max((1, 2))
     assert change[0] > 1e-3
@@ -148,7 +92,7 @@ def test_what_is_padded_does_matter_within_the_length():
 
 
 def test_repeated_conditioning():
-    _, _, c = inputs(TINY, 2, 2, (2, 6, 3))
+    _, _, c = qwen_inputs(QWEN_IMAGE, 2, 2, (2, 6, 3))
     twice = c.repeat(2)
     assert (c.batch_size, twice.batch_size) == (3, 6)
     np.testing.assert_array_equal(twice.lengths, [2, 2, 6, 6, 3, 3])
@@ -157,7 +101,7 @@ def test_repeated_conditioning():
 
 
 def test_paired_with_negatives():
-    _, _, c = inputs(TINY, 2, 2, (2, 6, 3))
+    _, _, c = qwen_inputs(QWEN_IMAGE, 2, 2, (2, 6, 3))
     negative = dataclasses.replace(c, text=-c.text, lengths=np.ones(3, np.int32))
     pairs = c.paired(negative)
     np.testing.assert_array_equal(pairs.lengths, [2, 1, 6, 1, 3, 1])
@@ -165,10 +109,10 @@ def test_paired_with_negatives():
     assert pairs.positions.shape == (4, 3)
 
 
-def test_true_guidance_plain_and_rescaled():
-    """Of prompt and negative, each with a length of its own, in one call; norm-preserving as diffusers."""
+def test_cfg_plain_and_norm_preserving():
+    """With prompts and negative prompts of different lengths, in one call."""
     model = new_teacher(THREE_HEADS)
-    tokens, sigma, c = inputs(THREE_HEADS, 2, 2, (2, 4))
+    tokens, sigma, c = qwen_inputs(THREE_HEADS, 2, 2, (2, 4))
     negative = dataclasses.replace(c, text=c.text[::-1], lengths=np.array([3, 1], np.int32))
 
     @nnx.jit
@@ -188,9 +132,9 @@ def test_true_guidance_plain_and_rescaled():
 
 
 def test_gradient_reaches_all_but_the_text_of_the_last_block():
-    """As LoRA's targets assume."""
-    model = new_teacher(TINY)
-    tokens, sigma, c = inputs(TINY, 2, 2, (2, 3))
+    """The LoRA targets rely on this."""
+    model = new_teacher(QWEN_IMAGE)
+    tokens, sigma, c = qwen_inputs(QWEN_IMAGE, 2, 2, (2, 3))
     graphdef, state = nnx.split(model)
     gradients = jax.jit(jax.grad(lambda s: jnp.square(nnx.merge(graphdef, s).teacher_velocity(tokens, sigma, c)).sum()))
     backbone = gradients(state)["backbone"]
@@ -207,4 +151,9 @@ def test_gradient_reaches_all_but_the_text_of_the_last_block():
 @pytest.mark.parametrize("setting", [{"guidance_embeds": True}, {"zero_cond_t": True}, {"patch_size": 1}])
 def test_other_architectures_are_refused(setting):
     with pytest.raises(UserError, match=next(iter(setting))):
-        parse_config(QwenImageConfig, dataclasses.asdict(TINY) | setting, "transformer/config.json")
+        parse_config(QwenImageConfig, dataclasses.asdict(QWEN_IMAGE) | setting, "transformer/config.json")
+
+
+def test_rotary_axes_must_add_up_to_the_head():
+    with pytest.raises(UserError, match=r"axes_dims_rope \(8, 12, 12\) adds up to 32, but .* attention_head_dim, 64"):
+        dataclasses.replace(QWEN_IMAGE, attention_head_dim=64)

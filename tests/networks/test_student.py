@@ -1,11 +1,10 @@
-"""Teacher and student readings of one base, against the authors' values (cases 06a–d) and peft."""
+"""Teacher and student on one base model, against the authors' values (cases 06a to 06d) and peft."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,83 +17,20 @@ from arcflow_jax.convert import flux as table
 from arcflow_jax.convert.adapter import AdapterTable
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.errors import UserError
-from arcflow_jax.families.latents import pack, position_ids
 from arcflow_jax.networks.conditioning import Guided
-from arcflow_jax.networks.flux import Flux, FluxConditioning, FluxConfig
-from arcflow_jax.networks.layers import Adapter, Base
+from arcflow_jax.networks.flux import Flux, FluxConfig
+from arcflow_jax.networks.layers import Base, Linear, LoRA
 from arcflow_jax.networks.lora import merged_kernel
 from arcflow_jax.networks.student import AdapterConfig, ArcModel, merged_graphdef, merged_state, split_model
 from configs.flux import get_config
-from tests.networks.test_flux import TINY, inputs, relative_error, twin_output
-
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
-CONFIG = dataclasses.replace(TINY, num_single_layers=2)
-LORA = AdapterConfig(
-    modes=4,
-    rank=4,
-    alpha=4,
-    dropout=0.0,
-    targets=(
-        "single_transformer_blocks.proj_mlp",
-        "single_transformer_blocks.proj_out",
-        "transformer_blocks.ff.*",
-        "transformer_blocks.ff_context.*",
-        "time_text_embed.timestep_embedder.*",
-    ),
-)
-HEAD_ONLY = dataclasses.replace(LORA, targets=())
-
-
-def golden(case: str) -> dict[str, np.ndarray]:
-    return dict(np.load(next(GOLDEN.glob(f"{case}_*.npz"))))
-
-
-def make(adapter: AdapterConfig) -> ArcModel:
-    rngs = nnx.Rngs(0)
-    return ArcModel(Flux(CONFIG, rngs=rngs), param_dtype=jnp.float32, rngs=rngs).attach_student(adapter, rngs)
-
-
-def load(adapter: AdapterConfig, tensors: dict[str, np.ndarray] | None = None) -> ArcModel:
-    """The authors' tiny teacher, and the student whose export `tensors` is."""
-    graphdef, base, state = split_model(nnx.eval_shape(lambda: make(adapter)))
-    base = import_tensors(table, load_file(GOLDEN / "flux_tiny_teacher.safetensors"), base)
-    if tensors is None:
-        state = nnx.state(make(adapter), Adapter)
-    else:
-        state = import_tensors(AdapterTable(table), tensors, state)
-    return nnx.merge(graphdef, base, state)
-
-
-def golden_inputs(values: dict[str, np.ndarray], prefix: str = "") -> tuple:
-    latents = values["inputs/latents"]
-    conditioning = FluxConditioning(
-        text=values[f"inputs/{prefix}encoder_hidden_states"],
-        pooled=values[f"inputs/{prefix}pooled_projections"],
-        guidance=values[f"inputs/{prefix}guidance"],
-        positions=position_ids(latents.shape[2] // 2, latents.shape[3] // 2),
-    )
-    return as_tokens(latents), values["inputs/timestep"], conditioning
-
-
-def as_tokens(nchw: np.ndarray) -> jax.Array:
-    return pack(jnp.moveaxis(jnp.asarray(nchw), 1, -1))
-
-
-def check_mixture(mixture, values: dict[str, np.ndarray]) -> None:
-    modes = range(values["outputs/means"].shape[1])
-    for k in modes:
-        means = mixture.means[:, :, k].reshape(*mixture.means.shape[:2], -1)
-        assert relative_error(means, as_tokens(values["outputs/means"][:, k])) < 1e-5
-    weights = jax.nn.log_softmax(mixture.logits, axis=2)
-    for ours, theirs in ((weights, "logweights"), (mixture.log_momenta, "loggammas")):
-        theirs = values[f"outputs/{theirs}"]
-        for k in range(theirs.shape[1]):
-            assert relative_error(ours[:, :, k], as_tokens(theirs[:, k])) < 1e-5
+from tests.helpers import golden
+from tests.helpers.paths import GOLDEN
+from tests.helpers.twins import flux_inputs, flux_twin_output, relative_error
 
 
 def test_golden_06a_head_starts_from_the_teacher():
-    values = golden("06a")
-    model = load(LORA)
+    values = golden.student_case("06a")
+    model = golden.authors_student(golden.LORA)
     model.head.initialize_from(model.output, values["inputs/randn_1"].reshape(4, 16))
     for name in ("means", "logweights", "loggamma"):
         layer = getattr(model.head, f"proj_out_{name}")
@@ -103,21 +39,21 @@ def test_golden_06a_head_starts_from_the_teacher():
 
 
 def test_golden_06b_teacher_velocity():
-    values = golden("06b")
-    model = load(LORA)
-    velocity = model.teacher_velocity(*golden_inputs(values))
-    assert relative_error(velocity, as_tokens(values["outputs/u"])) < 1e-5
-    negative = model.teacher_velocity(*golden_inputs(values, prefix="neg_"))
+    values = golden.student_case("06b")
+    model = golden.authors_student(golden.LORA)
+    velocity = model.teacher_velocity(*golden.student_inputs(values))
+    assert relative_error(velocity, golden.tokens(values["outputs/u"])) < 1e-5
+    negative = model.teacher_velocity(*golden.student_inputs(values, prefix="neg_"))
     guided = velocity + 3 * (velocity - negative)
-    assert relative_error(guided, as_tokens(values["outputs/u_cfg4"])) < 2e-5
+    assert relative_error(guided, golden.tokens(values["outputs/u_cfg4"])) < 2e-5
 
 
-def test_true_guidance_is_both_calls_in_one():
-    """An example with its own negative; the guidance embedding is fed 1."""
-    values = golden("06b")
-    model = load(LORA)
-    tokens, sigma, positive = golden_inputs(values)
-    _, _, negative = golden_inputs(values, prefix="neg_")
+def test_cfg_is_both_calls_in_one():
+    """Each example with its own negative prompt. The guidance embedding gets 1."""
+    values = golden.student_case("06b")
+    model = golden.authors_student(golden.LORA)
+    tokens, sigma, positive = golden.student_inputs(values)
+    _, _, negative = golden.student_inputs(values, prefix="neg_")
     unguided = (dataclasses.replace(c, guidance=jnp.ones(len(tokens))) for c in (positive, negative))
     teacher = jax.jit(model.teacher_velocity)
     u, away = (teacher(tokens, sigma, c) for c in unguided)
@@ -127,22 +63,24 @@ def test_true_guidance_is_both_calls_in_one():
 
 
 def test_golden_06c_student_without_lora():
-    values = golden("06c")
-    model = load(HEAD_ONLY, load_file(GOLDEN / "06c_head.safetensors"))
-    check_mixture(model.student_curve(*golden_inputs(values)), values)
+    values = golden.student_case("06c")
+    model = golden.authors_student(
+        dataclasses.replace(golden.LORA, targets=()), load_file(GOLDEN / "06c_head.safetensors")
+    )
+    golden.check_mixture(model.student_curve(*golden.student_inputs(values)), values)
 
 
 def test_golden_06d_student_with_lora():
-    values = golden("06d")
-    exported = load_file(GOLDEN / "arcflux_tiny_adapter" / "diffusion_pytorch_model.safetensors")
-    model = load(LORA, exported)
-    check_mixture(model.student_curve(*golden_inputs(values)), values)
-    assert json.loads((GOLDEN / "arcflux_tiny_adapter" / "config.json").read_text())["num_gaussians"] == LORA.modes
+    values = golden.student_case("06d")
+    exported = load_file(golden.RELEASED / "diffusion_pytorch_model.safetensors")
+    model = golden.authors_student(golden.LORA, exported)
+    golden.check_mixture(model.student_curve(*golden.student_inputs(values)), values)
+    assert json.loads((golden.RELEASED / "config.json").read_text())["num_gaussians"] == golden.LORA.modes
 
 
 def test_student_starts_as_the_teacher():
-    model = load(LORA)
-    tokens, sigma, conditioning = inputs(CONFIG)
+    model = golden.authors_student(golden.LORA)
+    tokens, sigma, conditioning = flux_inputs(golden.TEACHER)
     model.head.initialize_from(model.output, jnp.zeros((4, 16)))
     mixture = model.student_curve(tokens, sigma, conditioning)
     mean = mixture.means.mean(2).reshape(tokens.shape)
@@ -152,7 +90,7 @@ def test_student_starts_as_the_teacher():
 def test_lora_is_peft():
     torch, peft, diffusers = map(pytest.importorskip, ("torch", "peft", "diffusers"))
     torch.manual_seed(0)
-    twin = diffusers.FluxTransformer2DModel(**dataclasses.asdict(CONFIG)).eval()
+    twin = diffusers.FluxTransformer2DModel(**dataclasses.asdict(golden.TEACHER)).eval()
     tensors = {name: tensor.numpy().copy() for name, tensor in twin.state_dict().items()}
     targets = r".*\.(ff\.net\.0\.proj|ff\.net\.2|proj_mlp)|single_transformer_blocks\.\d+\.proj_out"
     peft.inject_adapter_in_model(peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets), twin)
@@ -169,7 +107,7 @@ def test_lora_is_peft():
         dropout=0.0,
         targets=("transformer_blocks.ff.*", "single_transformer_blocks.proj_*"),
     )
-    graphdef, base, state = split_model(nnx.eval_shape(lambda: make(config)))
+    graphdef, base, state = split_model(nnx.eval_shape(lambda: golden.new_student(config)))
     head = {key: value for key, value in nnx.to_flat_state(state) if key[0] == "head"}
     lora_state = nnx.from_flat_state([(k, v) for k, v in nnx.to_flat_state(state) if k[0] != "head"])
     lora_state = import_tensors(AdapterTable(table), lora, lora_state)
@@ -177,20 +115,20 @@ def test_lora_is_peft():
     base = import_tensors(table, tensors, base)
     model = nnx.merge(graphdef, base, nnx.merge_state(lora_state, zeros))
 
-    # The student's head on the teacher's output layer is the twin with its adapters on
+    # With the teacher's output layer as its head, the student is the twin with its adapters
     model.head.initialize_from(model.output, jnp.zeros((1, 16)))
-    tokens, sigma, c = inputs(CONFIG)
+    tokens, sigma, c = flux_inputs(golden.TEACHER)
     ours = model.student_curve(tokens, sigma, c).means.reshape(tokens.shape)
-    theirs = twin_output(twin, tokens, sigma, c)
+    theirs = flux_twin_output(twin, tokens, sigma, c)
     assert relative_error(ours, theirs) < 1e-5
     assert relative_error(model.teacher_velocity(tokens, sigma, c), theirs) > 1e-2
 
 
 def test_gradient_and_dropout_reach_the_adapter_only():
-    model = load(LORA)
+    model = golden.authors_student(golden.LORA)
     model.initialize_student(jax.random.key(0))
     graphdef, base, adapter = split_model(model)
-    tokens, sigma, conditioning = inputs(CONFIG)
+    tokens, sigma, conditioning = flux_inputs(golden.TEACHER)
 
     def loss(adapter, key):
         mixture = nnx.merge(graphdef, base, adapter).student_curve(tokens, sigma, conditioning, key)
@@ -200,20 +138,20 @@ def test_gradient_and_dropout_reach_the_adapter_only():
     names = {".".join(map(str, path)): np.abs(value[...]).max() for path, value in nnx.to_flat_state(grads)}
     assert len([name for name in names if name.endswith("lora.b")]) == 8
     for name, size in names.items():
-        # the update B starts at zero, so that A has no gradient yet
+        # B is zero at first, so A has no gradient yet
         expected_zero = name.endswith("lora.a") or "logweights" in name
         assert (size == 0) == expected_zero, name
     assert not any(isinstance(v, Base) for _, v in nnx.to_flat_state(adapter))
 
 
 def test_lora_dropout_is_drawn_per_layer_and_from_the_key():
-    config = dataclasses.replace(LORA, dropout=0.5)
-    model = load(config)
+    config = dataclasses.replace(golden.LORA, dropout=0.5)
+    model = golden.authors_student(config)
     model.initialize_student(jax.random.key(0))
     for path, module in nnx.iter_modules(model):
         if path and path[-1] == "lora":
             module.b[...] = jnp.ones_like(module.b[...])
-    args = inputs(CONFIG)
+    args = flux_inputs(golden.TEACHER)
     a, again, b = (model.student_curve(*args, jax.random.key(seed)).means for seed in (0, 0, 1))
     np.testing.assert_array_equal(a, again)
     assert not np.allclose(a, b)
@@ -221,16 +159,42 @@ def test_lora_dropout_is_drawn_per_layer_and_from_the_key():
 
 
 def test_merged_student_is_the_student():
-    exported = load_file(GOLDEN / "arcflux_tiny_adapter" / "diffusion_pytorch_model.safetensors")
-    model = load(LORA, exported)
-    args = inputs(CONFIG)
+    exported = load_file(golden.RELEASED / "diffusion_pytorch_model.safetensors")
+    model = golden.authors_student(golden.LORA, exported)
+    args = flux_inputs(golden.TEACHER)
     expected = model.student_curve(*args)
     graphdef, base, adapter = split_model(model)
     merged = nnx.merge(merged_graphdef(graphdef, base, adapter), merged_state(graphdef, base, adapter))
     assert not any("lora" in map(str, path) for path, _ in nnx.to_flat_state(nnx.state(merged)))
     assert relative_error(merged.student_curve(*args).means, np.asarray(expected.means)) < 1e-5
-    # and without its adapters the student would be another
+    # Without LoRA the result would be another
     assert relative_error(model.teacher_velocity(*args), np.asarray(merged.teacher_velocity(*args))) > 1e-3
+
+
+@pytest.mark.parametrize("layers", [(), (3,)])
+def test_lora_starts_normal_with_standard_deviation_one_over_r(layers):
+    """A ~ N(0, 1/r²), peft's "gaussian", and B = 0. Bounds are five standard errors of each statistic."""
+    rank, d_in = 256, 640
+    linear = Linear(d_in, 8, rngs=nnx.Rngs(0))
+    linear.kernel.set_value(jnp.zeros((*layers, d_in, 8)))
+    lora = LoRA(linear.kernel, rank, alpha=rank, dropout=0.0, salt=1)
+    lora.initialize(jax.random.key(0))
+    a = np.asarray(lora.a[...], np.float64) * rank
+    n = a.size
+    assert a.shape == (*layers, d_in, rank)
+    assert abs(a.mean()) < 5 / n**0.5
+    assert abs(a.std() - 1) < 5 / (2 * n) ** 0.5  # the standard error of a standard deviation, σ/√(2n)
+    for width, share in ((1.0, 0.682689), (2.0, 0.954500)):  # what a normal distribution has within ±width
+        assert abs((np.abs(a) < width).mean() - share) < 5 * (share * (1 - share) / n) ** 0.5
+    assert not lora.b[...].any()
+
+
+def test_layers_start_from_different_random_numbers():
+    model = golden.new_student(golden.LORA)
+    model.initialize_student(jax.random.key(0))
+    first, second = model.backbone.transformer_blocks.ff, model.backbone.transformer_blocks.ff_context
+    assert first.proj_in.lora.a.shape == second.proj_in.lora.a.shape
+    assert not np.array_equal(first.proj_in.lora.a[...], second.proj_in.lora.a[...])
 
 
 @pytest.mark.parametrize(("dtype", "step"), [(jnp.float32, 2**-23), (jnp.bfloat16, 2**-7)])
@@ -246,13 +210,13 @@ def test_merged_kernel_against_float64(lead, dtype, step):
     np.testing.assert_allclose(np.float64(merged), exact, rtol=step / 2, atol=1e-5)
 
 
-def test_lora_target_that_names_nothing_is_refused():
+def test_lora_target_that_matches_nothing_is_refused():
     with pytest.raises(UserError, match=r"'transformer_blocks\.mlp\.\*' matches no linear layer"):
-        make(dataclasses.replace(LORA, targets=("transformer_blocks.mlp.*",)))
+        golden.new_student(dataclasses.replace(golden.LORA, targets=("transformer_blocks.mlp.*",)))
 
 
 def test_published_student_of_flux_dev_is_the_authors():
-    """Shapes only. The counts are those of the authors' own model; shares of all recipes stand in test_recipes."""
+    """Shapes only. The counts are those of the authors' own model; test_recipes has the shares of all recipes."""
     config = FluxConfig(
         in_channels=64,
         num_layers=19,

@@ -15,11 +15,12 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.t5 import T5Config, T5Encoder, distance_buckets
 from arcflow_jax.storage.files import parse_config
+from tests.helpers.twins import bfloat16_error, random_network, relative_error, rounding_bounds
 from tools.tiny_teacher.text import new_t5, write_t5
 from tools.tiny_teacher.tokenizers import make_t5_tokenizer
 
 TINY = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4}
-GEOMETRIES = {
+CONFIGS = {
     "square": TINY,
     "inner width other than D, few buckets": TINY
     | {"d_kv": 16, "num_layers": 2, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20},
@@ -29,7 +30,7 @@ XXL = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_lay
 
 
 def twin(config, device="cpu"):
-    """transformers' model of the same geometry, with nothing left at a trivial value."""
+    """transformers' model with the same model config and random weights."""
     torch = pytest.importorskip("torch")
     from transformers import T5Config as TheirConfig
     from transformers import T5EncoderModel
@@ -55,27 +56,15 @@ def ours(model, config, dtype=jnp.float32):
     return nnx.merge(graphdef, import_tensors(table, tensors, state, dtype))
 
 
-def random_encoder(make):
-    """The module that `make` makes, every weight of it drawn from N(0, 0.3²)."""
-    graphdef, state = nnx.split(nnx.eval_shape(make))
-    rng = np.random.default_rng(0)
-    return nnx.merge(graphdef, jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), state))
-
-
 @nnx.jit
 def run(encoder, ids):
     return encoder(ids)
 
 
-def relative_error(a, b):
-    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-    return np.abs(a - b).max() / np.abs(b).max()
-
-
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_parity(name):
     torch = pytest.importorskip("torch")
-    config = GEOMETRIES[name]
+    config = CONFIGS[name]
     model = twin(config)
     ids = np.random.default_rng(0).integers(0, config["vocab_size"], (2, 40))
     ids[0, 25:] = 0  # padding, attended
@@ -87,6 +76,19 @@ def test_parity(name):
     low = run(ours(model, config, jnp.bfloat16), jnp.asarray(ids))
     assert low.dtype == jnp.bfloat16
     assert relative_error(low, theirs) < 0.03
+
+
+def test_bfloat16_against_float32():
+    """About ten roundings in a row per layer: five in attention, three in the MLP, two in the residual sums."""
+    config = parse_config(T5Config, TINY, "config.json")
+
+    def scale(path: str) -> float:
+        return config.d_kv**-0.5 if path.endswith("attention.q.kernel") else 1.0  # T5 does not scale its scores
+
+    encoder = random_network(lambda: T5Encoder(config, rngs=nnx.Rngs(0)), scale)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (2, 40)))
+    least, most = rounding_bounds(10 * config.num_layers)
+    assert least < bfloat16_error(encoder, ids) < most
 
 
 @pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (8, 20), (16, 64), (32, 512)])
@@ -116,8 +118,8 @@ def test_full_size_table():
     assert (hidden.shape, hidden.dtype) == ((2, 512, 4096), jnp.bfloat16)
 
 
-def test_table_of_vectors_under_either_name():
-    state = nnx.state(random_encoder(lambda: T5Encoder(T5Config(**TINY), rngs=nnx.Rngs(0))))
+def test_token_embedding_under_either_name():
+    state = nnx.state(random_network(lambda: T5Encoder(T5Config(**TINY), rngs=nnx.Rngs(0))))
     tensors = export_tensors(table, state)
     vectors = tensors.pop("shared.weight")
     for names in (["shared.weight"], ["encoder.embed_tokens.weight"], ["shared.weight", "encoder.embed_tokens.weight"]):
@@ -128,13 +130,13 @@ def test_table_of_vectors_under_either_name():
 
 
 def test_tiny_teacher_files(tmp_path):
-    """What the bundled teacher's maker writes is loaded by transformers as it is."""
+    """transformers loads the files of the bundled teacher unchanged."""
     torch = pytest.importorskip("torch")
     from transformers import T5EncoderModel
 
     make_t5_tokenizer(tmp_path / "tokenizer")
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
-    encoder = random_encoder(lambda: new_t5(tokenizer, nnx.Rngs(0)))
+    encoder = random_network(lambda: new_t5(tokenizer, nnx.Rngs(0)))
     write_t5(tmp_path / "encoder", tokenizer, encoder)
     model = T5EncoderModel.from_pretrained(tmp_path / "encoder").eval()
     ids, _ = tokenize(tokenizer, ["a small red ring at the top", ""], token_length(tokenizer))

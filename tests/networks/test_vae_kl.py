@@ -1,4 +1,4 @@
-"""The autoencoder against diffusers' AutoencoderKL, through the rule table and the engine."""
+"""FLUX.1's VAE against diffusers' AutoencoderKL, through the rule table and the engine."""
 
 # B batch, H, W image size, C latent channels
 
@@ -15,6 +15,7 @@ from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.vae_kl import AutoencoderKL, AutoencoderKLConfig
 from arcflow_jax.storage.files import parse_config
+from tests.helpers.twins import relative_error
 
 TINY = AutoencoderKLConfig(
     block_out_channels=(8, 16),
@@ -25,7 +26,7 @@ TINY = AutoencoderKLConfig(
     shift_factor=0.1159,
     sample_size=16,
 )
-GEOMETRIES = {
+CONFIGS = {
     "two levels": TINY,
     "four levels as FLUX's": dataclasses.replace(
         TINY, block_out_channels=(8, 8, 16, 16), layers_per_block=2, latent_channels=16
@@ -38,7 +39,7 @@ GEOMETRIES = {
 
 
 def twin(config: AutoencoderKLConfig):
-    """diffusers' model of the same geometry, with nothing left at a trivial value."""
+    """diffusers' model with the same model config and random weights."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     levels = len(config.block_out_channels)
@@ -71,15 +72,10 @@ def both_ways(network: AutoencoderKL, pixels, z):
     return network.encode(pixels), network.posterior(pixels)[1], network.decode(z)
 
 
-def relative_error(a, b) -> float:
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.abs(a - b).max() / np.abs(b).max()
-
-
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_parity(name):
     torch = pytest.importorskip("torch")
-    config = GEOMETRIES[name]
+    config = CONFIGS[name]
     model = twin(config)
     network = ours(model, config)
     rng = np.random.default_rng(0)

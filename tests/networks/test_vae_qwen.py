@@ -1,4 +1,4 @@
-"""Qwen-Image's autoencoder against diffusers' AutoencoderKLQwenImage, through the rule table and the engine."""
+"""Qwen-Image's VAE against diffusers' AutoencoderKLQwenImage, through the rule table and the engine."""
 
 # B batch, H, W image size, C latent channels
 
@@ -16,6 +16,7 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.vae_qwen import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
 from arcflow_jax.storage.files import parse_config
+from tests.helpers.twins import relative_error
 
 TINY = AutoencoderKLQwenImageConfig(
     base_dim=4,
@@ -25,19 +26,19 @@ TINY = AutoencoderKLQwenImageConfig(
     latents_mean=(0.3, -1.2),
     latents_std=(2.5, 0.7),
 )
-# with which of the levels split time
-GEOMETRIES = {
+# model config, and which levels downsample time
+CONFIGS = {
     "two levels": (TINY, [False]),
     "four levels as Qwen-Image's": (
         dataclasses.replace(TINY, dim_mult=(1, 2, 4, 4), num_res_blocks=2),
         [False, True, True],
     ),
-    "time split at once": (dataclasses.replace(TINY, dim_mult=(2, 1, 3), base_dim=6), [True, False]),
+    "time downsampled at once": (dataclasses.replace(TINY, dim_mult=(2, 1, 3), base_dim=6), [True, False]),
 }
 
 
 def twin(config: AutoencoderKLQwenImageConfig, temporal: list[bool]):
-    """diffusers' model of the same geometry, with nothing left at a trivial value."""
+    """diffusers' model with the same model config and random weights."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
@@ -69,15 +70,10 @@ def both_ways(network: AutoencoderKLQwenImage, pixels, z):
     return network.encode(pixels), network.posterior(pixels)[1], network.decode(z)
 
 
-def relative_error(a, b) -> float:
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.abs(a - b).max() / np.abs(b).max()
-
-
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_parity(name):
     torch = pytest.importorskip("torch")
-    config, temporal = GEOMETRIES[name]
+    config, temporal = CONFIGS[name]
     model = twin(config, temporal)
     network = ours(model, config)
     rng = np.random.default_rng(0)
@@ -111,11 +107,9 @@ def test_full_size():
     _, state = abstract(parse_config(AutoencoderKLQwenImageConfig, dict(model.config), "config.json"))
     # arrays of the checkpoint's shapes that take no memory
     tensors = {name: np.broadcast_to(np.float32(0), tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
-    used = {
-        name for fill, _ in check(table, tensors, shapes_of(state), "Qwen-Image's autoencoder") for name in fill.names
-    }
+    used = {name for fill, _ in check(table, tensors, shapes_of(state), "Qwen-Image's VAE") for name in fill.names}
     assert {name.split(".")[-2] for name in tensors.keys() - used} == {"time_conv"}
-    assert len(tensors) - len(used) == 8  # two levels that split time and two that join it
+    assert len(tensors) - len(used) == 8  # two levels downsample time, and two upsample it
 
 
 def test_round_trip():

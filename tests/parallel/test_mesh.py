@@ -1,4 +1,4 @@
-"""Where a full-size run's arrays live: nothing large is whole on a device."""
+"""The mesh, its errors, and the shardings of a full-size run: no large array is whole on a device."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 from arcflow_jax.compile_report.programs import open_model
+from arcflow_jax.errors import UserError
 from arcflow_jax.families.flux import CLIP, T5
 from arcflow_jax.networks.clip import CLIPTextConfig
 from arcflow_jax.networks.student import split_model
 from arcflow_jax.networks.t5 import T5Config
-from arcflow_jax.parallel.mesh import MESH_AXES, state_shardings
+from arcflow_jax.parallel.mesh import MESH_AXES, make_mesh, state_shardings
 from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.recipe import Recipe, read_config
 from arcflow_jax.training.state import TrainState
@@ -31,7 +32,7 @@ CLIP_L = CLIPTextConfig(
 
 
 def flux() -> dict[str, object]:
-    """What a run of FLUX.1-dev holds, as shapes."""
+    """The state of a run of FLUX.1-dev, as shapes."""
     recipe = Recipe.from_config(read_config(str(ROOT / "configs" / "flux.py")))
     student = open_model(ROOT / "configs" / "flux.1-dev").student(recipe.adapter, jnp.bfloat16)
     _, base, adapter = split_model(student)
@@ -52,7 +53,7 @@ def sizes(state: object, mesh: AbstractMesh) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("mesh", [(1, 4, 1, 1), (16, 4, 1, 1), (4, 8, 1, 1), (1, 2, 2, 1)])
 def test_everything_large_is_sharded(mesh):
-    """Over fsdp, to a hundredth of the whole; tensor splits most of it further."""
+    """Over fsdp, to a hundredth of the whole. Tensor shards most of it further."""
     mesh = AbstractMesh(mesh, MESH_AXES)
     parts = mesh.shape["fsdp"]
     encoders = {
@@ -65,3 +66,36 @@ def test_everything_large_is_sharded(mesh):
             assert part * parts <= whole or whole < MIB, (name, whole)
         whole, part = (sum(column) for column in zip(*found, strict=True))
         assert part < 1.01 * whole / parts, name
+
+
+@pytest.mark.parametrize("mesh", [(1, 2, 2, 1), (1, 2, 4, 1), (1, 1, 8, 1)])
+def test_tensor_shards_the_base_model(mesh):
+    """Twice as many tensor devices leave about half of the base model on each; only small arrays are replicated."""
+    state = flux()["base"]
+    found = sizes(state, AbstractMesh(mesh, MESH_AXES))
+    whole, part = (sum(column) for column in zip(*found, strict=True))
+    assert part < 1.02 * whole / math.prod(mesh)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "message"),
+    [
+        (
+            (2, 8, 1, 1),
+            8,
+            "mesh data=2, fsdp=8 needs 16 devices, but 8 devices are visible; use fsdp=4, or",
+        ),
+        (
+            (1, 1, 3, 1),
+            1,
+            "mesh tensor=3 needs 3 devices, but 1 device is visible; use tensor=1, or",
+        ),
+        ((2, 1, 1, 1), 8, "mesh data=2 needs 2 devices, but 8 devices are visible; use fsdp=4, or start on 2"),
+        ((3, 1, 3, 1), 8, "mesh data=3, tensor=3 needs 9 devices, but 8 devices are visible; use fsdp=8 alone, or"),
+        ((1, 0, 1, 1), 8, "mesh fsdp=0: a size has to be at least 1, and only one may be -1"),
+        ((-1, -1, 1, 1), 8, "mesh data=-1, fsdp=-1: a size has to be at least 1, and only one may be -1"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_says_what_does(sizes, devices, message):
+    with pytest.raises(UserError, match=message):
+        make_mesh(sizes, jax.devices() * devices)

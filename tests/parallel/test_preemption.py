@@ -1,4 +1,4 @@
-"""SIGTERM at one of two processes: both end after the same training step."""
+"""SIGTERM to one of two processes: both stop after the same training step."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ with Preemption() as preemption:
 """
 
 
-def test_two_processes_end_at_the_same_step():
+def test_two_processes_stop_after_the_same_step():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     both = [child(TWO_PROCESSES, address, index) for index in range(2)]
     assert both[1].stdout.readline() == "1\n"
-    both[1].send_signal(signal.SIGTERM)  # one of them is preempted
+    both[1].send_signal(signal.SIGTERM)  # only one of them gets it
     ends = [process.communicate(timeout=300)[0].split()[-1] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert ends[0] == ends[1]

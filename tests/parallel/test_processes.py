@@ -1,4 +1,4 @@
-"""The same distillation on one device, on eight in several meshes, and on two processes that find one another."""
+"""The same training on one device, on eight devices in several meshes, and in two processes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def start(devices: int, *command: object) -> subprocess.Popen:
     """Python in a process with so many CPU devices."""
     env = {
         **os.environ,
-        # Without optimisation: what takes time here is compiling
+        # Without optimization, because compiling takes most of the time here
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
         "PYTHONPATH": os.pathsep.join([str(CONFIGS.parent), str(Path(__file__).parent)]),
     }
@@ -92,8 +92,8 @@ ENDLESS = """
 
 
 @pytest.mark.slow
-def test_run_of_two_processes_is_killed_and_resumed_in_one(tmp_path):
-    """They save every two training steps; one device resumes on a mesh of its own."""
+def test_run_of_two_processes_is_killed_and_resumed_by_one(tmp_path):
+    """They save every two training steps. One process on one device resumes the run on its own mesh."""
     model = convert_model(ASSETS / "tiny-flux", tmp_path / "model")
     run, address = tmp_path / "two" / "run", free_address()
     run.parent.mkdir()
@@ -107,7 +107,7 @@ def test_run_of_two_processes_is_killed_and_resumed_in_one(tmp_path):
             process.kill()
             process.wait()
     two = {line["step"]: line["loss"] for line in map(json.loads, (run / "log.jsonl").read_text().splitlines())}
-    assert list(two) == list(range(1, len(two) + 1))  # written by one of them
+    assert list(two) == list(range(1, len(two) + 1))  # only one of them writes it
 
     last = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
     train(recipe(model, run, steps=last + 2))
@@ -202,7 +202,7 @@ PARTS = """
 """
 
 
-def test_each_process_brings_its_part_of_a_batch():
+def test_each_process_loads_its_slice_of_a_batch():
     address = free_address()
     processes = [start(4, "-c", textwrap.dedent(PARTS), address, i) for i in (0, 1)]
     first, second = (finish(process).strip() for process in processes)
@@ -218,6 +218,6 @@ def test_each_process_brings_its_part_of_a_batch():
         (("host:1", 2, 2), "--process-id is 2, but of 2 processes it has to be 0 to 1"),
     ],
 )
-def test_processes_that_make_no_sense_are_refused(arguments, message):
+def test_invalid_processes_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         distributed.initialize(*arguments)
