@@ -176,7 +176,7 @@ def recipe(model: Path, out: Path, **changes) -> Recipe:
         config.update(batch=2, steps=2, log_every=1, dtype="float32", mesh=(1, 1, 1, 1), preview_every=1)
         config.adapter.update(modes=3, rank=2, alpha=2.0)
         config.distillation.update(decay=4, states=2)  # no second program once the teacher no longer leads
-        config.optimizer.update(warmup=1, learning_rate=1e-2)
+        config.optimizer.update(warmup=0, learning_rate=1e-2)
         config.ema.update(start=0)
         config.update(changes)
     return Recipe.from_config(config)

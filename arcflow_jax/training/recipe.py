@@ -13,13 +13,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from arcflow_jax import configs
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.student import AdapterConfig
+from arcflow_jax.parallel.processes import is_main
 from arcflow_jax.storage.files import read_json, write_json
 from arcflow_jax.training.optimizer import OptimizerConfig
 from arcflow_jax.training.overrides import checked, flatten, parsed
@@ -129,13 +129,13 @@ class Recipe:
         return max(self.resolutions, key=math.prod)
 
     @classmethod
-    def from_config(cls, config: ConfigDict) -> Recipe:
+    def from_config(cls, config: ConfigDict | dict[str, Any]) -> Recipe:
         """A recipe from its values, or from those that differ from the defaults.
 
         Raises:
           UserError: if the config lacks a key without a default, has an unknown key, or a value of the wrong type.
         """
-        values = {key: checked(cls, key, value) for key, value in flatten(cls, config.to_dict())}
+        values = {key: checked(cls, key, value) for key, value in flatten(cls, ConfigDict(config).to_dict())}
         required = [field.name for field in dataclasses.fields(cls) if no_default(field)]
         if missing := [name for name in required if name not in values]:
             options = " ".join(f"--config.{name}=…" for name in missing)
@@ -149,7 +149,7 @@ class Recipe:
     def write(self, run: Path) -> None:
         """Writes the recipe to a run's directory. Raises UserError if that is not possible."""
         try:
-            if jax.process_index() == 0:
+            if is_main():
                 write_json(run / SETTINGS, self.resolved())
         except OSError as error:
             raise UserError(f"cannot write to {run}: {error.strerror}") from None

@@ -142,14 +142,14 @@ def test_tools_are_the_same_entry_points(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("--config.optimiser.lr=1", r"optimiser.*overrides have the form --config\.key=value"),
-        ("--config.steps=many", "steps"),
-        ("--steps=3", r"Unknown command line flag 'steps'"),
+        ("--config.optimiser.lr=1", "a recipe has no key 'optimiser': did you mean optimizer"),
+        ("--config.steps=many", "steps is 'many', but has to be a whole number"),
+        ("--steps=3", r"cannot read --steps=3: overrides have the form --config\.key=value"),
         ("steps=3", r"cannot read steps=3"),
         ("--config.distillation.nfe=0", "nfe is 0, but has to be at least 1"),
         ("--config.batch=0", "batch is 0, but has to be at least 1"),
         ("--config.seed=-1", "seed is -1, but has to be at least 0"),
-        ("--config.resolutions=(64, 64)", r"resolutions is \(64, 64\), but has to list sizes as \(height, width\)"),
+        ("--config.resolutions=(64, 64)", r"resolutions is \(64, 64\), but has to be a tuple, each element"),
         ("--config.resolutions=()", r"resolutions is \(\), but has to list sizes"),
         ("--config.model=/nowhere", "model directory /nowhere does not exist"),
     ],
@@ -160,9 +160,9 @@ def test_train_refuses_bad_settings(capfd, tmp_path, override, message):
 
 
 def test_train_refuses_bad_recipes(capfd, tmp_path):
-    assert_refused(capfd, tmp_path, "train", "--config", "missing.py", message=r"config missing\.py does not exist")
+    assert_refused(capfd, tmp_path, "train", "--config", "missing.py", message=r"recipe missing\.py does not exist")
     assert_refused(
-        capfd, tmp_path, "train", "--config", f"{TINY}:cubic", message="known are arcflow, linear and legendre"
+        capfd, tmp_path, "train", "--config", f"{TINY}:cubic", message="known variants are arcflow, linear, legendre"
     )
 
 

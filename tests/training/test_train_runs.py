@@ -304,7 +304,9 @@ def test_weights_and_biases_of_a_resumed_run(model, tmp_path, monkeypatch):
 def test_previews_trace_and_weights_and_biases(model, tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
     run = tmp_path / "run"
-    shown = recipe(model, run, steps=2, preview_every=2, preview_prompts=("a red circle", "a ring"), wandb_project="w")
+    changes = {"preview_every": 2, "preview_prompts": ("a red circle", "a ring"), "wandb_project": "w"}
+    changes |= {"optimizer.warmup": 0, "ema.power": 1.0}  # so that two steps show, and tell EMA weights from raw ones
+    shown = recipe(model, run, steps=2, **changes)
     train(shown, profile="2:2")
 
     with Image.open(run / "previews" / "000002.png") as image:
@@ -334,7 +336,7 @@ def test_previews_trace_and_weights_and_biases(model, tmp_path, monkeypatch, cap
     output = capfd.readouterr().out
     assert re.search(r"trains 0\.\d+ of \d\.\d+ million parameters \(\d+\.\d+ %\) on 1 \w+ devices", output)
     assert re.search(
-        r"step 2 of 2: loss [\d.]+ \(segments [\d.]+ [\d.]+\), gradient \S+, rate 0.0002, teacher 100 %, "
+        r"step 2 of 2: loss [\d.]+ \(segments [\d.]+ [\d.]+\), gradient \S+, rate 0.002, teacher 100 %, "
         r"[\d.]+ steps/s, 0:00:00 left",
         output,
     )
