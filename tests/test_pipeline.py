@@ -1,4 +1,4 @@
-"""The pipeline on the bundled teacher: batches, sizes, devices, memory, and what is compiled when."""
+"""The pipeline on the bundled teacher: batches, sizes, devices, memory, and the number of compilations."""
 
 # B images, N tokens, C latent channels
 
@@ -62,7 +62,7 @@ def pixels(images) -> np.ndarray:
 
 
 def assert_same_images(images, others, levels: int = 1) -> None:
-    """But for rounding: `levels` of 255, which is where a value between two of them may fall."""
+    """Equal up to `levels` of 255, the effect of rounding."""
     np.testing.assert_allclose(pixels(images), pixels(others), atol=levels, rtol=0)
 
 
@@ -364,7 +364,7 @@ def test_merging_takes_the_memory_of_a_few_layers():
 
 
 def out_of_memory(*args, **kwargs):
-    """What XLA says of more than there is."""
+    """XLA's error on a full device."""
     return jax.block_until_ready(jnp.zeros(2**50, jnp.uint8))
 
 
@@ -389,7 +389,7 @@ def test_out_of_memory_while_loading(model, student, monkeypatch):
 
 @pytest.mark.slow
 def test_eight_devices_make_the_same_images(pipe, model, student, tmp_path):
-    """In a process that has eight CPU devices; and no device holds more of the weights than its part."""
+    """In a process that has eight CPU devices; each device holds only its part of the weights."""
     expected = pipe(PROMPTS[:2], batch_size=2, seed=3, **SIZE).images
     rows, columns = pipe.grid(**SIZE)
     conditioning = pipe.encode(PROMPTS[:2], guidance=2.0, rows=rows, columns=columns)

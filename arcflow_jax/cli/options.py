@@ -132,8 +132,8 @@ class SamplingOptions(StudentOptions):
         bool,
         typer.Option(
             "--merge/--no-merge",
-            help="Add LoRA to the base model's weights, or compute it beside them, which is slower and in bfloat16 "
-            "more precise.",
+            help="Add LoRA to the base model's weights, or compute it beside them, which is slower but does not round "
+            "the sums to bfloat16.",
         ),
     ] = True
     offload: Annotated[

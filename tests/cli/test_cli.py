@@ -1,4 +1,4 @@
-"""The command line from the outside: what bad input is told, and that it leaves nothing behind."""
+"""The command line: its help, its errors, and that bad input leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def student(model, tmp_path_factory) -> Path:
-    """The adapter before its first iteration."""
+    """The adapter before the first training step."""
     config = read_config(
         TINY,
         [

@@ -1,4 +1,4 @@
-"""`arcflow convert` from the outside: what it prints, its exit codes, and that it leaves nothing half-written."""
+"""`arcflow convert`: what it prints, its exit codes, and that it leaves no partial output."""
 
 from __future__ import annotations
 
