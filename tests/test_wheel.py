@@ -69,7 +69,6 @@ def test_help(binaries, tmp_path):
     assert "--prompt" in run(binaries, tmp_path, "arcflow", "sample", "--help")
 
 
-@pytest.mark.xfail(reason="recipes are not found by name yet", strict=True)
 def test_train_by_the_name_of_a_recipe(binaries, tmp_path):
     program = "from arcflow_jax.demo import ASSETS; print(ASSETS)"
     assets = run(binaries, tmp_path, "python", "-c", program).strip()

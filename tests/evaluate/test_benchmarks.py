@@ -163,7 +163,7 @@ def test_from_the_command_line(capfd, geneval, dpg, tmp_path, tiny_flux):
     export_dpg = ("evaluate", "export", "--benchmark", "dpg-bench", "--prompts", dpg)
     code, stdout, stderr = run(capfd, *export_geneval, *together, "--out", tmp_path / "out")
     assert code == 0, stderr
-    assert stdout == f"{tmp_path / 'out'} has 4 pictures\n"
+    assert stdout == f"{tmp_path / 'out'} has 4 images\n"
     sample = ("sample", "--prompts-file", tmp_path / "prompts.txt", "--out", tmp_path / "sampled")
     code, stdout, stderr = run(capfd, *sample, *together)
     assert code == 0, stderr

@@ -297,14 +297,14 @@ def test_bad_input(capfd, folders, tmp_path, inception, clip, monkeypatch):
         options = [part for option in (good | changed).items() if option[1] is not None for part in option]
         assert_refused(capfd, tmp_path, "evaluate", "metrics", *options, message=message)
 
-    refused("either --images, or what to sample with --prompts", pictures=None)
+    refused("either --images, or what to sample with --prompts", images=None)
     refused("either --images, or what to sample with --prompts", prompts="a.txt")
     refused("leave --adapter and --teacher out", adapter="x")
-    refused("image folder .*nothing does not exist", pictures=tmp_path / "nothing")
-    refused("empty contains no images", pictures=tmp_path / "empty")
+    refused("image folder .*nothing does not exist", images=tmp_path / "nothing")
+    refused("empty contains no images", images=tmp_path / "empty")
     refused(r"must be a \.json file", out=tmp_path / "a.npz")
     refused("a reference needs fid or pfid", metric="clip", real=folders / "coco")
-    refused("one has 64 x 64: leave pfid out", pictures=tmp_path / "small")
+    refused("one has 64 x 64: leave pfid out", images=tmp_path / "small")
     refused("cannot read the Inception network .*nothing: No such file", inception=tmp_path / "nothing")
     refused("a.txt is not a TorchScript network", inception=tmp_path / "a.txt")
     refused("there is no CLIP model nothing: give a folder, or OWNER/NAME", clip="nothing", metric="clip")
