@@ -1,4 +1,4 @@
-"""The tensors of a CLIP text encoder: transformers' CLIPTextModel ↔ `networks.clip`."""
+"""The tensors of a CLIP text encoder: transformers' CLIPTextModel ↔ `networks.text.clip`."""
 
 from arcflow_jax.convert.rules import LINEAR, Rule
 

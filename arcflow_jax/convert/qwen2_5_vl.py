@@ -1,4 +1,4 @@
-"""The text part of Qwen2.5-VL: transformers' Qwen2_5_VLForConditionalGeneration ↔ `networks.qwen2_5_vl`."""
+"""The text part of Qwen2.5-VL: transformers' Qwen2_5_VLForConditionalGeneration ↔ `networks.text.qwen2_5_vl`."""
 
 from arcflow_jax.convert.rules import LINEAR, Rule, linear
 

@@ -1,4 +1,4 @@
-"""The tensors of a T5 encoder: transformers' T5EncoderModel ↔ `networks.t5`."""
+"""The tensors of a T5 encoder: transformers' T5EncoderModel ↔ `networks.text.t5`."""
 
 from arcflow_jax.convert.rules import LINEAR, Rule
 

@@ -1,4 +1,4 @@
-"""FLUX.1's VAE: diffusers' AutoencoderKL, or the authors' ae.safetensors ↔ `networks.vae_kl`."""
+"""FLUX.1's VAE: diffusers' AutoencoderKL, or the authors' ae.safetensors ↔ `networks.vaes.kl`."""
 
 import dataclasses
 

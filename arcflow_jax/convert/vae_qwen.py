@@ -1,4 +1,4 @@
-"""Qwen-Image's VAE for a single frame: diffusers' AutoencoderKLQwenImage ↔ `networks.vae_qwen`.
+"""Qwen-Image's VAE for a single frame: diffusers' AutoencoderKLQwenImage ↔ `networks.vaes.qwen`.
 
 A kernel [out, in, time, height, width] is causal: its last time slice is applied to the frame itself, the others to
 earlier frames, which a single image does not have. An export fills those slices with zeros.

@@ -56,7 +56,7 @@ class Family:
     Attributes:
       pipeline: its pipeline's class in diffusers, as in `model_index.json`.
       networks: component → kind of network. `transformer` is the base that a student is trained on, and builds an
-        `ArcModel`. `vae` is a `networks.vae.VAE`.
+        `ArcModel`. `vae` is a `networks.vaes.vae.VAE`.
       prompts: turns prompts into conditioning.
       lora_targets: the backbone's linear layers that get LoRA in the published recipe (see `lora.attach_lora`).
       embedded_guidance: default guidance scale of a transformer with a guidance embedding.

@@ -20,10 +20,10 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.families.family import Family, Network
 from arcflow_jax.families.latents import centred_positions
 from arcflow_jax.families.text import Model, PromptEncoder
-from arcflow_jax.networks.qwen2_5_vl import Qwen2_5VLConfig, Qwen2_5VLText
 from arcflow_jax.networks.qwen_image import QwenImage, QwenImageConditioning, QwenImageConfig
 from arcflow_jax.networks.student import ArcModel
-from arcflow_jax.networks.vae_qwen import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
+from arcflow_jax.networks.text.qwen2_5_vl import Qwen2_5VLConfig, Qwen2_5VLText
+from arcflow_jax.networks.vaes.qwen import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
 from arcflow_jax.parallel.mesh import batched, replicated
 from arcflow_jax.parallel.processes import from_part
 

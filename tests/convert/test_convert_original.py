@@ -20,7 +20,7 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.families import flux as family
 from arcflow_jax.networks.flux import FluxConfig
 from arcflow_jax.networks.states import shapes_of
-from arcflow_jax.networks.vae_kl import AutoencoderKLConfig
+from arcflow_jax.networks.vaes.kl import AutoencoderKLConfig
 from arcflow_jax.storage.files import parse_config
 from tests.helpers.full_size import FLUX_DEV, FLUX_VAE
 from tests.helpers.source_folder import CONFIGS, weights_file, write_source

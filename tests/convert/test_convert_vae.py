@@ -12,7 +12,7 @@ from arcflow_jax.convert import vae_kl as table
 from arcflow_jax.convert.engine import check, export_tensors, import_tensors
 from arcflow_jax.families import flux as family
 from arcflow_jax.networks.states import shapes_of
-from arcflow_jax.networks.vae_kl import AutoencoderKLConfig
+from arcflow_jax.networks.vaes.kl import AutoencoderKLConfig
 from arcflow_jax.storage.files import parse_config
 from tests.helpers.full_size import FLUX_VAE
 

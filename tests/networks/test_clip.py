@@ -12,8 +12,8 @@ from arcflow_jax.convert import clip as table
 from arcflow_jax.convert.engine import check, export_tensors, import_tensors
 from arcflow_jax.data.tokenizers import load_tokenizer, token_length, tokenize
 from arcflow_jax.errors import UserError
-from arcflow_jax.networks.clip import CLIPTextConfig, CLIPTextEncoder
 from arcflow_jax.networks.states import shapes_of
+from arcflow_jax.networks.text.clip import CLIPTextConfig, CLIPTextEncoder
 from arcflow_jax.storage.files import parse_config
 from tests.helpers.twins import random_network, relative_error
 from tools.tiny_teacher.text import new_clip, write_clip

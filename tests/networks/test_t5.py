@@ -13,7 +13,7 @@ from arcflow_jax.convert.engine import check, export_tensors, import_tensors
 from arcflow_jax.data.tokenizers import load_tokenizer, token_length, tokenize
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.states import shapes_of
-from arcflow_jax.networks.t5 import T5Config, T5Encoder, distance_buckets
+from arcflow_jax.networks.text.t5 import T5Config, T5Encoder, distance_buckets
 from arcflow_jax.storage.files import parse_config
 from tests.helpers.twins import bfloat16_error, random_network, relative_error, rounding_bounds
 from tools.tiny_teacher.text import new_t5, write_t5

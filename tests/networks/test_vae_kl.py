@@ -13,7 +13,7 @@ from flax import nnx
 from arcflow_jax.convert import vae_kl as table
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.errors import UserError
-from arcflow_jax.networks.vae_kl import AutoencoderKL, AutoencoderKLConfig
+from arcflow_jax.networks.vaes.kl import AutoencoderKL, AutoencoderKLConfig
 from arcflow_jax.storage.files import parse_config
 from tests.helpers.twins import relative_error
 

@@ -14,7 +14,7 @@ from arcflow_jax.convert import vae_qwen as table
 from arcflow_jax.convert.engine import check, export_tensors, import_tensors
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.states import shapes_of
-from arcflow_jax.networks.vae_qwen import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
+from arcflow_jax.networks.vaes.qwen import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
 from arcflow_jax.storage.files import parse_config
 from tests.helpers.twins import relative_error
 

@@ -15,9 +15,9 @@ from jax.sharding import AbstractMesh
 from arcflow_jax.compile_report.programs import open_model
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.flux import CLIP, T5
-from arcflow_jax.networks.clip import CLIPTextConfig
 from arcflow_jax.networks.student import split_model
-from arcflow_jax.networks.t5 import T5Config
+from arcflow_jax.networks.text.clip import CLIPTextConfig
+from arcflow_jax.networks.text.t5 import T5Config
 from arcflow_jax.parallel.mesh import MESH_AXES, make_mesh, state_shardings
 from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.recipe import Recipe, read_config

@@ -17,7 +17,7 @@ from arcflow_jax.convert import flux as flux_table
 from arcflow_jax.convert import vae_kl as vae_table
 from arcflow_jax.convert.engine import export_tensors
 from arcflow_jax.demo import world
-from arcflow_jax.networks.vae_kl import AutoencoderKL
+from arcflow_jax.networks.vaes.kl import AutoencoderKL
 from arcflow_jax.storage.files import write_json
 from tools.tiny_teacher import common, denoiser
 from tools.tiny_teacher.vae import CONFIG as VAE_CONFIG

@@ -25,7 +25,7 @@ from arcflow_jax.families.family import Network
 from arcflow_jax.families.flux import CLIP, T5
 from arcflow_jax.networks.flux import Flux, FluxConditioning, FluxConfig
 from arcflow_jax.networks.student import ArcModel
-from arcflow_jax.networks.vae import VAE
+from arcflow_jax.networks.vaes.vae import VAE
 from arcflow_jax.storage.files import parse_config, read_json
 from arcflow_jax.storage.safetensors import read_folder
 from tools.tiny_teacher import common

@@ -27,10 +27,10 @@ from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.data.tokenizers import load_tokenizer, tokenize
 from arcflow_jax.families import latents as packing
 from arcflow_jax.families.qwen_image import QWEN2_5_VL, QwenPrompts
-from arcflow_jax.networks.qwen2_5_vl import Qwen2_5VLConfig, Qwen2_5VLText
 from arcflow_jax.networks.qwen_image import QwenImage, QwenImageConditioning, QwenImageConfig
 from arcflow_jax.networks.student import ArcModel
-from arcflow_jax.networks.vae_qwen import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
+from arcflow_jax.networks.text.qwen2_5_vl import Qwen2_5VLConfig, Qwen2_5VLText
+from arcflow_jax.networks.vaes.qwen import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
 from arcflow_jax.storage.atomic import whole_directory
 from arcflow_jax.storage.files import parse_config, read_json, write_json
 from arcflow_jax.storage.safetensors import read_folder

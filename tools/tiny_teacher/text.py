@@ -27,9 +27,9 @@ from arcflow_jax.convert import t5 as t5_table
 from arcflow_jax.convert.engine import export_tensors
 from arcflow_jax.data.tokenizers import load_tokenizer, tokenize
 from arcflow_jax.demo import world
-from arcflow_jax.networks.clip import CLIPTextConfig, CLIPTextEncoder
 from arcflow_jax.networks.layers import Linear
-from arcflow_jax.networks.t5 import T5Config, T5Encoder
+from arcflow_jax.networks.text.clip import CLIPTextConfig, CLIPTextEncoder
+from arcflow_jax.networks.text.t5 import T5Config, T5Encoder
 from arcflow_jax.storage.atomic import whole_directory
 from arcflow_jax.storage.files import write_json
 from tools.tiny_teacher import common

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from arcflow_jax.demo import world
-from arcflow_jax.networks.vae import VAE
-from arcflow_jax.networks.vae_kl import AutoencoderKL, AutoencoderKLConfig
+from arcflow_jax.networks.vaes.kl import AutoencoderKL, AutoencoderKLConfig
+from arcflow_jax.networks.vaes.vae import VAE
 from tools.tiny_teacher.common import psnr, save_state, train
 
 CONFIG = AutoencoderKLConfig(

@@ -20,7 +20,7 @@ from flax import nnx
 
 from arcflow_jax.networks.attention import attention
 from arcflow_jax.networks.layers import Conv, GroupNorm, Linear
-from arcflow_jax.networks.vae import VAE
+from arcflow_jax.networks.vaes.vae import VAE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from flax import nnx
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.attention import attention
 from arcflow_jax.networks.layers import Conv, Linear, RMSNorm
-from arcflow_jax.networks.vae import VAE
+from arcflow_jax.networks.vaes.vae import VAE
 
 # The checkpoint's norms use PyTorch's F.normalize, whose epsilon only guards against a vector of zeros
 Norm = functools.partial(RMSNorm, eps=1e-24)
