@@ -1,5 +1,6 @@
 """The networks: layers and attention, one file per network, and the student on its frozen base model.
 
-`layers`, `lora`, `attention`, `transformer` and `head` are shared; `text` has the text encoders, `vaes` the VAEs. `student` has
-the model with its two modes, teacher and student. `conditioning` defines what a velocity depends on. Networks know no
-files and no prompts. May import flow, parallel and errors.
+`layers`, `lora`, `attention`, `transformer` and `head` are shared; `text` has text encoders, `vaes` VAEs. `student`
+has the model with its two modes, teacher and student, `conditioning` what a velocity depends on. Networks know no files
+and no prompts. May import flow, parallel and errors.
+"""
