@@ -46,10 +46,6 @@ class OptimizerConfig:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}, but has to be at least 0")
         if self.clip_norm <= 0:
             raise UserError(f"optimizer.clip_norm is {self.clip_norm}, but has to be above 0")
-        if self.decay_steps and self.decay_steps <= self.warmup:
-            raise UserError(
-                f"optimizer.decay_steps is {self.decay_steps}, but has to be above warmup = {self.warmup}, or 0"
-            )
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
@@ -61,7 +57,7 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
     warm_up = optax.linear_schedule(WARMUP_START * peak, peak, max(1, config.warmup))
     after = optax.constant_schedule(peak)
     if config.decay_steps:
-        after = optax.cosine_decay_schedule(peak, config.decay_steps - config.warmup)
+        after = optax.cosine_decay_schedule(peak, max(1, config.decay_steps - config.warmup))
     return optax.join_schedules([warm_up, after], [config.warmup])
 
 

@@ -104,7 +104,7 @@ def test_resumes_where_it_stopped(tmp_path, capsys, monkeypatch):
     assert errors["teacher-2-guidance-1", 0] > errors["teacher-50-guidance-1", 0] == 0
     assert errors[half] != errors[whole]
     said = capsys.readouterr().out
-    assert "goes on after iteration 1" in said
+    assert "resumes after training step 1" in said
     assert "2 of 2: endpoint error" in said
 
     # Finished results are not computed again

@@ -119,7 +119,6 @@ def test_learning_rate_without_warm_up_and_with_decay():
     [
         ({"warmup": -1}, "optimizer.warmup is -1, but has to be at least 0"),
         ({"clip_norm": 0.0}, "optimizer.clip_norm is 0.0, but has to be above 0"),
-        ({"warmup": 20, "decay_steps": 20}, "optimizer.decay_steps is 20, but has to be above warmup = 20, or 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes, message):
