@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from PIL import Image
 
+from arcflow_jax.checkpoints.model_cache import converted
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.student_formats import open_student
 from arcflow_jax.checkpoints.training import AdapterDescription, checksum
@@ -35,7 +36,6 @@ from arcflow_jax.generate import (
     seeded_noise,
     teacher_grid,
 )
-from arcflow_jax.model_cache import converted
 from arcflow_jax.networks.conditioning import Conditioning, Guided
 from arcflow_jax.networks.student import merged_graphdef, split_model
 from arcflow_jax.parallel.mesh import partition_spec, sharded, state_shardings

@@ -1,6 +1,5 @@
 """Distils the bundled teacher on a laptop, in a few minutes.
 
-    arcflow convert --source arcflow_jax/assets/tiny-flux --out checkpoints/tiny-flux
     arcflow train --config tiny
 
 Variants: `tiny:linear`, one constant velocity a segment; `tiny:legendre`, Legendre polynomials.
@@ -23,7 +22,7 @@ def get_config(arg: str = "arcflow") -> ConfigDict:
         "a green ring on the right",
         "a small yellow triangle in the center on a black background",
     )
-    config = ConfigDict({"model": "checkpoints/tiny-flux", "out": f"runs/tiny-{arg}", "guidance": 1.0})
+    config = ConfigDict({"model": str(ASSETS / "tiny-flux"), "out": f"runs/tiny-{arg}", "guidance": 1.0})
     config.update(prompts=str(ASSETS / "prompts-train.txt"), resolutions=((64, 64),), batch=32, steps=400)
     config.update(dtype="float32", mesh=(-1, 1, 1, 1), save_every=200, preview_every=200, preview_prompts=preview)
     config.adapter = {"basis": basis, "modes": modes, "rank": 32, "dropout": 0.0}

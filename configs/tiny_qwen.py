@@ -1,15 +1,16 @@
 """Distils the bundled Qwen-Image on a laptop: the recipe and the variants of tiny.py, with CFG for the teacher.
 
-arcflow convert --source arcflow_jax/assets/tiny-qwen --out checkpoints/tiny-qwen
 arcflow train --config tiny_qwen
 """
 
 from arcflow_jax.configs import tiny
 from ml_collections import ConfigDict
 
+from arcflow_jax.demo import ASSETS
+
 
 def get_config(arg: str = "arcflow") -> ConfigDict:
     config = tiny.get_config(arg)
-    config.update(model="checkpoints/tiny-qwen", out=f"runs/tiny-qwen-{arg}", guidance=1.5)
+    config.update(model=str(ASSETS / "tiny-qwen"), out=f"runs/tiny-qwen-{arg}", guidance=1.5)
     config.distillation.teacher_guidance = "cfg"  # Qwen-Image has no guidance embedding
     return config

@@ -10,8 +10,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "arcflow_jax"
 
 ROOMS = [
-    *("errors", "console", "compile_cache", "flow", "storage", "parallel", "data", "networks", "convert", "families"),
-    *("checkpoints", "model_cache", "generate", "sampling_settings", "training", "pipeline", "evaluate"),
+    *("errors", "console", "flow", "storage", "parallel", "data", "networks", "convert", "families"),
+    *("checkpoints", "generate", "sampling_settings", "training", "pipeline", "evaluate"),
     *("compile_report", "demo", "cli"),
 ]
 

@@ -59,12 +59,12 @@ def evaluate_trajectory(
     the teacher's own state (local), the error inherited from earlier segments (drift), and the closed form against
     quadrature. Leaves trajectory.json and trajectory.png in OUT. An interrupted evaluation resumes.
     """
-    from arcflow_jax import compile_cache
+    from arcflow_jax.checkpoints.model_cache import converted
     from arcflow_jax.data.prompts import read_prompts
     from arcflow_jax.evaluate.comparison import Comparison, ComparisonSettings
     from arcflow_jax.evaluate.trajectory_plot import check_library
     from arcflow_jax.evaluate.trajectory_report import evaluate
-    from arcflow_jax.model_cache import converted
+    from arcflow_jax.storage import cache
 
     check_library()  # not after hours
     found = read_prompts(prompts, prompts_field)
@@ -80,7 +80,7 @@ def evaluate_trajectory(
         student.height,
         student.width,
     )
-    compile_cache.enable()
+    cache.enable_compilation_cache()
     adapter = student.student()
     model = converted(student.model)
     comparison = Comparison(model, adapter, settings, student.batch_size, student.mesh, student.raw)

@@ -165,11 +165,11 @@ class SamplingOptions(StudentOptions):
 
     def load(self) -> ArcFlowPipeline:
         """The pipeline; a PyTorch model is converted first. Raises UserError."""
-        from arcflow_jax import compile_cache
-        from arcflow_jax.model_cache import converted
+        from arcflow_jax.checkpoints.model_cache import converted
         from arcflow_jax.pipeline import ArcFlowPipeline
+        from arcflow_jax.storage import cache
 
-        compile_cache.enable()
+        cache.enable_compilation_cache()
         adapter = self.adapter_or_teacher()
         model = converted(self.model)  # which has a progress bar of its own
         with progress_bar() as progress:

@@ -78,8 +78,8 @@ def demo(
     Leaves index.html, grid.png and metrics.json in OUT, and a student that arcflow sample uses. An interrupted demo
     resumes.
     """
-    from arcflow_jax import compile_cache
     from arcflow_jax.demo.run import demo as run
+    from arcflow_jax.storage import cache
 
-    compile_cache.enable()
+    cache.enable_compilation_cache()
     run(out, teacher.value)

@@ -38,8 +38,8 @@ def train(
     On several machines, run the same command on each. On TPU pods and under SLURM they find one another; elsewhere
     give --coordinator, --processes and --process-id.
     """
-    from arcflow_jax import compile_cache
     from arcflow_jax.parallel.processes import initialize, is_main
+    from arcflow_jax.storage import cache
     from arcflow_jax.training.dry_run import report
     from arcflow_jax.training.loop import train as run
     from arcflow_jax.training.recipe import Recipe, read_config
@@ -49,7 +49,7 @@ def train(
     if dry_run:
         print(report(recipe))
         return
-    compile_cache.enable()
+    cache.enable_compilation_cache()
     out = run(recipe, step=step, profile=profile)
     if is_main():
         print(f"the student is in {out}")
@@ -65,9 +65,9 @@ def embed_prompts(
     arcflow train then reads them, with the same recipe and --config.embeddings=OUT. Where the encoders fit, train
     without them: embeddings take 4.2 MB per prompt for FLUX.1, 3.7 MB for Qwen-Image. An interrupted run resumes.
     """
-    from arcflow_jax import compile_cache
+    from arcflow_jax.storage import cache
     from arcflow_jax.training.embeddings import embed_prompts as embed
     from arcflow_jax.training.recipe import Recipe, read_config
 
-    compile_cache.enable()
+    cache.enable_compilation_cache()
     print(f"the embeddings are in {embed(Recipe.from_config(read_config(config, context.args)), out)}")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from arcflow_jax.checkpoints.model_cache import converted
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.console import progress_bar
 from arcflow_jax.data.embeddings import (
@@ -69,7 +70,7 @@ def embed_prompts(recipe: Recipe, out: Path) -> Path:
     """
     out = out.absolute()
     refuse_used(out)
-    directory = ModelDirectory.open(recipe.model)
+    directory = ModelDirectory.open(converted(recipe.model))
     mesh = make_mesh(recipe.mesh)
     if recipe.images:
         found = captions(recipe.images, read_images(recipe.images))

@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from arcflow_jax.checkpoints.model_cache import converted
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.data.batches import BucketedBatches, MixedBatches, Size
 from arcflow_jax.data.images import CaptionedImage, captions, read_images
@@ -59,7 +60,7 @@ class Plan:
         """Raises UserError if model or prompts do not fit the recipe, or wandb is asked for but not installed."""
         if recipe.wandb_project and importlib.util.find_spec("wandb") is None:
             raise UserError("wandb_project asks for Weights & Biases, which is not installed: pip install wandb")
-        directory = ModelDirectory.open(recipe.model)
+        directory = ModelDirectory.open(converted(recipe.model))
         recipe = dataclasses.replace(recipe, adapter=recipe.adapter.with_targets(directory.family.lora_targets))
         mesh = make_mesh(recipe.mesh)
         shards = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -39,7 +39,7 @@ class Recipe:
     """A distillation run, complete. A recipe file states what differs from the defaults.
 
     Attributes:
-      model: the converted teacher's directory.
+      model: the teacher: a converted directory, or a diffusers folder or hub id, which is converted on first use.
       out: the run's directory; a run that is there already is resumed.
       guidance: teacher guidance scale used for distillation.
       prompts: a .txt, .jsonl or .parquet file, a folder of them, or a data set's hub id (see `data.prompts`).

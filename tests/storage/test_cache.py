@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 PROGRAM = """
-from arcflow_jax import compile_cache
-compile_cache.enable()
+from arcflow_jax.storage import cache
+cache.enable_compilation_cache()
 import jax
 jax.jit(lambda x: x * 2 + 1)(jax.numpy.arange(7)).block_until_ready()
 print(jax.config.jax_compilation_cache_dir)

@@ -1,6 +1,6 @@
 """Converted copies of PyTorch models, made when a model is first used: nobody has to convert by hand to try one.
 
-CACHE/models/<key>     a model directory (see `checkpoints.model_directory`); CACHE as in `compile_cache`
+CACHE/models/<key>     a model directory (see `checkpoints.model_directory`); CACHE as in `storage.cache`
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from arcflow_jax.checkpoints.model_directory import DESCRIPTION, VERSION
-from arcflow_jax.compile_cache import cache_folder
 from arcflow_jax.errors import UserError
 from arcflow_jax.storage import hub
 from arcflow_jax.storage.atomic import cannot_write
+from arcflow_jax.storage.cache import cache_folder
 from arcflow_jax.storage.files import digest
 
 INDEX = "model_index.json"  # what makes a folder a diffusers model

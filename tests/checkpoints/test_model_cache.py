@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from arcflow_jax.checkpoints import conversion
+from arcflow_jax.checkpoints.model_cache import converted
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.errors import UserError
-from arcflow_jax.model_cache import converted
 from tests.helpers import fake_hub
 from tests.helpers.source_folder import write_source
 

@@ -1,4 +1,4 @@
-"""The persistent compilation cache: a program is compiled once on a machine, not once in every process."""
+"""The folder of what the library caches, and JAX's compilation cache in it: a program is compiled once on a machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE) or "~/.cache/arcflow_jax").expanduser()
 
 
-def enable() -> None:
+def enable_compilation_cache() -> None:
     """Turns JAX's persistent compilation cache on, in `cache_folder()`/xla; call it before the first compilation.
 
     Does nothing where the user has chosen a cache, by JAX_COMPILATION_CACHE_DIR or jax.config. A cache that cannot be
