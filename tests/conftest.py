@@ -1,14 +1,15 @@
 """What all tests share: a compilation cache, because many compile the same programs, and the converted teachers."""
 
 import os
-import tempfile
 from pathlib import Path
 
 import pytest
 
 # Read by JAX when it is first imported, here and in the processes that tests start
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="arcflow-jax-tests-"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# Most of the suite's time is compiling. Unoptimized programs compile faster, and give the same to rounding
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 

@@ -24,7 +24,7 @@ from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.families import text
 from arcflow_jax.families.latents import unpack
-from arcflow_jax.families.qwen_image import QwenPrompts
+from arcflow_jax.families.qwen_image import FAMILY, QwenPrompts
 from arcflow_jax.parallel import offload
 from arcflow_jax.parallel.mesh import MESH_AXES
 from arcflow_jax.pipeline import ArcFlowPipeline
@@ -228,7 +228,13 @@ def test_export_is_what_the_authors_have(model, source, tmp_path):
     from safetensors.torch import load_file as load_torch
 
     settings = recipe(model, tmp_path / "run")
-    write_run(tmp_path / "run", model, settings.adapter, settings.distillation, settings.guidance)
+    write_run(
+        tmp_path / "run",
+        model,
+        settings.adapter.with_targets(FAMILY.lora_targets),
+        settings.distillation,
+        settings.guidance,
+    )
     folder = export_adapter(tmp_path / "run", tmp_path / "out", dtype=np.float32)
     assert json.loads(metadata(folder)["policy_config"]) == {"type": "ArcFlow"}
     imported = AdapterDescription.read(import_adapter(folder, model, tmp_path / "imported"))

@@ -67,6 +67,8 @@ def inspect_component(source: Path, name: str, network: Network, dtype: Any, fil
     dimensions = parse_config(network.config, config, str(config_file))
     try:
         abstract = nnx.state(network.abstract(dimensions))
+    except UserError as error:
+        raise UserError(f"{config_file}: {error}") from error
     except (TypeError, ValueError, ArithmeticError) as error:  # null for a number, 3 heads for a width of 10, …
         raise UserError(f"{config_file} does not describe a {network.class_name} that can be built: {error}") from error
     table = nearest(network.tables(dimensions), tensors)

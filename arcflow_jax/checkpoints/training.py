@@ -34,6 +34,10 @@ from arcflow_jax.storage.files import parse_config, read_json, write_json
 DESCRIPTION = "adapter.json"
 FORMAT = "arcflow_jax adapter"
 VERSION = 1
+NEEDED = {
+    "adapter": {"modes", "rank", "alpha", "dropout", "targets"},
+    "distillation": {"nfe", "shift", "final_step_ratio"},
+}
 # Where Orbax logs a failed save's error, with its traceback, before it raises it
 RAISING = ("future.py", "async_checkpointer.py", "checkpoint_manager.py")
 
@@ -74,6 +78,10 @@ class AdapterDescription:
         if (values.get("format"), values.get("version")) != (FORMAT, VERSION):
             raise UserError(f"{file} is not of {FORMAT} version {VERSION}")
         description = parse_config(cls, values, str(file))
+        # Defaults are for recipes: of a trained adapter, what decides its shapes and its sampling has to be there
+        for part, names in NEEDED.items():
+            if missing := sorted(names - values[part].keys()):
+                raise UserError(f"{file}, {part}: missing {', '.join(missing)}")
         if description.transformer is not None:
             for name, kind in (("class", str), ("config", dict)):
                 if not isinstance(description.transformer.get(name), kind):

@@ -82,11 +82,11 @@ def labelled_sheet(columns: Mapping[str, Sequence[Image.Image]], rows: Sequence[
 
 def read_latents(path: Path) -> np.ndarray:
     """The array in a .npy file, or the only tensor in a .safetensors file. Raises UserError if there is not one."""
+    if path.suffix not in (".npy", ".safetensors"):
+        raise UserError(f"latents {path}: the file has to be .safetensors or .npy")
     try:
         if path.suffix == ".npy":
             return np.load(path, allow_pickle=False)
-        if path.suffix != ".safetensors":
-            raise UserError(f"latents {path}: the file has to be .safetensors or .npy")
         tensors = load_file(path)
     except (OSError, ValueError, EOFError, SafetensorError) as error:
         raise UserError(f"cannot read latents from {path}: {one_line(error)}") from None

@@ -77,7 +77,7 @@ def evaluate(
         report[metric] = {name: frechet_distance(own, each.moments[metric]) for name, each in known.items()}
     if "clip" in networks.metrics:
         cosines = statistics.moments["clip"]
-        report["clip"] = {"score": float(cosines.mean[0]), "network": networks.text.clip}
+        report["clip"] = {"score": float(cosines.mean[0]), "network": networks.clip}
         if cosines.count > 1:
             report["clip"]["standard_error"] = float(np.sqrt(cosines.covariance[0, 0] / cosines.count))
     report["notes"] = notes(networks, {"images": statistics, **known} if known else {}, distances)

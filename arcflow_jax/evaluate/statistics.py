@@ -79,6 +79,8 @@ class Statistics:
                     for metric in description["metrics"]
                     if f"{metric}_count" in arrays
                 }
+        except UserError:
+            raise
         except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise UserError(f"{file} does not contain statistics of images: {one_line(error)}") from None
         for each in moments.values():

@@ -127,6 +127,8 @@ def read_partial(path: Path, identity: dict[str, Any]) -> Tally:
         check_identity(path, header, identity)
         for batch in batches:
             tally.add(Tally.from_json(batch))
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged: remove it to start again") from None
     return tally

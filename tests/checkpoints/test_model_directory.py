@@ -216,7 +216,10 @@ loaded = directory.load("transformer", abstract, state_shardings(make_mesh((1, 2
 kernel = loaded["backbone"]["x_embedder"]["kernel"][...]
 print(kernel.shape, kernel.addressable_shards[0].data.shape, float(abs(kernel).sum()))
 """
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+        "JAX_PLATFORMS": "cpu",
+    }
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     kernel = flatten(random_state("transformer"))["backbone.x_embedder.kernel"][...]
     shapes, total = run.stdout.rsplit(" ", 1)

@@ -151,7 +151,7 @@ def test_tools_are_the_same_entry_points(tmp_path):
         ("--config.seed=-1", "seed is -1, but has to be at least 0"),
         ("--config.resolutions=(64, 64)", r"resolutions is \(64, 64\), but has to be a tuple, each element"),
         ("--config.resolutions=()", r"resolutions is \(\), but has to list sizes"),
-        ("--config.model=/nowhere", "model directory /nowhere does not exist"),
+        ("--config.model=/nowhere", "model /nowhere does not exist"),
     ],
 )
 def test_train_refuses_bad_settings(capfd, tmp_path, override, message):
@@ -200,7 +200,7 @@ def test_embed_prompts_refuses_bad_inputs(capfd, tmp_path, model):
     refused("full exists already", "--out", tmp_path / "full")
     refused("is not a directory", "--out", tmp_path / "full" / "file" / "out")
     refused("cannot read prompts from nothing.txt", "--out", tmp_path / "out", "--config.prompts=nothing.txt")
-    refused("model directory /nowhere does not exist", "--out", tmp_path / "out", "--config.model=/nowhere")
+    refused("model /nowhere does not exist", "--out", tmp_path / "out", "--config.model=/nowhere")
 
 
 def test_sample_writes_images_with_their_settings(capfd, tmp_path, model, student):
@@ -314,7 +314,7 @@ def test_sample_refuses_bad_input(capfd, tmp_path, model, student):
     refused("either with --prompt or with --prompts-file", *whole, "--prompt", "a ring", "--prompts-file", "x.txt")
     refused("cannot read prompts from nothing.txt", *whole, "--prompts-file", "nothing.txt")
     refused("the file has to be .safetensors or .npy", *whole, "--prompt", "a ring", "--latents", "x.bin")
-    refused("'heads=2' is not one of data, fsdp", *whole, "--prompt", "a ring", "--mesh", "heads=2")
+    refused("'heads=2' is not AXIS=SIZE", *whole, "--prompt", "a ring", "--mesh", "heads=2")
     refused("batch_size is 0", *whole, "--prompt", "a ring", "--batch-size", 0)
     refused("final_step_ratio is -1.0", *whole, "--prompt", "a ring", "--final-step-ratio", -1)
     refused("leave --adapter out", *whole, "--teacher", "--prompt", "a ring")

@@ -152,7 +152,7 @@ ON_8_DEVICES = """
 def test_collectives_of_a_compiled_program():
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(ON_8_DEVICES)],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"},
         capture_output=True,
         text=True,
     )
@@ -336,7 +336,7 @@ def test_errors_come_before_any_compilation(capfd, tmp_path, tiny_model, monkeyp
         assert message in stderr
 
     model = f"--config.model={tiny_model}"
-    refused("mesh '4': '4' is not one of data, fsdp, tensor, sequence", "--topology", "v5e:2x2", "--mesh", "4", model)
+    refused("mesh '4': '4' is not AXIS=SIZE, where AXIS is one of data", "--topology", "v5e:2x2", "--mesh", "4", model)
     refused("--height and --width go together", "--topology", "v5e:2x2", "--height", 512, model)
     with monkeypatch.context() as patched:
         patched.setattr(report.importlib.util, "find_spec", lambda name: None)

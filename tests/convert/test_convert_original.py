@@ -268,7 +268,7 @@ def test_a_file_that_cannot_be_read(source, tmp_path):
     refused(tmp_path / "ae.safetensors", "ae.safetensors is not a file")
     refused(source / "vae", "/vae is not a file")
     (tmp_path / "ae.ckpt").write_bytes(b"\x80\x04")
-    refused(tmp_path / "ae.ckpt", "ae.ckpt is a pickle: unpickling runs whatever code a file brings")
+    refused(tmp_path / "ae.ckpt", "ae.ckpt is a pickle: unpickling runs any code that a file contains")
     refused(source / "flux1-tiny.safetensors", r"flux1-tiny.safetensors: \d+ missing")
     with pytest.raises(UserError, match="a FluxPipeline has no unet, only transformer, text_encoder"):
         conversion.convert_model(source, tmp_path / "out", files={"unet": source / "ae.safetensors"})

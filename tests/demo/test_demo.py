@@ -160,7 +160,7 @@ def test_teacher_uses_cfg_with_a_negative_prompt(tiny_qwen):
     captions = world.all_captions()[:2]
     noise = pipeline.noise(SEED, 2, *pipeline.grid())
     prompts, samplers = list(map(str, captions)), {"two": Sampler(pipeline, steps=2)}
-    for negative, settings in ((None, {}), ("", {"guidance": 3.0, "negative_prompt": ""})):
+    for negative, settings in ((None, {}), ("", {"guidance_scale": 3.0, "negative_prompt": ""})):
         made = run_samplers(samplers, captions, 3.0, negative)["two"].pixels[0]
         expected = np.stack(pipeline(prompts, num_inference_steps=2, latents=noise, batch_size=2, **settings).images)
         np.testing.assert_allclose(made.astype(int), expected, atol=1)

@@ -213,9 +213,9 @@ def test_bad_input(capfd, tmp_path, monkeypatch, model, student, prompts):
     refused("teacher_steps is -1, but must be at least 1", *whole, "--teacher-steps", -1)
     refused("4 teacher steps are too few to compare 3 segments", *whole, "--teacher-steps", 4, "--steps", 3)
     refused("batch_size is 0, but must be a positive multiple of data × fsdp = 1", *whole, "--batch-size", 0)
-    refused("norm_preserving needs classifier-free guidance: give a negative_prompt too", *whole, "--norm_preserving")
+    refused("norm_preserving needs classifier-free guidance: give a negative_prompt too", *whole, "--norm-preserving")
     refused("positive multiples of 16", *whole, "--height", 65)
-    refused("'heads=2' is not one of data, fsdp", *whole, "--mesh", "heads=2")
+    refused("'heads=2' is not AXIS=SIZE, where AXIS is one of data, fsdp", *whole, "--mesh", "heads=2")
     refused("holds no adapter", "--model", model, "--adapter", tmp_path, "--prompts", prompts)
     file = tmp_path / "file"
     file.write_text("")

@@ -241,12 +241,12 @@ def recipe(model: Path, out: Path) -> Recipe:
         config.update(log_every=1, save_every=2, mesh=(1, 1, 1, 1), preview_every=0, guidance=FAMILY.cfg_guidance)
         config.adapter.update(modes=3, rank=2, alpha=2.0, targets=FAMILY.lora_targets)
         config.distillation.update(decay=3, states=2, teacher_guidance="cfg", negative_prompt="a blue square")
-    return Recipe.of(config)
+    return Recipe.from_config(config)
 
 
 def sampled(model: Path, adapter: Path | None, **settings: Any) -> np.ndarray:  # [B, H, W, 3]
     """Two images of one seed."""
-    images = ArcFlowPipeline.from_pretrained(model, adapter=adapter)(PROMPTS[:2], seed=0, **settings)
+    images = ArcFlowPipeline.from_pretrained(model, adapter=adapter)(PROMPTS[:2], seed=0, **settings).images
     return np.stack([np.asarray(image) for image in images])
 
 
@@ -271,7 +271,10 @@ def test_convert_train_sample_export(registered, tmp_path):
     assert np.isfinite(losses).all()
     assert min(losses) > 0
 
-    by_student, by_teacher = sampled(model, run), sampled(model, None, steps=2, negative_prompt="a blue square")
+    by_student, by_teacher = (
+        sampled(model, run),
+        sampled(model, None, num_inference_steps=2, negative_prompt="a blue square"),
+    )
     for images in (by_student, by_teacher):
         assert images.shape == (2, 8, 8, 3)
         assert images.std() > 0

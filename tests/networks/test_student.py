@@ -17,6 +17,7 @@ from arcflow_jax.convert import flux as table
 from arcflow_jax.convert.adapter import AdapterTable
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.errors import UserError
+from arcflow_jax.families.flux import FAMILY
 from arcflow_jax.networks.conditioning import Guided
 from arcflow_jax.networks.flux import Flux, FluxConfig
 from arcflow_jax.networks.layers import Base, Linear, LoRA
@@ -227,7 +228,7 @@ def test_published_student_of_flux_dev_is_the_authors():
         pooled_projection_dim=768,
         guidance_embeds=True,
     )
-    adapter = AdapterConfig(**get_config("published").adapter)
+    adapter = AdapterConfig(**get_config("published").adapter).with_targets(FAMILY.lora_targets)
 
     def build() -> ArcModel:
         rngs = nnx.Rngs(0)
