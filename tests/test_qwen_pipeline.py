@@ -335,7 +335,7 @@ def whole_path(source: Path, out: Path, mesh: tuple[int, ...]) -> None:
 ON_EIGHT = """
     import sys
     from pathlib import Path
-    from test_qwen_pipeline import whole_path
+    from tests.test_qwen_pipeline import whole_path
     whole_path(*map(Path, sys.argv[1:]), mesh=(2, 2, 2, 1))
 """
 

@@ -174,7 +174,7 @@ class Comparison:
             self.negative = None
             if settings.negative_prompt is not None:
                 self.negative = self._encode([settings.negative_prompt] * self.batch_size)
-        self.origin = {"model": str(model), "adapter": str(adapter), "weights": "raw" if raw else "averaged"}
+        self.origin = {"model": str(model), "adapter": str(adapter), "weights": "raw" if raw else "EMA"}
         self.identity = {
             "base": directory.fingerprint,
             "adapter": f"{int(checksum(trained)):08x}",

@@ -81,8 +81,8 @@ def test_each_batch_has_one_size_that_of_its_prompts():
 
 def test_a_size_is_drawn_as_often_as_it_has_prompts():
     batches = buckets()
-    tall = sum(batches[i][1] == TALL for i in range(2000))
-    assert abs(tall - 500) < 5 * (2000 * 0.25 * 0.75) ** 0.5  # five deviations of a binomial
+    tall = sum(batches[i][1] == TALL for i in range(400))
+    assert abs(tall - 100) < 5 * (400 * 0.25 * 0.75) ** 0.5  # five deviations of a binomial
 
 
 def test_every_prompt_of_a_size_is_seen_once_in_an_epoch_of_that_size():

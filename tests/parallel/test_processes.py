@@ -120,12 +120,12 @@ def test_run_of_two_processes_is_killed_and_resumed_by_one(tmp_path):
 EVERYTHING = """
     import sys
     from pathlib import Path
-    from arcflow_jax.errors import told_in_a_line
+    from arcflow_jax.errors import report_errors
     from arcflow_jax.parallel.processes import initialize
     from tests.parallel.test_processes import everything, train
     model, out, address, process = sys.argv[1:]
     initialize(address, 2, int(process))
-    with told_in_a_line():
+    with report_errors():
         train(everything(Path(model), Path(out), mesh=(2, 2, 1, 1), steps=10_000))
 """
 

@@ -122,10 +122,10 @@ def test_with_images_and_cfg(model, tmp_path, monkeypatch):
         (folder / f"{i}.txt").write_text(prompt)
     scales = []
 
-    def watched(self, tokens, sigma, conditioning, negative, scale):
-        scales.append(scale)
-        assert negative.text.shape == conditioning.text.shape
-        return guided(self, tokens, sigma, conditioning, negative, scale)
+    def watched(self, tokens, sigma, conditioning):
+        scales.append(conditioning.scale)
+        assert conditioning.negative.text.shape == conditioning.positive.text.shape
+        return guided(self, tokens, sigma, conditioning)
 
     guided = ArcModel._guided_velocity
     monkeypatch.setattr(ArcModel, "_guided_velocity", watched)

@@ -327,7 +327,7 @@ def test_previews_trace_and_weights_and_biases(model, tmp_path, monkeypatch, cap
     np.testing.assert_allclose(teacher, np.stack([np.asarray(each, np.int32) for each in expected]), atol=1)
     for raw_weights, there in ((True, raw), (False, ema)):
         student = ArcFlowPipeline.from_pretrained(model, run, raw=raw_weights)
-        expected = student(["a red circle", "a ring"], height=32, width=32, seed=0, batch_size=2)
+        expected = student(["a red circle", "a ring"], height=32, width=32, seed=0, batch_size=2).images
         np.testing.assert_allclose(there, np.stack([np.asarray(each, np.int32) for each in expected]), atol=2)
 
     tags = {value.tag for event in events(run) for value in event.summary.value}
