@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from arcflow_jax.families.text import PromptEncoder
+from arcflow_jax.networks import layers
 from arcflow_jax.networks.student import AdapterConfig, ArcModel
 
 
@@ -37,7 +38,7 @@ class Network:
 
     def abstract(self, config: Any, dtype: Any = jnp.float32) -> nnx.Module:
         """The network with shapes in place of arrays."""
-        return nnx.eval_shape(lambda: self.build(config, dtype, nnx.Rngs(0)))
+        return layers.abstract(lambda: self.build(config, dtype, nnx.Rngs(0)))
 
     def student(self, config: Any, adapter: AdapterConfig, dtype: Any) -> ArcModel:
         """A transformer with a student's head and LoRA, with shapes in place of arrays."""
@@ -46,7 +47,7 @@ class Network:
             rngs = nnx.Rngs(0)
             return self.build(config, jnp.dtype(dtype), rngs).attach_student(adapter, rngs)
 
-        return nnx.eval_shape(build)
+        return layers.abstract(build)
 
 
 @dataclasses.dataclass(frozen=True)

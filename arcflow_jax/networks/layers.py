@@ -11,8 +11,10 @@ Weights are cast to the dtype of the activations where they are used. Norms comp
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -55,12 +57,29 @@ TEACHER = Mode(adapters=False)
 STUDENT = Mode(adapters=True)
 
 
-def fan_in_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+# True where only shapes are wanted: tracing the random numbers would take most of the time
+shapes_only: contextvars.ContextVar[bool] = contextvars.ContextVar("shapes_only", default=False)
+
+
+def abstract(build: Callable[[], nnx.Module]) -> nnx.Module:
+    """The network that `build` makes, with shapes in place of arrays."""
+    token = shapes_only.set(True)
+    try:
+        return nnx.eval_shape(build)
+    finally:
+        shapes_only.reset(token)
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], deviation: float, dtype: Any) -> jax.Array:
+    """Initial weights from a normal distribution; zeros within `abstract`."""
+    if shapes_only.get():
+        return jnp.zeros(shape, dtype)
+    return (jax.random.normal(rngs.params(), shape) * deviation).astype(dtype)
+
+
+def fan_in_normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """N(0, 1/fan_in) over all but the last dimension: [.., in, out]."""
-    fan_in = 1
-    for size in shape[:-1]:
-        fan_in *= size
-    return (jax.random.normal(key, shape) * fan_in**-0.5).astype(dtype)
+    return normal(rngs, shape, math.prod(shape[:-1]) ** -0.5, dtype)
 
 
 class Linear(nnx.Module):
@@ -83,7 +102,7 @@ class Linear(nnx.Module):
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.kernel = kind(fan_in_normal(rngs.params(), (d_in, d_out), dtype), axes=axes)
+        self.kernel = kind(fan_in_normal(rngs, (d_in, d_out), dtype), axes=axes)
         self.bias = kind(jnp.zeros((d_out,), dtype), axes=axes[-1:]) if bias else None
         self.lora: LoRA | None = nnx.data(None)
 
@@ -133,9 +152,7 @@ class Embedding(nnx.Module):
     """A table of vectors, [vocabulary, D], read by integer index."""
 
     def __init__(self, size: int, width: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        self.embedding = Base(
-            (jax.random.normal(rngs.params(), (size, width)) * 0.02).astype(dtype), axes=("vocab", "embed")
-        )
+        self.embedding = Base(normal(rngs, (size, width), 0.02, dtype), axes=("vocab", "embed"))
 
     def __call__(self, ids: jax.Array) -> jax.Array:  # [..., ] -> [..., D]
         return self.embedding[...][ids]
@@ -210,7 +227,7 @@ class Conv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         shape = (size, size, c_in, c_out)
-        self.kernel = Base(fan_in_normal(rngs.params(), shape, dtype), axes=(None, None, "conv_in", "conv_out"))
+        self.kernel = Base(fan_in_normal(rngs, shape, dtype), axes=(None, None, "conv_in", "conv_out"))
         self.bias = Base(jnp.zeros((c_out,), dtype), axes=("conv_out",))
         self.stride = stride
         self.padding = padding
