@@ -8,6 +8,7 @@ import gc
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,10 +22,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from arcflow_jax import generate, pipeline
 from arcflow_jax.checkpoints import arrays
-from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.compile_report.programs import open_model
-from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.families import latents, text
 from arcflow_jax.generate import sampling_mesh
@@ -35,6 +34,7 @@ from arcflow_jax.parallel.mesh import MESH_AXES, parse_mesh, partition_spec, sha
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.sampling_settings import resolve_settings
 from arcflow_jax.training.recipe import Recipe, read_config
+from tests.helpers.processes import with_devices
 from tests.helpers.random_student import write_adapter
 
 PROMPTS = ["a red circle", "a large green ring", "a blue square on the left"]
@@ -43,8 +43,8 @@ OF_ITS_OWN = ("prompt", "image")  # what an image does not share with others of 
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return convert_model(ASSETS / "tiny-flux", tmp_path_factory.mktemp("model") / "teacher")
+def model(tiny_flux, tmp_path_factory) -> Path:
+    return shutil.copytree(tiny_flux, tmp_path_factory.mktemp("model") / "teacher")
 
 
 @pytest.fixture(scope="module")
@@ -437,9 +437,7 @@ for mesh in ("tensor=2,sequence=-1", "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=2,
     del pipe
 print(json.dumps(report))
 """
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    }
+    environment = os.environ | with_devices(8)
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])

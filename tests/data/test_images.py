@@ -10,10 +10,8 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.data.images import CaptionedImage, pixels, read_images
-from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import pack
 from arcflow_jax.parallel.mesh import make_mesh
@@ -76,8 +74,8 @@ def test_pixels_cover_the_size_and_the_middle_is_kept(tmp_path):
         pixels(tmp_path / "broken.png", 16, 16)
 
 
-def test_latents_are_those_of_the_vae(tmp_path):
-    directory = ModelDirectory.open(convert_model(ASSETS / "tiny-flux", tmp_path / "teacher"))
+def test_latents_are_those_of_the_vae(tiny_flux, tmp_path):
+    directory = ModelDirectory.open(tiny_flux)
     rng = np.random.default_rng(0)
     images = []
     for i in range(2):

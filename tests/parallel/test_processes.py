@@ -17,13 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from arcflow_jax.checkpoints.conversion import convert_model
-from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.parallel import processes as distributed
 from arcflow_jax.training.embeddings import embed_prompts
 from arcflow_jax.training.recipe import Recipe
 from tests.helpers import few_steps
+from tests.helpers.processes import with_devices
 from tests.training.test_train import CONFIGS, PROMPTS, losses, recipe, train
 
 
@@ -40,8 +39,7 @@ def start(devices: int, *command: object) -> subprocess.Popen:
     """Python in a process with so many CPU devices."""
     env = {
         **os.environ,
-        # Without optimization, because compiling takes most of the time here
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        **with_devices(devices),
         "PYTHONPATH": os.pathsep.join([str(CONFIGS.parent), str(Path(__file__).parent)]),
     }
     return subprocess.Popen(
@@ -92,12 +90,11 @@ ENDLESS = """
 
 
 @pytest.mark.slow
-def test_run_of_two_processes_is_killed_and_resumed_by_one(tmp_path):
+def test_run_of_two_processes_is_killed_and_resumed_by_one(tiny_flux, tmp_path):
     """They save every two training steps. One process on one device resumes the run on its own mesh."""
-    model = convert_model(ASSETS / "tiny-flux", tmp_path / "model")
     run, address = tmp_path / "two" / "run", free_address()
     run.parent.mkdir()
-    processes = [start(4, "-c", textwrap.dedent(ENDLESS), model, run, address, i) for i in (0, 1)]
+    processes = [start(4, "-c", textwrap.dedent(ENDLESS), tiny_flux, run, address, i) for i in (0, 1)]
     try:
         while not ((run / "checkpoints" / "4").is_dir() and len(losses(run)) >= 5):
             assert all(process.poll() is None for process in processes), "ended by itself"
@@ -110,9 +107,9 @@ def test_run_of_two_processes_is_killed_and_resumed_by_one(tmp_path):
     assert list(two) == list(range(1, len(two) + 1))  # only one of them writes it
 
     last = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
-    train(recipe(model, run, steps=last + 2))
+    train(recipe(tiny_flux, run, steps=last + 2))
     after = {line["step"]: line["loss"] for line in map(json.loads, (run / "log.jsonl").read_text().splitlines())}
-    straight = losses(train(recipe(model, tmp_path / "straight", steps=last + 2)))
+    straight = losses(train(recipe(tiny_flux, tmp_path / "straight", steps=last + 2)))
     np.testing.assert_allclose([two[i] for i in range(1, last + 1)], straight[:last], rtol=1e-4)
     np.testing.assert_allclose([after[last + 1], after[last + 2]], straight[last:], rtol=1e-4)
 
@@ -140,17 +137,16 @@ def everything(model: Path, out: Path, **changes: object) -> Recipe:
 
 
 @pytest.mark.slow
-def test_everything_at_once_on_two_processes_until_one_is_preempted(tmp_path):
+def test_everything_at_once_on_two_processes_until_one_is_preempted(tiny_flux, tmp_path):
     """Images, CFG, embedding cache and previews are those of one process; SIGTERM at one ends both at the same step."""
-    model = convert_model(ASSETS / "tiny-flux", tmp_path / "model")
     (tmp_path / "images").mkdir()
     for i, prompt in enumerate(PROMPTS):
         noise = np.random.default_rng(i).integers(0, 255, (40, 50, 3), np.uint8)
         Image.fromarray(noise).save(tmp_path / "images" / f"{i}.png")
         (tmp_path / "images" / f"{i}.txt").write_text(prompt)
     run, address = tmp_path / "two", free_address()
-    embed_prompts(dataclasses.replace(everything(model, run), embeddings=""), tmp_path / "embeddings")
-    processes = [start(2, "-c", textwrap.dedent(EVERYTHING), model, run, address, i) for i in (0, 1)]
+    embed_prompts(dataclasses.replace(everything(tiny_flux, run), embeddings=""), tmp_path / "embeddings")
+    processes = [start(2, "-c", textwrap.dedent(EVERYTHING), tiny_flux, run, address, i) for i in (0, 1)]
     try:
         while not ((run / "log.jsonl").exists() and len(losses(run)) >= 3):
             assert all(process.poll() is None for process in processes), processes[0].communicate()
@@ -167,7 +163,7 @@ def test_everything_at_once_on_two_processes_until_one_is_preempted(tmp_path):
     )
     assert [path.name for path in (run / "checkpoints").iterdir()] == [str(steps)]
 
-    alone = train(everything(model, tmp_path / "one", steps=2))
+    alone = train(everything(tiny_flux, tmp_path / "one", steps=2))
     np.testing.assert_allclose(losses(run)[:2], losses(alone), rtol=1e-4)
     sheets = [np.asarray(Image.open(each / "previews" / "000002.png"), np.int32) for each in (run, alone)]
     np.testing.assert_allclose(*sheets, atol=2)
