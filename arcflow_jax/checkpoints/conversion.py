@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from rich.progress import Progress
 
-from arcflow_jax import families
+from arcflow_jax import families, schema
 from arcflow_jax.checkpoints.model_directory import CHECKPOINT, DESCRIPTION, FORMAT, VERSION, ArrayDigest, fingerprint
 from arcflow_jax.checkpoints.names import on_disk
 from arcflow_jax.checkpoints.writer import Stream, write_checkpoint
@@ -29,7 +29,7 @@ from arcflow_jax.families import Family, Network
 from arcflow_jax.networks.states import nest, shapes_of
 from arcflow_jax.storage import hub
 from arcflow_jax.storage.atomic import refuse_used, whole_directory
-from arcflow_jax.storage.files import parse_config, read_json, write_json
+from arcflow_jax.storage.files import read_json, write_json
 from arcflow_jax.storage.safetensors import read_file, read_folder
 
 
@@ -64,7 +64,7 @@ def inspect_component(source: Path, name: str, network: Network, dtype: Any, fil
     tensors = read_file(file) if file else read_folder(weights)
     config_file = source / name / "config.json"
     config = read_json(config_file)
-    dimensions = parse_config(network.config, config, str(config_file))
+    dimensions = schema.parse(network.config, config, str(config_file))
     try:
         abstract = nnx.state(network.abstract(dimensions))
     except UserError as error:

@@ -23,14 +23,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from arcflow_jax import families
+from arcflow_jax import families, schema
 from arcflow_jax.checkpoints.arrays import handler
 from arcflow_jax.checkpoints.names import in_memory, on_disk
 from arcflow_jax.errors import UserError, first_few, one_line, out_of_memory
 from arcflow_jax.families import Family, Network
 from arcflow_jax.networks.states import flatten, nest, unflatten, unnest
 from arcflow_jax.networks.student import AdapterConfig, ArcModel
-from arcflow_jax.storage.files import parse_config, read_json
+from arcflow_jax.storage.files import read_json
 
 DESCRIPTION = "model.json"
 FORMAT = "arcflow_jax model"
@@ -133,7 +133,7 @@ class ModelDirectory:
     def config(self, component: str) -> Any:
         """The config dataclass of a component, e.g. a FluxConfig."""
         where = f"{self.path / DESCRIPTION}, {component}"
-        return parse_config(self.networks[component].config, self.config_json(component), where)
+        return schema.parse(self.networks[component].config, self.config_json(component), where)
 
     def dtype(self, component: str) -> np.dtype:
         """The dtype in which the component's weights are stored."""

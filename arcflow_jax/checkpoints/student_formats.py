@@ -25,7 +25,7 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from arcflow_jax import families
+from arcflow_jax import families, schema
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.training import DESCRIPTION, AdapterDescription, Checkpoints, load_adapter
 from arcflow_jax.convert.adapter import AdapterTable
@@ -36,7 +36,7 @@ from arcflow_jax.networks.lora import linear_layers
 from arcflow_jax.networks.student import AdapterConfig, split_model
 from arcflow_jax.storage import hub
 from arcflow_jax.storage.atomic import refuse_used, whole_directory
-from arcflow_jax.storage.files import parse_config, read_json, write_json
+from arcflow_jax.storage.files import read_json, write_json
 from arcflow_jax.storage.safetensors import PICKLES, read_folder, read_header
 
 CONFIG = "config.json"
@@ -61,7 +61,7 @@ class Sampling:
           where: where the entry was read, for errors.
         """
         family = families.of_transformer(transformer["class"], where)
-        config = parse_config(family.networks["transformer"].config, transformer["config"], str(where))
+        config = schema.parse(family.networks["transformer"].config, transformer["config"], str(where))
         return cls(steps=2, shift=3.2, final_step_ratio=1.0, guidance=family.published_guidance(config))
 
 
@@ -223,7 +223,7 @@ def export_adapter(run: str | Path, out: str | Path, *, raw: bool = False, dtype
     check_exportable(description, run)
     adapter = description.adapter
     network = families.of_transformer(description.transformer["class"], run / DESCRIPTION).networks["transformer"]
-    backbone = parse_config(network.config, description.transformer["config"], str(run / DESCRIPTION))
+    backbone = schema.parse(network.config, description.transformer["config"], str(run / DESCRIPTION))
     _, _, abstract = split_model(network.student(backbone, adapter, jnp.float32))
     with checkpoints:
         state = checkpoints.restore_adapter(abstract, raw)
@@ -271,11 +271,11 @@ def check_config(config: Mapping[str, Any], directory: ModelDirectory, source: P
     class_name = f"Arc{network.class_name}"
     if config.get("_class_name") != class_name:
         raise UserError(f"{source} is of class {config.get('_class_name')}, a student of this base is of {class_name}")
-    theirs = dataclasses.asdict(parse_config(network.config, dict(config), f"{source}, {CONFIG}"))
+    theirs = dataclasses.asdict(schema.parse(network.config, dict(config), f"{source}, {CONFIG}"))
     ours = dataclasses.asdict(directory.config("transformer"))
     if different := [f"{name} {theirs[name]} instead of {ours[name]}" for name in ours if theirs[name] != ours[name]]:
         raise UserError(f"{source} was trained on another base than {directory.path}: it has {', '.join(different)}")
-    modes = parse_config(HeadConfig, dict(config), f"{source}, {CONFIG}").num_gaussians
+    modes = schema.parse(HeadConfig, dict(config), f"{source}, {CONFIG}").num_gaussians
     if not isinstance(modes, int) or modes < 2:
         raise UserError(f"{source}, {CONFIG}: num_gaussians is {modes!r}, but has to be a whole number above 1")
     return modes

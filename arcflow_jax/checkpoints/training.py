@@ -24,12 +24,13 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
+from arcflow_jax import schema
 from arcflow_jax.checkpoints.arrays import handler
 from arcflow_jax.checkpoints.names import tree_in_memory, tree_on_disk
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.student import AdapterConfig
-from arcflow_jax.storage.files import parse_config, read_json, write_json
+from arcflow_jax.storage.files import read_json, write_json
 
 DESCRIPTION = "adapter.json"
 FORMAT = "arcflow_jax adapter"
@@ -77,7 +78,7 @@ class AdapterDescription:
         values = read_json(file)
         if (values.get("format"), values.get("version")) != (FORMAT, VERSION):
             raise UserError(f"{file} is not of {FORMAT} version {VERSION}")
-        description = parse_config(cls, values, str(file))
+        description = schema.parse(cls, values, str(file))
         # Defaults are for recipes: of a trained adapter, what decides its shapes and its sampling has to be there
         for part, names in NEEDED.items():
             if missing := sorted(names - values[part].keys()):

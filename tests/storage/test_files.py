@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 import pytest
 
+from arcflow_jax import schema
 from arcflow_jax.errors import UserError
-from arcflow_jax.storage.files import file_digest, parse_config, read_json, write_json
+from arcflow_jax.storage.files import file_digest, read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +38,9 @@ GIVEN = {"part": {"width": 3, "other": 1}, "name": "x"}
 def test_config_is_filled():
     config = GIVEN | {"sizes": [1, 2], "pair": [1, 2.5], "flag": True, "most": None, "kind": "a", "other": [3]}
     expected = Whole(Part(3), "x", (1, 2), (1, 2.5), True)
-    assert parse_config(Whole, config, "here") == expected
-    assert parse_config(Whole, GIVEN | {"most": 4, "extra": {}}, "here") == Whole(Part(3), "x", most=4, extra={})
-    assert parse_config(Part, {"width": 1, "scale": 2}, "here").scale == 2
+    assert schema.parse(Whole, config, "here") == expected
+    assert schema.parse(Whole, GIVEN | {"most": 4, "extra": {}}, "here") == Whole(Part(3), "x", most=4, extra={})
+    assert schema.parse(Part, {"width": 1, "scale": 2}, "here").scale == 2
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_config_is_filled():
 )
 def test_config_that_is_refused(changes, message):
     with pytest.raises(UserError, match=f"^{message}$"):
-        parse_config(Whole, GIVEN | changes, "here")
+        schema.parse(Whole, GIVEN | changes, "here")
 
 
 def test_json_comes_back_and_an_error_leaves_the_old_file(tmp_path):

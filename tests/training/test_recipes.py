@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from arcflow_jax import families
+from arcflow_jax import families, schema
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.student import split_model
-from arcflow_jax.storage.files import parse_config, read_json
+from arcflow_jax.storage.files import read_json
 from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.recipe import SETTINGS, Recipe, bundled, read_config
 
@@ -39,7 +39,7 @@ def test_recipe_fits_its_model(name, variant):
     recipe = Recipe.from_config(read_config(f"{name}:{variant}"))
     config = CONFIGS / folder / "transformer" / "config.json"
     adapter = recipe.adapter.with_targets(family.lora_targets)
-    student = network.student(parse_config(network.config, read_json(config), str(config)), adapter, jnp.bfloat16)
+    student = network.student(schema.parse(network.config, read_json(config), str(config)), adapter, jnp.bfloat16)
     _, base, trained = split_model(student)
     make_optimizer(recipe.optimizer, trained)
     trainable, frozen = (sum(math.prod(x.shape) for x in jax.tree.leaves(state)) for state in (trained, base))
