@@ -52,7 +52,7 @@ Pixels = Annotated[int, Meta(ge=1, le=2**16)]
 # Anything
 Seed = Annotated[int, Meta(ge=0, extra={"le": 2**64 - 1})]  # msgspec's own bounds have 63 bits
 Count = Annotated[int, Meta(ge=1, le=10**9)]
-Bytes = Annotated[int, Meta(ge=0, le=2**60)]
+Size = Annotated[int, Meta(ge=0, le=2**60)]  # bytes, substeps
 Share = Annotated[float, Meta(ge=0, lt=1)]
 SHA256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", description="a SHA-256, 64 hexadecimal digits")]
 Precision = Literal["float32", "bfloat16", "float16"]

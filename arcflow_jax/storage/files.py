@@ -8,7 +8,7 @@ import hashlib
 import json
 import stat
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import msgspec
@@ -41,6 +41,12 @@ def file_size(path: Path, most: int | None = None) -> int:
     if most is not None and found.st_size > most:
         raise UserError(f"{path} has {found.st_size} bytes, but at most {most} are read of such a file")
     return found.st_size
+
+
+def is_inside(name: str) -> bool:
+    """Whether a path that a file names lies in that file's folder, or below."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and name.isprintable()
 
 
 def read_json(path: Path) -> dict[str, Any]:
