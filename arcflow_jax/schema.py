@@ -50,6 +50,7 @@ Ratio = Annotated[float, Meta(ge=1e-3, le=1000)]
 Guidance = Annotated[float, Meta(ge=0, le=1000)]
 Pixels = Annotated[int, Meta(ge=1, le=2**16)]
 # Anything
+Batch = Annotated[int, Meta(ge=1, le=2**16)]
 Seed = Annotated[int, Meta(ge=0, extra={"le": 2**64 - 1})]  # msgspec's own bounds have 63 bits
 Count = Annotated[int, Meta(ge=1, le=10**9)]
 Size = Annotated[int, Meta(ge=0, le=2**60)]  # bytes, substeps

@@ -46,10 +46,10 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device] | None = None)
     """
     devices = jax.devices() if devices is None else devices
     sizes = list(sizes)
-    if sizes.count(-1) == 1:
-        sizes[sizes.index(-1)] = max(1, len(devices) // math.prod(size for size in sizes if size != -1))
-    if min(sizes) < 1:
+    if min(sizes) < -1 or 0 in sizes or sizes.count(-1) > 1:
         raise UserError(f"mesh {named(sizes)}: a size has to be at least 1, and only one may be -1")
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = max(1, len(devices) // math.prod(size for size in sizes if size != -1))
     if (wanted := math.prod(sizes)) != len(devices):
         raise UserError(
             f"mesh {named(sizes)} needs {count(wanted)}, but {count(len(devices), ' is', ' are')} visible; "

@@ -21,10 +21,21 @@ from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.student import AdapterConfig
 from arcflow_jax.parallel.processes import is_main
-from arcflow_jax.schema import AxisSize, Count, Guidance, Period, Pixels, Precision, Seed, TrainingSteps, no_default
+from arcflow_jax.schema import (
+    AxisSize,
+    Batch,
+    Count,
+    Guidance,
+    Period,
+    Pixels,
+    Precision,
+    Seed,
+    TrainingSteps,
+    no_default,
+)
 from arcflow_jax.storage.files import read_json, write_json
 from arcflow_jax.training.optimizer import OptimizerConfig
-from arcflow_jax.training.overrides import checked, flatten, parsed
+from arcflow_jax.training.overrides import checked, flatten, kind_of, parsed
 from arcflow_jax.training.state import EmaConfig
 
 Sizes = Annotated[
@@ -82,10 +93,10 @@ class Recipe:
     start_from: str = ""
     seed: Seed = 0
     resolutions: Sizes = ((1024, 1024),)
-    batch: Count = 16
+    batch: Batch = 16
     steps: TrainingSteps = 10_000
     dtype: Precision = "bfloat16"
-    mesh: tuple[AxisSize, ...] = (1, -1, 1, 1)
+    mesh: tuple[AxisSize, AxisSize, AxisSize, AxisSize] = (1, -1, 1, 1)
     log_every: Period = 10
     save_every: Period = 500
     keep_last: Count = 2
@@ -157,9 +168,12 @@ class Recipe:
         if not (run / SETTINGS).exists():
             return
         before, now = (dict(flatten(Recipe, x)) for x in (read_json(run / SETTINGS), self.resolved()))
+        names = sorted(before.keys() & now.keys() - CHANGEABLE)
+        for name in names:
+            schema.converted(kind_of(Recipe, name), before[name], f"{run / SETTINGS}: {name}")
         changed = [
-            f"{name} was {before[name]}, not {now[name]}"
-            for name in sorted(before.keys() & now.keys() - CHANGEABLE)
+            f"{name} was {schema.shown(before[name])}, not {now[name]}"
+            for name in names
             if before[name] != now[name] and now[name] is not None  # None is left to the model
         ]
         if changed:

@@ -26,6 +26,7 @@ from arcflow_jax.checkpoints.model_directory import ArrayDigest, ModelDirectory,
 from arcflow_jax.convert import t5
 from arcflow_jax.convert.engine import export_tensors
 from arcflow_jax.errors import UserError
+from arcflow_jax.flow.schedule import Scheduler
 from arcflow_jax.networks.flux import FluxConfig
 from arcflow_jax.networks.states import flatten, nest, unnest
 from arcflow_jax.parallel.mesh import make_mesh, state_shardings
@@ -95,7 +96,7 @@ def test_the_rest_of_the_directory(converted):
     directory = ModelDirectory.open(converted)
     assert isinstance(directory.config("transformer"), FluxConfig)
     assert directory.config("transformer").axes_dims_rope == (2, 2, 4)
-    assert directory.scheduler == {"shift": 3.0}
+    assert directory.scheduler == Scheduler(shift=3.0)
     assert (converted / "tokenizer_2" / "tokenizer_config.json").read_text() == "{}"
     assert not list(converted.parent.glob(".*"))
 
