@@ -26,7 +26,7 @@ T = TypeVar("T")
 Layers = Annotated[int, Meta(ge=1, le=1000)]  # tensors have a number each: no network has more layers than tensors
 Width = Annotated[int, Meta(ge=1, le=2**20)]  # widths, heads, vocabularies, positions
 Token = Annotated[int, Meta(ge=0, le=2**20)]
-Depth = Annotated[int, Meta(ge=1, le=100)]  # layers of a block, modules of which are not stacked
+Depth = Annotated[int, Meta(ge=1, le=16)]  # layers that are not stacked, of a block
 Widths = Annotated[tuple[Width, ...], Meta(min_length=1, max_length=16)]
 Epsilon = Annotated[float, Meta(gt=0, le=1)]
 Theta = Annotated[float, Meta(ge=1, le=1e12)]
@@ -34,6 +34,7 @@ Scale = Annotated[float, Meta(ge=1e-6, le=1e6)]
 Offset = Annotated[float, Meta(ge=-1e6, le=1e6)]
 # Students and training
 Modes = Annotated[int, Meta(ge=1, le=1024)]
+States = Annotated[int, Meta(ge=1, le=1000)]
 Rank = Annotated[int, Meta(ge=1, le=2**16)]
 Momentum = Annotated[float, Meta(gt=0, le=1000)]
 Rate = Annotated[float, Meta(ge=0, le=10)]  # learning rates, weight decay

@@ -43,6 +43,8 @@ from arcflow_jax.storage.atomic import refuse_used, whole_directory
 from arcflow_jax.storage.files import read_json, write_own
 from arcflow_jax.storage.safetensors import read_file, read_folder
 
+FAR = 10  # a network this many times as large as its weights gets no list of what is missing
+
 
 @dataclasses.dataclass(frozen=True)
 class Component:
@@ -87,8 +89,11 @@ def inspect_component(source: Path, name: str, network: Network, dtype: Any, fil
         raise UserError(f"{config_file}: {error}") from error
     except (TypeError, ValueError, ArithmeticError) as error:  # null for a number, 3 heads for a width of 10, …
         raise UserError(f"{config_file} does not describe a {network.class_name} that can be built: {error}") from error
-    table = nearest(network.tables(dimensions), tensors)
-    fills = list(check(table, tensors, shapes_of(abstract), str(weights)))
+    shapes = shapes_of(abstract)
+    ours, theirs = sum(map(math.prod, shapes.values())), sum(math.prod(tensor.shape) for tensor in tensors.values())
+    if ours > FAR * theirs:  # comparing shapes takes memory and time in proportion to them
+        raise UserError(f"{config_file} describes a network of {ours:,} numbers, but {weights} has {theirs:,}")
+    fills = list(check(nearest(network.tables(dimensions), tensors), tensors, shapes, str(weights)))
     used = [tensor for _, group in fills for tensor in group]
     source_dtype = np.dtype(jnp.result_type(*{tensor.dtype for tensor in used}))
     dtype = np.dtype(dtype or source_dtype)

@@ -106,7 +106,7 @@ def mesh_sizes(text: str) -> tuple[int, ...]:
     sizes = dict.fromkeys(MESH_AXES, 1)
     for part in filter(None, text.split(",")):
         name, _, size = part.partition("=")
-        if name not in sizes or not re.fullmatch(r"-1|[1-9]\d*", size):
+        if name not in sizes or not re.fullmatch(r"-1|[1-9]\d{0,8}", size):
             raise UserError(f"mesh {text!r}: {part!r} is not AXIS=SIZE, where AXIS is one of {', '.join(MESH_AXES)}")
         sizes[name] = int(size)
     return tuple(sizes.values())

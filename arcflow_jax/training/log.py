@@ -158,7 +158,7 @@ def forget_after(path: Path, step: int) -> None:
 
 
 def read_losses(path: Path) -> list[tuple[int, float]]:
-    """(training step, loss) of each line of a log, except skipped steps, which have no finite loss. Raises UserError."""
+    """(training step, loss) of each line of a log that has a finite loss: not of skipped steps. Raises UserError."""
     lines = [schema.parse(Line, record, where) for where, record in json_records(path)]
     return [(line.step, line.loss) for line in lines if line.loss is not None]
 
