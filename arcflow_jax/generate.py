@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from arcflow_jax import schema
 from arcflow_jax.errors import UserError, one_line, out_of_memory
 from arcflow_jax.families.latents import unpack
 from arcflow_jax.flow import sampler
@@ -108,8 +109,7 @@ def merge_student(graphdef: nnx.GraphDef, base: nnx.State, trained: nnx.State, m
 
 def random_key(seed: int) -> jax.Array:
     """The key of a seed from 0 to 2⁶⁴ − 1: `jax.random.key` would drop the upper half. Raises UserError on others."""
-    if not 0 <= seed < 2**64:
-        raise UserError(f"seed is {seed}, but has to be a whole number from 0 to 2**64 - 1")
+    seed = schema.checked(schema.Seed, seed=seed)
     return jax.random.wrap_key_data(jnp.array([seed >> 32, seed % 2**32], jnp.uint32), impl="threefry2x32")
 
 

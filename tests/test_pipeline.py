@@ -497,3 +497,16 @@ def test_mesh_of_one_device():
 def test_partition(axes, shape, spec):
     mesh = AbstractMesh((2, 2, 4, 2), MESH_AXES)
     assert partition_spec(mesh, axes, shape) == PartitionSpec(*spec)
+
+
+def test_seeds_have_64_bits():
+    """Small ones are JAX's own, and no two share their noise."""
+    seeds = [0, 1, 2**32 - 1, 2**32, 2**32 + 1, 2**63, 2**64 - 1]
+    noises = [np.asarray(generate.seeded_noise(seed, 1, 4, 4)) for seed in seeds]
+    for i, noise in enumerate(noises):
+        assert all(np.any(noise != other) for other in noises[:i])
+    for seed in seeds[:3]:
+        assert jax.random.key(seed) == generate.random_key(seed)
+    for seed in (-1, 2**64):
+        with pytest.raises(UserError, match=f"seed is {seed}, but has to be a whole number from 0 to {2**64 - 1}"):
+            generate.random_key(seed)
