@@ -150,7 +150,7 @@ DAMAGE = {
     "index names too much": (swap_in_index, r"names 1 tensors that do not exist: shared.weight in model-0000"),
     "index without a map": (
         lambda s: (s / "text_encoder_2" / "model.safetensors.index.json").write_text("{}"),
-        r"has no weight_map",
+        r"index\.json: missing weight_map",
     ),
     "missing tensor": (
         lambda s: change(s, "transformer", {"proj_out.bias": None}),
