@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import json
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,11 @@ from arcflow_jax.evaluate.features import CLIP, Clip, Inception, centre, resized
 from arcflow_jax.evaluate.frechet import Moments
 from arcflow_jax.evaluate.image_sets import Folder, ImageSet
 from arcflow_jax.storage.atomic import cannot_write, whole_file
+from arcflow_jax.storage.files import file_size, parse_json
 
 METRICS = ("fid", "pfid", "clip")
 DISTANCES = METRICS[:2]
+LARGEST = 2**30  # bytes of a file: FID's 2048 features take 34 million
 BATCH = 32  # images per call of a network
 SAVE_SECONDS = 300  # between saves
 FORMAT = "arcflow_jax statistics 1"
@@ -65,11 +66,12 @@ class Statistics:
     @classmethod
     def read(cls, file: Path) -> Statistics:
         """The statistics in a file. Raises UserError if there are none, or they are damaged."""
+        file_size(file, LARGEST)
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 if str(arrays["format"]) != FORMAT:
                     raise UserError(f"{file} is not in the format {FORMAT!r}, which arcflow evaluate metrics writes")
-                description = json.loads(str(arrays["description"]))
+                description = parse_json(str(arrays["description"]), f"{file}: its description")
                 if "pictures" in description:  # as version 0.1 wrote it
                     images = description.pop("pictures")
                     description["images"] = {"count" if name == "pictures" else name: x for name, x in images.items()}
@@ -81,7 +83,7 @@ class Statistics:
                 }
         except UserError:
             raise
-        except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except Exception as error:  # NumPy, zipfile and zlib raise all kinds
             raise UserError(f"{file} does not contain statistics of images: {one_line(error)}") from None
         for each in moments.values():
             each.count = int(each.count)
