@@ -28,7 +28,7 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.families import Family, Network
 from arcflow_jax.networks.states import nest, shapes_of
 from arcflow_jax.storage import hub
-from arcflow_jax.storage.atomic import refuse_used, whole_directory
+from arcflow_jax.storage.atomic import new_output, whole_directory
 from arcflow_jax.storage.files import parse_config, read_json, write_json
 from arcflow_jax.storage.safetensors import read_file, read_folder
 
@@ -131,14 +131,20 @@ def convert_model(
     """
     folder, out = Path(source), Path(out).absolute()
     files = {name: Path(file) for name, file in (files or {}).items()}
-    refuse_used(out)
-    if folder.is_dir():
-        if revision is not None:
-            raise UserError(f"{source} is a folder, and only a model on the hub has a revision")
-    elif hub.is_repository(source):
-        folder = fetch_model(str(source), revision, files)
-    else:
-        raise UserError(f"source folder {hub.not_found(source)}")
+    with new_output(out):
+        if folder.is_dir():
+            if revision is not None:
+                raise UserError(f"{source} is a folder, and only a model on the hub has a revision")
+        elif hub.is_repository(source):
+            folder = fetch_model(str(source), revision, files)
+        else:
+            raise UserError(f"source folder {hub.not_found(source)}")
+        convert_folder(folder, out, dtype, files)
+    return out
+
+
+def convert_folder(folder: Path, out: Path, dtype: Any, files: Mapping[str, Path]) -> None:
+    """`convert_model` of a folder, by the one writer of `out`."""
     family = read_index(folder)
     if unknown := sorted(files.keys() - family.networks):
         raise UserError(f"a {family.pipeline} has no {', '.join(unknown)}, only {', '.join(family.networks)}")
@@ -177,7 +183,6 @@ def convert_model(
             },
         }
         write_json(aside / DESCRIPTION, description)
-    return out
 
 
 def convert_component(component: Component, out: Path, progress: Progress) -> list[tuple[str, bytes]]:

@@ -24,12 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save
 
 from arcflow_jax.errors import UserError
-from arcflow_jax.storage.atomic import whole_file
 from arcflow_jax.storage.files import read_json
-from arcflow_jax.storage.safetensors import FileTensor, read_header
+from arcflow_jax.storage.safetensors import FileTensor, read_header, write_file
 
 DESCRIPTION = "embeddings.json"
 FORMAT = "arcflow_jax embeddings"
@@ -46,8 +44,7 @@ def shard_path(folder: Path, index: int) -> Path:
 
 def write_shard(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes the arrays of a shard, complete or not at all. Raises OSError."""
-    with whole_file(path) as aside:
-        aside.write_bytes(save(arrays))  # safetensors' save_file has an error of its own for a full disk
+    write_file(path, arrays)
 
 
 def read_description(folder: Path) -> dict[str, Any]:

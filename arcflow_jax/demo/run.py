@@ -21,6 +21,7 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.storage.atomic import cannot_write, make_directory
 from arcflow_jax.storage.files import write_json
+from arcflow_jax.storage.lock import one_writer
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe, read_config
 
@@ -62,8 +63,14 @@ def demo(out: Path, teacher: str = "tiny-flux") -> dict[str, object]:
     Raises:
       UserError: if `out` cannot be written, or contains the demo of another teacher.
     """
+    with one_writer(out):
+        make_directory(out)
+        return run_demo(out, teacher)
+
+
+def run_demo(out: Path, teacher: str) -> dict[str, object]:
+    """`demo`, by the one writer of `out`."""
     console = Console()
-    make_directory(out)
     base = convert(ASSETS / teacher, out / "teacher")
     console.print(f"converted the bundled PyTorch teacher {teacher} to {out / 'teacher'}")
     recipes = {name: recipe(teacher, name, out) for name in ("arcflow", "linear")}

@@ -31,7 +31,7 @@ from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.errors import UserError
 from arcflow_jax.parallel.mesh import make_mesh
 from arcflow_jax.parallel.processes import from_part
-from arcflow_jax.storage.atomic import check_room, incomplete, refuse_used
+from arcflow_jax.storage.atomic import cannot_write, check_room, new_output, unfinished
 from arcflow_jax.storage.files import digest, file_digest, read_json, write_json
 from arcflow_jax.storage.safetensors import read_header
 from arcflow_jax.training.recipe import Recipe
@@ -69,7 +69,15 @@ def embed_prompts(recipe: Recipe, out: Path) -> Path:
         unfinished cache beside it is of other prompts or text encoders.
     """
     out = out.absolute()
-    refuse_used(out)
+    with new_output(out):
+        cut = write_cache(recipe, out)
+    if cut:
+        print(f"{cut} prompts had more tokens than the text encoder takes, and were cut", flush=True)
+    return out
+
+
+def write_cache(recipe: Recipe, out: Path) -> int:
+    """`embed_prompts`, by the one writer of `out`. Returns how many prompts were cut."""
     directory = ModelDirectory.open(converted(recipe.model))
     mesh = make_mesh(recipe.mesh)
     if recipe.images:
@@ -88,9 +96,9 @@ def embed_prompts(recipe: Recipe, out: Path) -> Path:
         "list": digest(prompts),
     }
     shards = [prompts[i : i + SHARD] for i in range(0, len(prompts), SHARD)]
-    aside = incomplete(out)
+    aside = unfinished(out)
     paths = [shard_path(aside, i) for i in range(len(shards))]
-    try:
+    with cannot_write(out):
         begin_cache(aside, description)
         missing = {path: shard for path, shard in zip(paths, shards, strict=True) if not path.exists()}
         if missing:
@@ -100,11 +108,7 @@ def embed_prompts(recipe: Recipe, out: Path) -> Path:
         if out.exists():  # an empty directory
             out.rmdir()
         os.replace(aside, out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    if cut:
-        print(f"{cut} prompts had more tokens than the text encoder takes, and were cut", flush=True)
-    return out
+    return cut
 
 
 def begin_cache(aside: Path, description: dict[str, Any]) -> None:
