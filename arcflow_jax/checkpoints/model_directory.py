@@ -1,13 +1,17 @@
 """A converted model: one directory with everything that a pipeline needs.
 
-    model.json                  format, pipeline, each component's class, config, dtype, source dtype and fingerprint,
-                                scheduler config, the transformer's fingerprint, and the size of every file
+    model.json                  format, pipeline, each component's class, config, dtype, source dtype, fingerprint and
+                                the fingerprint of its stored values, scheduler config, the transformer's fingerprint,
+                                the size of every file, SHA-256 of each of a tokenizer's, and of model.json itself
     transformer/, vae/, …       one Orbax checkpoint per component: a nested dict, keyed by the parts of a variable's
                                 path (see `names`)
     tokenizer/, tokenizer_2/    copied from the source
 
 A fingerprint is of the values of the source, whatever the dtype of the converted weights. The transformer's fingerprint
 identifies the base that an adapter was trained on.
+
+Weights have a checksum a chunk, which is verified when they are read (see `writer`). Format version 1 had none, nor
+SHA-256 of anything. It is still read.
 """
 
 from __future__ import annotations
@@ -30,11 +34,12 @@ from arcflow_jax.errors import UserError, first_few, one_line, out_of_memory
 from arcflow_jax.families import Family, Network
 from arcflow_jax.networks.states import flatten, nest, unflatten, unnest
 from arcflow_jax.networks.student import AdapterConfig, ArcModel
-from arcflow_jax.storage.files import parse_config, read_json
+from arcflow_jax.storage.files import check_seal, file_digest, parse_config, read_json
 
 DESCRIPTION = "model.json"
 FORMAT = "arcflow_jax model"
-VERSION = 1
+VERSION = 2
+VERSIONS = (1, VERSION)  # that are read
 # Where a component's folder has its checkpoint
 CHECKPOINT = "state"
 
@@ -94,9 +99,10 @@ class ModelDirectory:
         description = read_json(path / DESCRIPTION)
         if description.get("format") != FORMAT:
             raise UserError(f"{path / DESCRIPTION} does not describe an {FORMAT}")
-        if description.get("version") != VERSION:
+        if description.get("version") not in VERSIONS:
             raise UserError(
-                f"{path} has format version {description.get('version')}, this program reads {VERSION}: convert again"
+                f"{path} has format version {description.get('version')}, this program reads "
+                f"{' and '.join(map(str, VERSIONS))}: convert again"
             )
         keys = {"pipeline", "components", "scheduler", "fingerprint", "files"}
         if missing := sorted(keys - description.keys()):
@@ -104,6 +110,8 @@ class ModelDirectory:
         family = families.of_pipeline(description["pipeline"], path)
         if missing := sorted(family.networks.keys() - description["components"].keys()):
             raise UserError(f"{path / DESCRIPTION} is damaged: it lacks {', '.join(missing)}")
+        if description["version"] >= 2:
+            check_seal(description, path / DESCRIPTION)
         return cls(path, description)
 
     @property
@@ -196,6 +204,14 @@ class ModelDirectory:
             detail = one_line(error.__cause__ or error)
             raise UserError(f"{self.path / component} is damaged: {detail}; convert the model again") from error
         raise UserError(f"{self.path / component} does not fit the network: {len(wrong)} differ ({first_few(wrong)})")
+
+    def tokenizer(self, name: str) -> Path:
+        """The folder of a tokenizer. Raises UserError if its files are not as they were written."""
+        self.check_files(name)
+        for file, sha256 in self.description.get("tokenizers", {}).items():
+            if file.startswith(f"{name}/") and file_digest(self.path / file) != sha256:
+                raise UserError(f"{self.path / file} is damaged, or was changed: convert the model again")
+        return self.path / name
 
     def check_files(self, component: str) -> None:
         """Raises UserError if a file of a component is missing or has another size than when it was written."""

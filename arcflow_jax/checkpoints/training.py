@@ -1,6 +1,7 @@
 """Checkpoints of a distillation run: what was trained. The base is named by its fingerprint, never copied.
 
-RUN/adapter.json         format, the base's fingerprint and config, adapter config, distillation settings
+RUN/adapter.json         format, the base's fingerprint and config, adapter config, distillation settings, and SHA-256
+                         of all that
 RUN/checkpoints/STEP/    Orbax: step, adapter, ema, optimizer, skipped, and a checksum of each. Of a student that was
                          trained elsewhere, ema and its checksum only.
 
@@ -14,9 +15,9 @@ import contextlib
 import dataclasses
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +30,19 @@ from arcflow_jax.checkpoints.names import tree_in_memory, tree_on_disk
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.student import AdapterConfig
-from arcflow_jax.storage.files import parse_config, read_json, write_json
+from arcflow_jax.storage.files import check_seal, parse_config, read_json, sealed, write_json
+
+T = TypeVar("T")
 
 DESCRIPTION = "adapter.json"
 FORMAT = "arcflow_jax adapter"
-VERSION = 1
+VERSION = 2
+VERSIONS = (1, VERSION)  # that are read: the first had no SHA-256
 NEEDED = {
     "adapter": {"modes", "rank", "alpha", "dropout", "targets"},
     "distillation": {"nfe", "shift", "final_step_ratio"},
 }
+MOST_TRIES = 20  # of a reader, whose checkpoint a run may delete meanwhile
 # Where Orbax logs a failed save's error, with its traceback, before it raises it
 RAISING = ("future.py", "async_checkpointer.py", "checkpoint_manager.py")
 
@@ -62,7 +67,7 @@ class AdapterDescription:
 
     def write(self, run: Path) -> None:
         """Writes RUN/adapter.json. Raises OSError."""
-        write_json(run / DESCRIPTION, {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)})
+        write_json(run / DESCRIPTION, sealed({"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}))
 
     @classmethod
     def read(cls, run: Path) -> AdapterDescription:
@@ -75,7 +80,7 @@ class AdapterDescription:
         if not file.is_file():
             raise UserError(f"{run} holds no adapter: it has no {DESCRIPTION}; arcflow train writes one")
         values = read_json(file)
-        if (values.get("format"), values.get("version")) != (FORMAT, VERSION):
+        if values.get("format") != FORMAT or values.get("version") not in VERSIONS:
             raise UserError(f"{file} is not of {FORMAT} version {VERSION}")
         description = parse_config(cls, values, str(file))
         # Defaults are for recipes: of a trained adapter, what decides its shapes and its sampling has to be there
@@ -86,6 +91,8 @@ class AdapterDescription:
             for name, kind in (("class", str), ("config", dict)):
                 if not isinstance(description.transformer.get(name), kind):
                     raise UserError(f"{file}, transformer: {name} is missing or has the wrong type")
+        if values["version"] >= 2:
+            check_seal(values, file)
         return description
 
     def check_base(self, fingerprint: str, run: Path) -> None:
@@ -257,9 +264,34 @@ class Checkpoints:
           UserError: if the checkpoint is damaged, or holds EMA weights only and `raw` is asked for.
         """
         name = "adapter" if raw else "ema"
-        if raw and name not in self._names(self.latest):
-            raise UserError(f"{self.run} holds EMA weights only: leave --raw out")
-        return from_dicts(abstract, self._read({name: to_dicts(abstract)}, self.latest)[name])
+
+        def read(step: int) -> nnx.State:
+            if raw and name not in self._names(step):
+                raise UserError(f"{self.run} holds EMA weights only: leave --raw out")
+            return from_dicts(abstract, self._read({name: to_dicts(abstract)}, step)[name])
+
+        return self._newest(read)
+
+    def _newest(self, read: Callable[[int], T]) -> T:
+        """What `read` returns of the newest checkpoint, and not that a run which saves meanwhile has deleted it."""
+        for _ in range(MOST_TRIES):
+            step = self.latest
+            if step is None:
+                break
+            try:
+                return read(step)
+            except UserError:
+                self.manager.reload()
+                if self.latest == step:
+                    raise
+        raise UserError(f"the checkpoints of {self.run} are replaced faster than they can be read: try again")
+
+    def everything(self, step: int) -> dict[str, Any]:
+        """All parts of a checkpoint, nested dicts of arrays. Raises UserError if it is damaged."""
+        with self._reading(step):
+            tree = dict(self.manager.item_metadata(step).tree)
+        tree.pop("checksum", None)
+        return self._read(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree), step)
 
     def _names(self, step: int) -> set[str]:
         """The names of a checkpoint's parts."""

@@ -45,11 +45,16 @@ def convert(source: Path, out: Path) -> ModelDirectory:
     with tempfile.TemporaryDirectory() as aside:
         expected = ModelDirectory.open(convert_model(source, Path(aside) / "teacher"))
     present = ModelDirectory.open(out)
-    if present.description["components"] != expected.description["components"]:
+    if fingerprints(present) != fingerprints(expected):
         raise UserError(
             f"{out} was not converted from the bundled {source.name}: choose another --out, or remove {out.parent}"
         )
     return present
+
+
+def fingerprints(model: ModelDirectory) -> dict[str, tuple[str, str]]:
+    """What each component was converted from, and to which dtype."""
+    return {name: (each["fingerprint"], each["dtype"]) for name, each in model.description["components"].items()}
 
 
 def demo(out: Path, teacher: str = "tiny-flux") -> dict[str, object]:

@@ -41,6 +41,23 @@ def digest(values: Iterable[Any]) -> str:
     return hashlib.sha256(json.dumps(list(values)).encode()).hexdigest()
 
 
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object with its own SHA-256 as `sha256`, which `check_seal` compares."""
+    return value | {"sha256": seal_of(value)}
+
+
+def check_seal(value: dict[str, Any], where: object) -> None:
+    """Raises UserError if a JSON object that `sealed` made was changed since."""
+    if value.get("sha256") != seal_of(value):
+        raise UserError(f"{where} is damaged, or was changed by hand: its sha256 is not that of its content")
+
+
+def seal_of(value: dict[str, Any]) -> str:
+    """SHA-256 of a JSON object without its `sha256`, whatever the order of its names."""
+    rest = {name: x for name, x in value.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file. Raises OSError."""
     with path.open("rb") as file:

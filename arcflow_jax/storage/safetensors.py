@@ -170,6 +170,8 @@ def read_shards(index: Path) -> dict[str, FileTensor]:
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise UserError(f"{index} has no weight_map from tensor names to file names")
+    if elsewhere := sorted({file for file in files.values() if Path(file).name != file}):
+        raise UserError(f"{index} names files of other folders: {first_few(elsewhere)}")
     missing = sorted({file for file in files.values() if not (index.parent / file).is_file()})
     if missing:
         raise UserError(f"{index.parent} lacks {len(missing)} of the shards that its index names: {first_few(missing)}")
