@@ -140,21 +140,38 @@ def checksum(tree: Any) -> jax.Array:
     return sum((jnp.sum(words(x), dtype=jnp.uint32) for x in jax.tree.leaves(tree)), jnp.uint32(0))
 
 
+def raised_later(record: logging.LogRecord) -> bool:
+    """Whether Orbax logs the error of a failed save, which `Checkpoints` raises."""
+    file = Path(record.pathname)
+    return "orbax" in file.parts and file.name in RAISING and record.levelno == logging.ERROR and bool(record.exc_info)
+
+
+def of_a_reader(record: logging.LogRecord) -> bool:
+    """Whether Orbax warns of a checkpoint that a run deletes while it is read."""
+    return "orbax" in Path(record.pathname).parts and record.levelno == logging.WARNING
+
+
 @contextlib.contextmanager
-def errors_once() -> Iterator[None]:
-    """Inside the `with` block, Orbax does not log the errors of a failed save, which `Checkpoints` raises."""
+def without(unwanted: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
+    """Inside the `with` block, Orbax does not log this."""
     log = logging.getLogger("absl")
 
     def is_other(record: logging.LogRecord) -> bool:
-        file = Path(record.pathname)
-        on_the_way = "orbax" in file.parts and file.name in RAISING
-        return not (on_the_way and record.levelno == logging.ERROR and record.exc_info)
+        return not unwanted(record)
 
     log.addFilter(is_other)
     try:
         yield
     finally:
         log.removeFilter(is_other)
+
+
+def patiently(list_checkpoints: Callable[[], T]) -> T:
+    """Lists checkpoints again if a run has deleted one of them meanwhile."""
+    for _ in range(MOST_TRIES):
+        with contextlib.suppress(FileNotFoundError):
+            return list_checkpoints()
+    return list_checkpoints()
 
 
 class Checkpoints:
@@ -177,11 +194,10 @@ class Checkpoints:
         )
         directory = (run / "checkpoints").absolute()
         with self._writing():
-            self.manager = ocp.CheckpointManager(directory, options=options, item_handlers=handler())
+            self.manager = patiently(lambda: ocp.CheckpointManager(directory, options=options, item_handlers=handler()))
 
     def __enter__(self) -> Checkpoints:
-        if not self.read_only:
-            self._log.enter_context(errors_once())
+        self._log.enter_context(without(of_a_reader if self.read_only else raised_later))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -281,7 +297,7 @@ class Checkpoints:
             try:
                 return read(step)
             except UserError:
-                self.manager.reload()
+                patiently(self.manager.reload)
                 if self.latest == step:
                     raise
         raise UserError(f"the checkpoints of {self.run} are replaced faster than they can be read: try again")

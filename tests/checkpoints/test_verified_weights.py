@@ -27,6 +27,7 @@ from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.student import split_model
 from arcflow_jax.storage.files import digest, sealed, write_json
+from arcflow_jax.storage.safetensors import read_header
 from tests.helpers.command_line import run
 from tests.helpers.random_student import write_adapter
 from tests.helpers.source_folder import CONFIGS, write_source
@@ -174,7 +175,7 @@ def test_a_part_of_an_array_is_verified(tmp_path, monkeypatch):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    with ocp.StandardCheckpointer() as checkpointer, pytest.raises(Exception, match="DATA_LOSS.*Digest mismatch"):
+    with ocp.StandardCheckpointer() as checkpointer, pytest.raises(Exception, match=r"DATA_LOSS.*Digest mismatch"):
         checkpointer.restore(tmp_path / "state")
 
 
@@ -232,7 +233,8 @@ def test_a_changed_config_is_refused(model, tmp_path):
 
 def damage(file: Path) -> None:
     data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 16
+    middle = read_header(file)["text"].offset if file.suffix == ".safetensors" else len(data) // 2
+    data[middle] ^= 16
     file.write_bytes(data)
 
 

@@ -1,18 +1,23 @@
 """Prompts to ids, on the bundled teacher's tokenizers."""
 
+import ast
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from arcflow_jax.data.tokenizers import Tokenizer, load_tokenizer, token_length, tokenize
+from arcflow_jax.data import tokenizers
+from arcflow_jax.data.tokenizers import Tokenizer, copy_tokenizer, load_tokenizer, token_length, tokenize
 from arcflow_jax.demo import ASSETS, world
 from arcflow_jax.errors import UserError
+from arcflow_jax.families.qwen_image import QwenPrompts
 from tools.tiny_teacher.tokenizers import make_clip_tokenizer, make_t5_tokenizer
 
 STRANGE = ["", "A FOX, naïve: 中 ring's 12", "  red\t ring\n", "<|endoftext|> a </s> <pad>", "a ring " * 40]
@@ -41,6 +46,179 @@ def test_ids_are_those_of_diffusers(folders, name):
         np.testing.assert_array_equal(ids, expected)
         assert cut.tolist() == [len(theirs(prompt).input_ids) > length for prompt in prompts]
         assert cut.any()
+
+
+CLASSES = {"tiny-flux/tokenizer": "CLIP", "tiny-flux/tokenizer_2": "T5", "tiny-qwen/tokenizer": "Qwen2"}
+
+
+def as_it_is(folder: Path, theirs: Any) -> None:
+    """The bundled folder."""
+
+
+def saved_by_transformers(folder: Path, theirs: Any) -> None:
+    """As transformers itself writes the folder today."""
+    shutil.rmtree(folder)
+    theirs.save_pretrained(folder)
+
+
+def added_in_the_config(folder: Path, theirs: Any) -> None:
+    """tokenizer.json does not know the special tokens as such: tokenizer_config.json does."""
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    added = {token.pop("id"): token for token in whole["added_tokens"]}
+    (folder / "tokenizer.json").write_text(json.dumps(whole | {"added_tokens": []}))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    if "Qwen" in config["tokenizer_class"]:  # whose added tokens are not in the vocabulary
+        config["added_tokens_decoder"] = {str(number): token for number, token in added.items()}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("change", [as_it_is, saved_by_transformers, added_in_the_config])
+@pytest.mark.parametrize("name", CLASSES)
+def test_ids_are_those_of_transformers(name, change, tmp_path):
+    """tokenizer.json read by the tokenizers library alone, against transformers' class."""
+    import transformers
+
+    theirs = getattr(transformers, f"{CLASSES[name]}Tokenizer").from_pretrained(ASSETS / name)
+    folder = shutil.copytree(ASSETS / name, tmp_path / "tokenizer")
+    change(folder, theirs)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.pad_token_id == theirs.pad_token_id
+    assert tokenizer.model_max_length == theirs.model_max_length
+    template = QwenPrompts.TEMPLATE if CLASSES[name] == "Qwen2" else "{}"
+    prompts = [template.format(prompt) for prompt in [*STRANGE, *map(str, world.all_captions()[::180])]]
+    for length in (60, 200):
+        options = {"padding": "max_length", "padding_side": "right", "max_length": length, "truncation": True}
+        ids, cut = tokenize(tokenizer, prompts, length)
+        np.testing.assert_array_equal(ids, theirs(prompts, **options).input_ids)
+        assert cut.tolist() == [len(each) > length for each in theirs(prompts).input_ids]
+
+
+def test_pad_token(tmp_path):
+    """From the config, as a text or with settings, or from special_tokens_map.json, or the class's own."""
+    folder = shutil.copytree(ASSETS / "tiny-flux" / "tokenizer_2", tmp_path / "tokenizer")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+
+    def pad(changes: dict[str, Any], special: dict[str, Any] | None) -> int:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | changes))
+        (folder / "special_tokens_map.json").unlink(missing_ok=True)
+        if special is not None:
+            (folder / "special_tokens_map.json").write_text(json.dumps(special))
+        return load_tokenizer(folder).pad_token_id
+
+    ids = {name: load_tokenizer(folder).backend.token_to_id(name) for name in ("<pad>", "</s>")}
+    assert pad({}, None) == ids["<pad>"]
+    assert pad({"pad_token": {"content": "</s>"}}, None) == ids["</s>"]
+    assert pad({"pad_token": None}, {"pad_token": "</s>"}) == ids["</s>"]
+    assert pad({"pad_token": None, "tokenizer_class": "T5TokenizerFast"}, None) == ids["<pad>"]
+    with pytest.raises(UserError, match="names no pad_token"):
+        pad({"pad_token": None, "tokenizer_class": "OtherTokenizer"}, None)
+    with pytest.raises(UserError, match="names pad_token '<none>', which its vocabulary lacks"):
+        pad({"pad_token": "<none>"}, None)
+    with pytest.raises(UserError, match="model_max_length is 'many', but has to be a positive number"):
+        pad({"model_max_length": "many"}, None)
+
+
+def run_child(program: str, *arguments: object, answer: str = "") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, input=answer, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_no_code_from_a_folder_runs(folders, tmp_path, whole):
+    """auto_map names code in the folder, and the user would answer "y"."""
+    folder = shutil.copytree(folders / "tokenizer", tmp_path / "tokenizer")
+    if not whole:
+        (folder / "tokenizer.json").unlink()
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass MyTokenizer: pass\n")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "MyTokenizer", "auto_map": {"AutoTokenizer": ["code.MyTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    program = """
+import sys
+from pathlib import Path
+from arcflow_jax.data.tokenizers import load_tokenizer, tokenize
+from arcflow_jax.errors import report_errors
+with report_errors():
+    print(tokenize(load_tokenizer(Path(sys.argv[1])), ["a red ring"], 8)[0].tolist())
+"""
+    done = run_child(program, folder, answer="y\ny\ny\n")
+    assert not (tmp_path / "ran").exists()
+    if whole:
+        ids, _ = tokenize(load_tokenizer(folders / "tokenizer"), ["a red ring"], 8)
+        assert json.loads(done.stdout) == ids.tolist()
+    else:
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: {folder} has no tokenizer.json, and its tokenizer_class 'MyTokenizer'")
+
+
+def test_every_call_of_transformers_refuses_foreign_code():
+    root = Path(__file__).parents[2]
+    calls = 0
+    for file in (path for room in ("arcflow_jax", "tools", "benchmarks") for path in (root / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "from_pretrained":
+                owner = ast.unparse(node.func.value)
+                if "Pipeline" not in owner:  # our own
+                    calls += 1
+                    given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                    assert given.get("trust_remote_code") == "False", f"{file}: {ast.unparse(node)}"
+    assert calls >= 3
+
+
+def test_transformers_is_not_imported(folders):
+    program = """
+import sys
+from pathlib import Path
+from arcflow_jax.data.tokenizers import load_tokenizer
+load_tokenizer(Path(sys.argv[1]))
+print("transformers" in sys.modules)
+"""
+    assert run_child(program, folders / "tokenizer").stdout == "False\n"
+
+
+def test_only_what_a_tokenizer_needs_is_copied(folders, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(folders / "tokenizer", model / "tokenizer")
+    (model / "tokenizer" / "code.py").write_text("")
+    (model / "tokenizer" / ".git").mkdir()
+    (model / "tokenizer" / "notes.txt").symlink_to("/etc/hostname")
+    (model / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}")
+    copy_tokenizer(model / "tokenizer", tmp_path / "copy", model)
+    copied = {file.name: file.read_bytes() for file in (tmp_path / "copy").iterdir()}
+    assert copied.keys() == {*(file.name for file in (folders / "tokenizer").iterdir()), "chat_template.jinja"}
+    for name in copied.keys() - {"chat_template.jinja"}:
+        assert copied[name] == (folders / "tokenizer" / name).read_bytes()
+
+
+def test_links_from_a_tokenizer(folders, tmp_path, monkeypatch):
+    """Those of the hub's cache are followed; those that could lead to the user's secrets are not."""
+    cache = tmp_path / "models--owner--name"
+    snapshot = cache / "snapshots" / "0123"
+    (cache / "blobs").mkdir(parents=True)
+    (snapshot / "tokenizer").mkdir(parents=True)
+    for file in (folders / "tokenizer").iterdir():
+        shutil.copy(file, cache / "blobs" / f"blob-{file.name}")
+        (snapshot / "tokenizer" / file.name).symlink_to(f"../../../blobs/blob-{file.name}")
+    copy_tokenizer(snapshot / "tokenizer", tmp_path / "copy", snapshot)
+    for file in (folders / "tokenizer").iterdir():
+        assert (tmp_path / "copy" / file.name).read_bytes() == file.read_bytes()
+        assert not (tmp_path / "copy" / file.name).is_symlink()
+
+    (tmp_path / "secret.json").write_text("{}")
+    link = snapshot / "tokenizer" / "added_tokens.json"
+    for target in (tmp_path / "secret.json", cache / "refs"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        with pytest.raises(UserError, match=rf"added_tokens\.json leads to {target}, outside of {snapshot}: copy the"):
+            copy_tokenizer(snapshot / "tokenizer", tmp_path / f"copy-{target.name}", snapshot)
+    link.unlink()
+    os.mkfifo(link)
+    with pytest.raises(UserError, match=r"added_tokens\.json is not a regular file"):
+        copy_tokenizer(snapshot / "tokenizer", tmp_path / "a", snapshot)
+    link.unlink()
+    monkeypatch.setattr(tokenizers, "MOST_BYTES", 1000)
+    with pytest.raises(UserError, match=r"tokenizer\.json has 0 MB, but may have 0"):
+        copy_tokenizer(snapshot / "tokenizer", tmp_path / "b", snapshot)
 
 
 def test_lengths(folders):
