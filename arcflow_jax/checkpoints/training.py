@@ -197,7 +197,8 @@ class Checkpoints:
             self.manager = patiently(lambda: ocp.CheckpointManager(directory, options=options, item_handlers=handler()))
 
     def __enter__(self) -> Checkpoints:
-        self._log.enter_context(without(of_a_reader if self.read_only else raised_later))
+        if not self.read_only:
+            self._log.enter_context(without(raised_later))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -295,7 +296,8 @@ class Checkpoints:
             if step is None:
                 break
             try:
-                return read(step)
+                with without(of_a_reader):
+                    return read(step)
             except UserError:
                 patiently(self.manager.reload)
                 if self.latest == step:

@@ -168,9 +168,7 @@ def copy_tokenizer(folder: Path, out: Path, model: Path) -> None:
         if not target.is_file():
             raise UserError(f"{file} is not a regular file")
         if target.stat().st_size > MOST_BYTES:
-            raise UserError(
-                f"{file} has {target.stat().st_size / 1e6:.0f} MB, a tokenizer's has {MOST_BYTES / 1e6:.0f}"
-            )
+            raise UserError(f"{file} has more than {MOST_BYTES} bytes, which no tokenizer's file has")
         try:
             content = target.read_bytes()
         except OSError as error:

@@ -239,7 +239,7 @@ def describe(model: Path, **changes) -> None:
         (lambda model: (model / "model.json").unlink(), "is not a converted model"),
         (lambda model: (model / "model.json").write_text('{"format"'), "not valid JSON"),
         (lambda model: (model / "model.json").write_text("{}"), "does not describe"),
-        (lambda model: describe(model, version=99), "format version 99, this program reads 1"),
+        (lambda model: describe(model, version=99), "format version 99, this program reads 1 and 2: convert"),
         (lambda model: describe(model, components={}), "is damaged: it lacks text_encoder, text_encoder_2, transf"),
         (lambda model: describe(model, pipeline="OtherPipeline"), "OtherPipeline, supported are FluxPipeline"),
     ],

@@ -236,7 +236,9 @@ def test_adapter_json_comes_back(tmp_path):
     read = AdapterDescription.read(tmp_path)
     assert read == DESCRIPTION
     assert read.transformer == DESCRIPTION.transformer  # which equality ignores
-    without = AdapterDescription.read(edited(tmp_path, lambda values: values.pop("transformer")))
+    without = AdapterDescription.read(
+        edited(tmp_path, lambda values: (values.pop("transformer"), values.update(version=1)))
+    )
     assert (without, without.transformer) == (DESCRIPTION, None)
 
 
@@ -256,7 +258,7 @@ def test_adapter_json_comes_back(tmp_path):
         (lambda v: v["distillation"].update(nfe=True), "distillation: nfe is True, but has to be a whole number$"),
         (lambda v: v["transformer"].pop("class"), "transformer: class is missing or has the wrong type$"),
         (lambda v: v["transformer"].update(config=3), "transformer: config is missing or has the wrong type$"),
-        (lambda v: v.update(version=9), "is not of arcflow_jax adapter version 1$"),
+        (lambda v: v.update(version=9), "is not of arcflow_jax adapter version 2$"),
     ],
 )
 def test_broken_adapter_json(tmp_path, edit, message):
