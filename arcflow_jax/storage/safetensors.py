@@ -82,7 +82,7 @@ def write_file(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[
     with whole_file(path) as aside:
         mode = aside.stat().st_mode
         try:
-            save_file(dict(tensors), aside, metadata and dict(metadata))
+            save_file(dict(tensors), aside, dict(metadata or {}) or None)
         except SafetensorError as error:  # its form of an OSError
             code = re.search(r"os error (\d+)", str(error))
             if code is None:
