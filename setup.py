@@ -39,7 +39,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "chex>=0.1.90",
-        "filelock>=3.16",
+        "filelock>=4.0.4",
         "flax>=0.12.8,<0.13",
         "grain>=0.2.10",
         "huggingface_hub>=1.3",

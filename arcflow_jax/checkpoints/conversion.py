@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,14 +32,15 @@ from arcflow_jax.checkpoints.names import on_disk
 from arcflow_jax.checkpoints.writer import Stream, write_checkpoint
 from arcflow_jax.console import progress_bar
 from arcflow_jax.convert.engine import Fill, Tensor, cast, check, layers, nearest
+from arcflow_jax.data.tokenizers import FILES, copy_tokenizer
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.families import Family, Network
 from arcflow_jax.flow.schedule import Scheduler
 from arcflow_jax.networks.states import nest, shapes_of
 from arcflow_jax.schema import Layers
 from arcflow_jax.storage import hub
-from arcflow_jax.storage.atomic import refuse_used, whole_directory
-from arcflow_jax.storage.files import read_json, write_own
+from arcflow_jax.storage.atomic import new_output, whole_directory
+from arcflow_jax.storage.files import file_digest, read_json, write_own
 from arcflow_jax.storage.safetensors import read_file, read_folder
 
 FAR = 10  # a network this many times as large as its weights gets no list of what is missing
@@ -123,7 +123,7 @@ def read_index(source: Path) -> Family:
 def fetch_model(repository: str, revision: str | None, files: Mapping[str, Path]) -> Path:
     """Downloads the files of a hub repository that `convert_model` reads, and returns the folder. Raises UserError."""
     family = read_index(hub.fetch(repository, revision, ["model_index.json"]))
-    patterns = ["model_index.json", "scheduler/*", *(f"{name}/*" for name in family.tokenizers)]
+    patterns = ["model_index.json", "scheduler/*", *(f"{name}/{file}" for name in family.tokenizers for file in FILES)]
     for name in family.networks:
         patterns += [f"{name}/config.json", *([] if name in files else hub.weights_of(name))]
     return hub.fetch(repository, revision, patterns)
@@ -154,14 +154,20 @@ def convert_model(
     """
     folder, out = Path(source), Path(out).absolute()
     files = {name: Path(file) for name, file in (files or {}).items()}
-    refuse_used(out)
-    if folder.is_dir():
-        if revision is not None:
-            raise UserError(f"{source} is a folder, and only a model on the hub has a revision")
-    elif hub.is_repository(source):
-        folder = fetch_model(str(source), revision, files)
-    else:
-        raise UserError(f"source folder {hub.not_found(source)}")
+    with new_output(out):
+        if folder.is_dir():
+            if revision is not None:
+                raise UserError(f"{source} is a folder, and only a model on the hub has a revision")
+        elif hub.is_repository(source):
+            folder = fetch_model(str(source), revision, files)
+        else:
+            raise UserError(f"source folder {hub.not_found(source)}")
+        convert_folder(folder, out, dtype, files)
+    return out
+
+
+def convert_folder(folder: Path, out: Path, dtype: Any, files: Mapping[str, Path]) -> None:
+    """`convert_model` of a folder, by the one writer of `out`."""
     family = read_index(folder)
     if unknown := sorted(files.keys() - family.networks):
         raise UserError(f"a {family.pipeline} has no {', '.join(unknown)}, only {', '.join(family.networks)}")
@@ -176,8 +182,10 @@ def convert_model(
     needed = sum(component.bytes for component in components)
     with whole_directory(out, needed) as aside, progress_bar(of_bytes=True) as progress:
         for name in family.tokenizers:
-            shutil.copytree(folder / name, aside / name)
-        digests = {component.name: convert_component(component, aside, progress) for component in components}
+            copy_tokenizer(folder / name, aside / name, folder)
+        files = [file for name in family.tokenizers for file in sorted((aside / name).iterdir())]
+        tokenizers = {file.relative_to(aside).as_posix(): file_digest(file) for file in files}
+        fingerprints = {component.name: convert_component(component, aside, progress) for component in components}
         description = ModelDescription(
             pipeline=family.pipeline,
             components={
@@ -186,12 +194,14 @@ def convert_model(
                     config=component.config,
                     dtype=component.dtype.name,
                     source_dtype=component.source_dtype.name,
-                    fingerprint=fingerprint(digests[component.name]),
+                    fingerprint=fingerprints[component.name][0],
+                    stored=fingerprints[component.name][1],
                 )
                 for component in components
             },
             scheduler=scheduler,
-            fingerprint=fingerprint(digests["transformer"]),
+            fingerprint=fingerprints["transformer"][0],
+            tokenizers=tokenizers,
             files={
                 path.relative_to(aside).as_posix(): path.stat().st_size
                 for path in sorted(aside.rglob("*"))
@@ -199,31 +209,35 @@ def convert_model(
             },
         )
         write_own(aside / DESCRIPTION, description, FORMAT, VERSION)
-    return out
 
 
-def convert_component(component: Component, out: Path, progress: Progress) -> list[tuple[str, bytes]]:
-    """Writes one component's checkpoint under `out`, and returns the digests of its arrays.
+def convert_component(component: Component, out: Path, progress: Progress) -> tuple[str, str]:
+    """Writes one component's checkpoint under `out`, and returns two fingerprints.
 
-    The digests are of the source's values in the source's dtype, so a model has the same fingerprint in every dtype
-    that it is converted to.
+    The first is of the source's values in the source's dtype, so a model has the same in every dtype that it is
+    converted to. The second is of the values as they are stored.
     """
     task = progress.add_task(component.name, total=component.bytes, text="")
-    digests = []
+    digests, stored = [], []
+    same = component.dtype == component.source_dtype
 
     def stream(fill: Fill, tensors: list[Tensor]) -> Stream:
         def read() -> Iterator[np.ndarray]:
             digest = ArrayDigest(fill.target, fill.shape, component.source_dtype)
+            cast_digest = ArrayDigest(fill.target, fill.shape, component.dtype)
             found = layers(fill, tensors, component.source_dtype, str(component.weights))
             for name, layer in zip(fill.names, found, strict=True):
                 digest.update(layer)
                 converted = cast(layer, component.dtype, f"{component.weights}: {name}")
+                if not same:
+                    cast_digest.update(converted)
                 yield converted
                 progress.advance(task, converted.nbytes)
             digests.append(digest.finish())
+            stored.append((digest if same else cast_digest).finish())
 
         return Stream(fill.shape, component.dtype, fill.stacked, read)
 
     streams = {on_disk(fill.target): stream(fill, tensors) for fill, tensors in component.fills}
     write_checkpoint(out / component.name / CHECKPOINT, nest(streams))
-    return digests
+    return fingerprint(digests), fingerprint(stored)

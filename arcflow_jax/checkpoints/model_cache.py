@@ -10,9 +10,9 @@ from pathlib import Path
 from arcflow_jax.checkpoints.model_directory import DESCRIPTION, VERSION
 from arcflow_jax.errors import UserError
 from arcflow_jax.storage import hub
-from arcflow_jax.storage.atomic import cannot_write
 from arcflow_jax.storage.cache import cache_folder
 from arcflow_jax.storage.files import digest
+from arcflow_jax.storage.lock import one_writer
 
 INDEX = "model_index.json"  # what makes a folder a diffusers model
 
@@ -41,16 +41,12 @@ def converted(source: str | Path) -> Path:
         key = digest([VERSION, str(source).removeprefix("hf:"), revision])
     else:
         raise UserError(f"model {source} does not exist, and a hub id is owner/name")
-    # Not at the top, because a model that is converted needs neither
-    from filelock import FileLock
-
+    # Not at the top, because a model that is converted does not need it
     from arcflow_jax.checkpoints import conversion
 
     out = (cache_folder() / "models" / key[:32]).absolute()
-    with cannot_write(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out.with_suffix(".lock"))
-        with lock:  # of two processes, the second waits and finds the first one's conversion
+    if not (out / DESCRIPTION).is_file():
+        with one_writer(out, wait=True):  # of two processes, the second waits and finds the first one's conversion
             if not (out / DESCRIPTION).is_file():
                 conversion.convert_model(source, out, revision=revision)
     return out

@@ -1,13 +1,17 @@
 """A converted model: one directory with everything that a pipeline needs.
 
-    model.json                  format, pipeline, each component's class, config, dtype, source dtype and fingerprint,
-                                scheduler config, the transformer's fingerprint, and the size of every file
+    model.json                  format, pipeline, each component's class, config, dtype, source dtype, fingerprint and
+                                the fingerprint of its stored values, scheduler config, the transformer's fingerprint,
+                                the size of every file, SHA-256 of each of a tokenizer's, and of model.json itself
     transformer/, vae/, …       one Orbax checkpoint per component: a nested dict, keyed by the parts of a variable's
                                 path (see `names`)
     tokenizer/, tokenizer_2/    copied from the source
 
 A fingerprint is of the values of the source, whatever the dtype of the converted weights. The transformer's fingerprint
 identifies the base that an adapter was trained on.
+
+Weights have a checksum a chunk, which is verified when they are read (see `writer`). Format version 1 had none, nor
+SHA-256 of anything. It is still read.
 """
 
 from __future__ import annotations
@@ -32,11 +36,11 @@ from arcflow_jax.flow.schedule import Scheduler
 from arcflow_jax.networks.states import flatten, nest, unflatten, unnest
 from arcflow_jax.networks.student import AdapterConfig, ArcModel
 from arcflow_jax.schema import SHA256, Precision, Size
-from arcflow_jax.storage.files import is_inside, read_own
+from arcflow_jax.storage.files import file_digest, is_inside, read_own
 
 DESCRIPTION = "model.json"
 FORMAT = "arcflow_jax model"
-VERSION = 1
+VERSION = 2
 # Where a component's folder has its checkpoint
 CHECKPOINT = "state"
 
@@ -70,7 +74,8 @@ class ComponentDescription:
       class_name: its class in diffusers or transformers.
       config: its config.json.
       dtype, source_dtype: of its weights, and of the source's.
-      fingerprint: of its weights.
+      fingerprint: of its weights, as the source has them.
+      stored: SHA-256 of its weights as they are stored; None in models of format version 1.
     """
 
     class_name: str = dataclasses.field(metadata={"key": "class"})
@@ -78,6 +83,7 @@ class ComponentDescription:
     dtype: Precision = "float32"
     source_dtype: Precision | None = None  # None in models of early versions, as is the fingerprint
     fingerprint: SHA256 | None = None
+    stored: SHA256 | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +95,7 @@ class ModelDescription:
       components: by name.
       scheduler: its scheduler_config.json.
       fingerprint: of the transformer.
+      tokenizers: SHA-256 of each tokenizer's files, by their paths; empty in models of format version 1.
       files: the size in bytes of every other file, by its path in the directory.
     """
 
@@ -97,6 +104,7 @@ class ModelDescription:
     scheduler: dict[str, Any]
     fingerprint: SHA256
     files: dict[str, Size]
+    tokenizers: dict[str, SHA256] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         for name in self.files:
@@ -231,6 +239,14 @@ class ModelDirectory:
             detail = one_line(error.__cause__ or error)
             raise UserError(f"{self.path / component} is damaged: {detail}; convert the model again") from error
         raise UserError(f"{self.path / component} does not fit the network: {len(wrong)} differ ({first_few(wrong)})")
+
+    def tokenizer(self, name: str) -> Path:
+        """The folder of a tokenizer. Raises UserError if its files are not as they were written."""
+        self.check_files(name)
+        for file, sha256 in self.description.tokenizers.items():
+            if file.startswith(f"{name}/") and file_digest(self.path / file) != sha256:
+                raise UserError(f"{self.path / file} is damaged, or was changed: convert the model again")
+        return self.path / name
 
     def check_files(self, component: str) -> None:
         """Raises UserError if a file of a component is missing or has another size than when it was written."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -24,7 +23,6 @@ import numpy as np
 from flax import nnx
 from msgspec import Meta
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from arcflow_jax import families, schema
 from arcflow_jax.checkpoints.model_directory import ComponentDescription, ModelDirectory
@@ -37,9 +35,9 @@ from arcflow_jax.networks.lora import linear_layers
 from arcflow_jax.networks.student import AdapterConfig, split_model
 from arcflow_jax.schema import NFE, Guidance, Ratio, Shift
 from arcflow_jax.storage import hub
-from arcflow_jax.storage.atomic import refuse_used, whole_directory
+from arcflow_jax.storage.atomic import new_output, whole_directory
 from arcflow_jax.storage.files import parse_json, read_json, write_json
-from arcflow_jax.storage.safetensors import PICKLES, read_folder, read_header
+from arcflow_jax.storage.safetensors import PICKLES, read_folder, read_header, write_file
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -108,14 +106,14 @@ def import_adapter(
       UserError: if the source is incomplete or wrong, does not fit the base, or `out` cannot be written.
     """
     out = Path(out).absolute()
-    refuse_used(out)
-    directory = ModelDirectory.open(base)
-    description, adapter = read_student(find(source, revision), directory, **sampling)
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(adapter))
-    with whole_directory(out, needed) as aside:
-        description.write(aside)
-        with Checkpoints(aside) as checkpoints:
-            checkpoints.save_ema(adapter)
+    with new_output(out):
+        directory = ModelDirectory.open(base)
+        description, adapter = read_student(find(source, revision), directory, **sampling)
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(adapter))
+        with whole_directory(out, needed) as aside:
+            description.write(aside)
+            with Checkpoints(aside) as checkpoints:
+                checkpoints.save_ema(adapter)
     return out
 
 
@@ -223,7 +221,16 @@ def export_adapter(run: str | Path, out: str | Path, *, raw: bool = False, dtype
         `dtype`, or `out` cannot be written.
     """
     run, out = Path(run), Path(out).absolute()
-    refuse_used(out)
+    with new_output(out):
+        config, tensors, policy = exported(run, raw, jnp.dtype(dtype))
+        with whole_directory(out, sum(tensor.nbytes for tensor in tensors.values())) as aside:
+            write_json(aside / CONFIG, dict(sorted(config.items())))
+            write_file(aside / WEIGHTS, tensors, metadata={"policy_config": json.dumps(policy)})
+    return out
+
+
+def exported(run: Path, raw: bool, dtype: np.dtype) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, Any]]:
+    """Config, tensors and policy of a student's export. Raises UserError as `export_adapter`."""
     description, checkpoints = load_adapter(run)
     check_exportable(description, run)
     adapter = description.adapter
@@ -237,18 +244,14 @@ def export_adapter(run: str | Path, out: str | Path, *, raw: bool = False, dtype
     for name, array in export_tensors(AdapterTable(network.table), state).items():
         if name.endswith("lora_B.weight") and adapter.alpha != adapter.rank:
             array = array * np.float32(adapter.alpha / adapter.rank)
-        tensors[name] = cast(array, jnp.dtype(dtype), f"{run}: {name}")
+        tensors[name] = cast(array, dtype, f"{run}: {name}")
     config = {
         "_class_name": f"Arc{network.class_name}",
         **dataclasses.asdict(backbone),
         "logweights_channels": HeadConfig.REQUIRED["logweights_channels"],
         "num_gaussians": adapter.modes,
     }
-    with whole_directory(out, sum(tensor.nbytes for tensor in tensors.values())) as aside:
-        write_json(aside / CONFIG, dict(sorted(config.items())))
-        save_file(tensors, aside / WEIGHTS, metadata={"policy_config": json.dumps(policy_of(description, run))})
-        shutil.copymode(aside / CONFIG, aside / WEIGHTS)  # safetensors makes files that only their owner can read
-    return out
+    return config, tensors, policy_of(description, run)
 
 
 def read_export(source: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Checkpoints of a distillation run: what was trained. The base is named by its fingerprint, never copied.
 
-RUN/adapter.json         format, the base's fingerprint and config, adapter config, distillation settings
+RUN/adapter.json         format, the base's fingerprint and config, adapter config, distillation settings, and SHA-256
+                         of all that
 RUN/checkpoints/STEP/    Orbax: step, adapter, ema, optimizer, skipped, and a checksum of each. Of a student that was
                          trained elsewhere, ema and its checksum only.
 
@@ -14,9 +15,9 @@ import contextlib
 import dataclasses
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,14 +35,17 @@ from arcflow_jax.networks.student import AdapterConfig
 from arcflow_jax.schema import SHA256, Guidance
 from arcflow_jax.storage.files import read_own, write_own
 
+T = TypeVar("T")
+
 DESCRIPTION = "adapter.json"
 FORMAT = "arcflow_jax adapter"
-VERSION = 1
+VERSION = 2
 # Defaults are for recipes: of a trained adapter, what decides its shapes and its sampling has to be there
 NEEDED = {
     "adapter": {"modes", "rank", "alpha", "dropout", "targets"},
     "distillation": {"nfe", "shift", "final_step_ratio"},
 }
+MOST_TRIES = 20  # of a reader, whose checkpoint a run may delete meanwhile
 # Where Orbax logs a failed save's error, with its traceback, before it raises it
 RAISING = ("future.py", "async_checkpointer.py", "checkpoint_manager.py")
 
@@ -133,21 +137,38 @@ def checksum(tree: Any) -> jax.Array:
     return sum((jnp.sum(words(x), dtype=jnp.uint32) for x in jax.tree.leaves(tree)), jnp.uint32(0))
 
 
+def raised_later(record: logging.LogRecord) -> bool:
+    """Whether Orbax logs the error of a failed save, which `Checkpoints` raises."""
+    file = Path(record.pathname)
+    return "orbax" in file.parts and file.name in RAISING and record.levelno == logging.ERROR and bool(record.exc_info)
+
+
+def of_a_reader(record: logging.LogRecord) -> bool:
+    """Whether Orbax warns of a checkpoint that a run deletes while it is read."""
+    return "orbax" in Path(record.pathname).parts and record.levelno == logging.WARNING
+
+
 @contextlib.contextmanager
-def errors_once() -> Iterator[None]:
-    """Inside the `with` block, Orbax does not log the errors of a failed save, which `Checkpoints` raises."""
+def without(unwanted: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
+    """Inside the `with` block, Orbax does not log this."""
     log = logging.getLogger("absl")
 
     def is_other(record: logging.LogRecord) -> bool:
-        file = Path(record.pathname)
-        on_the_way = "orbax" in file.parts and file.name in RAISING
-        return not (on_the_way and record.levelno == logging.ERROR and record.exc_info)
+        return not unwanted(record)
 
     log.addFilter(is_other)
     try:
         yield
     finally:
         log.removeFilter(is_other)
+
+
+def patiently(list_checkpoints: Callable[[], T]) -> T:
+    """Lists checkpoints again if a run has deleted one of them meanwhile."""
+    for _ in range(MOST_TRIES):
+        with contextlib.suppress(FileNotFoundError):
+            return list_checkpoints()
+    return list_checkpoints()
 
 
 class Checkpoints:
@@ -170,11 +191,11 @@ class Checkpoints:
         )
         directory = (run / "checkpoints").absolute()
         with self._writing():
-            self.manager = ocp.CheckpointManager(directory, options=options, item_handlers=handler())
+            self.manager = patiently(lambda: ocp.CheckpointManager(directory, options=options, item_handlers=handler()))
 
     def __enter__(self) -> Checkpoints:
         if not self.read_only:
-            self._log.enter_context(errors_once())
+            self._log.enter_context(without(raised_later))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -257,9 +278,35 @@ class Checkpoints:
           UserError: if the checkpoint is damaged, or holds EMA weights only and `raw` is asked for.
         """
         name = "adapter" if raw else "ema"
-        if raw and name not in self._names(self.latest):
-            raise UserError(f"{self.run} holds EMA weights only: leave --raw out")
-        return from_dicts(abstract, self._read({name: to_dicts(abstract)}, self.latest)[name])
+
+        def read(step: int) -> nnx.State:
+            if raw and name not in self._names(step):
+                raise UserError(f"{self.run} holds EMA weights only: leave --raw out")
+            return from_dicts(abstract, self._read({name: to_dicts(abstract)}, step)[name])
+
+        return self._newest(read)
+
+    def _newest(self, read: Callable[[int], T]) -> T:
+        """What `read` returns of the newest checkpoint, and not that a run which saves meanwhile has deleted it."""
+        for _ in range(MOST_TRIES):
+            step = self.latest
+            if step is None:
+                break
+            try:
+                with without(of_a_reader):
+                    return read(step)
+            except UserError:
+                patiently(self.manager.reload)
+                if self.latest == step:
+                    raise
+        raise UserError(f"the checkpoints of {self.run} are replaced faster than they can be read: try again")
+
+    def everything(self, step: int) -> dict[str, Any]:
+        """All parts of a checkpoint, nested dicts of arrays. Raises UserError if it is damaged."""
+        with self._reading(step):
+            tree = dict(self.manager.item_metadata(step).tree)
+        tree.pop("checksum", None)
+        return self._read(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree), step)
 
     def _names(self, step: int) -> set[str]:
         """The names of a checkpoint's parts."""

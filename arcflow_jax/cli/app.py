@@ -25,6 +25,7 @@ app.command(context_settings=OVERRIDES)(train.embed_prompts)
 app.command()(sample.sample)
 app.add_typer(evaluate.app, name="evaluate")
 app.command()(exchange.export)
+app.command()(exchange.verify)
 app.command(context_settings=OVERRIDES)(reports.compile_report)
 app.command()(reports.demo)
 

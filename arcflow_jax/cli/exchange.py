@@ -1,4 +1,4 @@
-"""`arcflow convert` and `arcflow export`: models and students from PyTorch, and back."""
+"""`arcflow convert` and `arcflow export`: models and students from PyTorch, and back; `arcflow verify`."""
 
 from __future__ import annotations
 
@@ -95,6 +95,21 @@ def convert(
 
     files = {name: file for name, file in {"transformer": transformer, "vae": vae}.items() if file is not None}
     print(f"converted {source} to {convert_model(source, out, dtype and dtype.value, revision, files)}")
+
+
+def verify(
+    directory: Annotated[
+        Path, typer.Argument(help="What arcflow convert, train, export or embed-prompts wrote.", metavar="DIR")
+    ],
+) -> None:
+    """Checks a model, run, export or cache of embeddings in full: reads every tensor, and compares checksums.
+
+    Loading checks what it reads. This checks all, for instance after a copy. Exits with 2 if a part is damaged.
+    """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no arithmetic here: leave an accelerator, if any, to others
+    from arcflow_jax.checkpoints.verify import verify as check
+
+    print(f"{directory} is whole: {check(directory)} parts")
 
 
 def export(

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.storage.atomic import cannot_write, whole_file
 from arcflow_jax.storage.files import file_size
+from arcflow_jax.storage.lock import NAME_BYTES, cut_to_bytes
 from arcflow_jax.storage.safetensors import read_header
 
 
@@ -29,12 +30,13 @@ def save_image(image: Image.Image, path: Path) -> None:
 def file_name(image: Image.Image) -> str:
     """A name from the image's `info`: its number, seed, steps, student (or "teacher") and prompt.
 
-    An image from given latents has no seed.
+    An image from given latents has no seed. The name has at most 204 bytes, whatever the script.
     """
     seed = f"seed{image.info['seed']}" if "seed" in image.info else None
     student = words(Path(image.info["adapter"]).name) if "adapter" in image.info else "teacher"
     number, steps = f"{image.info['image']:04d}", f"{image.info['steps']}steps"
-    return "-".join(filter(None, [number, seed, steps, student[:40], words(image.info["prompt"])[:60]])) + ".png"
+    name = "-".join(filter(None, [number, seed, steps, student[:40], words(image.info["prompt"])[:60]]))
+    return cut_to_bytes(name, NAME_BYTES) + ".png"
 
 
 def words(text: str) -> str:

@@ -1,6 +1,7 @@
 """Prompts to token ids, with the tokenizers in a model's folder (`tokenizer/`, `tokenizer_2/`).
 
-The ids are the same as in diffusers' pipelines: cut and padded at the end to a fixed length.
+The ids are the same as in diffusers' pipelines: cut and padded at the end to a fixed length. A folder's tokenizer.json
+is read by the tokenizers library alone. Only a folder without one needs transformers. No code from a folder ever runs.
 """
 
 # B prompts, N tokens
@@ -11,75 +12,165 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
 import numpy as np
-from msgspec import Meta
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
 
-from arcflow_jax import schema
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.storage.files import read_json
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
+# All that a converted model keeps of a tokenizer's folder
+FILES = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", *VOCABULARIES, "merges.txt"),
+    *("chat_template.json", "chat_template.jinja"),
+)
+MOST_BYTES = 2**27  # of one of them: the largest known ones have 40 MB
+# transformers' own, where a folder names none
+PAD_TOKENS = {"CLIPTokenizer": "<|endoftext|>", "T5Tokenizer": "<pad>", "Qwen2Tokenizer": "<|endoftext|>"}
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder, of the class in its tokenizer_config.json. Nothing is downloaded.
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer that neither cuts nor pads, with what is needed for both.
+
+    Attributes:
+      backend: of the tokenizers library.
+      pad_token_id: what shorter prompts are filled up with.
+      model_max_length: the most tokens that the encoder takes, special tokens included; huge if the folder says none.
+    """
+
+    backend: Backend
+    pad_token_id: int
+    model_max_length: int
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in a folder. Nothing is downloaded.
 
     Raises:
       UserError: if the folder is missing or does not hold a complete tokenizer.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # without PyTorch it prints a warning
     if not (folder / "tokenizer_config.json").is_file():
         raise UserError(f"{folder} holds no tokenizer: tokenizer_config.json is missing")
     if not any((folder / name).is_file() for name in VOCABULARIES):  # transformers would make an empty one
         raise UserError(f"{folder} holds no vocabulary: it needs one of {', '.join(VOCABULARIES)}")
+    config = read_json(folder / "tokenizer_config.json")
+    class_name = str(config.get("tokenizer_class")).removesuffix("Fast")
+    whole = (folder / "tokenizer.json").is_file()
     try:
-        name = read_json(folder / "tokenizer_config.json").get("tokenizer_class")
-        tokenizer = tokenizer_class(name).from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises all kinds, down to the bare Exception of its Rust part
-        raise UserError(f"{folder} does not hold a tokenizer that transformers can load: {one_line(error)}") from error
-    if tokenizer.pad_token_id is None:
+        backend = Backend.from_file(str(folder / "tokenizer.json")) if whole else from_vocabulary(folder, class_name)
+        special = special_tokens(folder, config)
+        add_missing(backend, config, special.values())
+        backend.no_truncation()
+        backend.no_padding()
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # the Rust part raises the bare Exception, and a panic is not even one
+        library = "tokenizers" if whole else "transformers"
+        raise UserError(f"{folder} does not hold a tokenizer that {library} can load: {one_line(error)}") from error
+    pad = special.get("pad_token", PAD_TOKENS.get(class_name))
+    if pad is None:
         raise UserError(f"{folder} names no pad_token")
-    return tokenizer
+    if (pad_id := backend.token_to_id(pad)) is None:
+        raise UserError(f"{folder} names pad_token {one_line(repr(pad))}, which its vocabulary lacks")
+    return Tokenizer(backend, pad_id, most_tokens(config, folder))
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
-    """The part of a tokenizer_config.json that is read here. Tokenizers without a maximum have 1e30."""
+def from_vocabulary(folder: Path, class_name: str) -> Backend:
+    """The tokenizer in a folder without tokenizer.json: transformers' class knows the rest. Raises all kinds."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # without PyTorch it prints a warning
+    import transformers  # takes a second
 
-    model_max_length: Annotated[float, Meta(ge=1, le=1e31)] = 1e30
+    found = getattr(transformers, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerBase)):
+        raise UserError(
+            f"{folder} has no tokenizer.json, and its tokenizer_class {one_line(repr(class_name))} is none that "
+            f"transformers has: it would be one of {', '.join(PAD_TOKENS)}"
+        )
+    return found.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
 
 
-def tokenizer_class(name: Any) -> Any:
-    """A tokenizer class of transformers by its name; `AutoTokenizer`, which imports far more (PyTorch, if there is
-    one), for a name that is none."""
-    import transformers  # slow to import, and only prompts need it
+def special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The special tokens that a folder names, by their names."""
+    named = folder / "special_tokens_map.json"
+    values = (read_json(named) if named.is_file() else {}) | {name: x for name, x in config.items() if x is not None}
+    tokens = {name: values[name] for name in SPECIAL_TOKENS if values.get(name) is not None}
+    # Written as a text, or as an object with its settings
+    return {name: str(x["content"] if isinstance(x, dict) else x) for name, x in tokens.items()}
 
-    known = isinstance(name, str) and name.endswith(("Tokenizer", "TokenizerFast"))
-    found = getattr(transformers, name, None) if known else None
-    return transformers.AutoTokenizer if found is None else found
+
+def add_missing(backend: Backend, config: dict[str, Any], special: Any) -> None:
+    """Makes a tokenizer find special and added tokens in a prompt that only tokenizer_config.json names as such."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for _, token in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
+        if token["content"] not in known:
+            flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+            backend.add_tokens([AddedToken(token["content"], **{name: token[name] for name in flags if name in token})])
+            known.add(token["content"])
+    backend.add_special_tokens([x for x in special if x not in known and backend.token_to_id(x) is not None])
+
+
+def most_tokens(config: dict[str, Any], folder: Path) -> int:
+    """model_max_length of a tokenizer_config.json. Raises UserError if it is not a positive number."""
+    value = config.get("model_max_length", 10**30)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1:
+        raise UserError(f"{folder}: model_max_length is {one_line(repr(value))}, but has to be a positive number")
+    return int(min(value, 10**30))
 
 
 def max_length(folder: Path, most: int) -> int:
     """`token_length` of the tokenizer in a folder, from its config alone. Raises UserError if that is missing."""
-    file = folder / "tokenizer_config.json"
-    return int(min(schema.parse(TokenizerConfig, read_json(file), file).model_max_length, most))
+    return min(most_tokens(read_json(folder / "tokenizer_config.json"), folder), most)
 
 
-def token_length(tokenizer: PreTrainedTokenizerBase, most: int = 512) -> int:
+def token_length(tokenizer: Tokenizer, most: int = 512) -> int:
     """The number of tokens that prompts are padded to: the tokenizer's own maximum, but at most `most`."""
     return min(tokenizer.model_max_length, most)
 
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int
+    tokenizer: Tokenizer, prompts: Sequence[str], length: int
 ) -> tuple[np.ndarray, np.ndarray]:  # [B, N = length] int32, [B] bool
     """The prompts' ids, cut and padded to `length`, special tokens included, and which prompts were cut."""
-    whole = tokenizer(list(prompts), verbose=False).input_ids
-    options = {"padding": "max_length", "padding_side": "right", "max_length": length, "truncation": True}
-    cut = tokenizer(list(prompts), **options).input_ids
-    return np.array(cut, np.int32).reshape(-1, length), np.array([len(ids) > length for ids in whole], bool)
+    whole = [encoding.ids for encoding in tokenizer.backend.encode_batch(list(prompts))]
+    tokenizer.backend.enable_truncation(length)  # which keeps the special tokens
+    cut = [encoding.ids for encoding in tokenizer.backend.encode_batch(list(prompts))]
+    tokenizer.backend.no_truncation()
+    ids = np.full((len(cut), length), tokenizer.pad_token_id, np.int32)
+    for row, found in zip(ids, cut, strict=True):
+        row[: len(found)] = found
+    return ids, np.array([len(ids) > length for ids in whole], bool)
+
+
+def copy_tokenizer(folder: Path, out: Path, model: Path) -> None:
+    """Copies what a tokenizer needs (`FILES`), and nothing else, from a folder of `model` to the new folder `out`.
+
+    A link is followed only inside `model`, or to the blobs of the hub's cache that `model` is a snapshot in. Another
+    one could lead to any file of the user's, which would then be published with the model.
+
+    Raises:
+      UserError: if a file is such a link, or is not a regular file of at most `MOST_BYTES`, or cannot be read.
+      OSError: if it cannot be written.
+    """
+    out.mkdir()
+    root = model.resolve()
+    allowed = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
+    for file in (folder / name for name in FILES):
+        if not os.path.lexists(file):
+            continue
+        target = Path(os.path.realpath(file))
+        if not any(target.is_relative_to(place) for place in allowed):
+            raise UserError(f"{file} leads to {target}, outside of {model}: copy the file there")
+        if not target.is_file():
+            raise UserError(f"{file} is not a regular file")
+        if target.stat().st_size > MOST_BYTES:
+            raise UserError(f"{file} has more than {MOST_BYTES} bytes, which no tokenizer's file has")
+        try:
+            content = target.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+        (out / file.name).write_bytes(content)

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from arcflow_jax.demo.evaluate import Results
 from arcflow_jax.demo.world import Caption
+from arcflow_jax.storage.atomic import whole_file
 from arcflow_jax.training.log import read_losses
 
 LABELS = {
@@ -36,9 +37,10 @@ def write(
 ) -> None:
     """Writes grid.png and index.html under `out`."""
     grid = draw_grid(results, captions)
-    grid.save(out / "grid.png")
     encoded = io.BytesIO()
     grid.save(encoded, "PNG", optimize=True)
+    with whole_file(out / "grid.png") as aside:
+        aside.write_bytes(encoded.getvalue())
     page = Template(PAGE).substitute(
         grid=base64.b64encode(encoded.getvalue()).decode(),
         rows=table_rows(metrics),
@@ -51,7 +53,8 @@ def write(
         date=metrics["date"],
         machine=html.escape(metrics["machine"]),
     )
-    (out / "index.html").write_text(page, encoding="utf-8")
+    with whole_file(out / "index.html") as aside:
+        aside.write_text(page, encoding="utf-8")
 
 
 def draw_grid(results: dict[str, Results], captions: Sequence[Caption]) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 import platform
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from arcflow_jax.checkpoints.conversion import convert_model
-from arcflow_jax.checkpoints.model_directory import DESCRIPTION, ModelDirectory
+from arcflow_jax.checkpoints.model_directory import DESCRIPTION, ComponentDescription, ModelDirectory
 from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.demo import ASSETS, report
 from arcflow_jax.demo.evaluate import Sampler, measure, run_samplers
@@ -21,6 +22,7 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.storage.atomic import cannot_write, make_directory
 from arcflow_jax.storage.files import write_json
+from arcflow_jax.storage.lock import one_writer
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe, read_config
 
@@ -44,11 +46,16 @@ def convert(source: Path, out: Path) -> ModelDirectory:
     with tempfile.TemporaryDirectory() as aside:
         expected = ModelDirectory.open(convert_model(source, Path(aside) / "teacher"))
     present = ModelDirectory.open(out)
-    if present.description.components != expected.description.components:
+    if sources(present) != sources(expected):
         raise UserError(
             f"{out} was not converted from the bundled {source.name}: choose another --out, or remove {out.parent}"
         )
     return present
+
+
+def sources(model: ModelDirectory) -> dict[str, ComponentDescription]:
+    """What each component was converted from, and to which dtype, whatever the format's version."""
+    return {name: dataclasses.replace(each, stored=None) for name, each in model.description.components.items()}
 
 
 def demo(out: Path, teacher: str = "tiny-flux") -> dict[str, object]:
@@ -62,8 +69,14 @@ def demo(out: Path, teacher: str = "tiny-flux") -> dict[str, object]:
     Raises:
       UserError: if `out` cannot be written, or contains the demo of another teacher.
     """
+    with one_writer(out):
+        make_directory(out)
+        return run_demo(out, teacher)
+
+
+def run_demo(out: Path, teacher: str) -> dict[str, object]:
+    """`demo`, by the one writer of `out`."""
     console = Console(markup=False)
-    make_directory(out)
     base = convert(ASSETS / teacher, out / "teacher")
     console.print(f"converted the bundled PyTorch teacher {teacher} to {out / 'teacher'}")
     recipes = {name: recipe(teacher, name, out) for name in ("arcflow", "linear")}

@@ -32,6 +32,7 @@ from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.schema import Batch
 from arcflow_jax.storage.atomic import cannot_write, make_directory, whole_directory
 from arcflow_jax.storage.files import digest, json_records, read_json, write_json
+from arcflow_jax.storage.lock import one_writer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +153,15 @@ def export(
         "images": images,
         **made_with,
     }
-    make_directory(out)
+    with one_writer(out):
+        make_directory(out)
+        begin(out, description)
+        make_missing(layout, pipeline, items, out, images, batch_size, progress, settings)
+    return len(items) * images
+
+
+def begin(out: Path, description: dict[str, Any]) -> None:
+    """Records beside `out` how its images are made. Raises UserError if those that are there were made otherwise."""
     record = out.with_name(f"{out.name}.json")
     found = read_json(record) if record.is_file() else {} if any(out.iterdir()) else description
     if found != description:
@@ -163,6 +172,19 @@ def export(
         )
     with cannot_write(record):
         write_json(record, description)
+
+
+def make_missing(
+    layout: Layout,
+    pipeline: ArcFlowPipeline,
+    items: Sequence[Item],
+    out: Path,
+    images: int,
+    batch_size: int | None,
+    progress: Callable[[str, int, int], None],
+    settings: dict[str, Any],
+) -> None:
+    """Makes the images of those prompts that have none (see `export`)."""
     missing = [i for i, item in enumerate(items) if not layout.path(out, item).exists()]
     # Consecutive prompts share a stream; usually all the missing ones are consecutive
     for _, run in itertools.groupby(enumerate(missing), lambda pair: pair[1] - pair[0]):
@@ -179,4 +201,3 @@ def export(
         )
         for i in wanted:
             layout.write(out, items[i], list(itertools.islice(stream, images)))
-    return len(items) * images

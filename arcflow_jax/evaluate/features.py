@@ -142,9 +142,15 @@ class Clip:
             raise UserError(f"there is no CLIP model {source}: give a folder, or OWNER/NAME on the hub")
         self.tokenizer = load_tokenizer(folder)
         try:
-            self.preprocess = transformers.CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+            self.preprocess = transformers.CLIPImageProcessorPil.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
             self.model, loaded = transformers.CLIPModel.from_pretrained(
-                folder, local_files_only=True, dtype=self.torch.float32, output_loading_info=True
+                folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                dtype=self.torch.float32,
+                output_loading_info=True,
             )
         except Exception as error:  # transformers raises many kinds
             raise UserError(f"transformers cannot load a CLIP model from {folder}: {one_line(error)}") from None

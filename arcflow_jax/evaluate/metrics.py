@@ -24,8 +24,9 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.evaluate.frechet import frechet_distance
 from arcflow_jax.evaluate.image_sets import ImageSet
 from arcflow_jax.evaluate.statistics import DISTANCES, Networks, Progress, Statistics, gather, reference
-from arcflow_jax.storage.atomic import cannot_write, make_directory
+from arcflow_jax.storage.atomic import cannot_write
 from arcflow_jax.storage.files import write_json
+from arcflow_jax.storage.lock import one_writer
 
 REFERENCES = ("real", "teacher")
 
@@ -55,7 +56,22 @@ def evaluate(
     distances = [metric for metric in DISTANCES if metric in networks.metrics]
     if references and not distances:
         raise UserError("a reference needs fid or pfid among the metrics, or leave it out")
-    make_directory(out.parent)
+    with one_writer(out):
+        report = figures(images, references, out, networks, distances, progress)
+        with cannot_write(out):
+            write_json(out, report)
+    return report
+
+
+def figures(
+    images: ImageSet,
+    references: Mapping[str, Path],
+    out: Path,
+    networks: Networks,
+    distances: Sequence[str],
+    progress: Progress,
+) -> dict[str, Any]:
+    """What `evaluate` writes to `out`; `distances` are the wanted metrics that have a reference."""
     known = {
         name: reference(
             source,
@@ -81,8 +97,6 @@ def evaluate(
         if cosines.count > 1:
             report["clip"]["standard_error"] = float(np.sqrt(cosines.covariance[0, 0] / cosines.count))
     report["notes"] = notes(networks, {"images": statistics, **known} if known else {}, distances)
-    with cannot_write(out):
-        write_json(out, report)
     return report
 
 

@@ -21,6 +21,7 @@ from arcflow_jax.evaluate.frechet import Moments
 from arcflow_jax.evaluate.image_sets import Folder, ImageSet
 from arcflow_jax.storage.atomic import cannot_write, whole_file
 from arcflow_jax.storage.files import file_size, parse_json
+from arcflow_jax.storage.lock import one_writer
 
 METRICS = ("fid", "pfid", "clip")
 DISTANCES = METRICS[:2]
@@ -125,8 +126,17 @@ def gather(images: ImageSet, metrics: Sequence[str], networks: Networks, file: P
     """The statistics of a set of images, written to `file`. Resumes from what the file already holds.
 
     Raises:
-      UserError: if the file holds statistics of other images, metrics or networks, or an image cannot be measured.
+      UserError: if the file holds statistics of other images, metrics or networks, another process writes it, or an
+        image cannot be measured.
     """
+    with one_writer(file):
+        return complete(images, metrics, networks, file, progress)
+
+
+def complete(
+    images: ImageSet, metrics: Sequence[str], networks: Networks, file: Path, progress: Progress
+) -> Statistics:
+    """`gather`, by the one writer of `file`."""
     description = {**networks.description(metrics), "images": images.identity}
     statistics = Statistics.read(file) if file.is_file() else Statistics(description, {})
     if statistics.description != description:

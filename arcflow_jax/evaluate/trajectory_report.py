@@ -30,8 +30,9 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.evaluate.comparison import Comparison
 from arcflow_jax.evaluate.trajectory import Grid
 from arcflow_jax.evaluate.trajectory_plot import plot
-from arcflow_jax.storage.atomic import cannot_write, make_directory
+from arcflow_jax.storage.atomic import append, cannot_write, make_directory, whole_file
 from arcflow_jax.storage.files import digest, parse_json, read_json, read_lines, write_json
+from arcflow_jax.storage.lock import one_writer
 
 REPORT, PARTIAL, PLOT = "trajectory.json", "trajectory.partial.jsonl", "trajectory.png"
 FORMAT = "arcflow_jax trajectory report"
@@ -113,15 +114,14 @@ def read_partial(path: Path, identity: dict[str, Any]) -> Tally:
       OSError: if it cannot be written.
     """
     tally = Tally()
-    lines = [line for _, line in read_lines(path)] if path.exists() else []
-    if lines and not lines[-1].endswith(b"\n"):
-        with path.open("r+b") as file:
-            file.truncate(sum(map(len, lines[:-1])))
-        lines = lines[:-1]
+    found = [line for _, line in read_lines(path)] if path.exists() else []
+    lines = [line for line in found if line.endswith(b"\n")]
     if not lines:
         header = {"format": FORMAT, "version": VERSION, "identity": identity}
-        path.write_text(json.dumps(header) + "\n")
-        return tally
+        lines = [json.dumps(header).encode() + b"\n"]
+    if lines != found:
+        with whole_file(path) as aside:
+            aside.write_bytes(b"".join(lines))
     header, *batches = (parse_json(line, f"{path}, line {i}") for i, line in enumerate(lines, 1))
     try:
         check_identity(path, header, identity)
@@ -147,13 +147,25 @@ def evaluate(comparison: Comparison, prompts: Sequence[str], out: Path) -> dict[
       UserError: if `out` cannot be written or holds another evaluation, or matplotlib is not installed.
     """
     identity = {**comparison.identity, "prompts": len(prompts), "prompts_sha256": digest(prompts)}
-    make_directory(out)
+    with one_writer(out):
+        make_directory(out)
+        report = complete_report(comparison, prompts, out, identity)
+    show(report)
+    if comparison.encode.cut:
+        print(f"{comparison.encode.cut} prompts were cut: they had more tokens than the encoder takes", flush=True)
+    return report
+
+
+def complete_report(
+    comparison: Comparison, prompts: Sequence[str], out: Path, identity: dict[str, Any]
+) -> dict[str, Any]:
+    """The report in `out`, made or completed if need be, and plotted. Raises UserError as `evaluate` does."""
     if (out / REPORT).exists():
         report = read_report(out / REPORT, identity)
     else:
         with cannot_write(out):
             tally = read_partial(out / PARTIAL, identity)
-            with (out / PARTIAL).open("a") as partial:
+            with append(out / PARTIAL) as partial:
                 compare_all(comparison, prompts, tally, partial)
         origin = comparison.origin | {"software": f"arcflow_jax {version('arcflow_jax')}"}
         report = {"format": FORMAT, "version": VERSION, "identity": identity, "origin": origin}
@@ -162,9 +174,6 @@ def evaluate(comparison: Comparison, prompts: Sequence[str], out: Path) -> dict[
         plot(report, out / PLOT)
         write_json(out / REPORT, report)
         (out / PARTIAL).unlink(missing_ok=True)
-    show(report)
-    if comparison.encode.cut:
-        print(f"{comparison.encode.cut} prompts were cut: they had more tokens than the encoder takes", flush=True)
     return report
 
 

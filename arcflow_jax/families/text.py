@@ -27,6 +27,10 @@ class Model(Protocol):
     @property
     def path(self) -> Path: ...
 
+    def tokenizer(self, name: str) -> Path:
+        """The folder of a tokenizer."""
+        ...
+
     def config(self, component: str) -> Any:
         """The config dataclass of a component."""
         ...
@@ -63,7 +67,7 @@ class Encoder:
 
     def __init__(self, model: Model, component: str, tokenizer: str, dtype: Any, max_tokens: int):
         self.graphdef, self.abstract = nnx.split(model.abstract(component, dtype))
-        self.tokenizer = load_tokenizer(model.path / tokenizer)
+        self.tokenizer = load_tokenizer(model.tokenizer(tokenizer))
         self.length = token_length(self.tokenizer, max_tokens)
 
     def ids(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:  # [B, T] int32, [B] bool

@@ -116,21 +116,31 @@ def cannot_read(path: Path) -> Iterator[None]:
 
 
 def read_own(cls: type[T], path: Path, name: str, version: int) -> T:
-    """A `cls` from a JSON file of ours, which has the name and version of its format.
+    """A `cls` from a JSON file of ours, which has the name of its format and a version, from 1 to `version`.
+
+    From version 2 on it also has its own SHA-256. A `cls` with a field `version` gets the version.
 
     Raises:
-      UserError: if the file is missing, is not of this format and version, or does not fit `cls`.
+      UserError: if the file is missing, is not of this format, was changed, or does not fit `cls`.
     """
     values = read_json(path)
-    if (found := (values.pop("format", None), values.pop("version", None))) != (name, version):
-        other = f"version {schema.shown(found[1])}" if found[0] == name else schema.shown(found[0])
-        raise UserError(f"{path} is not of {name} version {version}, but of {other}")
+    found, number = values.get("format"), values.get("version")
+    if found != name or type(number) is not int or not 1 <= number <= version:
+        other = f"version {schema.shown(number)}" if found == name else schema.shown(found)
+        known = " or ".join(map(str, range(1, version + 1)))
+        raise UserError(f"{path} is not of {name} version {known}, but of {other}")
+    if number > 1 and values.pop("sha256", None) != seal(values):
+        raise UserError(f"{path} is damaged, or was changed by hand: its sha256 is not that of its content")
+    del values["format"]
+    if "version" not in schema.types_of(cls):
+        del values["version"]
     return schema.parse(cls, values, path, own=True)
 
 
 def write_own(path: Path, value: Any, name: str, version: int) -> None:
     """Writes a dataclass to a JSON file of ours, see `read_own`. Raises OSError."""
-    write_json(path, {"format": name, "version": version, **schema.unparse(value)})
+    values = {"format": name, "version": version, **schema.unparse(value)}
+    write_json(path, values | {"sha256": seal(values)})
 
 
 def write_json(path: Path, value: dict[str, Any] | list[Any]) -> None:
@@ -142,6 +152,11 @@ def write_json(path: Path, value: dict[str, Any] | list[Any]) -> None:
 def digest(values: Iterable[Any]) -> str:
     """SHA-256 of a list, written as JSON."""
     return hashlib.sha256(json.dumps(list(values)).encode()).hexdigest()
+
+
+def seal(values: dict[str, Any]) -> str:
+    """SHA-256 of a JSON object, whatever the order of its names."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from arcflow_jax import schema
 from arcflow_jax.errors import UserError, first_few, one_line
+from arcflow_jax.storage.atomic import whole_file
 from arcflow_jax.storage.files import cannot_read, file_size, is_inside, parse_json, read_json
 
 STEMS = ("diffusion_pytorch_model", "model")  # file names of diffusers and of transformers
@@ -71,6 +76,20 @@ class FileTensor:
         if array.size != size:
             raise UserError(f"{self.path} became shorter while it was being read")
         return array.reshape(self.shape).astype(dtype or self.dtype, copy=False)
+
+
+def write_file(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file, complete or not at all. Raises OSError."""
+    with whole_file(path) as aside:
+        mode = aside.stat().st_mode
+        try:
+            save_file(dict(tensors), aside, dict(metadata or {}) or None)
+        except SafetensorError as error:  # its form of an OSError
+            code = re.search(r"os error (\d+)", str(error))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+        aside.chmod(mode)  # safetensors makes files that only their owner can read
 
 
 def read_header(path: Path) -> dict[str, FileTensor]:

@@ -22,8 +22,9 @@ from arcflow_jax.data.embeddings import (
     SHARD,
     VERSION,
     CacheDescription,
+    checked_row,
+    read_cache,
     read_description,
-    read_shard,
     shard_path,
     write_shard,
 )
@@ -32,7 +33,7 @@ from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.errors import UserError
 from arcflow_jax.parallel.mesh import make_mesh
 from arcflow_jax.parallel.processes import from_part
-from arcflow_jax.storage.atomic import check_room, incomplete, refuse_used
+from arcflow_jax.storage.atomic import cannot_write, check_room, new_output, unfinished
 from arcflow_jax.storage.files import digest, file_digest, write_own
 from arcflow_jax.storage.safetensors import read_header
 from arcflow_jax.training.recipe import Recipe
@@ -69,7 +70,15 @@ def embed_prompts(recipe: Recipe, out: Path) -> Path:
         unfinished cache beside it is of other prompts or text encoders.
     """
     out = out.absolute()
-    refuse_used(out)
+    with new_output(out):
+        cut = write_cache(recipe, out)
+    if cut:
+        print(f"{cut} prompts had more tokens than the text encoder takes, and were cut", flush=True)
+    return out
+
+
+def write_cache(recipe: Recipe, out: Path) -> int:
+    """`embed_prompts`, by the one writer of `out`. Returns how many prompts were cut."""
     directory = ModelDirectory.open(converted(recipe.model))
     mesh = make_mesh(recipe.mesh)
     if recipe.images:
@@ -80,9 +89,9 @@ def embed_prompts(recipe: Recipe, out: Path) -> Path:
     prompts = list(dict.fromkeys([*found.texts, *recipe.other_prompts]))
     description = CacheDescription(encoders_fingerprint(directory), recipe.dtype, len(prompts), SHARD, digest(prompts))
     shards = [prompts[i : i + SHARD] for i in range(0, len(prompts), SHARD)]
-    aside = incomplete(out)
+    aside = unfinished(out)
     paths = [shard_path(aside, i) for i in range(len(shards))]
-    try:
+    with cannot_write(out):
         begin_cache(aside, description)
         missing = {path: shard for path, shard in zip(paths, shards, strict=True) if not path.exists()}
         if missing:
@@ -92,11 +101,7 @@ def embed_prompts(recipe: Recipe, out: Path) -> Path:
         if out.exists():  # an empty directory
             out.rmdir()
         os.replace(aside, out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    if cut:
-        print(f"{cut} prompts had more tokens than the text encoder takes, and were cut", flush=True)
-    return out
+    return cut
 
 
 def begin_cache(aside: Path, description: CacheDescription) -> None:
@@ -165,7 +170,7 @@ class CachedPrompts:
 
     def __init__(self, folder: str | Path, directory: ModelDirectory, dtype: str, mesh: Mesh, prompts: Iterable[str]):
         self.folder, self.directory, self.mesh = Path(folder), directory, mesh
-        description = read_description(self.folder)
+        description, self.shards, texts = read_cache(self.folder)
         if description.encoders != encoders_fingerprint(directory):
             raise UserError(f"the embeddings in {folder} are of other text encoders than those of {directory.path}")
         if description.dtype != dtype:
@@ -173,12 +178,8 @@ class CachedPrompts:
                 f"the embeddings in {folder} are {description.dtype}, the recipe computes in {dtype}: embed the "
                 f"prompts again with --config.dtype={dtype}"
             )
-        self.shards = []
-        self.rows: dict[str, tuple[int, int]] = {}  # shard and row of each prompt
-        for i in range(-(-description.prompts // description.shard)):
-            shard, texts = read_shard(shard_path(self.folder, i))
-            self.shards.append(shard)
-            self.rows |= {text: (i, row) for row, text in enumerate(texts)}
+        # Shard and row of each prompt
+        self.rows = {text: divmod(i, description.shard) for i, text in enumerate(texts)}
         self.check(prompts)
         self.cut = 0
 
@@ -194,12 +195,8 @@ class CachedPrompts:
     def __call__(self, prompts: Sequence[str], *, guidance: float, rows: int, columns: int) -> Any:
         """Conditioning of B prompts for images of rows × columns tokens. Raises UserError if the cache lacks one."""
         self.check(prompts)
-        places = [self.rows[prompt] for prompt in prompts]
-        self.cut += sum(int(self.shards[shard]["cut"][row]) for shard, row in places)
-        names = self.shards[0].keys() - {"cut"}
-        embedded = {
-            name: from_part(np.concatenate([self.shards[i][name][row : row + 1] for i, row in places]), self.mesh)
-            for name in names
-        }
+        found = [checked_row(self.shards[i], row, shard_path(self.folder, i)) for i, row in map(self.rows.get, prompts)]
+        self.cut += sum(int(row.pop("cut")[0]) for row in found)
+        embedded = {name: from_part(np.concatenate([row[name] for row in found]), self.mesh) for name in found[0]}
         conditioning = self.directory.family.prompts.conditioning
         return conditioning(self.directory, self.mesh, embedded, guidance=guidance, rows=rows, columns=columns)

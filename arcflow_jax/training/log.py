@@ -36,7 +36,7 @@ from arcflow_jax.data.output import save_image
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.parallel.processes import is_main
 from arcflow_jax.schema import TrainingSteps
-from arcflow_jax.storage.atomic import make_directory, whole_file
+from arcflow_jax.storage.atomic import append, make_directory, whole_file
 from arcflow_jax.storage.files import json_records, parse_json, read_json, read_lines, write_json
 from arcflow_jax.training.recipe import Recipe
 
@@ -67,7 +67,7 @@ class RunLog:
             return
         with self._writing():
             forget_after(run / LOG, done)
-            self.lines = open(run / LOG, "a")  # noqa: SIM115
+            self.lines = append(run / LOG)
             (run / "tensorboard").mkdir(exist_ok=True)
             # tensorboardX's SummaryWriter and FileWriter write in a thread, which a full disk ends unseen. This is the
             # writer that they call there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from arcflow_jax.generate import random_key
 from arcflow_jax.parallel.mesh import state_shardings
 from arcflow_jax.parallel.preemption import Preemption
 from arcflow_jax.parallel.processes import is_main, local_part
+from arcflow_jax.storage.lock import one_writer
 from arcflow_jax.training.embeddings import CachedPrompts
 from arcflow_jax.training.latents import LatentEncoder
 from arcflow_jax.training.log import RunLog
@@ -33,11 +35,19 @@ def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None
       profile: "A:B" writes a JAX trace of training steps A to B, counted from 1, to the directory's profile/.
 
     Raises:
-      UserError: if the model, the prompts or the directory do not fit the recipe, the newest checkpoint is damaged,
-        too many training steps in a row were not finite, or something could not be written.
+      UserError: if the model, the prompts or the directory do not fit the recipe, another process trains there, the
+        newest checkpoint is damaged, too many training steps in a row were not finite, or something could not be
+        written.
       Preempted: on SIGTERM, once a checkpoint is written.
     """
     run = Path(recipe.out)
+    # The processes of one run are one writer
+    with one_writer(run) if is_main() else contextlib.nullcontext():
+        return train_alone(recipe, run, step, profile)
+
+
+def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None) -> Path:
+    """`train`, by the one writer of `run`."""
     trace = Trace(profile, run / "profile")
     plan = Plan.make(recipe)
     recipe, mesh = plan.recipe, plan.mesh

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -30,6 +29,7 @@ from arcflow_jax.flow.schedule import Scheduler
 from arcflow_jax.networks.flux import FluxConfig
 from arcflow_jax.networks.states import flatten, nest, unnest
 from arcflow_jax.parallel.mesh import make_mesh, state_shardings
+from tests.helpers.own_json import rewrite
 from tests.helpers.processes import with_devices
 from tests.helpers.source_folder import CONFIGS, random_state, write_source
 
@@ -227,8 +227,7 @@ print(kernel.shape, kernel.addressable_shards[0].data.shape, float(abs(kernel).s
 
 
 def describe(model: Path, **changes) -> None:
-    description = json.loads((model / "model.json").read_text()) | changes
-    (model / "model.json").write_text(json.dumps(description))
+    rewrite(model / "model.json", lambda values: values.update(changes))
 
 
 @pytest.mark.parametrize(
@@ -237,8 +236,8 @@ def describe(model: Path, **changes) -> None:
         (lambda model: shutil.rmtree(model), "does not exist"),
         (lambda model: (model / "model.json").unlink(), "is not a converted model"),
         (lambda model: (model / "model.json").write_text('{"format"'), "not valid JSON"),
-        (lambda model: (model / "model.json").write_text("{}"), "is not of arcflow_jax model version 1, but of None"),
-        (lambda model: describe(model, version=99), "is not of arcflow_jax model version 1, but of version 99"),
+        (lambda model: (model / "model.json").write_text("{}"), "is not of arcflow_jax model version 1 or 2, but"),
+        (lambda model: describe(model, version=99), "is not of arcflow_jax model version 1 or 2, but of version 99"),
         (lambda model: describe(model, components={}), "is damaged: it lacks text_encoder, text_encoder_2, transf"),
         (lambda model: describe(model, fingerprint="abc"), r"fingerprint is 'abc', but has to be a SHA-256"),
         (lambda model: describe(model, files={"../x": 1}), r"files has \.\./x, but has to have paths inside"),

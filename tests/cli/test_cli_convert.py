@@ -249,7 +249,7 @@ def stopping(stop):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_conversion_leaves_nothing(source, tmp_path, monkeypatch, error):
     def stop():
-        assert (tmp_path / ".out.incomplete" / "transformer" / "state" / "manifest.ocdbt").exists()
+        assert list(tmp_path.glob(".out.*.incomplete/transformer/state/manifest.ocdbt"))
         raise error
 
     monkeypatch.setattr(conversion, "layers", stopping(stop))
@@ -259,7 +259,7 @@ def test_an_interrupted_conversion_leaves_nothing(source, tmp_path, monkeypatch,
 
 
 def test_what_a_killed_conversion_left_is_cleared(capfd, source, tmp_path):
-    left = tmp_path / ".out.incomplete" / "vae"
+    left = tmp_path / ".out.0123456789abcdef.incomplete" / "vae"
     left.mkdir(parents=True)
     assert convert(capfd, source, tmp_path / "out")[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]

@@ -42,6 +42,15 @@ def test_long_names_are_cut():
     assert len(file_name(image(prompt="a " * 500, adapter="b" * 500))) < 150
 
 
+def test_names_fit_a_file_system(tmp_path):
+    """255 bytes, whatever the script: a character may take four."""
+    long = image(prompt="𠀀" * 100, adapter="𠀀" * 100)
+    path = tmp_path / file_name(long)
+    save_image(long, path)
+    save_image(long, unused(path))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_no_file_is_overwritten(tmp_path):
     names = []
     for _ in range(3):

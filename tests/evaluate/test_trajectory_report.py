@@ -219,7 +219,7 @@ def test_bad_input(capfd, tmp_path, monkeypatch, model, student, prompts):
     refused("holds no adapter", "--model", model, "--adapter", tmp_path, "--prompts", prompts)
     file = tmp_path / "file"
     file.write_text("")
-    refused("cannot write .*Not a directory", *whole, "--out", file / "out")
+    refused("cannot write .*is not a directory", *whole, "--out", file / "out")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused(r"plots need matplotlib: pip install matplotlib, or arcflow_jax\[eval\]", *whole)
 

@@ -27,7 +27,8 @@ def write_adapter(model: Path, run: Path, seed: int) -> Path:
     rng = np.random.default_rng(seed)
     adapter = jax.tree.map(lambda x: jnp.asarray(0.05 * rng.standard_normal(x.shape), x.dtype), abstract)
     run.mkdir()
-    AdapterDescription(directory.fingerprint, ADAPTER, Distillation(shift=1.0), guidance=2.0).write(run)
+    transformer = directory.description.components["transformer"]
+    AdapterDescription(directory.fingerprint, ADAPTER, Distillation(shift=1.0), 2.0, transformer).write(run)
     with Checkpoints(run) as checkpoints:
         checkpoints.save(0, TrainState.create(adapter, optax.identity()).items())
     return run

@@ -8,13 +8,15 @@ import pytest
 
 from arcflow_jax.errors import UserError
 from arcflow_jax.storage.atomic import (
+    append,
     cannot_write,
-    incomplete,
     make_directory,
     refuse_used,
+    unfinished,
     whole_directory,
     whole_file,
 )
+from arcflow_jax.storage.lock import one_writer
 from tests.helpers.full_disk import disk_for_files_up_to
 
 
@@ -44,12 +46,90 @@ def test_an_error_leaves_the_old_file(tmp_path):
 
 def test_a_directory_appears_at_the_end(tmp_path):
     out = tmp_path / "parent" / "out"
-    incomplete(out).mkdir(parents=True)
-    (incomplete(out) / "left").write_text("by a killed run")
     with whole_directory(out, needed=3) as aside:
         (aside / "a").write_text("new")
         assert not out.exists()
     assert content(tmp_path) == {"parent/out/a": "new"}
+
+
+def test_two_writers_never_share_what_is_unfinished(tmp_path):
+    with whole_file(tmp_path / "a") as one, whole_file(tmp_path / "a") as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert content(tmp_path) == {"a": "one"}  # the outer block ends last
+
+    def write_twice() -> None:
+        with whole_directory(tmp_path / "out", 0) as one:
+            with whole_directory(tmp_path / "out", 0) as other:
+                (other / "b").write_text("other")
+            (one / "b").write_text("one")
+
+    with pytest.raises(UserError, match=r"cannot write .*/out: Directory not empty"):
+        write_twice()
+    assert content(tmp_path) == {"a": "one", "out/b": "other"}
+
+
+def test_what_killed_runs_left_is_removed_by_the_one_writer(tmp_path):
+    secret = tmp_path / "elsewhere"
+    secret.mkdir()
+    (secret / "kept").write_text("")
+    (tmp_path / ".out.0123456789abcdef.incomplete").mkdir()
+    (tmp_path / ".out.0123456789abcdef.incomplete" / "left").write_text("by a killed run")
+    (tmp_path / ".out.fedcba9876543210.tmp").write_text("by a killed run")
+    # What only looks like it: another output's, the user's, a link
+    (tmp_path / ".out.2.0123456789abcdef.tmp").write_text("another output's")
+    (tmp_path / ".out.backup.tmp").write_text("the user's")
+    (tmp_path / ".out.aaaaaaaaaaaaaaaa.incomplete").symlink_to(secret)
+    before = sorted(tmp_path.iterdir())
+    with whole_file(tmp_path / "out") as aside:  # without the lock, they may be another's that still writes
+        aside.write_text("")
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "out"])
+    (tmp_path / "out").unlink()
+    with one_writer(tmp_path / "out"), whole_directory(tmp_path / "out", needed=0):
+        pass
+    names = {".out.2.0123456789abcdef.tmp", ".out.backup.tmp", ".out.aaaaaaaaaaaaaaaa.incomplete", "elsewhere", "out"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert (secret / "kept").exists()
+
+
+def test_links_are_not_followed(tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    for name in ("a", "log", "out", ".cache.incomplete"):
+        (tmp_path / name).symlink_to(tmp_path / "secret")
+    with whole_file(tmp_path / "a") as aside:  # replaced
+        aside.write_text("new")
+    assert (tmp_path / "a").read_text() == "new"
+    with pytest.raises(OSError, match="symbolic links"):
+        append(tmp_path / "log")
+    for out in (tmp_path / "out", tmp_path / "dangling"):
+        if not out.is_symlink():
+            out.symlink_to(tmp_path / "nowhere")
+        with pytest.raises(UserError, match=rf"{out} is a link: name what it leads to"):
+            refuse_used(out)
+        with pytest.raises(UserError, match="is a link"), one_writer(out):
+            pass
+    with pytest.raises(UserError, match=r"\.cache\.incomplete is a link, which an unfinished cache does not have"):
+        unfinished(tmp_path / "cache")
+    (tmp_path / ".cache.incomplete").unlink()
+    unfinished(tmp_path / "cache").mkdir()
+    (unfinished(tmp_path / "cache") / "shard").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="shard is a link"):
+        unfinished(tmp_path / "cache")
+    assert (tmp_path / "secret").read_text() == "secret"
+
+
+def test_the_longest_name(tmp_path):
+    longest = tmp_path / ("é" * 127)  # 254 bytes
+    with one_writer(longest), whole_file(longest) as aside:
+        aside.write_text("new")
+    assert content(tmp_path) == {longest.name: "new"}
+
+
+def test_a_file_gets_the_usual_mode(tmp_path):
+    (tmp_path / "usual").write_text("")
+    with whole_file(tmp_path / "a") as aside:
+        aside.write_text("")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 def test_an_error_leaves_no_directory(tmp_path):

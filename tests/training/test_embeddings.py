@@ -118,7 +118,7 @@ def test_an_interrupted_cache_is_resumed(model, cache, tmp_path, monkeypatch):
 
     def killed(path: Path, arrays: dict[str, np.ndarray]) -> None:
         if path.name == "shard-00001.safetensors":
-            path.with_name(f"{path.name}.tmp").write_bytes(b"half")
+            path.with_name(f".{path.name}.0123456789abcdef.tmp").write_bytes(b"half")
             raise KeyboardInterrupt
         write_shard(path, arrays)
 

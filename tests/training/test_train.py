@@ -18,6 +18,7 @@ from arcflow_jax.networks.student import ArcModel
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe, read_config
+from tests.helpers.own_json import rewrite
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PROMPTS = ["a red circle", "a green square", "a blue ring on the left", "a large yellow triangle"]
@@ -74,8 +75,7 @@ def test_run_of_other_settings_is_refused(model, tmp_path):
 
 def test_adapter_refuses_another_base(model, tmp_path):
     run = train(recipe(model, tmp_path / "run", steps=0))
-    description = json.loads((run / "adapter.json").read_text())
-    (run / "adapter.json").write_text(json.dumps({**description, "base": "0" * 64}))
+    rewrite(run / "adapter.json", lambda values: values.update(base="0" * 64))
     with pytest.raises(UserError, match="was trained on base 000000000000…, this model is"):
         ArcFlowPipeline.from_pretrained(model, adapter=run)
 

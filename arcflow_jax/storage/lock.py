@@ -1,0 +1,144 @@
+"""One writer an output: whoever writes a directory or file holds a lock on it meanwhile.
+
+The lock is a file beside the output, `.NAME.lock`, with process id and host of its writer. It is removed at the end.
+That of a killed process is taken over on the same host; on another host nobody can tell whether the process still runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import SoftFileLock, Timeout
+
+from arcflow_jax.errors import UserError
+
+NAME_BYTES = 200  # of an output's name in a hidden name: 255 are allowed, and endings have room in the rest
+_held: list[Path] = []  # what this process writes
+
+
+@contextlib.contextmanager
+def one_writer(out: Path, *, wait: bool = False) -> Iterator[None]:
+    """Inside the `with` block this is the only process, and thread, that writes `out`. Blocks may be nested.
+
+    Directories above `out` that do not exist are made, and removed at the end if they are still empty.
+
+    Args:
+      out: the directory or file to write, which need not exist.
+      wait: waits for another writer instead of refusing.
+
+    Raises:
+      UserError: if another process writes `out`, `out` is a link, or nothing can be written beside it.
+    """
+    check_place(out)
+    out = named(out)
+    lock = SoftFileLock(hidden(out, "lock"), is_singleton=True)  # a singleton can be acquired again by its thread
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.callback(remove_empty, make_parents(out))
+            acquire(lock, out, wait)
+        except OSError as error:
+            raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+        stack.callback(lock.release)
+        _held.append(out)
+        stack.callback(_held.remove, out)
+        yield
+
+
+def is_writer(path: Path) -> bool:
+    """Whether this process is the one writer of a path, or of a directory above it, which may be unfinished."""
+    around = {path := named(path), *path.parents}
+    return any({out, unfinished_name(out)} & around for out in _held)
+
+
+def unfinished_name(out: Path) -> Path:
+    """Where what the next writer resumes from is collected, beside `out`."""
+    return hidden(out, "incomplete")
+
+
+def named(path: Path) -> Path:
+    """The same path, absolute and without links in the directories above it."""
+    return path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
+
+
+def hidden(path: Path, ending: str) -> Path:
+    """A hidden name beside `path`, of at most 255 bytes whatever the length of its name."""
+    name = path.name
+    if len(name.encode()) > NAME_BYTES:
+        unique = hashlib.sha256(name.encode()).hexdigest()[:16]
+        name = f"{cut_to_bytes(name, NAME_BYTES - 17)}~{unique}"
+    return path.with_name(f".{name}.{ending}")
+
+
+def cut_to_bytes(text: str, most: int) -> str:
+    """The longest beginning of a text that has at most so many bytes in UTF-8."""
+    return text.encode()[:most].decode(errors="ignore")
+
+
+def check_place(out: Path) -> None:
+    """Raises UserError if an output is a link, as what it leads to would be written in its place, or lies in a file."""
+    if out.is_symlink():
+        raise UserError(f"{out} is a link: name what it leads to, {os.readlink(out)}, or remove the link")
+    if file := next((parent for parent in out.parents if parent.is_file()), None):
+        raise UserError(f"cannot write {out}: {file} is not a directory")
+
+
+def acquire(lock: SoftFileLock, out: Path, wait: bool) -> None:
+    """Takes the lock of `out`. Raises UserError if another holds it, and OSError."""
+    file = Path(lock.lock_file)
+    while True:
+        try:
+            lock.acquire(timeout=0)
+            return
+        except Timeout:
+            if not os.path.lexists(file):  # released meanwhile
+                continue
+        if not wait:
+            raise UserError(held_by(out, file))
+        print(f"waiting: {held_by(out, file)}", flush=True)
+        lock.acquire(timeout=-1, poll_interval=0.5)
+        return
+
+
+def held_by(out: Path, file: Path) -> str:
+    """Who writes `out`, and what to do, from its lock file."""
+    holder = read_holder(file)
+    if holder is None:
+        return f"{out} is locked by {file}, which names no process: remove it if nothing writes {out}"
+    process, host, since = holder
+    here = host == socket.gethostname()
+    who = "this process" if here and process == os.getpid() else f"process {process} on {host}"
+    text = f"{out} is being written by {who} since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(since))}"
+    return text + (": wait for it, or name another" if here else f": if that process is dead, remove {file}")
+
+
+def read_holder(file: Path) -> tuple[int, str, float] | None:
+    """Process id, host and time of a lock file; None if it is not a lock file."""
+    with contextlib.suppress(OSError, ValueError):
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(descriptor) as opened:
+            found = os.fstat(descriptor)
+            process, host = opened.read(1024).splitlines()[:2]
+            if stat.S_ISREG(found.st_mode):
+                return int(process), host, found.st_mtime
+    return None
+
+
+def make_parents(out: Path) -> list[Path]:
+    """Makes the directories above `out`, and returns the new ones, innermost first. Raises OSError."""
+    new = [parent for parent in out.parents if not parent.exists()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return new
+
+
+def remove_empty(directories: list[Path]) -> None:
+    """Removes those of the directories that are empty."""
+    for directory in directories:
+        with contextlib.suppress(OSError):
+            directory.rmdir()

@@ -1,0 +1,74 @@
+"""What the checksums of a converted model cost when it is loaded.
+
+    python benchmarks/load_checksums.py [--megabytes 512] [--repeats 9]
+
+Writes one array, as the converter writes a component, with checksums and without, then restores both by turns. Prints
+the best and the median time of each, in seconds of wall time and of all cores, and the ratio with / without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+
+from arcflow_jax.checkpoints import writer
+from arcflow_jax.checkpoints.arrays import handler
+
+LAYER = (1024, 4096)  # 8 MiB in bfloat16
+
+
+def write(path: Path, layers: int) -> None:
+    """An array [L, 1024, 4096] of normal numbers, which compress as weights do."""
+    rng = np.random.default_rng(0)
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    made = (rng.standard_normal(LAYER, np.float32).astype(dtype) for _ in range(layers))
+    writer.write_checkpoint(path, {"a": writer.Stream((layers, *LAYER), dtype, True, lambda: made)})
+
+
+def restore(path: Path, layers: int) -> tuple[float, float]:
+    """Seconds of wall time and of all cores."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = {"a": jax.ShapeDtypeStruct((layers, *LAYER), ml_dtypes.bfloat16, sharding=device)}
+    args = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
+    wall, cores = time.perf_counter(), time.process_time()
+    with ocp.Checkpointer(handler()) as checkpointer:
+        jax.block_until_ready(checkpointer.restore(path, args=args))
+    return time.perf_counter() - wall, time.process_time() - cores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--megabytes", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args()
+    layers = options.megabytes // 8
+    values, zstd = writer.CODECS
+    without = zstd | {"configuration": zstd["configuration"] | {"checksum": False}}
+    codecs = {"with": writer.CODECS, "without": (values, without)}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in codecs}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, each in codecs.items():
+            writer.CODECS = each
+            write(Path(folder) / name, layers)
+            restore(Path(folder) / name, layers)  # into the file cache
+        for _ in range(options.repeats):
+            for name in codecs:
+                times[name].append(restore(Path(folder) / name, layers))
+    for unit, column in (("wall", 0), ("cores", 1)):
+        found = {name: [each[column] for each in values] for name, values in times.items()}
+        for how in (min, statistics.median):
+            figures = {name: how(values) for name, values in found.items()}
+            shown = ", ".join(f"{name} {value:.3f} s" for name, value in figures.items())
+            print(f"{unit}, {how.__name__}: {shown}, ratio {figures['with'] / figures['without']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
