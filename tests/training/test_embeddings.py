@@ -163,7 +163,7 @@ def test_arrays_are_kept_as_they_are(tmp_path):
     write_shard(tmp_path / "shard.safetensors", arrays)
     tensors, texts = read_shard(tmp_path / "shard.safetensors")
     assert texts == ["línea中", "a fox"]
-    assert tensors.keys() == {"text", "cut"}
+    assert tensors.keys() == {"text", "cut", "checksums"}
     assert tensors["cut"].tolist() == [True, False]
     read = np.asarray(tensors["text"][1:2])
     assert read.dtype == ml_dtypes.bfloat16
