@@ -18,7 +18,6 @@ from arcflow_jax.checkpoints.student_formats import HeadConfig, Sampling
 from arcflow_jax.checkpoints.training import AdapterDescription
 from arcflow_jax.compile_report.report import Case
 from arcflow_jax.data.embeddings import CacheDescription
-from arcflow_jax.data.tokenizers import TokenizerConfig
 from arcflow_jax.errors import UserError
 from arcflow_jax.evaluate.comparison import ComparisonSettings
 from arcflow_jax.flow.schedule import Scheduler
@@ -29,7 +28,7 @@ from arcflow_jax.training.recipe import Recipe
 # Everything that is read from a file, or that a caller or the command line gives
 READ = [
     *{network.config for family in families._FAMILIES.values() for network in family.networks.values()},
-    *(Recipe, Scheduler, ModelDescription, AdapterDescription, CacheDescription, HeadConfig, TokenizerConfig, Line),
+    *(Recipe, Scheduler, ModelDescription, AdapterDescription, CacheDescription, HeadConfig, Line),
     *(Sampling, SamplingSettings, ComparisonSettings, Case),
 ]
 
