@@ -22,6 +22,7 @@ from arcflow_jax.storage.files import (
     read_lines,
     read_own,
     write_json,
+    write_own,
 )
 from arcflow_jax.training.log import Line
 
