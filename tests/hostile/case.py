@@ -22,7 +22,7 @@ from typing import Any
 
 from arcflow_jax.errors import UserError
 
-SECONDS = 20  # more is a hang
+SECONDS = float(os.environ.get("HOSTILE_SECONDS", "20"))  # more is a hang
 MEMORY = 2 << 30  # bytes that a case may allocate
 LONGEST = 1000  # characters of an error
 GOOD = ("told", "right")
@@ -213,7 +213,8 @@ def run(case: Case) -> Ending:
         return Ending("told", message)
     if error is not None:
         text = f"{type(error).__name__}: {str(error)[:300]}"
-        trace = "".join(traceback.format_tb(error.__traceback__)[-3:])
+        frames = traceback.extract_tb(error.__traceback__)[-4:]
+        trace = " → ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)
         return Ending("traceback", f"{text}\n{trace}", f"{type(error).__name__} in {place(error)}")
     if noise:
         return Ending("traceback", f"noise on stderr: {noise[:600]}", f"noise: {noise[:60]}")
