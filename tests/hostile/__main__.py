@@ -9,6 +9,7 @@ import tempfile
 import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the library reads it, here and in the processes
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 from tests.hostile import runner

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -151,5 +150,3 @@ def tokenizer(rng: random.Random, folder: Path) -> Case:
 
     return Case(f"{kind} {name}: {what}", run, [str(model), name], wrong, folder / "in", folder / "work")
 
-
-assert os.sep == "/"

@@ -9,7 +9,6 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +37,15 @@ def value(rng: random.Random) -> Any:
     return rng.choice(rng.choice((NUMBERS, BAD_NUMBERS, TEXTS, OTHERS)))
 
 
-def places(tree: Any, at: tuple = ()) -> list[tuple]:
-    """The path of every value inside a JSON value; of long lists, the first values."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree[:4]) if isinstance(tree, list) else ()
-    return [path for key, inner in items for path in [(*at, key), *places(inner, (*at, key))]]
+def place(rng: random.Random, tree: Any) -> tuple:
+    """The path of a value inside a JSON value: downward from the top, each step as likely as the others."""
+    path: tuple = ()
+    while isinstance(tree, dict | list) and tree:
+        key = rng.choice(list(tree)) if isinstance(tree, dict) else rng.randrange(len(tree))
+        path, tree = (*path, key), tree[key]
+        if rng.random() < 0.25:
+            break
+    return path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +85,7 @@ def dump(tree: Any, raw: Raw | None = None) -> str:
     return text if raw is None else text.replace('"@RAW@"', raw.text)
 
 
-def json_value(rng: random.Random, tree: Any, only: Sequence[tuple] = ()) -> Damaged:
+def json_value(rng: random.Random, tree: Any) -> Damaged:
     """A JSON value with one value changed, missing, doubled or added; or its text damaged."""
     kind = rng.choices(("swap", "missing", "unknown", "twice", "text"), (60, 12, 6, 6, 16))[0]
     if kind == "text":
@@ -89,7 +93,7 @@ def json_value(rng: random.Random, tree: Any, only: Sequence[tuple] = ()) -> Dam
         if rng.random() < 0.2:
             text, what = b"\xef\xbb\xbf" + json.dumps(tree).encode(), "BOM"
         return Damaged(text, what, "JSON", reparse(text))
-    path = rng.choice(list(only) or places(tree))
+    path = place(rng, tree)
     tree = copy.deepcopy(tree)
     parent = tree
     for key in path[:-1]:
@@ -144,8 +148,8 @@ def damaged(rng: random.Random, data: bytes) -> tuple[bytes, str]:
 
 
 NAMES = (
-    *("a\nb", "\x1b[31mred", "[bold red]x[/]", "a b", "é" * 100, "ü" * 127, "-x", "--help", "a\tb", "a\x7fb", "'", '"'),
-    *("%s", "{x}", "a\u2028b", "\u202eabc", ".hidden", "x" * 250, "con", "a\\b", "*", "?", "~", "$HOME", "#", ";", "|"),
+    *("a\nb", "\x1b[31mred", "[bold red]x", "a b", "é" * 100, "ü" * 110, "-x", "--help", "a\tb", "a\x7fb", "'", '"'),
+    *("%s", "{x}", "a\u2028b", "\u202eabc", ".hidden", "x" * 240, "con", "a\\b", "*", "?", "~", "$HOME", "#", ";", "|"),
 )
 
 

@@ -11,6 +11,7 @@ import random
 import shutil
 import tempfile
 import time
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,11 @@ def run_one(family: str, seed: int) -> Result:
     make = FAMILIES[family][0]
     folder = Path(tempfile.mkdtemp(prefix="case-", dir=os.environ.get("HOSTILE_FOLDER")))
     try:
-        made = make(random.Random(f"{family} {seed}"), folder)
+        try:
+            made = make(random.Random(f"{family} {seed}"), folder)
+        except Exception as error:
+            text = f"the case cannot be made: {type(error).__name__}: {error} in {traceback.format_exc()[-300:]}"
+            return Result(family, seed, Ending("traceback", text, "the harness"), "", 0.0)
         begin = time.perf_counter()
         ending = cases.run(made)
         return Result(family, seed, ending, made.what, time.perf_counter() - begin)
@@ -89,15 +94,16 @@ class Worker:
 
     def take(self) -> Result | None:
         """The result of the case, if there is one by now."""
+        late = time.monotonic() - self.since > GRACE + 120 * self.fresh
         with contextlib.suppress(EOFError, ConnectionResetError):
             if self.pipe.poll(0):
                 result, self.job, self.fresh = self.pipe.recv(), None, False
                 return result
-            late = time.monotonic() - self.since > GRACE + 120 * self.fresh
             if self.process.is_alive() and not late:
                 return None
         assert self.job is not None
         family, seed = self.job
+        self.process.join(0 if late else 5)
         alive = self.process.is_alive()
         self.process.kill()
         self.process.join()
