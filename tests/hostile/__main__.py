@@ -32,8 +32,8 @@ def main() -> None:
             runner.plan(options.family or list(FAMILIES), options.count, options.seed), options.jobs
         ):
             results.append(result)
-            if sys.stderr.isatty():
-                print(f"\r{len(results)} cases", end="", file=sys.stderr)
+            if len(results) % 100 == 0:
+                print(f"{len(results)} cases, {sum(each.bad for each in results)} bad", file=sys.stderr, flush=True)
     if options.count == 1:
         print(results[0].what, results[0].ending.detail, sep="\n")
     print(runner.causes(results, options.show))

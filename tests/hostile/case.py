@@ -165,7 +165,7 @@ def watched() -> Iterator[Callable[[], str]]:
             return "\n".join([*noise.lines, *failed, file.read().decode(errors="replace")]).strip()
 
         old = signal.signal(signal.SIGALRM, over)
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS, 1)  # again, if a destructor swallows it
         resource.setrlimit(resource.RLIMIT_DATA, (data_size() + MEMORY, old_limits[1]))
         try:
             with contextlib.redirect_stderr(own), contextlib.redirect_stdout(io.StringIO()):
@@ -194,7 +194,10 @@ def run(case: Case) -> Ending:
     noise = ""
     with watched() as read:
         try:
-            result = case.run()
+            try:
+                result = case.run()
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
         except (Exception, Hang, SystemExit) as caught:
             error = caught
         noise = read()

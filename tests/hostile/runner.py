@@ -19,7 +19,7 @@ from typing import Any
 from tests.hostile import case as cases
 from tests.hostile.case import GOOD, OUTCOMES, Ending
 
-GRACE = 60  # seconds after which a process is killed that does not react to its own alarm
+GRACE = 3 * cases.SECONDS  # seconds after which a process is killed that does not react to its own alarm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Worker:
         alive = self.process.is_alive()
         self.process.kill()
         self.process.join()
-        why = "killed after a minute" if alive else f"the process died with code {self.process.exitcode}"
+        why = "killed: it did not react" if alive else f"the process died with code {self.process.exitcode}"
         self.job = None
         self.start()
         return Result(family, seed, Ending("hang" if alive else "traceback", why, why), "", GRACE)
