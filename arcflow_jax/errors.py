@@ -9,15 +9,21 @@ import traceback
 from collections.abc import Generator, Sequence
 
 SHOWN = 4  # names that an error message spells out
+LONGEST = 2000  # characters of an error message; a name that it quotes has at most 200
 TRACEBACK = "ARCFLOW_TRACEBACK"  # environment variable: 1 shows the traceback of a UserError
 
 
 class UserError(ValueError):
     """Bad input. The message is one line that says what was wrong and what would be right.
 
-    The command line prints the message without a traceback and exits with code 2; with ARCFLOW_TRACEBACK=1 it prints
-    the traceback first, with the error that caused this one.
+    It has no line breaks or control codes, whatever the names and paths that it quotes. The command line prints it
+    without a traceback and exits with code 2; with ARCFLOW_TRACEBACK=1 it prints the traceback first, with the error
+    that caused this one.
     """
+
+    def __init__(self, message: object):
+        text = printable(str(message))
+        super().__init__(text if len(text) <= LONGEST else f"{text[:LONGEST]}…")
 
 
 class Preempted(Exception):
@@ -53,9 +59,18 @@ def with_causes(error: BaseException) -> BaseException:
     return error
 
 
+def printable(text: str) -> str:
+    """A text on one line, with control codes, such as a terminal's escape code, spelled out: \\x1b for ESC."""
+    if text.isprintable():
+        return text
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
+
+
 def one_line(error: object) -> str:
-    """The message of another library's exception (or a value) on one line, cut to 200 characters, to be quoted."""
-    return " ".join(str(error).split())[:200]
+    """The message of another library's exception, or a name or value from a file, to be quoted: on one line, printable,
+    and cut to 200 characters."""
+    return printable(str(error)[:1000])[:200]
 
 
 def out_of_memory(error: BaseException | None) -> bool:
@@ -65,4 +80,4 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 def first_few(items: Sequence[str]) -> str:
     """The first names of a list, for an error message."""
-    return ", ".join(items[:SHOWN]) + (", …" if len(items) > SHOWN else "")
+    return ", ".join(map(one_line, items[:SHOWN])) + (", …" if len(items) > SHOWN else "")

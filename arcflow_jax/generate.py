@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from arcflow_jax.errors import UserError, one_line, out_of_memory
 from arcflow_jax.families.latents import unpack
 from arcflow_jax.flow import sampler
-from arcflow_jax.flow.schedule import scheduler_shift
+from arcflow_jax.flow.schedule import Scheduler
 from arcflow_jax.networks.conditioning import Conditioning, Guided
 from arcflow_jax.networks.student import merged_state
 from arcflow_jax.parallel.mesh import MESH_AXES, constrain, parse_mesh, state_shardings
@@ -81,10 +81,10 @@ def sample_teacher(
     return sampler.euler(teacher, latents, steps=steps, shift=shift, terminal=terminal)
 
 
-def teacher_grid(scheduler: dict[str, Any], tokens: int) -> tuple[jax.Array, jax.Array | None]:
+def teacher_grid(scheduler: Scheduler, tokens: int) -> tuple[jax.Array, jax.Array | None]:
     """Timestep shift and terminal noise level σ of a model's scheduler for N tokens, see `schedule.euler_grid`."""
-    terminal = scheduler.get("shift_terminal")
-    return jnp.float32(scheduler_shift(scheduler, tokens)), jnp.float32(terminal) if terminal else None
+    terminal = scheduler.shift_terminal
+    return jnp.float32(scheduler.shift_for(tokens)), jnp.float32(terminal) if terminal else None
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "rows", "columns"))

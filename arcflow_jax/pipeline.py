@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from PIL import Image
 
+from arcflow_jax import schema
 from arcflow_jax.checkpoints.model_cache import converted
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.student_formats import open_student
@@ -41,6 +42,7 @@ from arcflow_jax.networks.student import merged_graphdef, split_model
 from arcflow_jax.parallel.mesh import partition_spec, sharded, state_shardings
 from arcflow_jax.parallel.offload import Weights
 from arcflow_jax.sampling_settings import SamplingSettings, image_grid, resolve_settings
+from arcflow_jax.schema import Batch
 
 # With `offload`, batches that pass one network before the next one takes its place on the device: enough to make the
 # copying cheap, few enough to keep small what waits on the device between two networks.
@@ -334,10 +336,8 @@ class ArcFlowPipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         check_prompts(prompts)
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        batch_size = shards if batch_size is None else batch_size
-        for name, value in (("num_images_per_prompt", images_per_prompt), ("batch_size", batch_size)):
-            if value < 1:
-                raise UserError(f"{name} is {value}, but has to be at least 1")
+        batch_size = shards if batch_size is None else schema.converted(Batch, batch_size, "batch_size")
+        images_per_prompt = schema.converted(Batch, images_per_prompt, "num_images_per_prompt")
         if batch_size % shards:
             raise UserError(
                 f"batch_size is {batch_size}, but has to be a multiple of data × fsdp = {shards} of the mesh"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+from arcflow_jax import schema
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.training import AdapterDescription
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.family import takes_guidance
 from arcflow_jax.families.latents import token_grid
 from arcflow_jax.generate import TEACHER_STEPS
+from arcflow_jax.schema import NFE, Count, Guidance, Pixels, Ratio, Seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +28,17 @@ class SamplingSettings:
       norm_preserving: norm-preserving CFG.
     """
 
-    steps: int
-    seed: int | None
-    guidance: float
-    rows: int
-    columns: int
-    final_step_ratio: float | None
+    steps: NFE
+    seed: Seed | None
+    guidance: Guidance
+    rows: Count
+    columns: Count
+    final_step_ratio: Ratio | None
     negative_prompt: str | None
     norm_preserving: bool
+
+    def __post_init__(self):
+        schema.check(self)
 
     def described(self) -> dict[str, int | float | str]:
         """The settings by name, as they stand in an image's `info`."""
@@ -73,17 +78,15 @@ def resolve_settings(
     Raises:
       UserError: if the settings do not fit the model or one another.
     """
-    steps, ratio, guidance = num_inference_steps, final_step_ratio, guidance_scale
-    if steps is not None and steps < 1:
-        raise UserError(f"num_inference_steps is {steps}, but has to be at least 1")
+    steps = schema.converted(NFE | None, num_inference_steps, "num_inference_steps")
+    ratio = schema.converted(Ratio | None, final_step_ratio, "final_step_ratio")
+    guidance = schema.converted(Guidance | None, guidance_scale, "guidance_scale")
     if norm_preserving and negative_prompt is None:
         raise UserError("norm_preserving is a kind of classifier-free guidance, which needs a negative_prompt")
     if student is None and ratio is not None:
         raise UserError("final_step_ratio is a setting of the student's segments: the teacher has none")
     if student is not None and negative_prompt is not None:
         raise UserError("negative_prompt is for the teacher: the student has its guidance built in")
-    if ratio is not None and not ratio > 0:
-        raise UserError(f"final_step_ratio is {ratio}, but has to be above 0")
     if guidance is not None and negative_prompt is None and not takes_guidance(directory.config("transformer")):
         instead = "give the teacher a negative_prompt" if student is None else "its student has it built in"
         raise UserError(f"guidance_scale is {guidance}, but this model has no guidance embedding: {instead}")
@@ -110,6 +113,9 @@ def resolve_settings(
 def image_grid(directory: ModelDirectory, height: int | None = None, width: int | None = None) -> tuple[int, int]:
     """Rows and columns of tokens of an image; the default is the model's own size. Raises UserError if it has none, or
     a side does not fit."""
+    height, width = (
+        schema.converted(Pixels | None, side, name) for name, side in (("height", height), ("width", width))
+    )
     vae = directory.config("vae")
     if vae.sample_size is None and None in (height, width):
         raise UserError(f"{directory.path} does not say how large its images are: name height and width")

@@ -32,12 +32,12 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from arcflow_jax import families
+from arcflow_jax import families, schema
 from arcflow_jax.cli import app as cli
 from arcflow_jax.convert.engine import fills
 from arcflow_jax.families import Network
 from arcflow_jax.networks.states import shapes_of
-from arcflow_jax.storage.files import parse_config, read_json
+from arcflow_jax.storage.files import read_json
 from arcflow_jax.storage.safetensors import FileTensor, read_header
 
 POOL = 2**24 - 3  # random numbers, reused because they are slow to draw
@@ -45,7 +45,7 @@ POOL = 2**24 - 3  # random numbers, reused because they are slow to draw
 
 def source_shapes(network: Network, config: dict[str, Any], original: bool) -> dict[str, tuple[int, ...]]:
     """The names and shapes of a component's checkpoint, in diffusers' layout or the authors'."""
-    config = parse_config(network.config, config, network.class_name)
+    config = schema.parse(network.config, config, network.class_name)
     table = network.original(config) if original else network.table
     plan = fills(table, shapes_of(nnx.state(network.abstract(config))))
     return {name: fill.source_shape for fill in plan for name in fill.names}

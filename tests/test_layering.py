@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "arcflow_jax"
 
 ROOMS = [
-    *("errors", "console", "flow", "storage", "parallel", "data", "networks", "convert", "families"),
+    *("errors", "schema", "console", "flow", "storage", "parallel", "data", "networks", "convert", "families"),
     *("checkpoints", "generate", "sampling_settings", "training", "pipeline", "evaluate"),
     *("compile_report", "demo", "cli"),
 ]

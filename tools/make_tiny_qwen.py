@@ -24,11 +24,11 @@ from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer
 
-from arcflow_jax import families
+from arcflow_jax import families, schema
 from arcflow_jax.convert.engine import export_tensors
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.families.qwen_image import QwenPrompts
-from arcflow_jax.storage.files import parse_config, write_json
+from arcflow_jax.storage.files import write_json
 
 PIPELINE = "QwenImagePipeline"
 LENGTH = QwenPrompts.BEFORE + 30  # tokens; the longest bundled prompt has 11 words, and 5 tokens follow it
@@ -154,7 +154,7 @@ def make_tiny_qwen(out: Path, seed: int = 0) -> Path:
         index[component] = [library, network.class_name]
         (out / component).mkdir()
         write_json(out / component / "config.json", config)
-        made = network.build(parse_config(network.config, config, component), jnp.float32, nnx.Rngs(3 * seed + i))
+        made = network.build(schema.parse(network.config, config, component), jnp.float32, nnx.Rngs(3 * seed + i))
         tensors = export_tensors(network.table, nnx.state(made))
         save_file(tensors, out / component / f"{stem}.safetensors", metadata={"format": "pt"})
     (out / "scheduler").mkdir()

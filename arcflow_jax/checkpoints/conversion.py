@@ -18,19 +18,32 @@ import numpy as np
 from flax import nnx
 from rich.progress import Progress
 
-from arcflow_jax import families
-from arcflow_jax.checkpoints.model_directory import CHECKPOINT, DESCRIPTION, FORMAT, VERSION, ArrayDigest, fingerprint
+from arcflow_jax import families, schema
+from arcflow_jax.checkpoints.model_directory import (
+    CHECKPOINT,
+    DESCRIPTION,
+    FORMAT,
+    VERSION,
+    ArrayDigest,
+    ComponentDescription,
+    ModelDescription,
+    fingerprint,
+)
 from arcflow_jax.checkpoints.names import on_disk
 from arcflow_jax.checkpoints.writer import Stream, write_checkpoint
 from arcflow_jax.console import progress_bar
 from arcflow_jax.convert.engine import Fill, Tensor, cast, check, layers, nearest
-from arcflow_jax.errors import UserError
+from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.families import Family, Network
+from arcflow_jax.flow.schedule import Scheduler
 from arcflow_jax.networks.states import nest, shapes_of
+from arcflow_jax.schema import Layers
 from arcflow_jax.storage import hub
 from arcflow_jax.storage.atomic import refuse_used, whole_directory
-from arcflow_jax.storage.files import parse_config, read_json, write_json
+from arcflow_jax.storage.files import read_json, write_own
 from arcflow_jax.storage.safetensors import read_file, read_folder
+
+FAR = 10  # a network this many times as large as its weights gets no list of what is missing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,15 +77,23 @@ def inspect_component(source: Path, name: str, network: Network, dtype: Any, fil
     tensors = read_file(file) if file else read_folder(weights)
     config_file = source / name / "config.json"
     config = read_json(config_file)
-    dimensions = parse_config(network.config, config, str(config_file))
+    dimensions = schema.parse(network.config, config, config_file)
+    for field, hint in schema.types_of(network.config).items():
+        if hint is Layers and getattr(dimensions, field) > len(tensors):
+            raise UserError(
+                f"{config_file}: {field} is {getattr(dimensions, field)}, but {weights} has only {len(tensors)} tensors"
+            )
     try:
         abstract = nnx.state(network.abstract(dimensions))
     except UserError as error:
         raise UserError(f"{config_file}: {error}") from error
     except (TypeError, ValueError, ArithmeticError) as error:  # null for a number, 3 heads for a width of 10, …
         raise UserError(f"{config_file} does not describe a {network.class_name} that can be built: {error}") from error
-    table = nearest(network.tables(dimensions), tensors)
-    fills = list(check(table, tensors, shapes_of(abstract), str(weights)))
+    shapes = shapes_of(abstract)
+    ours, theirs = sum(map(math.prod, shapes.values())), sum(math.prod(tensor.shape) for tensor in tensors.values())
+    if ours > FAR * theirs:  # comparing shapes takes memory and time in proportion to them
+        raise UserError(f"{config_file} describes a network of {ours:,} numbers, but {weights} has {theirs:,}")
+    fills = list(check(nearest(network.tables(dimensions), tensors), tensors, shapes, str(weights)))
     used = [tensor for _, group in fills for tensor in group]
     source_dtype = np.dtype(jnp.result_type(*{tensor.dtype for tensor in used}))
     dtype = np.dtype(dtype or source_dtype)
@@ -89,11 +110,13 @@ def read_index(source: Path) -> Family:
     known = {*family.networks, *family.tokenizers, "scheduler"}
     for name, entry in index.items():
         if not name.startswith("_") and name not in known and entry != [None, None]:
-            raise UserError(f"{source}: component {name} ({entry}) is not supported")
+            raise UserError(f"{source}: component {one_line(name)} ({schema.shown(entry)}) is not supported")
     for name, network in family.networks.items():
         entry = index.get(name)
         if not isinstance(entry, list) or entry[-1:] != [network.class_name]:
-            raise UserError(f"{source}: model_index.json has {name} as {entry}, expected {network.class_name}")
+            raise UserError(
+                f"{source}: model_index.json has {name} as {schema.shown(entry)}, expected {network.class_name}"
+            )
     return family
 
 
@@ -146,6 +169,7 @@ def convert_model(
         if not (folder / name).is_dir():
             raise UserError(f"component folder {folder / name} is missing")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    schema.parse(Scheduler, scheduler, folder / "scheduler" / "scheduler_config.json")
     components = [
         inspect_component(folder, name, network, dtype, files.get(name)) for name, network in family.networks.items()
     ]
@@ -154,29 +178,27 @@ def convert_model(
         for name in family.tokenizers:
             shutil.copytree(folder / name, aside / name)
         digests = {component.name: convert_component(component, aside, progress) for component in components}
-        description = {
-            "format": FORMAT,
-            "version": VERSION,
-            "pipeline": family.pipeline,
-            "components": {
-                component.name: {
-                    "class": component.network.class_name,
-                    "dtype": component.dtype.name,
-                    "source_dtype": component.source_dtype.name,
-                    "config": component.config,
-                    "fingerprint": fingerprint(digests[component.name]),
-                }
+        description = ModelDescription(
+            pipeline=family.pipeline,
+            components={
+                component.name: ComponentDescription(
+                    class_name=component.network.class_name,
+                    config=component.config,
+                    dtype=component.dtype.name,
+                    source_dtype=component.source_dtype.name,
+                    fingerprint=fingerprint(digests[component.name]),
+                )
                 for component in components
             },
-            "scheduler": scheduler,
-            "fingerprint": fingerprint(digests["transformer"]),
-            "files": {
+            scheduler=scheduler,
+            fingerprint=fingerprint(digests["transformer"]),
+            files={
                 path.relative_to(aside).as_posix(): path.stat().st_size
                 for path in sorted(aside.rglob("*"))
                 if path.is_file()
             },
-        }
-        write_json(aside / DESCRIPTION, description)
+        )
+        write_own(aside / DESCRIPTION, description, FORMAT, VERSION)
     return out
 
 

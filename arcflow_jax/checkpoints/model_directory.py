@@ -23,14 +23,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from arcflow_jax import families
+from arcflow_jax import families, schema
 from arcflow_jax.checkpoints.arrays import handler
 from arcflow_jax.checkpoints.names import in_memory, on_disk
 from arcflow_jax.errors import UserError, first_few, one_line, out_of_memory
 from arcflow_jax.families import Family, Network
+from arcflow_jax.flow.schedule import Scheduler
 from arcflow_jax.networks.states import flatten, nest, unflatten, unnest
 from arcflow_jax.networks.student import AdapterConfig, ArcModel
-from arcflow_jax.storage.files import parse_config, read_json
+from arcflow_jax.schema import SHA256, Precision, Size
+from arcflow_jax.storage.files import is_inside, read_own
 
 DESCRIPTION = "model.json"
 FORMAT = "arcflow_jax model"
@@ -60,6 +62,48 @@ def fingerprint(digests: Iterable[tuple[str, bytes]]) -> str:
     return hashlib.sha256(b"".join(part for _, part in sorted(digests))).hexdigest()
 
 
+@dataclasses.dataclass(frozen=True)
+class ComponentDescription:
+    """A component's entry in model.json.
+
+    Attributes:
+      class_name: its class in diffusers or transformers.
+      config: its config.json.
+      dtype, source_dtype: of its weights, and of the source's.
+      fingerprint: of its weights.
+    """
+
+    class_name: str = dataclasses.field(metadata={"key": "class"})
+    config: dict[str, Any]
+    dtype: Precision = "float32"
+    source_dtype: Precision | None = None  # None in models of early versions, as is the fingerprint
+    fingerprint: SHA256 | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDescription:
+    """The content of model.json.
+
+    Attributes:
+      pipeline: class of the pipeline in diffusers.
+      components: by name.
+      scheduler: its scheduler_config.json.
+      fingerprint: of the transformer.
+      files: the size in bytes of every other file, by its path in the directory.
+    """
+
+    pipeline: str
+    components: dict[str, ComponentDescription]
+    scheduler: dict[str, Any]
+    fingerprint: SHA256
+    files: dict[str, Size]
+
+    def __post_init__(self):
+        for name in self.files:
+            if not is_inside(name):
+                raise UserError(f"files has {one_line(name)}, but has to have paths inside the directory")
+
+
 def shape(arrays: Mapping[str, Any], path: str) -> tuple[int, ...] | None:
     """The shape of one array; None if there is no such array."""
     return tuple(arrays[path].shape) if path in arrays else None
@@ -75,14 +119,14 @@ class ModelDirectory:
     """
 
     path: Path
-    description: dict[str, Any]
+    description: ModelDescription
 
     @classmethod
     def open(cls, path: str | Path) -> ModelDirectory:
         """Reads model.json, and no weights.
 
         Raises:
-          UserError: if `path` is not a converted model, or is of another format version.
+          UserError: if `path` is not a converted model, is of another format version, or its model.json is damaged.
         """
         path = Path(path)
         if not path.is_dir():
@@ -91,35 +135,26 @@ class ModelDirectory:
             raise UserError(f"{path} is a PyTorch model: run arcflow convert --source {path} --out DIR first")
         if not (path / DESCRIPTION).is_file():
             raise UserError(f"{path} is not a converted model: it has no {DESCRIPTION}; arcflow convert makes one")
-        description = read_json(path / DESCRIPTION)
-        if description.get("format") != FORMAT:
-            raise UserError(f"{path / DESCRIPTION} does not describe an {FORMAT}")
-        if description.get("version") != VERSION:
-            raise UserError(
-                f"{path} has format version {description.get('version')}, this program reads {VERSION}: convert again"
-            )
-        keys = {"pipeline", "components", "scheduler", "fingerprint", "files"}
-        if missing := sorted(keys - description.keys()):
-            raise UserError(f"{path / DESCRIPTION} is damaged: it lacks {', '.join(missing)}")
-        family = families.of_pipeline(description["pipeline"], path)
-        if missing := sorted(family.networks.keys() - description["components"].keys()):
+        description = read_own(ModelDescription, path / DESCRIPTION, FORMAT, VERSION)
+        family = families.of_pipeline(description.pipeline, path)
+        if missing := sorted(family.networks.keys() - description.components.keys()):
             raise UserError(f"{path / DESCRIPTION} is damaged: it lacks {', '.join(missing)}")
         return cls(path, description)
 
     @property
     def fingerprint(self) -> str:
         """Of the transformer."""
-        return self.description["fingerprint"]
+        return self.description.fingerprint
 
     @property
-    def scheduler(self) -> dict[str, Any]:
-        """The scheduler's config."""
-        return self.description["scheduler"]
+    def scheduler(self) -> Scheduler:
+        """The scheduler's config. Raises UserError if it makes no sense."""
+        return schema.parse(Scheduler, self.description.scheduler, f"{self.path / DESCRIPTION}, scheduler")
 
     @property
     def family(self) -> Family:
         """The model family."""
-        return families.of_pipeline(self.description["pipeline"], self.path)
+        return families.of_pipeline(self.description.pipeline, self.path)
 
     @property
     def networks(self) -> dict[str, Network]:
@@ -128,16 +163,16 @@ class ModelDirectory:
 
     def config_json(self, component: str) -> dict[str, Any]:
         """The component's config.json."""
-        return self.description["components"][component]["config"]
+        return self.description.components[component].config
 
     def config(self, component: str) -> Any:
         """The config dataclass of a component, e.g. a FluxConfig."""
         where = f"{self.path / DESCRIPTION}, {component}"
-        return parse_config(self.networks[component].config, self.config_json(component), where)
+        return schema.parse(self.networks[component].config, self.config_json(component), where)
 
     def dtype(self, component: str) -> np.dtype:
         """The dtype in which the component's weights are stored."""
-        return jax.numpy.dtype(self.description["components"][component]["dtype"])
+        return jax.numpy.dtype(self.description.components[component].dtype)
 
     def abstract(self, component: str, dtype: Any = None) -> nnx.Module:
         """The component's network with shapes in place of arrays, by default in the dtype of its weights."""
@@ -199,7 +234,7 @@ class ModelDirectory:
 
     def check_files(self, component: str) -> None:
         """Raises UserError if a file of a component is missing or has another size than when it was written."""
-        for name, size in self.description["files"].items():
+        for name, size in self.description.files.items():
             file = self.path / name
             if name.startswith(f"{component}/") and not (file.is_file() and file.stat().st_size == size):
                 fault = "truncated" if file.is_file() else "missing"

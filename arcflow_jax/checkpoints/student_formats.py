@@ -16,27 +16,29 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from msgspec import Meta
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from arcflow_jax import families
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
+from arcflow_jax import families, schema
+from arcflow_jax.checkpoints.model_directory import ComponentDescription, ModelDirectory
 from arcflow_jax.checkpoints.training import DESCRIPTION, AdapterDescription, Checkpoints, load_adapter
 from arcflow_jax.convert.adapter import AdapterTable
 from arcflow_jax.convert.engine import Tensor, export_tensors, import_tensors
-from arcflow_jax.errors import UserError
+from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.lora import linear_layers
 from arcflow_jax.networks.student import AdapterConfig, split_model
+from arcflow_jax.schema import NFE, Guidance, Modes, Ratio, Shift
 from arcflow_jax.storage import hub
 from arcflow_jax.storage.atomic import refuse_used, whole_directory
-from arcflow_jax.storage.files import parse_config, read_json, write_json
+from arcflow_jax.storage.files import parse_json, read_json, write_json
 from arcflow_jax.storage.safetensors import PICKLES, read_folder, read_header
 
 CONFIG = "config.json"
@@ -47,21 +49,24 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 class Sampling:
     """The settings that a student was distilled for: steps (NFE), timestep shift, last segment's ratio, guidance."""
 
-    steps: int
-    shift: float
-    final_step_ratio: float
-    guidance: float
+    steps: NFE
+    shift: Shift
+    final_step_ratio: Ratio
+    guidance: Guidance
+
+    def __post_init__(self):
+        schema.check(self)
 
     @classmethod
-    def published(cls, transformer: Mapping[str, Any], where: object) -> Sampling:
+    def published(cls, transformer: ComponentDescription, where: object) -> Sampling:
         """The settings of the authors' published students of this base.
 
         Args:
-          transformer: the base's entry in its model.json, with class and config.
+          transformer: the base's entry in its model.json.
           where: where the entry was read, for errors.
         """
-        family = families.of_transformer(transformer["class"], where)
-        config = parse_config(family.networks["transformer"].config, transformer["config"], str(where))
+        family = families.of_transformer(transformer.class_name, where)
+        config = schema.parse(family.networks["transformer"].config, transformer.config, where)
         return cls(steps=2, shift=3.2, final_step_ratio=1.0, guidance=family.published_guidance(config))
 
 
@@ -78,7 +83,7 @@ POLICY = {
 class HeadConfig:
     """The part of config.json that is not the backbone's config."""
 
-    num_gaussians: int  # K
+    num_gaussians: Annotated[Modes, Meta(ge=2)]  # K
 
     REQUIRED: ClassVar[dict[str, Any]] = {"logweights_channels": 4}
 
@@ -182,7 +187,7 @@ def read_student(
     config, tensors, policy = read_export(source)
     modes = check_config(config, directory, source)
     values = read_policy(policy, source) | {name: value for name, value in sampling.items() if value is not None}
-    transformer = directory.description["components"]["transformer"]
+    transformer = directory.description.components["transformer"]
     settings = dataclasses.replace(Sampling.published(transformer, directory.path), **values)
 
     table = AdapterTable(directory.networks["transformer"].table)
@@ -222,8 +227,8 @@ def export_adapter(run: str | Path, out: str | Path, *, raw: bool = False, dtype
     description, checkpoints = load_adapter(run)
     check_exportable(description, run)
     adapter = description.adapter
-    network = families.of_transformer(description.transformer["class"], run / DESCRIPTION).networks["transformer"]
-    backbone = parse_config(network.config, description.transformer["config"], str(run / DESCRIPTION))
+    network = families.of_transformer(description.transformer.class_name, run / DESCRIPTION).networks["transformer"]
+    backbone = schema.parse(network.config, description.transformer.config, run / DESCRIPTION)
     _, _, abstract = split_model(network.student(backbone, adapter, jnp.float32))
     with checkpoints:
         state = checkpoints.restore_adapter(abstract, raw)
@@ -252,33 +257,27 @@ def read_export(source: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
         raise UserError(f"{source} is a pickle: unpickling runs any code that it contains; only safetensors are read")
     folder, file = (source, source / WEIGHTS) if source.is_dir() else (source.parent, source)
     tensors = read_folder(folder) if source.is_dir() else read_header(file)
-    policy: Any = {"type": "ArcFlow"}
+    policy = {"type": "ArcFlow"}
     if file.is_file():
         with safe_open(file, "np") as opened:
             text = (opened.metadata() or {}).get("policy_config", json.dumps(policy))
-        try:
-            policy = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}: its metadata policy_config is not valid JSON: {error}") from None
-    if not isinstance(policy, dict) or policy.get("type") != "ArcFlow":
-        raise UserError(f"{file}: its metadata policy_config is {json.dumps(policy)}, which is not of type ArcFlow")
+        policy = parse_json(text, f"{file}: its metadata policy_config")
+    if policy.get("type") != "ArcFlow":
+        raise UserError(f"{file}: its metadata policy_config is {schema.shown(policy)}, which is not of type ArcFlow")
     return read_json(folder / CONFIG), tensors, policy
 
 
-def check_config(config: Mapping[str, Any], directory: ModelDirectory, source: Path) -> int:
+def check_config(config: dict[str, Any], directory: ModelDirectory, source: Path) -> int:
     """The number of modes. Raises UserError if config.json describes a student of another network than the base."""
     network = directory.networks["transformer"]
     class_name = f"Arc{network.class_name}"
-    if config.get("_class_name") != class_name:
-        raise UserError(f"{source} is of class {config.get('_class_name')}, a student of this base is of {class_name}")
-    theirs = dataclasses.asdict(parse_config(network.config, dict(config), f"{source}, {CONFIG}"))
+    if (found := config.get("_class_name")) != class_name:
+        raise UserError(f"{source} is of class {one_line(found)}, a student of this base is of {class_name}")
+    theirs = dataclasses.asdict(schema.parse(network.config, config, f"{source}, {CONFIG}"))
     ours = dataclasses.asdict(directory.config("transformer"))
     if different := [f"{name} {theirs[name]} instead of {ours[name]}" for name in ours if theirs[name] != ours[name]]:
         raise UserError(f"{source} was trained on another base than {directory.path}: it has {', '.join(different)}")
-    modes = parse_config(HeadConfig, dict(config), f"{source}, {CONFIG}").num_gaussians
-    if not isinstance(modes, int) or modes < 2:
-        raise UserError(f"{source}, {CONFIG}: num_gaussians is {modes!r}, but has to be a whole number above 1")
-    return modes
+    return schema.parse(HeadConfig, config, f"{source}, {CONFIG}").num_gaussians
 
 
 def check_exportable(description: AdapterDescription, run: Path) -> None:
@@ -299,15 +298,13 @@ def check_exportable(description: AdapterDescription, run: Path) -> None:
 
 
 def read_policy(policy: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """The fields of `Sampling` that a policy_config sets. Raises UserError if one is not a number."""
-    values = {ours: policy[theirs] for ours, theirs in POLICY.items() if theirs in policy}
-    for name, value in values.items():
-        if type(value) is not int and (type(value) is not float or name == "steps"):
-            raise UserError(
-                f"{source}: policy_config has {POLICY[name]} {value!r}, but it has to be a "
-                f"{'whole number' if name == 'steps' else 'number'}"
-            )
-    return values
+    """The fields of `Sampling` that a policy_config sets. Raises UserError if one is no such number."""
+    hints = schema.types_of(Sampling)
+    return {
+        ours: schema.converted(hints[ours], policy[theirs], f"{source}: policy_config.{theirs}")
+        for ours, theirs in POLICY.items()
+        if theirs in policy
+    }
 
 
 def policy_of(description: AdapterDescription, run: Path) -> dict[str, Any]:

@@ -24,16 +24,20 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
+from arcflow_jax import schema
 from arcflow_jax.checkpoints.arrays import handler
+from arcflow_jax.checkpoints.model_directory import ComponentDescription
 from arcflow_jax.checkpoints.names import tree_in_memory, tree_on_disk
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.student import AdapterConfig
-from arcflow_jax.storage.files import parse_config, read_json, write_json
+from arcflow_jax.schema import SHA256, Guidance
+from arcflow_jax.storage.files import read_own, write_own
 
 DESCRIPTION = "adapter.json"
 FORMAT = "arcflow_jax adapter"
 VERSION = 1
+# Defaults are for recipes: of a trained adapter, what decides its shapes and its sampling has to be there
 NEEDED = {
     "adapter": {"modes", "rank", "alpha", "dropout", "targets"},
     "distillation": {"nfe", "shift", "final_step_ratio"},
@@ -54,15 +58,23 @@ class AdapterDescription:
         an early version until it is resumed. It does not identify the base: the fingerprint does.
     """
 
-    base: str
+    base: SHA256
     adapter: AdapterConfig
     distillation: Distillation
-    guidance: float
-    transformer: dict[str, Any] | None = dataclasses.field(default=None, compare=False)
+    guidance: Guidance
+    transformer: ComponentDescription | None = dataclasses.field(default=None, compare=False)
+
+    @staticmethod
+    def flat(values: dict[str, Any]) -> dict[str, Any]:
+        """The same. Raises UserError if a part lacks what has to be there."""
+        for part, names in NEEDED.items():
+            if missing := sorted(names - schema.nested(values, part).keys()):
+                raise UserError(f"missing {', '.join(f'{part}.{name}' for name in missing)}")
+        return values
 
     def write(self, run: Path) -> None:
         """Writes RUN/adapter.json. Raises OSError."""
-        write_json(run / DESCRIPTION, {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)})
+        write_own(run / DESCRIPTION, self, FORMAT, VERSION)
 
     @classmethod
     def read(cls, run: Path) -> AdapterDescription:
@@ -74,19 +86,7 @@ class AdapterDescription:
         file = run / DESCRIPTION
         if not file.is_file():
             raise UserError(f"{run} holds no adapter: it has no {DESCRIPTION}; arcflow train writes one")
-        values = read_json(file)
-        if (values.get("format"), values.get("version")) != (FORMAT, VERSION):
-            raise UserError(f"{file} is not of {FORMAT} version {VERSION}")
-        description = parse_config(cls, values, str(file))
-        # Defaults are for recipes: of a trained adapter, what decides its shapes and its sampling has to be there
-        for part, names in NEEDED.items():
-            if missing := sorted(names - values[part].keys()):
-                raise UserError(f"{file}, {part}: missing {', '.join(missing)}")
-        if description.transformer is not None:
-            for name, kind in (("class", str), ("config", dict)):
-                if not isinstance(description.transformer.get(name), kind):
-                    raise UserError(f"{file}, transformer: {name} is missing or has the wrong type")
-        return description
+        return read_own(cls, file, FORMAT, VERSION)
 
     def check_base(self, fingerprint: str, run: Path) -> None:
         """Raises UserError if the adapter was trained on another base than the one with this fingerprint."""

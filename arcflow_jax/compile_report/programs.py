@@ -16,7 +16,7 @@ from jax import ShapeDtypeStruct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from arcflow_jax import families
-from arcflow_jax.checkpoints.model_directory import DESCRIPTION, ModelDirectory
+from arcflow_jax.checkpoints.model_directory import DESCRIPTION, ComponentDescription, ModelDescription, ModelDirectory
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import token_grid
 from arcflow_jax.generate import sample_student
@@ -50,10 +50,12 @@ def open_model(path: str | Path) -> ModelDirectory:
     path = Path(path)
     if (path / DESCRIPTION).is_file() or not (path / "model_index.json").is_file():
         return ModelDirectory.open(path)
-    pipeline = read_json(path / "model_index.json").get("_class_name")
-    families.of_pipeline(pipeline, path)
-    components = {name: {"config": read_json(path / name / "config.json")} for name in ("transformer", "vae")}
-    return ModelDirectory(path, {"pipeline": pipeline, "components": components})
+    family = families.of_pipeline(read_json(path / "model_index.json").get("_class_name"), path)
+    components = {
+        name: ComponentDescription(family.networks[name].class_name, read_json(path / name / "config.json"))
+        for name in ("transformer", "vae")
+    }
+    return ModelDirectory(path, ModelDescription(family.pipeline, components, scheduler={}, fingerprint="", files={}))
 
 
 def open_for(recipe: Recipe, mesh: Mesh, batch: int) -> tuple[ModelDirectory, int]:

@@ -10,18 +10,22 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta
 from rich.console import Console
 from rich.table import Table
 
 import arcflow_jax
+from arcflow_jax import schema
 from arcflow_jax.compile_report.chips import GIB, chip
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.parallel.mesh import MESH_AXES
+from arcflow_jax.schema import AxisSize, Batch
 from arcflow_jax.storage.atomic import cannot_write
 from arcflow_jax.storage.files import write_json
 
+Seconds = Annotated[float, Meta(gt=0, le=1e6)]
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server here
@@ -47,8 +51,11 @@ class Case:
     config: str
     overrides: tuple[str, ...]
     topology: str
-    mesh: tuple[int, ...]
-    batch: int
+    mesh: tuple[AxisSize, ...]
+    batch: Batch
+
+    def __post_init__(self):
+        schema.check(self)
 
 
 def report(cases: Sequence[Case], limit: float, out: Path | None) -> list[dict[str, Any]]:
@@ -67,9 +74,10 @@ def report(cases: Sequence[Case], limit: float, out: Path | None) -> list[dict[s
         raise UserError("libtpu, the compiler for TPUs, is not installed: pip install libtpu or arcflow_jax[tpu]")
     for case in cases:
         chip(case.topology)
+    limit = schema.converted(Seconds, limit, "limit")
     ask(cases, limit, compiling=False)
     rows = []
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     for case in cases:
         with console.status(f"compiling {case.program} for {case.topology}"):
             rows.append(row(case, ask([case], limit, compiling=True)))
@@ -100,7 +108,7 @@ def ask(cases: Sequence[Case], limit: float, *, compiling: bool) -> dict[str, An
         return {"status": f"not finished in {limit:.0f} s"}
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        return {"status": "failed", "detail": one_line(RuntimeError(last[0]))}
+        return {"status": "failed", "detail": one_line(last[0])}
     answer = json.loads(done.stdout.strip().splitlines()[-1])
     if "error" in answer:
         raise UserError(answer["error"])
@@ -146,4 +154,4 @@ def table(rows: Sequence[dict[str, Any]]) -> None:
             peak = f"{each['needed'] / GIB:.2f}" if each.get("needed") else ""
             why = each["status"] + (f": {each['detail']}" if each["status"] == "failed" else "")
             grid.add_row(each["topology"], mesh, "", "", peak, capacity, work, "", "", why)
-    Console(width=None if sys.stdout.isatty() else 140).print(grid)
+    Console(width=None if sys.stdout.isatty() else 140, markup=False).print(grid)

@@ -19,16 +19,17 @@ the recipe's is refused, not rounded.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
 
 from arcflow_jax.errors import UserError
+from arcflow_jax.schema import SHA256, Count, Precision
 from arcflow_jax.storage.atomic import whole_file
-from arcflow_jax.storage.files import read_json
+from arcflow_jax.storage.files import read_own
 from arcflow_jax.storage.safetensors import FileTensor, read_header
 
 DESCRIPTION = "embeddings.json"
@@ -50,14 +51,30 @@ def write_shard(path: Path, arrays: dict[str, np.ndarray]) -> None:
         aside.write_bytes(save(arrays))  # safetensors' save_file has an error of its own for a full disk
 
 
-def read_description(folder: Path) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class CacheDescription:
+    """The content of embeddings.json.
+
+    Attributes:
+      encoders: fingerprint of encoders and tokenizers.
+      dtype: of the embeddings.
+      prompts: their number.
+      shard: the number of prompts of a shard.
+      list: SHA-256 of the list of prompts.
+    """
+
+    encoders: SHA256
+    dtype: Precision
+    prompts: Count
+    shard: Count
+    list: SHA256
+
+
+def read_description(folder: Path) -> CacheDescription:
     """The content of embeddings.json. Raises UserError if there is no finished cache of this version."""
     if not (folder / DESCRIPTION).is_file():
         raise UserError(f"{folder} holds no embeddings: it has no {DESCRIPTION}; arcflow embed-prompts writes one")
-    description = read_json(folder / DESCRIPTION)
-    if (description.get("format"), description.get("version")) != (FORMAT, VERSION):
-        raise UserError(f"{folder / DESCRIPTION} is not of {FORMAT} version {VERSION}")
-    return description
+    return read_own(CacheDescription, folder / DESCRIPTION, FORMAT, VERSION)
 
 
 def read_shard(path: Path) -> tuple[dict[str, FileTensor | np.ndarray], list[str]]:
@@ -66,5 +83,13 @@ def read_shard(path: Path) -> tuple[dict[str, FileTensor | np.ndarray], list[str
     if missing := sorted(set(OWN) - tensors.keys()):
         raise UserError(f"{path} is not a shard of embeddings: it lacks {', '.join(missing)}")
     text, ends = (np.asarray(tensors.pop(name)) for name in ("prompts", "prompt_ends"))
-    texts = [text[first:last].tobytes().decode() for first, last in itertools.pairwise([0, *ends])]
+    if text.dtype != np.uint8 or ends.dtype != np.int64 or (text.ndim, ends.ndim) != (1, 1):
+        raise UserError(f"{path} is damaged: its prompts have another dtype or shape than those of a shard")
+    bounds = [0, *ends.tolist()]
+    if sorted(bounds) != bounds or bounds[-1] != len(text) or {x.shape[:1] for x in tensors.values()} != {ends.shape}:
+        raise UserError(f"{path} is damaged: its arrays are not of the same number of prompts")
+    try:
+        texts = [text[first:last].tobytes().decode() for first, last in itertools.pairwise(bounds)]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: a prompt is not text in UTF-8: {error.reason}") from None
     return tensors | {"cut": np.asarray(tensors["cut"])}, texts

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.storage.atomic import cannot_write, whole_file
+from arcflow_jax.storage.files import file_size
+from arcflow_jax.storage.safetensors import read_header
 
 
 def save_image(image: Image.Image, path: Path) -> None:
@@ -82,14 +82,19 @@ def labelled_sheet(columns: Mapping[str, Sequence[Image.Image]], rows: Sequence[
 
 def read_latents(path: Path) -> np.ndarray:
     """The array in a .npy file, or the only tensor in a .safetensors file. Raises UserError if there is not one."""
-    if path.suffix not in (".npy", ".safetensors"):
+    if path.suffix == ".npy":
+        file_size(path)
+        try:
+            # A memory map of a file that is shorter than its header says is refused before memory is allocated
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if isinstance(array, np.ndarray):
+                return np.array(array)
+        except Exception as error:  # NumPy evaluates the header, and raises whatever that raises
+            raise UserError(f"cannot read latents from {path}: {one_line(error)}") from None
+        raise UserError(f"latents {path}: the file is not a .npy file")
+    if path.suffix != ".safetensors":
         raise UserError(f"latents {path}: the file has to be .safetensors or .npy")
-    try:
-        if path.suffix == ".npy":
-            return np.load(path, allow_pickle=False)
-        tensors = load_file(path)
-    except (OSError, ValueError, EOFError, SafetensorError) as error:
-        raise UserError(f"cannot read latents from {path}: {one_line(error)}") from None
+    tensors = read_header(path)
     if len(tensors) != 1:
         raise UserError(f"latents {path}: the file has to hold one tensor, not {len(tensors)}")
-    return next(iter(tensors.values()))
+    return np.asarray(next(iter(tensors.values())))

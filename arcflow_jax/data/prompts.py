@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from arcflow_jax import schema
 from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.storage.files import file_size, json_records, read_lines
 from arcflow_jax.storage.hub import PREFIX, is_repository, not_found
 
 # Sets known by name, which few-step generators are compared on, where the authors of pi-Flow and ArcFlow read them
@@ -140,13 +141,11 @@ def read_file(path: Path, field: str) -> Iterator[Row]:
 
 def read_text(path: Path, field: str) -> Iterator[Row]:
     """One prompt per line."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
-            try:
-                yield Row(line.decode("utf-8-sig"), None, where)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where} is not text in UTF-8: {error.reason}") from None
+    for where, line in read_lines(path):
+        try:
+            yield Row(line.decode(), None, where)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where} is not text in UTF-8: {error.reason}") from None
 
 
 def read_json_lines(path: Path, field: str) -> Iterator[Row]:
@@ -155,32 +154,12 @@ def read_json_lines(path: Path, field: str) -> Iterator[Row]:
         yield Row(text_of(where, record, field), size_of(where, record), where)
 
 
-def json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """File and line, and the JSON object, of each line of a file; blank lines are skipped."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(line)
-            except ValueError as error:  # from JSON or from UTF-8
-                raise UserError(f"{where} is not valid JSON: {one_line(error)}") from None
-            if not isinstance(record, dict):
-                raise UserError(f"{where} is not a JSON object")
-            yield where, record
-
-
 def text_of(where: str, record: dict[str, Any], field: str) -> str | None:
     """A text field of a JSON object. Raises UserError, naming `where`, if it is missing or not a text."""
     check_field(where, "field", field, record)
     value = record[field]
     if not isinstance(value, str | None):
-        raise UserError(f"{where}: {field} is not a text but {one_line(value)}")
-    try:
-        (value or "").encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: {field} has half a surrogate pair, which is not a character") from None
+        raise UserError(f"{where}: {field} is not a text but {schema.shown(value)}")
     return value
 
 
@@ -193,13 +172,13 @@ def size_of(where: str, record: dict[str, Any]) -> tuple[int, int] | None:
     for name, other, value in zip(SIZE, SIZE[::-1], values, strict=True):
         if value is None:
             raise UserError(f"{where} has a {other} but no {name}: a prompt has both or neither")
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{where}: {name} is {one_line(repr(value))}, but has to be a whole number above 0")
+        schema.converted(schema.Pixels, value, f"{where}: {name}")
     return tuple(values)
 
 
 def read_parquet(path: Path, field: str) -> Iterator[Row]:
     """The columns that are needed, a part of the file at a time."""
+    file_size(path)
     pa, parquet = library("pyarrow", "Parquet files"), library("pyarrow.parquet", "Parquet files")
     try:
         with parquet.ParquetFile(path) as file:

@@ -7,13 +7,16 @@ The ids are the same as in diffusers' pipelines: cut and padded at the end to a 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from msgspec import Meta
 
+from arcflow_jax import schema
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.storage.files import read_json
 
@@ -44,6 +47,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """The part of a tokenizer_config.json that is read here. Tokenizers without a maximum have 1e30."""
+
+    model_max_length: Annotated[float, Meta(ge=1, le=1e31)] = 1e30
+
+
 def tokenizer_class(name: Any) -> Any:
     """A tokenizer class of transformers by its name; `AutoTokenizer`, which imports far more (PyTorch, if there is
     one), for a name that is none."""
@@ -56,7 +66,8 @@ def tokenizer_class(name: Any) -> Any:
 
 def max_length(folder: Path, most: int) -> int:
     """`token_length` of the tokenizer in a folder, from its config alone. Raises UserError if that is missing."""
-    return int(min(read_json(folder / "tokenizer_config.json").get("model_max_length", most), most))
+    file = folder / "tokenizer_config.json"
+    return int(min(schema.parse(TokenizerConfig, read_json(file), file).model_max_length, most))
 
 
 def token_length(tokenizer: PreTrainedTokenizerBase, most: int = 512) -> int:

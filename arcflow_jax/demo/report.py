@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -15,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from arcflow_jax.demo.evaluate import Results
 from arcflow_jax.demo.world import Caption
+from arcflow_jax.training.log import read_losses
 
 LABELS = {
     "teacher_50": "teacher, 50 steps",
@@ -81,12 +81,6 @@ def wrap(text: str, width: int) -> str:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
     return "\n".join(lines)
-
-
-def read_losses(path: Path) -> list[tuple[int, float]]:
-    """(training step, loss) of each logged step, except skipped steps, which have no finite loss."""
-    lines = (json.loads(line) for line in path.read_text().splitlines())
-    return [(line["step"], line["loss"]) for line in lines if line["loss"] is not None]
 
 
 def curves(losses: dict[str, list[tuple[int, float]]], width: int = 640, height: int = 220) -> str:

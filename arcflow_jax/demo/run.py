@@ -44,7 +44,7 @@ def convert(source: Path, out: Path) -> ModelDirectory:
     with tempfile.TemporaryDirectory() as aside:
         expected = ModelDirectory.open(convert_model(source, Path(aside) / "teacher"))
     present = ModelDirectory.open(out)
-    if present.description["components"] != expected.description["components"]:
+    if present.description.components != expected.description.components:
         raise UserError(
             f"{out} was not converted from the bundled {source.name}: choose another --out, or remove {out.parent}"
         )
@@ -62,7 +62,7 @@ def demo(out: Path, teacher: str = "tiny-flux") -> dict[str, object]:
     Raises:
       UserError: if `out` cannot be written, or contains the demo of another teacher.
     """
-    console = Console()
+    console = Console(markup=False)
     make_directory(out)
     base = convert(ASSETS / teacher, out / "teacher")
     console.print(f"converted the bundled PyTorch teacher {teacher} to {out / 'teacher'}")

@@ -24,12 +24,14 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from arcflow_jax import schema
 from arcflow_jax.data.output import contact_sheet, save_image
-from arcflow_jax.data.prompts import json_records, read_prompts, text_of
+from arcflow_jax.data.prompts import read_prompts, text_of
 from arcflow_jax.errors import UserError
 from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.schema import Batch
 from arcflow_jax.storage.atomic import cannot_write, make_directory, whole_directory
-from arcflow_jax.storage.files import digest, read_json, write_json
+from arcflow_jax.storage.files import digest, json_records, read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +141,7 @@ def export(
     Raises:
       UserError: on bad input, if `out` contains other images, or images cannot be written.
     """
-    layout = LAYOUTS[benchmark]
+    layout, images = LAYOUTS[benchmark], schema.converted(Batch, images, "images")
     made_with = pipeline.described(**settings)
     if benchmark == "dpg-bench" and (images != 4 or made_with["height"] != made_with["width"]):
         raise UserError("DPG-Bench's scorer reads four square images per prompt")

@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from arcflow_jax import schema
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.student_formats import open_student
 from arcflow_jax.checkpoints.training import AdapterDescription, checksum
@@ -34,6 +35,7 @@ from arcflow_jax.generate import TEACHER_STEPS, default_dtype, memory_watched, s
 from arcflow_jax.networks.conditioning import Conditioning, Guided
 from arcflow_jax.networks.student import split_model
 from arcflow_jax.parallel.mesh import parse_mesh, partition_spec, sharded, state_shardings
+from arcflow_jax.schema import NFE, Batch, Guidance, Pixels, Seed
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
@@ -86,14 +88,17 @@ class ComparisonSettings:
       height, width: in pixels; by default the model's own.
     """
 
-    steps: int | None = None
-    teacher_steps: int = TEACHER_STEPS
-    seed: int = 0
-    guidance: float | None = None
+    steps: NFE | None = None
+    teacher_steps: NFE = TEACHER_STEPS
+    seed: Seed = 0
+    guidance: Guidance | None = None
     negative_prompt: str | None = None
     norm_preserving: bool = False
-    height: int | None = None
-    width: int | None = None
+    height: Pixels | None = None
+    width: Pixels | None = None
+
+    def __post_init__(self):
+        schema.check(self)
 
     def resolved(self, student: AdapterDescription, vae: Any, cfg_guidance: float) -> ComparisonSettings:
         """Fills in every None; `vae` is the VAE's config. Raises UserError on settings that make no sense."""
@@ -109,9 +114,6 @@ class ComparisonSettings:
             height=self.height or vae.sample_size,
             width=self.width or vae.sample_size,
         )
-        for name in ("steps", "teacher_steps"):
-            if getattr(settings, name) < 1:
-                raise UserError(f"{name} is {getattr(settings, name)}, but must be at least 1")
         if settings.norm_preserving and settings.negative_prompt is None:
             raise UserError("norm_preserving needs classifier-free guidance: give a negative_prompt too")
         if None in (settings.height, settings.width):
@@ -151,8 +153,8 @@ class Comparison:
     ):
         directory, self.mesh = ModelDirectory.open(model), parse_mesh(mesh)
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        self.batch_size = shards if batch_size is None else batch_size
-        if self.batch_size < 1 or self.batch_size % shards:
+        self.batch_size = shards if batch_size is None else schema.converted(Batch, batch_size, "batch_size")
+        if self.batch_size % shards:
             raise UserError(f"batch_size is {batch_size}, but must be a positive multiple of data × fsdp = {shards}")
         student, restore = open_student(adapter, directory)
         vae = directory.config("vae")

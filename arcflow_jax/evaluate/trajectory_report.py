@@ -31,7 +31,7 @@ from arcflow_jax.evaluate.comparison import Comparison
 from arcflow_jax.evaluate.trajectory import Grid
 from arcflow_jax.evaluate.trajectory_plot import plot
 from arcflow_jax.storage.atomic import cannot_write, make_directory
-from arcflow_jax.storage.files import digest, read_json, write_json
+from arcflow_jax.storage.files import digest, parse_json, read_json, read_lines, write_json
 
 REPORT, PARTIAL, PLOT = "trajectory.json", "trajectory.partial.jsonl", "trajectory.png"
 FORMAT = "arcflow_jax trajectory report"
@@ -113,7 +113,7 @@ def read_partial(path: Path, identity: dict[str, Any]) -> Tally:
       OSError: if it cannot be written.
     """
     tally = Tally()
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    lines = [line for _, line in read_lines(path)] if path.exists() else []
     if lines and not lines[-1].endswith(b"\n"):
         with path.open("r+b") as file:
             file.truncate(sum(map(len, lines[:-1])))
@@ -122,8 +122,8 @@ def read_partial(path: Path, identity: dict[str, Any]) -> Tally:
         header = {"format": FORMAT, "version": VERSION, "identity": identity}
         path.write_text(json.dumps(header) + "\n")
         return tally
+    header, *batches = (parse_json(line, f"{path}, line {i}") for i, line in enumerate(lines, 1))
     try:
-        header, *batches = map(json.loads, lines)
         check_identity(path, header, identity)
         for batch in batches:
             tally.add(Tally.from_json(batch))
@@ -249,7 +249,7 @@ def statistics(values: Sequence[float]) -> dict[str, Any]:
 
 def show(report: dict[str, Any]) -> None:
     """Prints the figures as tables."""
-    console, identity = Console(), report["identity"]
+    console, identity = Console(markup=False), report["identity"]
     endpoints = Table("endpoint error", "mean", "± standard error", "median")
     for name in ("student", "teacher"):
         figure = report["endpoint"][name]

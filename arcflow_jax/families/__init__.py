@@ -7,7 +7,7 @@ Only this room, the networks and convert's tables know a family by name. `family
 
 from __future__ import annotations
 
-from arcflow_jax.errors import UserError
+from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.families import flux, qwen_image
 from arcflow_jax.families.family import Family, Network
 
@@ -26,7 +26,7 @@ for _family in (flux.FAMILY, qwen_image.FAMILY):
 def of_pipeline(pipeline: object, where: object) -> Family:
     """The family of a diffusers pipeline class. Raises UserError, which begins with `where`, if there is none."""
     if not isinstance(pipeline, str) or pipeline not in _FAMILIES:
-        raise UserError(f"{where} is a {pipeline}, supported are {', '.join(_FAMILIES)}")
+        raise UserError(f"{where} is a {one_line(pipeline)}, supported are {', '.join(_FAMILIES)}")
     return _FAMILIES[pipeline]
 
 
@@ -34,7 +34,7 @@ def of_transformer(class_name: object, where: object) -> Family:
     """The family whose transformer has this class. Raises UserError, which begins with `where`, if there is none."""
     known = {family.networks["transformer"].class_name: family for family in _FAMILIES.values()}
     if not isinstance(class_name, str) or class_name not in known:
-        raise UserError(f"{where} has the transformer {class_name}, supported are {', '.join(known)}")
+        raise UserError(f"{where} has the transformer {one_line(class_name)}, supported are {', '.join(known)}")
     return known[class_name]
 
 

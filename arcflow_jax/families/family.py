@@ -20,7 +20,7 @@ class Network:
 
     Attributes:
       class_name: its class in `model_index.json`.
-      config: the dataclass of its config.json (see `files.parse_config`).
+      config: the dataclass of its config.json (see `schema.parse`).
       build: makes the network from (config, dtype, rngs).
       table: the rules of its checkpoints (see `convert.rules`).
       original: makes, from a config, the rules of the layout of the model's authors, if that is another.

@@ -18,15 +18,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from arcflow_jax.errors import UserError
+from arcflow_jax import schema
 from arcflow_jax.flow.curve import Curve, Span
 from arcflow_jax.flow.schedule import boundaries, sigma_of
+from arcflow_jax.schema import NFE, Count, Ratio, Share, Shift, Size, States, TrainingSteps, Weight
 
 Params = TypeVar("Params")
 # (trainable parameters, states [B, N, D], σ [B], dropout key) -> curve
@@ -59,34 +60,22 @@ class Distillation:
       negative_prompt: the negative prompt of "cfg".
     """
 
-    nfe: int = 2
-    shift: float = 3.2
-    final_step_ratio: float = 1.0
-    states: int = 4
-    window: int = 3
-    substeps: int = 128
-    mode_dropout: float = 0.1
-    decay: int = 2000
-    loss_scale: float = 30.0
-    state_weight: float = 0.0
-    data_weight: float = 0.0
-    teacher_guidance: str = "embedded"
+    nfe: NFE = 2
+    shift: Shift = 3.2
+    final_step_ratio: Ratio = 1.0
+    states: States = 4
+    window: Size = 3
+    substeps: Count = 128
+    mode_dropout: Share = 0.1
+    decay: TrainingSteps = 2000
+    loss_scale: Weight = 30.0
+    state_weight: Weight = 0.0
+    data_weight: Weight = 0.0
+    teacher_guidance: Literal["embedded", "cfg"] = "embedded"
     negative_prompt: str = ""
 
     def __post_init__(self):
-        for name in ("nfe", "states", "substeps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, but has to be at least 1")
-        for name in ("shift", "final_step_ratio"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} is {getattr(self, name)}, but has to be above 0")
-        if not 0 <= self.mode_dropout < 1:
-            raise UserError(f"mode_dropout is {self.mode_dropout}, but has to be at least 0 and below 1")
-        for name in ("state_weight", "data_weight"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}, but has to be at least 0")
-        if self.teacher_guidance not in ("embedded", "cfg"):
-            raise UserError(f"teacher_guidance is {self.teacher_guidance!r}, but has to be 'embedded' or 'cfg'")
+        schema.check(self)
 
     def window_length(self, length: jax.Array) -> jax.Array:
         """The length of the window in a segment of length `length`, in whole substeps that divide the segment."""

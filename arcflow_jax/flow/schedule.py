@@ -6,11 +6,19 @@ and Euler steps divide t evenly; the timestep shift (3.2 for ArcFlow's FLUX.1 an
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from msgspec import Meta
+
+from arcflow_jax.errors import UserError
+from arcflow_jax.schema import Count, Share, Shift
+
+MOST_LOG_SHIFT = 10
+LogShift = Annotated[float, Meta(ge=-MOST_LOG_SHIFT, le=MOST_LOG_SHIFT)]
 
 
 def sigma_of(t: jax.Array, shift: jax.Array | float) -> jax.Array:
@@ -44,14 +52,54 @@ def euler_grid(steps: int, shift: jax.Array | float, terminal: jax.Array | float
     return jnp.append(1 - (1 - grid[:-1]) * (1 - terminal) / (1 - grid[-2]), 0.0)
 
 
-def scheduler_shift(config: dict[str, Any], tokens: int) -> float:
-    """The timestep shift of a diffusers FlowMatchEulerDiscreteScheduler for an image of this many tokens.
+@dataclasses.dataclass(frozen=True)
+class Scheduler:
+    """A diffusers FlowMatchEulerDiscreteScheduler, with the names and defaults of its scheduler_config.json.
 
-    With dynamic shifting it is e^μ, where μ is linear in the number of tokens (diffusers' `calculate_shift`).
-    Otherwise it is a constant.
+    Attributes:
+      shift: the timestep shift.
+      use_dynamic_shifting: whether the shift depends on the size of the image instead, see `shift_for`.
+      base_shift, max_shift: its logarithm at the numbers of tokens `base_image_seq_len` and `max_image_seq_len`.
+      shift_terminal: see `euler_grid`; 0 is none.
     """
-    if not config.get("use_dynamic_shifting", False):
-        return float(config.get("shift", 1.0))
-    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return math.exp(base + (most - base) * (tokens - low) / (high - low))
+
+    shift: Shift = 1.0
+    use_dynamic_shifting: bool = False
+    base_shift: LogShift = 0.5
+    max_shift: LogShift = 1.15
+    base_image_seq_len: Count = 256
+    max_image_seq_len: Count = 4096
+    shift_terminal: Share | None = None
+
+    REQUIRED: ClassVar[dict[str, Any]] = {
+        "time_shift_type": "exponential",
+        "invert_sigmas": False,
+        "stochastic_sampling": False,
+        "use_karras_sigmas": False,
+        "use_exponential_sigmas": False,
+        "use_beta_sigmas": False,
+    }
+
+    def __post_init__(self):
+        if self.base_image_seq_len >= self.max_image_seq_len:
+            raise UserError(
+                f"max_image_seq_len is {self.max_image_seq_len}, but has to be above base_image_seq_len, "
+                f"{self.base_image_seq_len}"
+            )
+
+    def shift_for(self, tokens: int) -> float:
+        """The timestep shift for an image of this many tokens.
+
+        With dynamic shifting it is e^μ, where μ is linear in the number of tokens (diffusers' `calculate_shift`).
+        Otherwise it is a constant.
+
+        Raises:
+          UserError: if μ is absurd, because the image has far more or fewer tokens than the scheduler is made for.
+        """
+        if not self.use_dynamic_shifting:
+            return self.shift
+        low, high = self.base_image_seq_len, self.max_image_seq_len
+        log = self.base_shift + (self.max_shift - self.base_shift) * (tokens - low) / (high - low)
+        if abs(log) > MOST_LOG_SHIFT:
+            raise UserError(f"the scheduler's timestep shift is e^{log:.3g} for an image of {tokens} tokens")
+        return math.exp(log)

@@ -41,21 +41,22 @@ from arcflow_jax.networks.transformer import (
     sinusoid,
 )
 from arcflow_jax.parallel.mesh import constrain
+from arcflow_jax.schema import Layers, Width, Widths
 
 
 @dataclasses.dataclass(frozen=True)
 class FluxConfig:
     """The model config of a FLUX.1 transformer, with the names of its config.json."""
 
-    in_channels: int
-    num_layers: int
-    num_single_layers: int
-    attention_head_dim: int
-    num_attention_heads: int
-    joint_attention_dim: int
-    pooled_projection_dim: int
+    in_channels: Width
+    num_layers: Layers
+    num_single_layers: Layers
+    attention_head_dim: Width
+    num_attention_heads: Width
+    joint_attention_dim: Width
+    pooled_projection_dim: Width
     guidance_embeds: bool
-    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    axes_dims_rope: Widths = (16, 56, 56)
 
     REQUIRED: ClassVar[dict[str, Any]] = {"patch_size": 1, "out_channels": None}
 

@@ -38,18 +38,19 @@ from arcflow_jax.networks.transformer import (
     sinusoid,
 )
 from arcflow_jax.parallel.mesh import constrain
+from arcflow_jax.schema import Layers, Width, Widths
 
 
 @dataclasses.dataclass(frozen=True)
 class QwenImageConfig:
     """The model config of a Qwen-Image transformer, with the names of its config.json."""
 
-    in_channels: int
-    num_layers: int
-    attention_head_dim: int
-    num_attention_heads: int
-    joint_attention_dim: int
-    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    in_channels: Width
+    num_layers: Layers
+    attention_head_dim: Width
+    num_attention_heads: Width
+    joint_attention_dim: Width
+    axes_dims_rope: Widths = (16, 56, 56)
 
     REQUIRED: ClassVar[dict[str, Any]] = {
         "patch_size": 2,

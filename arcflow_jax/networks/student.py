@@ -5,18 +5,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from arcflow_jax.errors import UserError
+from arcflow_jax import schema
 from arcflow_jax.flow.curve import Curve
 from arcflow_jax.networks.conditioning import Conditioning, Guided
 from arcflow_jax.networks.head import CurveHead, LegendreHead, MomentumHead, OutputLayer
 from arcflow_jax.networks.layers import STUDENT, TEACHER, Adapter, Base, Mode
 from arcflow_jax.networks.lora import attach_lora, linear_layers, merge_lora
+from arcflow_jax.schema import Modes, Momentum, Rank, Scale, Share
 
 
 class BackboneConfig(Protocol):
@@ -57,23 +58,18 @@ class AdapterConfig:
       initial_momenta: the first and last of the K − 1 log-spaced initial momenta e^g of a mixture.
     """
 
-    modes: int = 16
-    rank: int = 256
-    alpha: float | None = None
-    dropout: float = 0.05
+    modes: Modes = 16
+    rank: Rank = 256
+    alpha: Scale | None = None
+    dropout: Share = 0.05
     targets: tuple[str, ...] | None = None
-    basis: str = "momentum"
-    initial_momenta: tuple[float, float] = (0.2, 4.0)
+    basis: Literal["momentum", "legendre"] = "momentum"
+    initial_momenta: tuple[Momentum, Momentum] = (0.2, 4.0)
 
     def __post_init__(self):
+        schema.check(self)
         if self.alpha is None:
             object.__setattr__(self, "alpha", float(self.rank))
-        if self.modes < 1:
-            raise UserError(f"modes is {self.modes}, but has to be at least 1")
-        if self.basis not in ("momentum", "legendre"):
-            raise UserError(f"basis is {self.basis!r}, but has to be 'momentum' or 'legendre'")
-        if len(self.initial_momenta) != 2 or min(self.initial_momenta) <= 0:
-            raise UserError(f"initial_momenta is {self.initial_momenta}, but has to be two numbers above 0")
 
     def with_targets(self, published: tuple[str, ...]) -> AdapterConfig:
         """The same with a family's published targets where none are given."""

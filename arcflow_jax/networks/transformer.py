@@ -31,6 +31,8 @@ def check_rope(axes_dims_rope: tuple[int, ...], attention_head_dim: int) -> None
             f"axes_dims_rope {tuple(axes_dims_rope)} adds up to {sum(axes_dims_rope)}, "
             f"but has to add up to attention_head_dim, {attention_head_dim}"
         )
+    if any(features % 2 for features in axes_dims_rope):
+        raise UserError(f"axes_dims_rope is {tuple(axes_dims_rope)}, but its numbers have to be even")
 
 
 def sinusoid(value: jax.Array, width: int) -> jax.Array:

@@ -46,10 +46,10 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device] | None = None)
     """
     devices = jax.devices() if devices is None else devices
     sizes = list(sizes)
-    if sizes.count(-1) == 1:
-        sizes[sizes.index(-1)] = max(1, len(devices) // math.prod(size for size in sizes if size != -1))
-    if min(sizes) < 1:
+    if min(sizes) < -1 or 0 in sizes or sizes.count(-1) > 1:
         raise UserError(f"mesh {named(sizes)}: a size has to be at least 1, and only one may be -1")
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = max(1, len(devices) // math.prod(size for size in sizes if size != -1))
     if (wanted := math.prod(sizes)) != len(devices):
         raise UserError(
             f"mesh {named(sizes)} needs {count(wanted)}, but {count(len(devices), ' is', ' are')} visible; "
@@ -106,7 +106,7 @@ def mesh_sizes(text: str) -> tuple[int, ...]:
     sizes = dict.fromkeys(MESH_AXES, 1)
     for part in filter(None, text.split(",")):
         name, _, size = part.partition("=")
-        if name not in sizes or not re.fullmatch(r"-1|[1-9]\d*", size):
+        if name not in sizes or not re.fullmatch(r"-1|[1-9]\d{0,8}", size):
             raise UserError(f"mesh {text!r}: {part!r} is not AXIS=SIZE, where AXIS is one of {', '.join(MESH_AXES)}")
         sizes[name] = int(size)
     return tuple(sizes.values())

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from arcflow_jax import schema
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.parallel.mesh import batched, replicated
 
@@ -43,6 +44,7 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
         raise UserError(f"--coordinator is {coordinator!r}, but has to be HOST:PORT")
+    schema.converted(schema.Count, processes, "--processes")
     if not 0 <= process < processes:
         raise UserError(f"--process-id is {process}, but of {processes} processes it has to be 0 to {processes - 1}")
     try:

@@ -1,33 +1,136 @@
-"""JSON files, digests, and config dataclasses read from a config.json."""
+"""JSON files, read within limits, and digests."""
 
 from __future__ import annotations
 
-import dataclasses
+import codecs
+import contextlib
 import hashlib
 import json
-import types
-import typing
-from collections.abc import Iterable
-from pathlib import Path
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+import msgspec
+
+from arcflow_jax import schema
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.storage.atomic import whole_file
 
 T = TypeVar("T")
 
+SMALL = 16 * 2**20  # bytes of a JSON file; the index of a model's shards has less than one million
+LINE = 2**20  # bytes of a line
+DEPTH = 64  # objects and lists inside one another
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError if the file is missing or is not a JSON object."""
+
+def file_size(path: Path, most: int | None = None) -> int:
+    """The bytes of a regular file, which can be opened without waiting, as a pipe cannot.
+
+    Raises:
+      UserError: if there is no such file, it is a folder, a pipe or a device, or has more than `most` bytes.
+    """
     try:
-        value = json.loads(path.read_text())
+        found = path.stat()
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"cannot read {path}: {one_line(getattr(error, 'strerror', None) or error)}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path} is not a regular file")
+    if most is not None and found.st_size > most:
+        raise UserError(f"{path} has {found.st_size} bytes, but at most {most} are read of such a file")
+    return found.st_size
+
+
+def is_inside(name: str) -> bool:
+    """Whether a path that a file names lies in that file's folder, or below."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and name.isprintable()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      UserError: if the file is missing, cannot be read, has more than `SMALL` bytes, or is not a JSON object.
+    """
+    file_size(path, SMALL)
+    with cannot_read(path):
+        data = path.read_bytes()
+    return parse_json(data, path)
+
+
+def parse_json(data: bytes | str, where: object) -> dict[str, Any]:
+    """The object in a JSON text. Raises UserError, which begins with `where`, if it is none, or too deep."""
+    try:
+        value = msgspec.json.decode(data.removeprefix(codecs.BOM_UTF8) if isinstance(data, bytes) else data)
+    except RecursionError:
+        raise UserError(f"{where} has more than {DEPTH} objects inside one another") from None
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise UserError(f"{where} is not valid JSON: {one_line(error)}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object")
+        raise UserError(f"{where} does not hold a JSON object")
+    level: list[Any] = [value]
+    for _ in range(DEPTH):
+        level = [x for each in level for x in (each.values() if isinstance(each, dict) else each) if is_nested(x)]
+    if level:
+        raise UserError(f"{where} has more than {DEPTH} objects inside one another")
     return value
+
+
+def is_nested(value: Any) -> bool:
+    """Whether a JSON value holds others."""
+    return isinstance(value, dict | list)
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """File and line, for errors, and the text of each line of a file.
+
+    Raises:
+      UserError: if the file is missing or cannot be read, or a line has more than `LINE` bytes.
+    """
+    file_size(path)
+    with cannot_read(path), path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(LINE + 1), b""), 1):
+            where = f"{path}, line {number}"
+            if len(line) > LINE:
+                raise UserError(f"{where} has more than {LINE} bytes")
+            yield where, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+
+
+def json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """File and line, and the JSON object, of each line of a file; blank lines are skipped. Raises UserError."""
+    for where, line in read_lines(path):
+        if line.strip():
+            yield where, parse_json(line, where)
+
+
+@contextlib.contextmanager
+def cannot_read(path: Path) -> Iterator[None]:
+    """Inside the `with` block, an OSError becomes a UserError that names what could not be read."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or one_line(error)}") from error
+
+
+def read_own(cls: type[T], path: Path, name: str, version: int) -> T:
+    """A `cls` from a JSON file of ours, which has the name and version of its format.
+
+    Raises:
+      UserError: if the file is missing, is not of this format and version, or does not fit `cls`.
+    """
+    values = read_json(path)
+    if (found := (values.pop("format", None), values.pop("version", None))) != (name, version):
+        other = f"version {schema.shown(found[1])}" if found[0] == name else schema.shown(found[0])
+        raise UserError(f"{path} is not of {name} version {version}, but of {other}")
+    return schema.parse(cls, values, path, own=True)
+
+
+def write_own(path: Path, value: Any, name: str, version: int) -> None:
+    """Writes a dataclass to a JSON file of ours, see `read_own`. Raises OSError."""
+    write_json(path, {"format": name, "version": version, **schema.unparse(value)})
 
 
 def write_json(path: Path, value: dict[str, Any] | list[Any]) -> None:
@@ -45,72 +148,3 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def parse_config(cls: type[T], config: Any, where: str) -> T:
-    """A `cls`, a dataclass, filled from those keys of `config` that are its fields. Other keys are ignored.
-
-    A field that is a dataclass itself is filled from a nested object. A dataclass may list in `REQUIRED`, name → value,
-    the settings that its network has built in: a checkpoint with another value is of another architecture, and is
-    refused instead of computed wrongly. It may have a function `flat` that moves nested settings of a config.json to
-    the top level.
-
-    Raises:
-      UserError: naming `where`, if `config` is not a dict, a field without a default is absent or has the wrong type,
-        or a `REQUIRED` setting differs.
-    """
-    if not isinstance(config, dict):
-        raise UserError(f"{where} is {one_line(config)}, but has to be a JSON object")
-    config = getattr(cls, "flat", dict)(config)
-    for name, value in getattr(cls, "REQUIRED", {}).items():
-        if name in config and config[name] != value:
-            raise UserError(f"{where}: {name} is {config[name]!r}, only {value!r} is supported")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    optional = {
-        name
-        for name, field in fields.items()
-        if field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-    }
-    values = {name: config[name] for name in fields if config.get(name) is not None}
-    if missing := sorted(fields.keys() - optional - values.keys()):
-        raise UserError(f"{where}: missing {', '.join(missing)}")
-    hints = typing.get_type_hints(cls)
-    for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]):
-            values[name] = parse_config(hints[name], value, f"{where}, {name}")
-        elif not fits(value, hints[name]):
-            raise UserError(f"{where}: {name} is {one_line(repr(value))}, but has to be {describe(hints[name])}")
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value has the type of a field: bool, int, float, str, tuples and unions of them, or Any."""
-    parts = typing.get_args(hint)
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return any(fits(value, part) for part in parts)
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple):
-            return False
-        if parts[-1] is Ellipsis:
-            parts = parts[:1] * len(value)
-        return len(parts) == len(value) and all(map(fits, value, parts))
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    if typing.get_origin(hint) is typing.Literal:
-        return value in parts
-    kind = typing.get_origin(hint) or hint
-    return kind is Any or isinstance(value, kind)
-
-
-def describe(hint: Any) -> str:
-    """A field's type, in an error message."""
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    parts = typing.get_args(hint)
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return " or ".join(describe(part) for part in parts if part is not type(None))
-    if typing.get_origin(hint) is tuple:
-        count = "" if parts[-1] is Ellipsis else f" of {len(parts)}"
-        return f"a list{count}, each {describe(parts[0])}"
-    if typing.get_origin(hint) is typing.Literal:
-        return " or ".join(map(repr, parts))
-    return names.get(hint, "a JSON object" if typing.get_origin(hint) is dict else str(hint))

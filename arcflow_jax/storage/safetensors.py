@@ -7,7 +7,6 @@ Pickled weights are refused.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,16 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from arcflow_jax.errors import UserError, first_few
-from arcflow_jax.storage.files import read_json
+from arcflow_jax import schema
+from arcflow_jax.errors import UserError, first_few, one_line
+from arcflow_jax.storage.files import cannot_read, file_size, is_inside, parse_json, read_json
 
 STEMS = ("diffusion_pytorch_model", "model")  # file names of diffusers and of transformers
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 NO_PICKLES = (
     "unpickling runs any code that a file contains, so only safetensors are read; save the model as safetensors first"
 )
+HEADER = 100_000_000  # bytes, as in the safetensors library
 DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -78,21 +79,22 @@ def read_header(path: Path) -> dict[str, FileTensor]:
     Raises:
       UserError: if the file is missing, truncated or corrupt, or has a dtype that is not in `DTYPES`.
     """
+    file_size(path)
     try:
-        with safe_open(path, "np"):  # checks lengths, offsets and JSON
+        with safe_open(path, "np"):  # checks lengths, offsets and JSON, and refuses a header of more than 100 MB
             pass
-        with path.open("rb") as file:
+        with cannot_read(path), path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length), path)
     except SafetensorError as error:
-        raise UserError(f"{path} is truncated or corrupt: {cut_short(path) or error}") from None
+        raise UserError(f"{path} is truncated or corrupt: {cut_short(path) or one_line(error)}") from None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot read {path}: {error.strerror or one_line(error)}") from None
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            raise UserError(f"{path}: {name} has dtype {entry['dtype']}, which is not supported")
+            raise UserError(f"{path}: {one_line(name)} has dtype {entry['dtype']}, which is not supported")
         offset = 8 + length + entry["data_offsets"][0]
         tensors[name] = FileTensor(path, offset, tuple(entry["shape"]), np.dtype(DTYPES[entry["dtype"]]))
     return tensors
@@ -100,14 +102,13 @@ def read_header(path: Path) -> dict[str, FileTensor]:
 
 def cut_short(path: Path) -> str | None:
     """Which tensors lie beyond the end of the file, if its header can be read; otherwise None."""
-    size = path.stat().st_size
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, size)))
-        room = size - 8 - length
+            header = parse_json(file.read(min(length, HEADER)), path)
+        room = path.stat().st_size - 8 - length
         cut = [name for name, entry in header.items() if name != "__metadata__" and entry["data_offsets"][1] > room]
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     return f"it ends before {len(cut)} of its tensors ({first_few(cut)})" if cut else None
 
@@ -120,8 +121,6 @@ def read_file(path: Path) -> dict[str, FileTensor]:
     """
     if path.suffix in PICKLES:
         raise UserError(f"{path} is a pickle: {NO_PICKLES}")
-    if not path.is_file():
-        raise UserError(f"{path} is not a file")
     return read_header(path)
 
 
@@ -146,11 +145,20 @@ def read_folder(folder: Path) -> dict[str, FileTensor]:
     raise UserError(f"{folder} holds no weights: there is no {expected}")
 
 
+@dataclasses.dataclass(frozen=True)
+class ShardIndex:
+    """The content of an index: the file of each tensor, by the tensor's name."""
+
+    weight_map: dict[str, str]
+
+    def __post_init__(self):
+        if outside := sorted({file for file in self.weight_map.values() if not is_inside(file) or "/" in file}):
+            raise UserError(f"weight_map has {first_few(outside)}, but has to have files of its own folder")
+
+
 def read_shards(index: Path) -> dict[str, FileTensor]:
     """The tensors of the shards that an index names. Raises UserError if index and shards disagree."""
-    files = read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-        raise UserError(f"{index} has no weight_map from tensor names to file names")
+    files = schema.parse(ShardIndex, read_json(index), index).weight_map
     missing = sorted({file for file in files.values() if not (index.parent / file).is_file()})
     if missing:
         raise UserError(f"{index.parent} lacks {len(missing)} of the shards that its index names: {first_few(missing)}")

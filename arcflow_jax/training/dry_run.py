@@ -34,7 +34,7 @@ def report(recipe: Recipe) -> str:
         "gradients": plan.adapter,
     }
     if not recipe.embeddings:
-        components = plan.directory.description["components"]
+        components = plan.directory.description.components
         encoders = [name for name in components if name.startswith("text_encoder")]
         parts["text encoders"] = [nnx.state(plan.directory.abstract(name, recipe.dtype)) for name in encoders]
     sizes = {name: bytes_per_device(plan.mesh, state) for name, state in parts.items()}

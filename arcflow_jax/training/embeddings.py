@@ -21,6 +21,7 @@ from arcflow_jax.data.embeddings import (
     FORMAT,
     SHARD,
     VERSION,
+    CacheDescription,
     read_description,
     read_shard,
     shard_path,
@@ -32,7 +33,7 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.parallel.mesh import make_mesh
 from arcflow_jax.parallel.processes import from_part
 from arcflow_jax.storage.atomic import check_room, incomplete, refuse_used
-from arcflow_jax.storage.files import digest, file_digest, read_json, write_json
+from arcflow_jax.storage.files import digest, file_digest, write_own
 from arcflow_jax.storage.safetensors import read_header
 from arcflow_jax.training.recipe import Recipe
 
@@ -45,13 +46,12 @@ def encoders_fingerprint(directory: ModelDirectory) -> str:
     """
     sha = hashlib.sha256()
     for component, tokenizer in directory.family.prompts.ENCODERS.items():
-        stored = directory.description["components"][component]
-        weights = stored.get("fingerprint")
-        if weights is None:
+        stored = directory.description.components[component]
+        if stored.fingerprint is None:
             raise UserError(f"{directory.path} keeps no fingerprint of its {component}: convert the model again")
         # The fingerprint is of the source's values. Weights stored in another dtype give slightly other embeddings
-        rounded = f" {stored['dtype']}" if stored["dtype"] != stored.get("source_dtype", stored["dtype"]) else ""
-        sha.update(f"{component} {weights}{rounded}\n".encode())
+        rounded = f" {stored.dtype}" if stored.source_dtype not in (None, stored.dtype) else ""
+        sha.update(f"{component} {stored.fingerprint}{rounded}\n".encode())
         for file in sorted((directory.path / tokenizer).iterdir()):
             if file.is_file():
                 sha.update(f"{tokenizer}/{file.name} {file_digest(file)}\n".encode())
@@ -78,15 +78,7 @@ def embed_prompts(recipe: Recipe, out: Path) -> Path:
         found = read_prompts(recipe.prompts, recipe.prompts_field)
     print(found, flush=True)
     prompts = list(dict.fromkeys([*found.texts, *recipe.other_prompts]))
-    description = {
-        "format": FORMAT,
-        "version": VERSION,
-        "encoders": encoders_fingerprint(directory),
-        "dtype": recipe.dtype,
-        "prompts": len(prompts),
-        "shard": SHARD,
-        "list": digest(prompts),
-    }
+    description = CacheDescription(encoders_fingerprint(directory), recipe.dtype, len(prompts), SHARD, digest(prompts))
     shards = [prompts[i : i + SHARD] for i in range(0, len(prompts), SHARD)]
     aside = incomplete(out)
     paths = [shard_path(aside, i) for i in range(len(shards))]
@@ -107,16 +99,16 @@ def embed_prompts(recipe: Recipe, out: Path) -> Path:
     return out
 
 
-def begin_cache(aside: Path, description: dict[str, Any]) -> None:
+def begin_cache(aside: Path, description: CacheDescription) -> None:
     """Makes the directory that a cache is written to, or checks that an unfinished one there is of the same prompts."""
     if (aside / DESCRIPTION).exists():
-        if read_json(aside / DESCRIPTION) != description:
+        if read_description(aside) != description:
             raise UserError(
                 f"{aside} is an unfinished cache of other prompts or text encoders: remove it, or name another --out"
             )
         return
     aside.mkdir(parents=True, exist_ok=True)
-    write_json(aside / DESCRIPTION, description)
+    write_own(aside / DESCRIPTION, description, FORMAT, VERSION)
 
 
 def write_shards(shards: Mapping[Path, Sequence[str]], encode: Any, batch: int, total: int) -> None:
@@ -174,16 +166,16 @@ class CachedPrompts:
     def __init__(self, folder: str | Path, directory: ModelDirectory, dtype: str, mesh: Mesh, prompts: Iterable[str]):
         self.folder, self.directory, self.mesh = Path(folder), directory, mesh
         description = read_description(self.folder)
-        if description["encoders"] != encoders_fingerprint(directory):
+        if description.encoders != encoders_fingerprint(directory):
             raise UserError(f"the embeddings in {folder} are of other text encoders than those of {directory.path}")
-        if description["dtype"] != dtype:
+        if description.dtype != dtype:
             raise UserError(
-                f"the embeddings in {folder} are {description['dtype']}, the recipe computes in {dtype}: embed the "
+                f"the embeddings in {folder} are {description.dtype}, the recipe computes in {dtype}: embed the "
                 f"prompts again with --config.dtype={dtype}"
             )
         self.shards = []
         self.rows: dict[str, tuple[int, int]] = {}  # shard and row of each prompt
-        for i in range(-(-description["prompts"] // description["shard"])):
+        for i in range(-(-description.prompts // description.shard)):
             shard, texts = read_shard(shard_path(self.folder, i))
             self.shards.append(shard)
             self.rows |= {text: (i, row) for row, text in enumerate(texts)}

@@ -12,6 +12,7 @@ Only the first process logs.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import math
@@ -19,24 +20,35 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
+from msgspec import Meta
 from PIL import Image
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from arcflow_jax import schema
 from arcflow_jax.console import duration, progress_bar
 from arcflow_jax.data.output import save_image
-from arcflow_jax.errors import UserError
+from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.parallel.processes import is_main
+from arcflow_jax.schema import TrainingSteps
 from arcflow_jax.storage.atomic import make_directory, whole_file
-from arcflow_jax.storage.files import read_json, write_json
+from arcflow_jax.storage.files import json_records, parse_json, read_json, read_lines, write_json
 from arcflow_jax.training.recipe import Recipe
 
 LOG = "log.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """What is read of a line of log.jsonl. The loss of a skipped training step is None."""
+
+    step: TrainingSteps
+    loss: Annotated[float, Meta(ge=-1e38, le=1e38)] | None = None
 
 
 class RunLog:
@@ -132,16 +144,23 @@ class RunLog:
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Deletes the lines of later training steps from a log, and a last line that was cut off."""
+    """Deletes the lines of later training steps from a log, and a last line that was cut off.
+
+    Raises:
+      UserError: if another line is damaged.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(f"{line}\n")
+    lines = [(where, line) for where, line in read_lines(path) if line.endswith(b"\n")]
+    kept = [line for where, line in lines if schema.parse(Line, parse_json(line, where), where).step <= step]
     with whole_file(path) as aside:
-        aside.write_text("".join(kept))
+        aside.write_bytes(b"".join(kept))
+
+
+def read_losses(path: Path) -> list[tuple[int, float]]:
+    """(training step, loss) of each line of a log that has a finite loss: not of skipped steps. Raises UserError."""
+    lines = [schema.parse(Line, record, where) for where, record in json_records(path)]
+    return [(line.step, line.loss) for line in lines if line.loss is not None]
 
 
 def start_wandb(run: Path, recipe: Recipe) -> Any:
@@ -157,7 +176,7 @@ def start_wandb(run: Path, recipe: Recipe) -> Any:
     started = wandb.init(
         project=recipe.wandb_project,
         name=run.name,
-        id=read_json(known)["id"],
+        id=one_line(read_json(known).get("id")),
         resume="allow",
         dir=str(run),
         config=recipe.resolved(),

@@ -120,7 +120,7 @@ def too_many_skipped(line: dict[str, Any], run: Path) -> str:
 def begin(run: Path, plan: Plan) -> None:
     """Makes the run's directory, or checks that the run that is there is the same. Raises UserError."""
     recipe = plan.recipe
-    transformer = plan.directory.description["components"]["transformer"]
+    transformer = plan.directory.description.components["transformer"]
     settings = (recipe.adapter, recipe.distillation, recipe.guidance)
     recipe.check_same(run)
     describe(run, AdapterDescription(plan.directory.fingerprint, *settings, transformer))

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from arcflow_jax import schema
 from arcflow_jax.errors import UserError
+from arcflow_jax.schema import Norm, Rate, Share, TrainingSteps, Weight
 
 WARMUP_START = 0.001  # the first learning rate, as a share of the full one: the start_factor of the authors' LinearLR
 
@@ -30,22 +32,18 @@ class OptimizerConfig:
         match counts.
     """
 
-    learning_rate: float = 1e-4
-    warmup: int = 100
-    decay_steps: int = 0
-    b1: float = 0.9
-    b2: float = 0.95
-    weight_decay: float = 0.0
-    clip_norm: float = 50.0
-    clip_from: int = 100
-    groups: tuple[tuple[str, float], ...] = ()
+    learning_rate: Rate = 1e-4
+    warmup: TrainingSteps = 100
+    decay_steps: TrainingSteps = 0
+    b1: Share = 0.9
+    b2: Share = 0.95
+    weight_decay: Rate = 0.0
+    clip_norm: Norm = 50.0
+    clip_from: TrainingSteps = 100
+    groups: tuple[tuple[str, Weight], ...] = ()
 
     def __post_init__(self):
-        for name in ("learning_rate", "warmup", "decay_steps", "weight_decay", "clip_from"):
-            if getattr(self, name) < 0:
-                raise UserError(f"optimizer.{name} is {getattr(self, name)}, but has to be at least 0")
-        if self.clip_norm <= 0:
-            raise UserError(f"optimizer.clip_norm is {self.clip_norm}, but has to be above 0")
+        schema.check(self)
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:

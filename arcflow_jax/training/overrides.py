@@ -5,14 +5,12 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from arcflow_jax.errors import UserError
-
-WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None"}
+from arcflow_jax import schema
+from arcflow_jax.errors import UserError, one_line
 
 
 def kind_of(cls: type, key: str) -> Any:
@@ -20,12 +18,14 @@ def kind_of(cls: type, key: str) -> Any:
     kind: Any = cls
     seen: list[str] = []
     for name in key.split("."):
-        fields = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        fields = schema.types_of(kind) if dataclasses.is_dataclass(kind) else {}
         if name not in fields:
             where = ".".join(seen) or "a recipe"
             near = difflib.get_close_matches(name, fields, n=1)
             hint = f"did you mean {'.'.join([*seen, *near])}? " if near else ""
-            raise UserError(f"{where} has no key {name!r}: {hint}known are {', '.join(fields) or 'none below it'}")
+            raise UserError(
+                f"{where} has no key '{one_line(name)}': {hint}known are {', '.join(fields) or 'none below it'}"
+            )
         kind = fields[name]
         seen.append(name)
     return kind
@@ -44,56 +44,18 @@ def checked(cls: type, key: str, value: Any) -> Any:
     """`value` as the field `key` of `cls` has it: lists become tuples, whole numbers floats. Raises UserError."""
     kind = kind_of(cls, key)
     if dataclasses.is_dataclass(kind):
-        names = ", ".join(f"{key}.{field.name}" for field in dataclasses.fields(kind))
-        raise UserError(f"{key} is {value!r}, but it is a group of keys: set one of {names}")
-    try:
-        return _as(kind, value)
-    except ValueError:
-        raise UserError(f"{key} is {value!r}, but has to be {_words(kind)}") from None
+        names = ", ".join(f"--config.{key}.{field.name}" for field in dataclasses.fields(kind))
+        raise UserError(f"--config.{key} is {schema.shown(value)}, but it is a group of keys: set one of {names}")
+    return schema.converted(kind, value, f"--config.{key}")
 
 
 def parsed(cls: type, key: str, text: str) -> Any:
     """The value of the field `key` of `cls` from a command line: a text as it stands, others in Python's notation."""
-    if kind_of(cls, key) is str:
-        return text
+    kind = kind_of(cls, key)
+    if kind is str or typing.get_origin(kind) is typing.Literal:
+        return checked(cls, key, text)
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = text
     return checked(cls, key, value)
-
-
-def _as(kind: Any, value: Any) -> Any:
-    """Raises ValueError if the value is not of this type."""
-    arguments = typing.get_args(kind)
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        for one in arguments:
-            try:
-                return _as(one, value)
-            except ValueError:
-                continue
-        raise ValueError
-    if typing.get_origin(kind) is tuple:
-        if not isinstance(value, tuple | list):
-            raise ValueError
-        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-        if len(kinds) != len(value):
-            raise ValueError
-        return tuple(map(_as, kinds, value))
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise ValueError
-    return value
-
-
-def _words(kind: Any) -> str:
-    """A type for an error message."""
-    arguments = typing.get_args(kind)
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return " or ".join(map(_words, reversed(arguments)))  # None first
-    if typing.get_origin(kind) is tuple:
-        if arguments[-1] is Ellipsis:
-            return f"a tuple, each element {_words(arguments[0])}"
-        return f"({', '.join(map(_words, arguments))})"
-    return WORDS[kind]

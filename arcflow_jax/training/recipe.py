@@ -11,20 +11,37 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 from ml_collections import ConfigDict
+from msgspec import Meta
 
-from arcflow_jax import configs
+from arcflow_jax import configs, schema
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.student import AdapterConfig
 from arcflow_jax.parallel.processes import is_main
+from arcflow_jax.schema import (
+    AxisSize,
+    Batch,
+    Count,
+    Guidance,
+    Period,
+    Pixels,
+    Precision,
+    Seed,
+    TrainingSteps,
+    no_default,
+)
 from arcflow_jax.storage.files import read_json, write_json
 from arcflow_jax.training.optimizer import OptimizerConfig
-from arcflow_jax.training.overrides import checked, flatten, parsed
+from arcflow_jax.training.overrides import checked, flatten, kind_of, parsed
 from arcflow_jax.training.state import EmaConfig
 
+Sizes = Annotated[
+    tuple[tuple[Pixels, Pixels], ...],
+    Meta(min_length=1, description="a list of sizes, each (height, width) in pixels, e.g. ((1024, 1024),)"),
+]
 SETTINGS = "config.json"  # in the run's directory: the recipe with all overrides
 # What may differ when a run is resumed: where things are, for how long and how often. The rest decides its numbers.
 CHANGEABLE = {
@@ -68,24 +85,24 @@ class Recipe:
 
     model: str
     out: str
-    guidance: float
+    guidance: Guidance
     prompts: str = ""
     prompts_field: str = "prompt"
     embeddings: str = ""
     images: str = ""
     start_from: str = ""
-    seed: int = 0
-    resolutions: tuple[tuple[int, int], ...] = ((1024, 1024),)
-    batch: int = 16
-    steps: int = 10_000
-    dtype: str = "bfloat16"
-    mesh: tuple[int, ...] = (1, -1, 1, 1)
-    log_every: int = 10
-    save_every: int = 500
-    keep_last: int = 2
-    keep_every: int = 0
-    max_skipped: int = 20
-    preview_every: int = 0
+    seed: Seed = 0
+    resolutions: Sizes = ((1024, 1024),)
+    batch: Batch = 16
+    steps: TrainingSteps = 10_000
+    dtype: Precision = "bfloat16"
+    mesh: tuple[AxisSize, AxisSize, AxisSize, AxisSize] = (1, -1, 1, 1)
+    log_every: Period = 10
+    save_every: Period = 500
+    keep_last: Count = 2
+    keep_every: TrainingSteps = 0
+    max_skipped: TrainingSteps = 20
+    preview_every: TrainingSteps = 0
     preview_prompts: tuple[str, ...] = ()
     wandb_project: str = ""
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
@@ -94,19 +111,11 @@ class Recipe:
     ema: EmaConfig = dataclasses.field(default_factory=EmaConfig)
 
     def __post_init__(self):
-        least = {"seed": 0, "batch": 1, "steps": 0, "log_every": 1, "save_every": 1}
-        least |= {"keep_last": 1, "keep_every": 0, "max_skipped": 0, "preview_every": 0}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise UserError(f"{name} is {getattr(self, name)}, but has to be at least {value}")
+        schema.check(self)
         if not self.prompts and not self.images:
             raise UserError("the recipe has no prompts: set --config.prompts, or --config.images for real images")
         if self.preview_every and not self.preview_prompts:
             raise UserError(f"preview_every is {self.preview_every}, but preview_prompts is empty: list some, or set 0")
-        if not self.resolutions or not all(map(is_size, self.resolutions)):
-            raise UserError(
-                f"resolutions is {self.resolutions}, but has to list sizes as (height, width), e.g. ((1024, 1024),)"
-            )
         if self.distillation.data_weight and not self.images:
             raise UserError("distillation.data_weight weights a loss on real images: name a folder of them as images")
         if self.distillation.mode_dropout and self.adapter.basis != "momentum":
@@ -159,9 +168,12 @@ class Recipe:
         if not (run / SETTINGS).exists():
             return
         before, now = (dict(flatten(Recipe, x)) for x in (read_json(run / SETTINGS), self.resolved()))
+        names = sorted(before.keys() & now.keys() - CHANGEABLE)
+        for name in names:
+            schema.converted(kind_of(Recipe, name), before[name], f"{run / SETTINGS}: {name}")
         changed = [
-            f"{name} was {before[name]}, not {now[name]}"
-            for name in sorted(before.keys() & now.keys() - CHANGEABLE)
+            f"{name} was {schema.shown(before[name])}, not {now[name]}"
+            for name in names
             if before[name] != now[name] and now[name] is not None  # None is left to the model
         ]
         if changed:
@@ -174,16 +186,6 @@ GROUPS: dict[str, type] = {
     "optimizer": OptimizerConfig,
     "ema": EmaConfig,
 }
-
-
-def no_default(field: dataclasses.Field) -> bool:
-    """Whether a dataclass's field has to be given."""
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def is_size(value: Any) -> bool:
-    """Whether a value is a pair of whole numbers."""
-    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(side, int) for side in value)
 
 
 def defaults(cls: type = Recipe) -> dict[str, Any]:

@@ -13,9 +13,11 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from arcflow_jax import schema
 from arcflow_jax.flow.distill import Distillation, distil, teacher_share
 from arcflow_jax.networks.conditioning import Conditioning, Guided
 from arcflow_jax.parallel.mesh import batched, replicated, state_shardings
+from arcflow_jax.schema import Power, TrainingSteps
 from arcflow_jax.training.optimizer import OptimizerConfig, ema_decay, learning_rate_schedule
 
 
@@ -23,8 +25,11 @@ from arcflow_jax.training.optimizer import OptimizerConfig, ema_decay, learning_
 class EmaConfig:
     """The exponential moving average (EMA) of the adapter: see `ema_decay`. The defaults are the published ones."""
 
-    start: int = 100
-    power: float = 8.0
+    start: TrainingSteps = 100
+    power: Power = 8.0
+
+    def __post_init__(self):
+        schema.check(self)
 
 
 @jax.tree_util.register_dataclass

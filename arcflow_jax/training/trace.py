@@ -26,7 +26,7 @@ class Trace:
         self.folder, self.running = folder, False
         self.first = self.last = 0
         if text is not None:
-            found = re.fullmatch(r"(\d+):(\d+)", text)
+            found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
             self.first, self.last = map(int, found.groups()) if found else (0, 0)
             if not 1 <= self.first <= self.last:
                 raise UserError(f"profile {text!r} is not A:B, the first and the last training step, counted from 1")

@@ -55,7 +55,7 @@ def conversions(monkeypatch) -> list:
 def test_a_folder_is_converted_once(source, cache, conversions):
     model = converted(source)
     assert model.parent == cache
-    assert ModelDirectory.open(model).description["pipeline"] == "FluxPipeline"
+    assert ModelDirectory.open(model).description.pipeline == "FluxPipeline"
     assert converted(str(source)) == model
     assert converted(source / ".." / source.name) == model
     assert conversions == [str(source)]
@@ -69,7 +69,7 @@ def test_a_changed_folder_is_another_model(source, cache, conversions):
     config.write_text(text.replace("3.0", "5.0"))
     changed = converted(source)
     assert changed != model
-    assert ModelDirectory.open(changed).scheduler == {"shift": 5.0}
+    assert ModelDirectory.open(changed).scheduler.shift == 5.0
     assert len(conversions) == 2
 
 

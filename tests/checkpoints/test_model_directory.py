@@ -26,6 +26,7 @@ from arcflow_jax.checkpoints.model_directory import ArrayDigest, ModelDirectory,
 from arcflow_jax.convert import t5
 from arcflow_jax.convert.engine import export_tensors
 from arcflow_jax.errors import UserError
+from arcflow_jax.flow.schedule import Scheduler
 from arcflow_jax.networks.flux import FluxConfig
 from arcflow_jax.networks.states import flatten, nest, unnest
 from arcflow_jax.parallel.mesh import make_mesh, state_shardings
@@ -95,7 +96,7 @@ def test_the_rest_of_the_directory(converted):
     directory = ModelDirectory.open(converted)
     assert isinstance(directory.config("transformer"), FluxConfig)
     assert directory.config("transformer").axes_dims_rope == (2, 2, 4)
-    assert directory.scheduler == {"shift": 3.0}
+    assert directory.scheduler == Scheduler(shift=3.0)
     assert (converted / "tokenizer_2" / "tokenizer_config.json").read_text() == "{}"
     assert not list(converted.parent.glob(".*"))
 
@@ -238,9 +239,13 @@ def describe(model: Path, **changes) -> None:
         (lambda model: shutil.rmtree(model), "does not exist"),
         (lambda model: (model / "model.json").unlink(), "is not a converted model"),
         (lambda model: (model / "model.json").write_text('{"format"'), "not valid JSON"),
-        (lambda model: (model / "model.json").write_text("{}"), "does not describe"),
-        (lambda model: describe(model, version=99), "format version 99, this program reads 1"),
+        (lambda model: (model / "model.json").write_text("{}"), "is not of arcflow_jax model version 1, but of None"),
+        (lambda model: describe(model, version=99), "is not of arcflow_jax model version 1, but of version 99"),
         (lambda model: describe(model, components={}), "is damaged: it lacks text_encoder, text_encoder_2, transf"),
+        (lambda model: describe(model, fingerprint="abc"), r"fingerprint is 'abc', but has to be a SHA-256"),
+        (lambda model: describe(model, files={"../x": 1}), r"files has \.\./x, but has to have paths inside"),
+        (lambda model: describe(model, files={"x": -1}), r"model\.json: files\.x is -1, but has to be a whole number"),
+        (lambda model: describe(model, checksum=1), "unknown checksum: known are pipeline, components, "),
         (lambda model: describe(model, pipeline="OtherPipeline"), "OtherPipeline, supported are FluxPipeline"),
     ],
 )

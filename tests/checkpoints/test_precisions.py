@@ -53,8 +53,8 @@ def half(source) -> ModelDirectory:
 
 
 def fingerprints(directory: ModelDirectory) -> list[str]:
-    components = directory.description["components"].values()
-    return [directory.fingerprint, *(component["fingerprint"] for component in components)]
+    components = directory.description.components.values()
+    return [directory.fingerprint, *(component.fingerprint for component in components)]
 
 
 def test_two_precisions_of_a_source_share_their_fingerprints(full, half):

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from arcflow_jax import schema
 from arcflow_jax.convert import flux as table
 from arcflow_jax.convert.engine import check, export_tensors, import_tensors
 from arcflow_jax.errors import UserError
 from arcflow_jax.families import flux as family
 from arcflow_jax.networks.flux import FluxConfig
 from arcflow_jax.networks.states import shapes_of
-from arcflow_jax.storage.files import parse_config
 from tests.helpers.full_size import FLUX_DEV
 
 TINY = FluxConfig(
@@ -46,7 +46,7 @@ def test_full_size():
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
         model = diffusers.FluxTransformer2DModel(**FLUX_DEV)
-    config = parse_config(FluxConfig, dict(model.config), "config.json")
+    config = schema.parse(FluxConfig, dict(model.config), "config.json")
     shapes = shapes_of(abstract_state(config))
     # arrays of the checkpoint's shapes that take no memory
     tensors = {name: np.broadcast_to(np.float32(0), tuple(tensor.shape)) for name, tensor in model.state_dict().items()}

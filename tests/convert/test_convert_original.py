@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from arcflow_jax import schema
 from arcflow_jax.checkpoints import conversion
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.cli.app import main
@@ -21,7 +22,6 @@ from arcflow_jax.families import flux as family
 from arcflow_jax.networks.flux import FluxConfig
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.vaes.kl import AutoencoderKLConfig
-from arcflow_jax.storage.files import parse_config
 from tests.helpers.full_size import FLUX_DEV, FLUX_VAE
 from tests.helpers.source_folder import CONFIGS, weights_file, write_source
 
@@ -44,7 +44,7 @@ def published_names(double: int, single: int) -> set[str]:
 
 
 def flux_dev_shapes() -> dict[str, tuple[int, ...]]:
-    config = parse_config(FluxConfig, FLUX_DEV, "config.json")
+    config = schema.parse(FluxConfig, FLUX_DEV, "config.json")
     return shapes_of(nnx.state(family.FLUX.abstract(config)))
 
 
@@ -88,7 +88,7 @@ def test_full_size_rows_go_where_diffusers_puts_them():
 
 
 def test_full_size_vae():
-    config = parse_config(AutoencoderKLConfig, FLUX_VAE, "config.json")
+    config = schema.parse(AutoencoderKLConfig, FLUX_VAE, "config.json")
     shapes = shapes_of(nnx.state(family.VAE.abstract(config)))
     theirs = source_shapes(family.VAE.original(config), shapes)
     assert len(theirs) == 244
@@ -210,7 +210,7 @@ def test_both_layouts_make_the_same_model(source, tmp_path):
     [("flux1-tiny.safetensors", family.FLUX, "transformer"), ("ae.safetensors", family.VAE, "vae")],
 )
 def test_written_back_in_the_layout_it_came_in(source, file, network, config):
-    shape = parse_config(network.config, CONFIGS[config], config)
+    shape = schema.parse(network.config, CONFIGS[config], config)
     tensors = load_file(source / file)
     table = network.original(shape)
     back = export_tensors(table, import_tensors(table, tensors, nnx.state(network.abstract(shape))))

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh
 
+from arcflow_jax import schema
 from arcflow_jax.convert import qwen_image as table
 from arcflow_jax.convert.adapter import AdapterTable
 from arcflow_jax.convert.engine import check, export_tensors, fills, import_tensors
@@ -22,7 +23,7 @@ from arcflow_jax.networks.qwen_image import QwenImageConfig
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.student import AdapterConfig, split_model
 from arcflow_jax.parallel.mesh import MESH_AXES, state_shardings
-from arcflow_jax.storage.files import parse_config, read_json
+from arcflow_jax.storage.files import read_json
 from arcflow_jax.training.recipe import Recipe, read_config
 
 QWEN_IMAGE = QwenImageConfig(
@@ -56,7 +57,7 @@ def test_full_size():
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
         model = diffusers.QwenImageTransformer2DModel()
-    assert parse_config(QwenImageConfig, dict(model.config), "config.json") == QWEN_IMAGE
+    assert schema.parse(QwenImageConfig, dict(model.config), "config.json") == QWEN_IMAGE
     state = abstract_state(QWEN_IMAGE)
     # arrays of the checkpoint's shapes that take no memory
     tensors = {name: np.broadcast_to(np.float32(0), tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
@@ -87,7 +88,7 @@ def test_full_size_weights_are_split(sizes):
     """Transformer and text encoder take the share of a device and little more, however the mesh splits weights."""
     mesh = AbstractMesh(sizes, MESH_AXES)
     file = Path("configs/qwen-image/text_encoder/config.json")
-    encoder = parse_config(family.QWEN2_5_VL.config, read_json(file), str(file))
+    encoder = schema.parse(family.QWEN2_5_VL.config, read_json(file), str(file))
     sizes_of = ((family.QWEN_IMAGE, QWEN_IMAGE, 20_430_401_088), (family.QWEN2_5_VL, encoder, 7_070_619_136))
     for network, config, weights in sizes_of:
         state = nnx.state(network.abstract(config))

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from arcflow_jax import schema
 from arcflow_jax.convert import vae_kl as table
 from arcflow_jax.convert.engine import check, export_tensors, import_tensors
 from arcflow_jax.families import flux as family
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.vaes.kl import AutoencoderKLConfig
-from arcflow_jax.storage.files import parse_config
 from tests.helpers.full_size import FLUX_VAE
 
 TINY = AutoencoderKLConfig(
@@ -32,7 +32,7 @@ def test_full_size():
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     with torch.device("meta"):
         model = diffusers.AutoencoderKL(**FLUX_VAE, **blocks)
-    config = parse_config(AutoencoderKLConfig, dict(model.config), "config.json")
+    config = schema.parse(AutoencoderKLConfig, dict(model.config), "config.json")
     shapes = shapes_of(nnx.state(family.VAE.abstract(config)))
     # arrays of the checkpoint's shapes that take no memory
     tensors = {name: np.broadcast_to(np.float32(0), tuple(tensor.shape)) for name, tensor in model.state_dict().items()}

@@ -23,7 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
 
-from arcflow_jax import families
+from arcflow_jax import families, schema
 from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.student_formats import export_adapter, import_adapter
@@ -43,7 +43,6 @@ from arcflow_jax.networks.student import ArcModel, split_model
 from arcflow_jax.parallel.mesh import batched, replicated
 from arcflow_jax.parallel.processes import from_part
 from arcflow_jax.pipeline import ArcFlowPipeline
-from arcflow_jax.storage.files import parse_config
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe, read_config
 from tests.helpers.paths import CONFIGS
@@ -221,7 +220,7 @@ def write_source(folder: Path) -> dict[str, np.ndarray]:
     for component, network in FAMILY.networks.items():
         (folder / component).mkdir(parents=True)
         (folder / component / "config.json").write_text(json.dumps(SETTINGS[component]))
-        built = network.build(parse_config(network.config, SETTINGS[component], component), np.float32, nnx.Rngs(0))
+        built = network.build(schema.parse(network.config, SETTINGS[component], component), np.float32, nnx.Rngs(0))
         tensors[component] = export_tensors(network.table, nnx.state(built))
         save_file(tensors[component], folder / component / "model.safetensors")
         index[component] = ["library", network.class_name]

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arcflow_jax.flow.schedule import boundaries, euler_grid, scheduler_shift, sigma_of, timestep_of
+from arcflow_jax import schema
+from arcflow_jax.errors import UserError
+from arcflow_jax.flow.schedule import Scheduler, boundaries, euler_grid, sigma_of, timestep_of
 from tests.helpers import golden
 
 times = st.floats(0, 1, width=32)
@@ -67,7 +69,7 @@ def test_euler_grid_of_qwen_image_is_stretched():
     diffusers = pytest.importorskip("diffusers")
     config = {"base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "use_dynamic_shifting": True}
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config, shift_terminal=0.02)
-    shift = scheduler_shift(config, tokens=4096)
+    shift = Scheduler(**config).shift_for(4096)
     for steps in (2, 9):
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=math.log(shift))
         np.testing.assert_allclose(euler_grid(steps, shift, 0.02), scheduler.sigmas.numpy(), atol=1e-6)
@@ -82,7 +84,27 @@ def test_shift_is_an_argument_of_the_compiled_function():
 
 
 def test_scheduler_shift_is_constant_or_grows_with_the_image():
-    assert scheduler_shift({"shift": 3.0}, tokens=4096) == 3.0
-    flux = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}  # FLUX.1-dev's
-    assert scheduler_shift(flux, tokens=256) == pytest.approx(math.exp(0.5))
-    assert scheduler_shift(flux, tokens=4096) == pytest.approx(math.exp(1.15))
+    assert Scheduler(shift=3.0).shift_for(4096) == 3.0
+    flux = Scheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)  # FLUX.1-dev's
+    assert flux.shift_for(256) == pytest.approx(math.exp(0.5))
+    assert flux.shift_for(4096) == pytest.approx(math.exp(1.15))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"shift": 0}, r"shift is 0, but has to be a number from 0\.001 to 1000"),
+        ({"shift_terminal": 1}, "shift_terminal is 1, but has to be a number at least 0 and below 1"),
+        ({"base_image_seq_len": 4096}, "max_image_seq_len is 4096, but has to be above base_image_seq_len, 4096"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas is True, only False is supported"),
+    ],
+)
+def test_schedulers_that_are_refused(config, message):
+    with pytest.raises(UserError, match=f"^here: {message}$"):
+        schema.parse(Scheduler, config, "here")
+
+
+def test_a_shift_that_overflows_is_refused():
+    steep = Scheduler(use_dynamic_shifting=True, base_image_seq_len=1, max_image_seq_len=2, base_shift=0, max_shift=1)
+    with pytest.raises(UserError, match=r"timestep shift is e\^4\.1e\+03 for an image of 4096 tokens"):
+        steep.shift_for(4096)

@@ -12,9 +12,8 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from arcflow_jax import families
+from arcflow_jax import families, schema
 from arcflow_jax.convert.engine import export_tensors
-from arcflow_jax.storage.files import parse_config
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "transformer": {
@@ -53,7 +52,7 @@ NETWORKS = families.of_pipeline("FluxPipeline", "FluxPipeline").networks
 def random_state(component: str) -> nnx.State:
     """Random weights of a component, float32."""
     network = NETWORKS[component]
-    abstract = nnx.state(network.abstract(parse_config(network.config, CONFIGS[component], component)))
+    abstract = nnx.state(network.abstract(schema.parse(network.config, CONFIGS[component], component)))
     rng = np.random.default_rng(len(component))
     return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), abstract)
 

@@ -42,7 +42,7 @@ def write_run(
 ) -> tuple[nnx.State, nnx.State]:
     """Writes a training run with random weights; `changed` may change its EMA weights. Returns raw and EMA weights."""
     directory = ModelDirectory.open(base)
-    transformer = directory.description["components"]["transformer"]
+    transformer = directory.description.components["transformer"]
     describe(path, AdapterDescription(directory.fingerprint, adapter, settings, guidance, transformer))
     raw, ema = random_student(directory, adapter, 1), changed(random_student(directory, adapter, 2))
     with Checkpoints(path) as checkpoints:

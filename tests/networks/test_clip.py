@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from arcflow_jax import schema
 from arcflow_jax.convert import clip as table
 from arcflow_jax.convert.engine import check, export_tensors, import_tensors
 from arcflow_jax.data.tokenizers import load_tokenizer, token_length, tokenize
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.text.clip import CLIPTextConfig, CLIPTextEncoder
-from arcflow_jax.storage.files import parse_config
 from tests.helpers.twins import random_network, relative_error
 from tools.tiny_teacher.text import new_clip, write_clip
 from tools.tiny_teacher.tokenizers import make_clip_tokenizer
@@ -68,7 +68,7 @@ def twin(config, device="cpu"):
 
 def ours(model, config, dtype=jnp.float32):
     encoder = nnx.eval_shape(
-        lambda: CLIPTextEncoder(parse_config(CLIPTextConfig, config, "config.json"), rngs=nnx.Rngs(0))
+        lambda: CLIPTextEncoder(schema.parse(CLIPTextConfig, config, "config.json"), rngs=nnx.Rngs(0))
     )
     graphdef, state = nnx.split(encoder)
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
@@ -116,7 +116,7 @@ def test_full_size_table():
         name: np.broadcast_to(np.float32(0), tensor.shape) for name, tensor in twin(CLIP_L, "meta").state_dict().items()
     }
     encoder = nnx.eval_shape(
-        lambda: CLIPTextEncoder(parse_config(CLIPTextConfig, CLIP_L, "config.json"), rngs=nnx.Rngs(0))
+        lambda: CLIPTextEncoder(schema.parse(CLIPTextConfig, CLIP_L, "config.json"), rngs=nnx.Rngs(0))
     )
     state = nnx.state(encoder)
     assert sum(len(tensors) for _, tensors in check(table, shapes, shapes_of(state), "CLIP-L")) == len(shapes) == 196
@@ -126,7 +126,7 @@ def test_full_size_table():
 
 
 def test_names_with_and_without_prefix():
-    config = parse_config(CLIPTextConfig, TINY, "config.json")
+    config = schema.parse(CLIPTextConfig, TINY, "config.json")
     state = nnx.state(random_network(lambda: CLIPTextEncoder(config, rngs=nnx.Rngs(0))))
     prefixed = export_tensors(table, state)
     assert all(name.startswith("text_model.") for name in prefixed)
@@ -153,7 +153,7 @@ def test_tiny_teacher_files(tmp_path):
 
 
 def test_too_many_tokens():
-    config = parse_config(CLIPTextConfig, TINY, "config.json")
+    config = schema.parse(CLIPTextConfig, TINY, "config.json")
     encoder = random_network(lambda: CLIPTextEncoder(config, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="21 tokens"):
         encoder(jnp.zeros((1, 21), jnp.int32))
@@ -161,4 +161,4 @@ def test_too_many_tokens():
 
 def test_unknown_activation_is_refused():
     with pytest.raises(UserError, match="hidden_act is 'relu'"):
-        parse_config(CLIPTextConfig, TINY | {"hidden_act": "relu"}, "config.json")
+        schema.parse(CLIPTextConfig, TINY | {"hidden_act": "relu"}, "config.json")

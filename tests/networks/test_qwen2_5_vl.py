@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from arcflow_jax import schema
 from arcflow_jax.convert import qwen2_5_vl as table
 from arcflow_jax.convert.engine import check, export_tensors, import_tensors
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.text.qwen2_5_vl import Qwen2_5VLConfig, Qwen2_5VLText
-from arcflow_jax.storage.files import parse_config
 from tests.helpers.twins import bfloat16_error, random_network, relative_error, rounding_bounds
 
 TINY = {
@@ -67,7 +67,7 @@ def twin(config, device="cpu"):
 
 
 def abstract(config) -> tuple[nnx.GraphDef, nnx.State]:
-    read = parse_config(Qwen2_5VLConfig, config, "config.json")
+    read = schema.parse(Qwen2_5VLConfig, config, "config.json")
     return nnx.split(nnx.eval_shape(lambda: Qwen2_5VLText(read, rngs=nnx.Rngs(0))))
 
 
@@ -110,7 +110,7 @@ def test_parity(name):
 
 def test_bfloat16_against_float32():
     """About twelve roundings in a row per layer: seven in attention, three in the MLP, two in the residual sums."""
-    config = parse_config(Qwen2_5VLConfig, TINY, "config.json")
+    config = schema.parse(Qwen2_5VLConfig, TINY, "config.json")
     encoder = random_network(lambda: Qwen2_5VLText(config, rngs=nnx.Rngs(0)))
     ids = jnp.asarray(np.random.default_rng(0).integers(1, config.vocab_size, (2, 40)))
     least, most = rounding_bounds(12 * config.num_hidden_layers)
@@ -149,8 +149,8 @@ def test_config_before_and_since_transformers_5():
     flat = TINY | {"rope_theta": 500.0, "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}}
     rope = {"rope_theta": 500.0, "rope_type": "default"}
     nested = {"hidden_size": 99, "text_config": TINY | {"rope_parameters": rope}}
-    assert parse_config(Qwen2_5VLConfig, flat, "old") == parse_config(Qwen2_5VLConfig, nested, "new")
-    assert parse_config(Qwen2_5VLConfig, flat, "old").rope_theta == 500.0
+    assert schema.parse(Qwen2_5VLConfig, flat, "old") == schema.parse(Qwen2_5VLConfig, nested, "new")
+    assert schema.parse(Qwen2_5VLConfig, flat, "old").rope_theta == 500.0
     for setting in ({"rope_scaling": {"rope_type": "yarn"}}, {"use_sliding_window": True}):
         with pytest.raises(UserError, match=r"rope_type|use_sliding_window"):
-            parse_config(Qwen2_5VLConfig, TINY | setting, "config.json")
+            schema.parse(Qwen2_5VLConfig, TINY | setting, "config.json")

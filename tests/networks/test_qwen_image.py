@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from arcflow_jax import schema
 from arcflow_jax.convert import qwen_image as table
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.conditioning import Guided
 from arcflow_jax.networks.qwen_image import QwenImage, QwenImageConditioning, QwenImageConfig
 from arcflow_jax.networks.student import ArcModel
-from arcflow_jax.storage.files import parse_config
 from tests.helpers.twins import QWEN_IMAGE, qwen_inputs, qwen_twin, qwen_twin_velocity, relative_error
 
 THREE_HEADS = dataclasses.replace(
@@ -151,7 +151,7 @@ def test_gradient_reaches_all_but_the_text_of_the_last_block():
 @pytest.mark.parametrize("setting", [{"guidance_embeds": True}, {"zero_cond_t": True}, {"patch_size": 1}])
 def test_other_architectures_are_refused(setting):
     with pytest.raises(UserError, match=next(iter(setting))):
-        parse_config(QwenImageConfig, dataclasses.asdict(QWEN_IMAGE) | setting, "transformer/config.json")
+        schema.parse(QwenImageConfig, dataclasses.asdict(QWEN_IMAGE) | setting, "transformer/config.json")
 
 
 def test_rotary_axes_must_add_up_to_the_head():

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from arcflow_jax import schema
 from arcflow_jax.convert import t5 as table
 from arcflow_jax.convert.engine import check, export_tensors, import_tensors
 from arcflow_jax.data.tokenizers import load_tokenizer, token_length, tokenize
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.text.t5 import T5Config, T5Encoder, distance_buckets
-from arcflow_jax.storage.files import parse_config
 from tests.helpers.twins import bfloat16_error, random_network, relative_error, rounding_bounds
 from tools.tiny_teacher.text import new_t5, write_t5
 from tools.tiny_teacher.tokenizers import make_t5_tokenizer
@@ -50,7 +50,7 @@ def twin(config, device="cpu"):
 
 
 def ours(model, config, dtype=jnp.float32):
-    encoder = nnx.eval_shape(lambda: T5Encoder(parse_config(T5Config, config, "config.json"), rngs=nnx.Rngs(0)))
+    encoder = nnx.eval_shape(lambda: T5Encoder(schema.parse(T5Config, config, "config.json"), rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(encoder)
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     return nnx.merge(graphdef, import_tensors(table, tensors, state, dtype))
@@ -80,7 +80,7 @@ def test_parity(name):
 
 def test_bfloat16_against_float32():
     """About ten roundings in a row per layer: five in attention, three in the MLP, two in the residual sums."""
-    config = parse_config(T5Config, TINY, "config.json")
+    config = schema.parse(T5Config, TINY, "config.json")
 
     def scale(path: str) -> float:
         return config.d_kv**-0.5 if path.endswith("attention.q.kernel") else 1.0  # T5 does not scale its scores
@@ -147,4 +147,4 @@ def test_tiny_teacher_files(tmp_path):
 
 def test_other_architecture_is_refused():
     with pytest.raises(UserError, match="feed_forward_proj is 'relu'"):
-        parse_config(T5Config, TINY | {"feed_forward_proj": "relu"}, "config.json")
+        schema.parse(T5Config, TINY | {"feed_forward_proj": "relu"}, "config.json")

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from arcflow_jax import schema
 from arcflow_jax.convert import vae_kl as table
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.vaes.kl import AutoencoderKL, AutoencoderKLConfig
-from arcflow_jax.storage.files import parse_config
 from tests.helpers.twins import relative_error
 
 TINY = AutoencoderKLConfig(
@@ -60,7 +60,7 @@ def twin(config: AutoencoderKLConfig):
 
 
 def ours(model, config: AutoencoderKLConfig) -> AutoencoderKL:
-    read = parse_config(AutoencoderKLConfig, dict(model.config), "config.json")
+    read = schema.parse(AutoencoderKLConfig, dict(model.config), "config.json")
     assert read == config
     graphdef, state = nnx.split(nnx.eval_shape(lambda: AutoencoderKL(read, rngs=nnx.Rngs(0))))
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
@@ -115,4 +115,4 @@ def test_size_must_divide():
 @pytest.mark.parametrize("setting", [{"act_fn": "gelu"}, {"use_quant_conv": True}, {"latents_mean": [0.0] * 4}])
 def test_other_architectures_are_refused(setting):
     with pytest.raises(UserError, match=next(iter(setting))):
-        parse_config(AutoencoderKLConfig, dataclasses.asdict(TINY) | setting, "vae/config.json")
+        schema.parse(AutoencoderKLConfig, dataclasses.asdict(TINY) | setting, "vae/config.json")

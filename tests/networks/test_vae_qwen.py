@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from arcflow_jax import schema
 from arcflow_jax.convert import vae_qwen as table
 from arcflow_jax.convert.engine import check, export_tensors, import_tensors
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.vaes.qwen import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
-from arcflow_jax.storage.files import parse_config
 from tests.helpers.twins import relative_error
 
 TINY = AutoencoderKLQwenImageConfig(
@@ -58,7 +58,7 @@ def abstract(config: AutoencoderKLQwenImageConfig) -> tuple[nnx.GraphDef, nnx.St
 
 
 def ours(model, config: AutoencoderKLQwenImageConfig) -> AutoencoderKLQwenImage:
-    read = parse_config(AutoencoderKLQwenImageConfig, dict(model.config), "config.json")
+    read = schema.parse(AutoencoderKLQwenImageConfig, dict(model.config), "config.json")
     assert read == config
     graphdef, state = abstract(read)
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
@@ -104,7 +104,7 @@ def test_full_size():
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
         model = diffusers.AutoencoderKLQwenImage()
-    _, state = abstract(parse_config(AutoencoderKLQwenImageConfig, dict(model.config), "config.json"))
+    _, state = abstract(schema.parse(AutoencoderKLQwenImageConfig, dict(model.config), "config.json"))
     # arrays of the checkpoint's shapes that take no memory
     tensors = {name: np.broadcast_to(np.float32(0), tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
     used = {name for fill, _ in check(table, tensors, shapes_of(state), "Qwen-Image's VAE") for name in fill.names}
@@ -143,4 +143,4 @@ def test_size_must_divide():
 
 def test_other_architectures_are_refused():
     with pytest.raises(UserError, match="attn_scales"):
-        parse_config(AutoencoderKLQwenImageConfig, dataclasses.asdict(TINY) | {"attn_scales": [0.5]}, "vae/config.json")
+        schema.parse(AutoencoderKLQwenImageConfig, dataclasses.asdict(TINY) | {"attn_scales": [0.5]}, "vae/config.json")

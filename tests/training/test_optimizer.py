@@ -117,8 +117,8 @@ def test_learning_rate_without_warm_up_and_with_decay():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"warmup": -1}, "optimizer.warmup is -1, but has to be at least 0"),
-        ({"clip_norm": 0.0}, "optimizer.clip_norm is 0.0, but has to be above 0"),
+        ({"warmup": -1}, "warmup is -1, but has to be a whole number from 0 to "),
+        ({"clip_norm": 0.0}, "clip_norm is 0.0, but has to be a number above 0 and at most "),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes, message):

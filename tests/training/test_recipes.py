@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -13,10 +14,10 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from arcflow_jax import families
+from arcflow_jax import families, schema
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.student import split_model
-from arcflow_jax.storage.files import parse_config, read_json
+from arcflow_jax.storage.files import read_json
 from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.recipe import SETTINGS, Recipe, bundled, read_config
 
@@ -39,7 +40,7 @@ def test_recipe_fits_its_model(name, variant):
     recipe = Recipe.from_config(read_config(f"{name}:{variant}"))
     config = CONFIGS / folder / "transformer" / "config.json"
     adapter = recipe.adapter.with_targets(family.lora_targets)
-    student = network.student(parse_config(network.config, read_json(config), str(config)), adapter, jnp.bfloat16)
+    student = network.student(schema.parse(network.config, read_json(config), str(config)), adapter, jnp.bfloat16)
     _, base, trained = split_model(student)
     make_optimizer(recipe.optimizer, trained)
     trainable, frozen = (sum(math.prod(x.shape) for x in jax.tree.leaves(state)) for state in (trained, base))
@@ -92,7 +93,7 @@ def test_recipes_that_do_not_exist_are_refused(recipe, message):
     [
         ("import nothing_of_this_name\n", "mine.py: No module named 'nothing_of_this_name'"),
         ("def get_config():\n    return {'model': 'm', 'adapter': {'rnk': 3}}\n", "adapter has no key 'rnk': did you"),
-        ("def get_config():\n    return {'model': 3}\n", "model is 3, but has to be a text"),
+        ("def get_config():\n    return {'model': 3}\n", "--config.model is 3, but has to be a text"),
         ("get_conf = None\n", "has no attribute 'get_config'"),
     ],
 )
@@ -139,14 +140,14 @@ def test_overrides_are_typed():
         ("--config.stpes=7", "a recipe has no key 'stpes': did you mean steps? known are model, out"),
         ("--config.adapter.rnk=7", "adapter has no key 'rnk': did you mean adapter.rank? known are modes, rank, "),
         ("--config.seed.x=7", "seed has no key 'x': known are none below it"),
-        ("--config.adapter=7", "adapter is 7, but it is a group of keys: set one of adapter.modes, adapter.rank, "),
+        ("--config.adapter=7", "--config.adapter is 7, but it is a group of keys: set one of --config.adapter.modes, "),
         ("--config.steps=1e3", "steps is 1000.0, but has to be a whole number"),
         ("--config.steps=many", "steps is 'many', but has to be a whole number"),
         ("--config.steps=True", "steps is True, but has to be a whole number"),
         ("--config.optimizer.b1='0.9'", "optimizer.b1 is '0.9', but has to be a number"),
-        ("--config.mesh=(1, 2", "mesh is '(1, 2', but has to be a tuple, each element a whole number"),
-        ("--config.resolutions=(64, 64)", "but has to be a tuple, each element (a whole number, a whole number)"),
-        ("--config.adapter.targets=7", "adapter.targets is 7, but has to be None or a tuple, each element a text"),
+        ("--config.mesh=(1, 2", "mesh is '(1, 2', but has to be a list of 4, each a whole number from -1"),
+        ("--config.resolutions=(64, 64)", "but has to be a list of sizes, each (height, width) in pixels"),
+        ("--config.adapter.targets=7", "--config.adapter.targets is 7, but has to be a list, each a text"),
         ("steps=7", "cannot read steps=7: overrides have the form --config.key=value"),
         ("--config.steps", "cannot read --config.steps: overrides have the form --config.key=value"),
     ],
@@ -154,6 +155,28 @@ def test_overrides_are_typed():
 def test_overrides_that_are_wrong_are_refused(override, message):
     with pytest.raises(UserError, match=re.escape(message)):
         read_config("tiny", [override])
+
+
+def numeric(cls: type, prefix: str = "") -> Iterator[str]:
+    """The dotted names of the fields that are one number."""
+    for name, hint in schema.types_of(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from numeric(hint, f"{prefix}{name}.")
+        elif "tuple" not in str(hint) and list(schema.numbers(hint)):
+            yield prefix + name
+
+
+@pytest.mark.parametrize("name", list(numeric(Recipe)))
+@pytest.mark.parametrize("text", ["1e400", "-1e30", "1e30", "float('nan')", "nan", "-9", "10**30", "9" * 40, "True"])
+def test_absurd_numbers_are_refused(name, text):
+    with pytest.raises(UserError, match=rf"^--config\.{name} is .*, but has to be a "):
+        read_config("tiny", [f"--config.{name}={text}"])
+
+
+def test_a_recipe_made_in_python_is_checked():
+    with pytest.raises(UserError, match=r"^guidance is nan, but has to be a number from 0 to 1000$"):
+        Recipe("m", "o", float("nan"), prompts="p.txt")
+    assert Recipe("m", "o", 1, prompts="p.txt", seed=2**64 - 1, mesh=[1, 1, 1, 1]).mesh == (1, 1, 1, 1)
 
 
 def test_configs_are_locked_against_typos():

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from safetensors.flax import load_file, save_file
 
+from arcflow_jax import schema
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.data.tokenizers import load_tokenizer, token_length, tokenize
 from arcflow_jax.demo import world
@@ -26,7 +27,7 @@ from arcflow_jax.families.flux import CLIP, T5
 from arcflow_jax.networks.flux import Flux, FluxConditioning, FluxConfig
 from arcflow_jax.networks.student import ArcModel
 from arcflow_jax.networks.vaes.vae import VAE
-from arcflow_jax.storage.files import parse_config, read_json
+from arcflow_jax.storage.files import read_json
 from arcflow_jax.storage.safetensors import read_folder
 from tools.tiny_teacher import common
 from tools.tiny_teacher.vae import new_vae
@@ -80,7 +81,7 @@ def make_embeddings(work: Path) -> None:
 
     def embed(network: Network, encoder: str, tokenizer: str) -> Any:
         folder = work / "text" / encoder
-        config = parse_config(network.config, read_json(folder / "config.json"), str(folder))
+        config = schema.parse(network.config, read_json(folder / "config.json"), str(folder))
         graphdef, abstract = nnx.split(network.abstract(config))
         state = import_tensors(network.table, read_folder(folder), abstract)
         tokenizer = load_tokenizer(work / "text" / tokenizer)

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from safetensors.flax import load_file, save_file
 
-from arcflow_jax import families
+from arcflow_jax import families, schema
 from arcflow_jax.convert import qwen2_5_vl as text_table
 from arcflow_jax.convert import qwen_image as transformer_table
 from arcflow_jax.convert import vae_qwen as vae_table
@@ -32,7 +32,7 @@ from arcflow_jax.networks.student import ArcModel
 from arcflow_jax.networks.text.qwen2_5_vl import Qwen2_5VLConfig, Qwen2_5VLText
 from arcflow_jax.networks.vaes.qwen import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
 from arcflow_jax.storage.atomic import whole_directory
-from arcflow_jax.storage.files import parse_config, read_json, write_json
+from arcflow_jax.storage.files import read_json, write_json
 from arcflow_jax.storage.safetensors import read_folder
 from tools.make_tiny_qwen import CONFIGS, LENGTH, PIPELINE, SCHEDULER, make_tokenizer
 from tools.tiny_teacher import common, denoiser, text, vae
@@ -85,7 +85,7 @@ def make_text(work: Path, seed: int = 0) -> None:
         sizes = {"hidden_size": text.WIDTH, "intermediate_size": 2 * text.WIDTH, "vocab_size": vocabulary}
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
         config |= {"text_config": config["text_config"] | sizes}
-        encoder = Qwen2_5VLText(parse_config(Qwen2_5VLConfig, config, "text_encoder"), rngs=nnx.Rngs(seed))
+        encoder = Qwen2_5VLText(schema.parse(Qwen2_5VLConfig, config, "text_encoder"), rngs=nnx.Rngs(seed))
 
         def features(encoder: Qwen2_5VLText, ids: jax.Array) -> jax.Array:  # [B, T] -> [B, D]
             last = (ids != tokenizer.pad_token_id).sum(axis=1) - 1
@@ -114,7 +114,7 @@ def make_latents(work: Path) -> None:
 def make_embeddings(work: Path) -> None:
     """Embeds every caption, then the empty prompt: [·, T, D], and their lengths, [·]."""
     folder = work / "text" / "text_encoder"
-    config = parse_config(Qwen2_5VLConfig, read_json(folder / "config.json"), str(folder))
+    config = schema.parse(Qwen2_5VLConfig, read_json(folder / "config.json"), str(folder))
     graphdef, abstract = nnx.split(QWEN2_5_VL.abstract(config))
     state = import_tensors(text_table, read_folder(folder), abstract)
     ids, ends = token_ids(load_tokenizer(work / "text" / "tokenizer"), [*map(str, denoiser.CAPTIONS), ""])

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from arcflow_jax import schema
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.layers import TEACHER, Embedding, LayerNorm, Linear, scan_blocks, stack
+from arcflow_jax.schema import Epsilon, Layers, Token, Width
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -36,19 +38,20 @@ LEGACY_EOS = 2  # config.json of the first CLIP models has this wrong id: their 
 class CLIPTextConfig:
     """The model config of a CLIP text encoder, with the names of its config.json."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    max_position_embeddings: int = 77
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    eos_token_id: int = 49407
+    vocab_size: Width
+    hidden_size: Width
+    intermediate_size: Width
+    num_hidden_layers: Layers
+    num_attention_heads: Width
+    max_position_embeddings: Width = 77
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    layer_norm_eps: Epsilon = 1e-5
+    eos_token_id: Token = 49407
 
     def __post_init__(self) -> None:
-        if self.hidden_act not in ACTIVATIONS:
-            raise UserError(f"CLIP: hidden_act is {self.hidden_act!r}, but has to be one of {', '.join(ACTIVATIONS)}")
+        schema.check_multiple(self, "hidden_size", "num_attention_heads")
+        if self.eos_token_id >= self.vocab_size:
+            raise UserError(f"eos_token_id is {self.eos_token_id}, but has to be below vocab_size, {self.vocab_size}")
 
 
 class Attention(nnx.Module):

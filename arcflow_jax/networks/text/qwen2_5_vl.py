@@ -18,8 +18,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from arcflow_jax import schema
+from arcflow_jax.errors import UserError
 from arcflow_jax.networks.layers import TEACHER, Embedding, Linear, RMSNorm, scan_blocks, stack
 from arcflow_jax.networks.transformer import Rope, rotary
+from arcflow_jax.schema import Epsilon, Layers, Theta, Width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +31,20 @@ class Qwen2_5VLConfig:
 
     REQUIRED: ClassVar[dict[str, Any]] = {"hidden_act": "silu", "use_sliding_window": False, "rope_type": "default"}
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    rms_norm_eps: float
-    rope_theta: float = 1e6
+    vocab_size: Width
+    hidden_size: Width
+    intermediate_size: Width
+    num_hidden_layers: Layers
+    num_attention_heads: Width
+    num_key_value_heads: Width
+    rms_norm_eps: Epsilon
+    rope_theta: Theta = 1e6
+
+    def __post_init__(self) -> None:
+        schema.check_multiple(self, "hidden_size", "num_attention_heads")
+        schema.check_multiple(self, "num_attention_heads", "num_key_value_heads")
+        if self.head_dim % 2:
+            raise UserError(f"a head has {self.head_dim} features, but the rotary embedding needs an even number")
 
     @property
     def head_dim(self) -> int:
@@ -44,8 +53,8 @@ class Qwen2_5VLConfig:
     @staticmethod
     def flat(config: dict[str, Any]) -> dict[str, Any]:
         """A config.json with the nested fields of newer versions, `text_config` and `rope_parameters`, on top level."""
-        config = config | (config.get("text_config") or {})
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        config = config | schema.nested(config, "text_config")
+        rope = schema.nested(config, "rope_parameters") or schema.nested(config, "rope_scaling")
         kind = rope.get("rope_type", rope.get("type", "default"))
         return config | rope | {"rope_type": "default" if kind == "mrope" else kind}
 

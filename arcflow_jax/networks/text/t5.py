@@ -18,7 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from arcflow_jax.errors import UserError
 from arcflow_jax.networks.layers import TEACHER, Base, Embedding, Linear, RMSNorm, scan_blocks, stack
+from arcflow_jax.schema import Epsilon, Layers, Width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +29,23 @@ class T5Config:
 
     REQUIRED: ClassVar[dict[str, Any]] = {"feed_forward_proj": "gated-gelu"}
 
-    vocab_size: int
-    d_model: int
-    d_kv: int
-    d_ff: int
-    num_layers: int
-    num_heads: int
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
+    vocab_size: Width
+    d_model: Width
+    d_kv: Width
+    d_ff: Width
+    num_layers: Layers
+    num_heads: Width
+    relative_attention_num_buckets: Width = 32
+    relative_attention_max_distance: Width = 128
+    layer_norm_epsilon: Epsilon = 1e-6
+
+    def __post_init__(self) -> None:
+        exact = self.relative_attention_num_buckets // 4
+        if not 1 <= exact < self.relative_attention_max_distance:
+            raise UserError(
+                f"relative_attention_num_buckets is {self.relative_attention_num_buckets}, but has to be at least 4, "
+                f"and less than 4 · relative_attention_max_distance, {4 * self.relative_attention_max_distance}"
+            )
 
 
 def distance_buckets(distances: np.ndarray, buckets: int, max_distance: int) -> np.ndarray:

@@ -18,9 +18,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from arcflow_jax.errors import UserError
 from arcflow_jax.networks.attention import attention
 from arcflow_jax.networks.layers import Conv, GroupNorm, Linear
 from arcflow_jax.networks.vaes.vae import VAE
+from arcflow_jax.schema import Depth, Offset, Pixels, Scale, Width, Widths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +37,24 @@ class AutoencoderKLConfig:
         "latents_std": None,
     }
 
-    block_out_channels: tuple[int, ...]
-    layers_per_block: int
-    latent_channels: int
-    norm_num_groups: int
-    scaling_factor: float
-    shift_factor: float
-    in_channels: int = 3
-    out_channels: int = 3
+    block_out_channels: Widths
+    layers_per_block: Depth
+    latent_channels: Width
+    norm_num_groups: Width
+    scaling_factor: Scale
+    shift_factor: Offset
+    in_channels: Width = 3
+    out_channels: Width = 3
     mid_block_add_attention: bool = True
-    sample_size: int | None = None
+    sample_size: Pixels | None = None
+
+    def __post_init__(self) -> None:
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise UserError(
+                    f"block_out_channels has {channels}, but has to have multiples of norm_num_groups, "
+                    f"{self.norm_num_groups}"
+                )
 
     @property
     def factor(self) -> int:

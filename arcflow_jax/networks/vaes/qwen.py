@@ -25,6 +25,7 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.networks.attention import attention
 from arcflow_jax.networks.layers import Conv, Linear, RMSNorm
 from arcflow_jax.networks.vaes.vae import VAE
+from arcflow_jax.schema import Depth, Offset, Pixels, Scale, Width, Widths
 
 # The checkpoint's norms use PyTorch's F.normalize, whose epsilon only guards against a vector of zeros
 Norm = functools.partial(RMSNorm, eps=1e-24)
@@ -36,13 +37,13 @@ class AutoencoderKLQwenImageConfig:
 
     REQUIRED: ClassVar[dict[str, Any]] = {"attn_scales": [], "input_channels": 3}
 
-    base_dim: int
-    z_dim: int
-    dim_mult: tuple[int, ...]
-    num_res_blocks: int
-    latents_mean: tuple[float, ...]
-    latents_std: tuple[float, ...]
-    sample_size: int = 1024
+    base_dim: Width
+    z_dim: Width
+    dim_mult: Widths
+    num_res_blocks: Depth
+    latents_mean: tuple[Offset, ...]
+    latents_std: tuple[Scale, ...]
+    sample_size: Pixels = 1024
 
     def __post_init__(self):
         if not len(self.latents_mean) == len(self.latents_std) == self.z_dim:
