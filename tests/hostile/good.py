@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from arcflow_jax import families
+from arcflow_jax import families, schema
 from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.student_formats import export_adapter
@@ -25,7 +25,6 @@ from arcflow_jax.convert.engine import export_tensors
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.student import AdapterConfig
-from arcflow_jax.storage.files import parse_config
 from tests.helpers import source_folder, students
 
 QWEN: dict[str, dict[str, Any]] = {
@@ -115,7 +114,7 @@ def source(kind: str) -> Path:
         index[component] = ["library", network.class_name]
         (folder / component).mkdir(parents=True)
         (folder / component / "config.json").write_text(json.dumps(config))
-        abstract = nnx.state(network.abstract(parse_config(network.config, config, component)))
+        abstract = nnx.state(network.abstract(schema.parse(network.config, config, component)))
         rng = np.random.default_rng(len(component))
         state = jax.tree.map(lambda x, rng=rng: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), abstract)
         tensors = export_tensors(network.table, state)

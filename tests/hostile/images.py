@@ -122,8 +122,9 @@ def picture(rng: random.Random, folder: Path) -> Case:
             return None if result.ndim == 3 and result.shape[2] == 3 else "no image"
         return None if np.array_equal(result, right) else f"other pixels: {what.split(':')[0].rstrip(' 12345678')}"
 
+    sound = ":" not in what and right is not None
     what = f"{what}, for {'training' if trains else 'evaluation'}"
-    return Case(what, run, [str(file)], wrong, place, folder / "work")
+    return Case(what, run, [str(file)], wrong, place, folder / "work", sound)
 
 
 def captions(rng: random.Random, folder: Path) -> Case:

@@ -57,12 +57,14 @@ class Damaged:
       what: for people.
       field: the name of what was changed.
       parsed: what a strict reader gets: the object, or None where the file has to be refused.
+      ignored: whether only an unknown key was added, with an ordinary value.
     """
 
     text: bytes
     what: str
     field: str
     parsed: Any
+    ignored: bool = False
 
 
 def reparse(text: bytes) -> Any:
@@ -114,7 +116,8 @@ def json_value(rng: random.Random, tree: Any) -> Damaged:
         parent[path[-1]] = "@RAW@" if isinstance(new, Raw) else new
     text = dump(tree, new if isinstance(new, Raw) else None).encode()
     shown = new.text[:20] if isinstance(new, Raw) else repr(new)[:40]
-    return Damaged(text, f"{where} = {shown}", field, reparse(text))
+    ordinary = not isinstance(new, Raw) and new != "\ud800"
+    return Damaged(text, f"{where} = {shown}", field, reparse(text), field == "zzz_unknown" and ordinary)
 
 
 def damaged(rng: random.Random, data: bytes) -> tuple[bytes, str]:

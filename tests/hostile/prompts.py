@@ -81,7 +81,8 @@ def texts(rng: random.Random, folder: Path) -> Case:
         return None if result.texts == expected else f"other prompts: {result.texts[:2]} for {expected[:2]}"
 
     what = f"{file.suffix}: {what}"
-    return Case(what, lambda: read_prompts(file), [str(file)], wrong, folder / "in", folder / "work")
+    right = expected is not None and b"\xef\xbb\xbf" not in data
+    return Case(what, lambda: read_prompts(file), [str(file)], wrong, folder / "in", folder / "work", right)
 
 
 @functools.cache

@@ -66,6 +66,7 @@ def config(rng: random.Random, folder: Path) -> Case:
             return f"{component} of {kind}: {broken}"
         return unchanged(kind, result)
 
+    arguments["harmless"] = damage.ignored
     return Case(f"{component}: {damage.what}", names=[str(file), component], wrong=wrong, **arguments)
 
 
