@@ -35,7 +35,7 @@ from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.lora import linear_layers
 from arcflow_jax.networks.student import AdapterConfig, split_model
-from arcflow_jax.schema import NFE, Guidance, Modes, Ratio, Shift
+from arcflow_jax.schema import NFE, Guidance, Ratio, Shift
 from arcflow_jax.storage import hub
 from arcflow_jax.storage.atomic import refuse_used, whole_directory
 from arcflow_jax.storage.files import parse_json, read_json, write_json
@@ -83,7 +83,7 @@ POLICY = {
 class HeadConfig:
     """The part of config.json that is not the backbone's config."""
 
-    num_gaussians: Annotated[Modes, Meta(ge=2)]  # K
+    num_gaussians: Annotated[int, Meta(ge=2, le=1024)]  # K
 
     REQUIRED: ClassVar[dict[str, Any]] = {"logweights_channels": 4}
 

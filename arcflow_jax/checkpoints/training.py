@@ -68,7 +68,7 @@ class AdapterDescription:
     def flat(values: dict[str, Any]) -> dict[str, Any]:
         """The same. Raises UserError if a part lacks what has to be there."""
         for part, names in NEEDED.items():
-            if missing := sorted(names - schema.nested(values, part).keys()):
+            if part in values and (missing := sorted(names - schema.nested(values, part).keys())):
                 raise UserError(f"missing {', '.join(f'{part}.{name}' for name in missing)}")
         return values
 

@@ -86,7 +86,10 @@ DAMAGE = {
         lambda f: edit(f, num_gaussians=8),
         r"6 wrong \(proj_out_loggamma\.bias is \[12\] instead of \[28\]",
     ),
-    "one mode": (lambda f: edit(f, num_gaussians=1), r"num_gaussians is 1, but has to be a whole number above 1"),
+    "one mode": (
+        lambda f: edit(f, num_gaussians=1),
+        r"num_gaussians is 1, but has to be a whole number from 2 to 1024",
+    ),
     "no modes": (lambda f: edit(f, num_gaussians="gone"), r"config\.json: missing num_gaussians"),
     "a weight a channel": (
         lambda f: edit(f, logweights_channels=1),
@@ -117,11 +120,11 @@ DAMAGE = {
     "another policy": (lambda f: set_policy(f, '{"type": "GMFlow"}'), r"policy_config .* not of type ArcFlow"),
     "policy of words": (
         lambda f: set_policy(f, '{"type": "ArcFlow", "shift": "three"}'),
-        r"policy_config has shift 'three', but it has to be a number",
+        r"policy_config\.shift is 'three', but has to be a number from 0\.001 to 1000",
     ),
     "policy of no steps": (
         lambda f: set_policy(f, '{"type": "ArcFlow", "nfe": 0}'),
-        r"nfe is 0, but has to be at least 1",
+        r"policy_config\.nfe is 0, but has to be a whole number from 1 to 10000",
     ),
 }
 
@@ -148,7 +151,7 @@ def test_convert_refuses_other_bad_input(capfd, base, released, tmp_path):
     refused("with --base, and without a model's options", *whole, "--dtype", "float32")
     refused("name the model to convert with --source", "--base", base)
     refused("belong to --adapter", "--source", ASSETS / "tiny-flux", "--shift", 1)
-    refused("shift is -1.0, but has to be above 0", *whole, "--shift", -1)
+    refused("shift is -1.0, but has to be a number from 0.001 to 1000", *whole, "--shift", -1)
     refused("released exists already", *whole, out=released)
 
 

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
+from arcflow_jax.checkpoints.model_directory import ComponentDescription
 from arcflow_jax.checkpoints.training import AdapterDescription, Checkpoints
 from arcflow_jax.errors import UserError
 from arcflow_jax.flow.distill import Distillation
@@ -218,7 +219,7 @@ def test_checkpoint_with_the_names_of_the_first_version_is_restored(tmp_path):
 
 
 DESCRIPTION = AdapterDescription(
-    "0" * 64, AdapterConfig(3, 2, 2.0, 0.0, ("a.*",)), Distillation(), 2.5, {"class": "Flux", "config": {"layers": 2}}
+    "0" * 64, AdapterConfig(3, 2, 2.0, 0.0, ("a.*",)), Distillation(), 2.5, ComponentDescription("Flux", {"layers": 2})
 )
 
 
@@ -246,17 +247,29 @@ def test_adapter_json_comes_back(tmp_path):
         (lambda v: v.pop("base"), "missing base$"),
         (lambda v: v.pop("adapter"), "missing adapter$"),
         (lambda v: (v.pop("distillation"), v.pop("guidance")), "missing distillation, guidance$"),
-        (lambda v: v["adapter"].pop("rank"), "adapter: missing rank$"),
-        (lambda v: v.update(base=5), "base is 5, but has to be a text$"),
-        (lambda v: v.update(guidance="3.5"), "guidance is '3.5', but has to be a number$"),
+        (lambda v: v["adapter"].pop("rank"), r"missing adapter\.rank$"),
+        (lambda v: v.update(base=5), "base is 5, but has to be a SHA-256, 64 hexadecimal digits$"),
+        (lambda v: v.update(guidance="3.5"), "guidance is '3.5', but has to be a number from 0 to 1000$"),
         (lambda v: v.update(adapter=[1, 2]), r"adapter is \[1, 2\], but has to be a JSON object$"),
-        (lambda v: v["adapter"].update(modes=2.5), "adapter: modes is 2.5, but has to be a whole number$"),
+        (
+            lambda v: v["adapter"].update(modes=2.5),
+            r"adapter\.modes is 2\.5, but has to be a whole number from 1 to 1024$",
+        ),
         (lambda v: v["adapter"].update(targets="a.*"), r"targets is 'a\.\*', but has to be a list, each a text$"),
-        (lambda v: v["adapter"].update(modes=0), "modes is 0, but has to be at least 1$"),
-        (lambda v: v["distillation"].update(nfe=True), "distillation: nfe is True, but has to be a whole number$"),
-        (lambda v: v["transformer"].pop("class"), "transformer: class is missing or has the wrong type$"),
-        (lambda v: v["transformer"].update(config=3), "transformer: config is missing or has the wrong type$"),
-        (lambda v: v.update(version=9), "is not of arcflow_jax adapter version 1$"),
+        (lambda v: v["adapter"].update(modes=0), r"adapter\.modes is 0, but has to be a whole number from 1 to 1024$"),
+        (
+            lambda v: v["distillation"].update(nfe=True),
+            r"distillation\.nfe is True, but has to be a whole number from 1 to 10000$",
+        ),
+        (lambda v: v["transformer"].pop("class"), r"missing transformer\.class$"),
+        (lambda v: v["transformer"].update(config=3), r"transformer\.config is 3, but has to be a JSON object$"),
+        (lambda v: v.update(version=9), "is not of arcflow_jax adapter version 1, but of version 9$"),
+        (lambda v: v.update(seed=9), "unknown seed: known are base, adapter, distillation, guidance, transformer$"),
+        (
+            lambda v: v["distillation"].update(shift=-1),
+            r"distillation\.shift is -1, but has to be a number from 0\.001",
+        ),
+        (lambda v: v["adapter"].update(rank=10**9), r"adapter\.rank is 1000000000, but has to be a whole number"),
     ],
 )
 def test_broken_adapter_json(tmp_path, edit, message):

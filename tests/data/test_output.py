@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
-from arcflow_jax.data.output import file_name, save_image, unused
+from arcflow_jax.data.output import file_name, read_latents, save_image, unused
 from arcflow_jax.errors import UserError
 from tests.helpers.full_disk import disk_for_files_up_to
 
@@ -52,6 +57,57 @@ def test_settings_are_saved_as_text(tmp_path):
         assert saved.text == {name: str(value) for name, value in INFO.items()}
         assert saved.tobytes() == made.tobytes()
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+def damaged_npy(shape: object) -> bytes:
+    """A .npy file whose header promises an array of this shape."""
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(64)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.npy", b""),
+        ("a.npy", b"\x93NUMPY"),
+        ("a.npy", damaged_npy((10**12,))),  # four terabytes, none of which may be allocated
+        ("a.npy", damaged_npy((2**62, 2**62))),
+        ("a.npy", damaged_npy((-4, 4))),
+        ("a.npy", damaged_npy("(4, (")),
+        ("a.npy", damaged_npy("__import__('os').system('true')")),
+        ("a.npy", pickle.dumps([1])),
+        ("a.safetensors", b"\xff" * 100),
+        ("a.txt", b""),
+    ],
+)
+def test_latents_that_are_refused(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"latents .*{name}|{name} is truncated"):
+        read_latents(tmp_path / name)
+
+
+def test_latents_that_are_no_array(tmp_path):
+    np.savez(tmp_path / "a.npz", a=np.ones(3))
+    (tmp_path / "a.npz").rename(tmp_path / "a.npy")
+    np.save(tmp_path / "b.npy", np.array([{}], object), allow_pickle=True)
+    os.mkfifo(tmp_path / "c.npy")
+    save_file({"a": np.ones(3), "b": np.ones(3)}, tmp_path / "d.safetensors")
+    for name, message in {
+        "a.npy": "cannot read latents",
+        "b.npy": "cannot read latents",
+        "c.npy": "is not a regular file",
+        "d.safetensors": "has to hold one tensor, not 2",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            read_latents(tmp_path / name)
+
+
+def test_latents_come_back(tmp_path):
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    np.save(tmp_path / "a.npy", array)
+    save_file({"x": array}, tmp_path / "a.safetensors")
+    for name in ("a.npy", "a.safetensors"):
+        np.testing.assert_array_equal(read_latents(tmp_path / name), array)
 
 
 def test_full_disk_leaves_nothing(tmp_path):

@@ -167,10 +167,10 @@ def numeric(cls: type, prefix: str = "") -> Iterator[str]:
 
 
 @pytest.mark.parametrize("name", list(numeric(Recipe)))
-@pytest.mark.parametrize("text", ["1e400", "-1e30", "1e30", "float('nan')", "nan", "-9", "10**30", "9" * 40, "True"])
-def test_absurd_numbers_are_refused(name, text):
-    with pytest.raises(UserError, match=rf"^--config\.{name} is .*, but has to be a "):
-        read_config("tiny", [f"--config.{name}={text}"])
+def test_absurd_numbers_are_refused(name):
+    for text in ("1e400", "-1e400", "-1e30", "1e30", "nan", "inf", "-9", "9" * 40, "9" * 5000, "True"):
+        with pytest.raises(UserError, match=rf"^--config\.{name} is .*, but has to be a "):
+            read_config("tiny", [f"--config.{name}={text}"])
 
 
 def test_a_recipe_made_in_python_is_checked():

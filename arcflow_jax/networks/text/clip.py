@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from arcflow_jax import schema
-from arcflow_jax.errors import UserError
 from arcflow_jax.networks.layers import TEACHER, Embedding, LayerNorm, Linear, scan_blocks, stack
 from arcflow_jax.schema import Epsilon, Layers, Token, Width
 
@@ -50,8 +49,6 @@ class CLIPTextConfig:
 
     def __post_init__(self) -> None:
         schema.check_multiple(self, "hidden_size", "num_attention_heads")
-        if self.eos_token_id >= self.vocab_size:
-            raise UserError(f"eos_token_id is {self.eos_token_id}, but has to be below vocab_size, {self.vocab_size}")
 
 
 class Attention(nnx.Module):
