@@ -1,4 +1,4 @@
-"""`python -m tests.hostile --count 10000`: runs damaged inputs and prints how they ended. Exit code 1 if one ended badly."""
+"""`python -m tests.hostile --count 10000`: runs damaged inputs, prints how they ended; exit code 1 if one is bad."""
 
 from __future__ import annotations
 

@@ -206,11 +206,15 @@ def run(case: Case) -> Ending:
     if (changed := difference(inputs, snapshot(case.inputs))) is not None:
         return Ending("leftover", f"the input is not as it was: {changed}", "input changed")
     if isinstance(error, Hang | MemoryError):
-        return Ending("hang", f"{type(error).__name__} {error} {case.what}", f"{type(error).__name__} in {place(error)}")
+        return Ending(
+            "hang", f"{type(error).__name__} {error} {case.what}", f"{type(error).__name__} in {place(error)}"
+        )
     if isinstance(error, UserError | Told):
         message = str(error)
         if (left := difference(work, snapshot(case.work))) is not None:
-            return Ending("leftover", f"{left}, after: {message[:300]}", f"leftover: {re.sub('[0-9]+', '#', left)[:60]}")
+            return Ending(
+                "leftover", f"{left}, after: {message[:300]}", f"leftover: {re.sub('[0-9]+', '#', left)[:60]}"
+            )
         if (fault := fault_of(message, case.names)) is not None:
             return Ending("unclear", f"{fault}: {message[:400]!r}", f"the error {fault[:40]}, raised in {place(error)}")
         if noise:

@@ -28,7 +28,10 @@ def cache() -> Path:
     class Encode:
         def embed(self, prompts: list[str]) -> Any:
             rng = np.random.default_rng(len(prompts[0]))
-            arrays = {"text": rng.standard_normal((len(prompts), 8, 12)), "pooled": rng.standard_normal((len(prompts), 10))}
+            arrays = {
+                "text": rng.standard_normal((len(prompts), 8, 12)),
+                "pooled": rng.standard_normal((len(prompts), 10)),
+            }
             return {name: x.astype(np.float32) for name, x in arrays.items()}, np.zeros(len(prompts), bool)
 
     folder = good.root() / "embeddings"

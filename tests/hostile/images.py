@@ -41,9 +41,11 @@ def turned(array: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def odd(rng: random.Random) -> tuple[bytes, str, np.ndarray | None, str]:
-    """An image that is easily read wrong: its bytes, suffix, right pixels (None if it has to be refused), and what it is."""
+    """An image that is easily read wrong: its bytes, suffix, right pixels (None: refuse it), and what it is."""
     array = colours(rng.randrange(100))
-    what = rng.choice(("exif", "16 bit", "alpha", "palette", "grey alpha", "bit", "bomb", "wide", "float", "trns", "gif"))
+    what = rng.choice(
+        ("exif", "16 bit", "alpha", "palette", "grey alpha", "bit", "bomb", "wide", "float", "trns", "gif")
+    )
     if what == "exif":
         orientation = rng.randint(1, 8)
         exif = Image.Exif()
@@ -142,9 +144,13 @@ def captions(rng: random.Random, folder: Path) -> Case:
         meta.write_bytes(damage.text.replace(b"\n", b" ") + b"\n")
         what, parsed = damage.what, mutate.reparse(damage.text.replace(b"\n", b" "))
         fits = isinstance(parsed, dict) and parsed.get("file_name") == "a.png" and isinstance(parsed.get("text"), str)
-        expected = [parsed["text"].strip()] if fits and parsed["text"].strip() and "\ud800" not in parsed["text"] else None
+        expected = (
+            [parsed["text"].strip()] if fits and parsed["text"].strip() and "\ud800" not in parsed["text"] else None
+        )
     elif kind == "path":
-        name = rng.choice(("../outside.png", str(folder / "in" / "outside.png"), "../images/../outside.png", "sub/../../outside.png"))
+        name = rng.choice(
+            ("../outside.png", str(folder / "in" / "outside.png"), "../images/../outside.png", "sub/../../outside.png")
+        )
         (place / "sub").mkdir()
         meta.write_text(json.dumps(record | {"file_name": name}) + "\n")
         what, expected = f"file_name {name}", None

@@ -39,7 +39,9 @@ def odd(rng: random.Random) -> tuple[bytes, str]:
     header = rng.choice(("shape", "dtype", "pickle", "fortran", "version", "text"))
     match header:
         case "shape":
-            shape = rng.choice(("(1, 4, 1000000000000)", "(-1, 4, 16)", "(1, 4, 16, 0)", "()", "(1.5,)", "(" * 500, "1"))
+            shape = rng.choice(
+                ("(1, 4, 1000000000000)", "(-1, 4, 16)", "(1, 4, 16, 0)", "()", "(1.5,)", "(" * 500, "1")
+            )
             return data.replace(b"(1, 4, 16)", shape.encode()), f"shape {shape[:30]}"
         case "dtype":
             kind = rng.choice(("<f8", ">f4", "<i4", "|O", "<c8", "<U4", "|V4", "<M8[s]", "x", "<f2"))
@@ -50,7 +52,9 @@ def odd(rng: random.Random) -> tuple[bytes, str]:
             return data.replace(b"False", b"True "), "Fortran order"
         case "version":
             return data[:6] + bytes([rng.randrange(10), rng.randrange(3)]) + data[8:], "version"
-    return data.replace(b"'descr'", rng.choice((b"__import__('os').system('touch ran')", b"'x'", b"[", b"'descr\x00'"))), "header"
+    return data.replace(
+        b"'descr'", rng.choice((b"__import__('os').system('touch ran')", b"'x'", b"[", b"'descr\x00'"))
+    ), "header"
 
 
 def damaged(rng: random.Random, folder: Path) -> Case:
@@ -82,7 +86,11 @@ def damaged(rng: random.Random, folder: Path) -> Case:
             found = tensors.strict(data)
             if found is None or len(found) != 1:
                 return "no valid safetensors file of one tensor"
-            return None if np.array_equal(next(iter(found.values())).astype(np.float32).reshape(SHAPE), result) else "other"
+            return (
+                None
+                if np.array_equal(next(iter(found.values())).astype(np.float32).reshape(SHAPE), result)
+                else "other"
+            )
         return None if (folder / "ran").exists() is False else "code ran"
 
     names = [str(file), "latents"]

@@ -149,4 +149,3 @@ def tokenizer(rng: random.Random, folder: Path) -> Case:
         return None if result == ids(kind, name) else "the tokenizer gives other ids"
 
     return Case(f"{kind} {name}: {what}", run, [str(model), name], wrong, folder / "in", folder / "work")
-

@@ -110,7 +110,9 @@ def json_value(rng: random.Random, tree: Any) -> Damaged:
         tree["zzz_unknown"] = "@RAW@" if isinstance(new, Raw) else new
         where = field = "zzz_unknown"
     elif kind == "twice" and isinstance(parent, dict):
-        text = dump({"@TWICE@": 0, **tree} if parent is tree else tree).replace('"@TWICE@": 0', f"{json.dumps(path[-1])}: 7")
+        text = dump({"@TWICE@": 0, **tree} if parent is tree else tree).replace(
+            '"@TWICE@": 0', f"{json.dumps(path[-1])}: 7"
+        )
         return Damaged(text.encode(), f"{where} twice, the good one last", field, reparse(text.encode()))
     else:
         parent[path[-1]] = "@RAW@" if isinstance(new, Raw) else new

@@ -14,7 +14,29 @@ from arcflow_jax.storage.files import read_json
 from tests.hostile import good, rules
 from tests.hostile.case import Case, command
 
-NUMBERS = (0, -1, 1, 2, 3, 16, 32, 48, 7, 0.5, 1.0, 3.5, -0.5, 1e308, 1e-308, 10**12, 2**31, 2**32, 2**63, 2**64, 2**64 - 1)
+NUMBERS = (
+    0,
+    -1,
+    1,
+    2,
+    3,
+    16,
+    32,
+    48,
+    7,
+    0.5,
+    1.0,
+    3.5,
+    -0.5,
+    1e308,
+    1e-308,
+    10**12,
+    2**31,
+    2**32,
+    2**63,
+    2**64,
+    2**64 - 1,
+)
 NUMBERS += (math.nan, math.inf, -math.inf, -(2**63), 10**30)
 SIDE = lambda x: rules.whole(1, 2**16)(x) and x % 4 == 0  # noqa: E731
 CHECKS: dict[str, rules.Check] = {
@@ -49,10 +71,44 @@ def settings(rng: random.Random, folder: Path) -> Case:
     return Case(f"{kind} {name}={value}", run, [name, "image size"], wrong, None, None)
 
 
-TEXTS = ("nan", "inf", "-inf", "1e999", "-1", "0", "-0.0", "x", "", "1" * 400, "1" + "0" * 5000, "1e308", "1000000000000")
+TEXTS = (
+    "nan",
+    "inf",
+    "-inf",
+    "1e999",
+    "-1",
+    "0",
+    "-0.0",
+    "x",
+    "",
+    "1" * 400,
+    "1" + "0" * 5000,
+    "1e308",
+    "1000000000000",
+)
 TEXTS += ("\x1b[31m", "a\nb", "18446744073709551616", "-9223372036854775808", "1_0", "٣", "0x10", " 1", "True", "[red]")
-MESHES = ("data=0", "x=1", "data", "data=", "=1", "data=1,data=2", "data=-2", "data=-1,fsdp=-1", "data=999999999999999999")
-MESHES += ("data=2", "fsdp=1.5", "data=\x1b[31m", "[red]", "a\nb", "data=" + "9" * 5000, "data==1", "data=1;fsdp=1", "tensor=٣")
+MESHES = (
+    "data=0",
+    "x=1",
+    "data",
+    "data=",
+    "=1",
+    "data=1,data=2",
+    "data=-2",
+    "data=-1,fsdp=-1",
+    "data=999999999999999999",
+)
+MESHES += (
+    "data=2",
+    "fsdp=1.5",
+    "data=\x1b[31m",
+    "[red]",
+    "a\nb",
+    "data=" + "9" * 5000,
+    "data==1",
+    "data=1;fsdp=1",
+    "tensor=٣",
+)
 
 
 def meshes(rng: random.Random, folder: Path) -> Case:
@@ -112,15 +168,21 @@ def commands(rng: random.Random, folder: Path) -> Case:
     base: dict[str, list[object]] = {
         "sample": ["sample", "--model", good.model(kind), "--teacher", "--prompt", "x", "--out", out],
         "import": ["convert", "--adapter", good.export(kind), "--base", good.model(kind), "--out", out],
-        "trajectory": ["evaluate", "trajectory", "--model", good.model(kind), "--adapter", good.run(kind), "--out", out]
-        + ["--prompts", prompts],
-        "report": ["compile-report", "--config", "tiny", "--out", work / "r.json", f"--config.model={good.model(kind)}"]
-        + (["--topology", "v5p:1x1x1"] if option != "--topology" else []),
-        "train": ["train", "--config", "tiny", f"--config.model={good.model(kind)}", f"--config.prompts={prompts}"]
-        + [f"--config.out={out}"],
+        "trajectory": ["evaluate", "trajectory", "--model", good.model(kind), "--adapter", good.run(kind)],
+        "report": [
+            "compile-report",
+            "--config",
+            "tiny",
+            "--out",
+            work / "r.json",
+            f"--config.model={good.model(kind)}",
+        ],
+        "train": ["train", "--config", "tiny", f"--config.model={good.model(kind)}", f"--config.prompts={prompts}"],
     }
-    if name == "report" and option == "--height":
-        base[name] += ["--width", "16"]
+    base["trajectory"] += ["--prompts", prompts, "--out", out]
+    base["train"] += [f"--config.out={out}"]
+    base["report"] += ["--topology", "v5p:1x1x1"] if option != "--topology" else []
+    base["report"] += ["--width", "16"] if option == "--height" else []
 
     def wrong(result: str) -> str | None:
         if name != "import" or text not in OPTIONS[name][option]:
@@ -130,6 +192,17 @@ def commands(rng: random.Random, folder: Path) -> Case:
         found = stored[{"--steps": "nfe", "--final-step-ratio": "final_step_ratio"}.get(option, option[2:])]
         return None if found == float(text) else f"{option} became {found}"
 
-    names = [option, option[2:].replace("-", "_"), option[2:], "mesh", "topology", "image size", "process", "checkpoint"]
+    names = [
+        option,
+        option[2:].replace("-", "_"),
+        option[2:],
+        "mesh",
+        "topology",
+        "image size",
+        "process",
+        "checkpoint",
+    ]
     names += ["libtpu"] * (option == "--topology")
-    return Case(f"{name} {option}={text[:40]!r}", lambda: command(*base[name], f"{option}={text}"), names, wrong, None, work)
+    return Case(
+        f"{name} {option}={text[:40]!r}", lambda: command(*base[name], f"{option}={text}"), names, wrong, None, work
+    )

@@ -40,7 +40,9 @@ def write_image(out: Path) -> Any:
 # What writes a directory, and what a file; each returns something if the output can be read
 DIRECTORIES: dict[str, Callable[[str, Path], Any]] = {
     "convert": lambda kind, out: ModelDirectory.open(convert_model(good.source(kind), out)).check_files("vae"),
-    "import": lambda kind, out: json.loads((import_adapter(good.export(kind), good.model(kind), out) / "adapter.json").read_text()),
+    "import": lambda kind, out: json.loads(
+        (import_adapter(good.export(kind), good.model(kind), out) / "adapter.json").read_text()
+    ),
     "export": lambda kind, out: json.loads((export_adapter(good.run(kind), out) / "config.json").read_text()),
 }
 FILES: dict[str, Callable[[str, Path], Any]] = {
@@ -61,7 +63,24 @@ def outputs(rng: random.Random, folder: Path) -> Case:
     suffix = {"statistics": ".npz", "image": ".png"}.get(name, "")
     out = work / f"out{suffix}"
     beside = work / (f".{out.name}.incomplete" if name in DIRECTORIES else f"{out.name}.tmp")
-    how = rng.choice(("file", "folder", "link to folder", "link to file", "dangling", "loop", "fifo", "beside link", "long", "parent", "name", "device", "beside file", "in a file"))
+    how = rng.choice(
+        (
+            "file",
+            "folder",
+            "link to folder",
+            "link to file",
+            "dangling",
+            "loop",
+            "fifo",
+            "beside link",
+            "long",
+            "parent",
+            "name",
+            "device",
+            "beside file",
+            "in a file",
+        )
+    )
     refuse: bool | None = True
     match how:
         case "file":
@@ -127,7 +146,11 @@ def inputs(rng: random.Random, folder: Path) -> Case:
     place = folder / "in"
     place.mkdir()
     name, read = rng.choice(list(READERS.items()))
-    suffix = rng.choice({"prompts": (".txt", ".jsonl", ""), "latents": (".npy", ".safetensors"), "statistics": (".npz",)}.get(name, ("",)))
+    suffix = rng.choice(
+        {"prompts": (".txt", ".jsonl", ""), "latents": (".npy", ".safetensors"), "statistics": (".npz",)}.get(
+            name, ("",)
+        )
+    )
     file = place / (mutate.name(rng) + suffix)
     if rng.random() < 0.2:
         file = place / (rng.choice(("x" * 300, "é" * 200, "a/../" * 50 + "x", "x/" * 30 + "y", "\ud800")) + suffix)
@@ -142,9 +165,46 @@ def inputs(rng: random.Random, folder: Path) -> Case:
     return Case(f"{name}: {file.name[:40]!r} {what}", lambda: read(file), names, wrong, place, None)
 
 
-HUB = ("owner/name", "owner/name/folder", "hf:owner/name", "hf:", "hf:x", "a/b/c/d/e", "../x", "a/..", "./a/b", "/a/b", "~/x", "a//b")
-HUB += ("a/b:c", "a b/c", "a/b\n", "\x1b[31m/x", "[red]/x", "é/ü", "a/b@main", "hf:hf:a/b", "https://huggingface.co/a/b", "a" * 5000 + "/b")
-HUB += ("a/" + "b" * 300, "a/b\x00", "", " ", ".", "..", "a/-b", "\ud800/x", "hf:a/b/../../c", "a/b/" + "c/" * 500, "hf://a/b", "\u202ea/b")
+HUB = (
+    "owner/name",
+    "owner/name/folder",
+    "hf:owner/name",
+    "hf:",
+    "hf:x",
+    "a/b/c/d/e",
+    "../x",
+    "a/..",
+    "./a/b",
+    "/a/b",
+    "~/x",
+    "a//b",
+)
+HUB += (
+    "a/b:c",
+    "a b/c",
+    "a/b\n",
+    "\x1b[31m/x",
+    "[red]/x",
+    "é/ü",
+    "a/b@main",
+    "hf:hf:a/b",
+    "https://huggingface.co/a/b",
+    "a" * 5000 + "/b",
+)
+HUB += (
+    "a/" + "b" * 300,
+    "a/b\x00",
+    "",
+    " ",
+    ".",
+    "..",
+    "a/-b",
+    "\ud800/x",
+    "hf:a/b/../../c",
+    "a/b/" + "c/" * 500,
+    "hf://a/b",
+    "\u202ea/b",
+)
 
 
 def hub_ids(rng: random.Random, folder: Path) -> Case:

@@ -22,8 +22,10 @@ def text(x: Any) -> bool:
 
 def sizes(x: Any) -> bool:
     side = rules.whole(1, 2**16)
-    return isinstance(x, tuple | list) and len(x) > 0 and all(
-        isinstance(size, tuple | list) and len(size) == 2 and all(map(side, size)) for size in x
+    return (
+        isinstance(x, tuple | list)
+        and len(x) > 0
+        and all(isinstance(size, tuple | list) and len(size) == 2 and all(map(side, size)) for size in x)
     )
 
 
@@ -43,11 +45,19 @@ def groups(x: Any) -> bool:
 
 def mesh(x: Any) -> bool:
     axis = rules.whole(1, 2**20)
-    return isinstance(x, tuple | list) and len(x) == 4 and all(n == -1 and type(n) is int or axis(n) for n in x) and list(x).count(-1) < 2
+    return (
+        isinstance(x, tuple | list)
+        and len(x) == 4
+        and all((n == -1 and type(n) is int) or axis(n) for n in x)
+        and list(x).count(-1) < 2
+    )
 
 
 CHECKS: dict[str, rules.Check] = {
-    **{name: text for name in ("model", "out", "prompts", "prompts_field", "embeddings", "images", "start_from", "wandb_project")},
+    **{
+        name: text
+        for name in ("model", "out", "prompts", "prompts_field", "embeddings", "images", "start_from", "wandb_project")
+    },
     "guidance": rules.number(0, 1e6),
     "seed": rules.whole(0, 2**64 - 1),
     "resolutions": sizes,
@@ -76,12 +86,66 @@ CHECKS: dict[str, rules.Check] = {
 }
 VALUES = (
     *("nan", "inf", "-inf", "float('nan')", "1e999", "-1", "0", "1", "2", "0.5", "1e308", "1e400", "10**12", "2**64"),
-    *("1000000000000", "18446744073709551616", "18446744073709551615", "1" + "0" * 5000, "-" + "1" * 5000, "True", "None"),
-    *("''", "'x'", "x", "", "()", "(1,)", "(0, 0)", "((8, 8),)", "((-1, 8),)", "((True, 8),)", "((2**40, 8),)", "[[8, 8]]"),
-    *("[]", "{}", "{1: 2}", "{1}", "b'x'", "1j", "...", "(" * 500, "[" * 100_000, "__import__('os')", "1_000", "0x10", "٣"),
+    *(
+        "1000000000000",
+        "18446744073709551616",
+        "18446744073709551615",
+        "1" + "0" * 5000,
+        "-" + "1" * 5000,
+        "True",
+        "None",
+    ),
+    *(
+        "''",
+        "'x'",
+        "x",
+        "",
+        "()",
+        "(1,)",
+        "(0, 0)",
+        "((8, 8),)",
+        "((-1, 8),)",
+        "((True, 8),)",
+        "((2**40, 8),)",
+        "[[8, 8]]",
+    ),
+    *(
+        "[]",
+        "{}",
+        "{1: 2}",
+        "{1}",
+        "b'x'",
+        "1j",
+        "...",
+        "(" * 500,
+        "[" * 100_000,
+        "__import__('os')",
+        "1_000",
+        "0x10",
+        "٣",
+    ),
     *("\x1b[31m", "a\nb", "[red]x", "\ud800", "\u202e", "x" * 5000, "(1, -1, 1, 1)", "(-1, -1, 1, 1)", "(0, 1, 1, 1)"),
-    *("(1, 1, 1, 1, 1)", "(1.0, 1, 1, 1)", "(10**9, 1, 1, 1)", "(('*', nan),)", "(('*', -1),)", "(('*', 1e999),)", "(0.0, 4.0)"),
-    *("(1e-300, 1e300)", "(4.0, float('inf'))", "'bfloat16'", "float64", "int8", "momentum", "cfg", "none", "1.0", "3.5"),
+    *(
+        "(1, 1, 1, 1, 1)",
+        "(1.0, 1, 1, 1)",
+        "(10**9, 1, 1, 1)",
+        "(('*', nan),)",
+        "(('*', -1),)",
+        "(('*', 1e999),)",
+        "(0.0, 4.0)",
+    ),
+    *(
+        "(1e-300, 1e300)",
+        "(4.0, float('inf'))",
+        "'bfloat16'",
+        "float64",
+        "int8",
+        "momentum",
+        "cfg",
+        "none",
+        "1.0",
+        "3.5",
+    ),
 )
 
 
@@ -90,14 +154,20 @@ def overridden(rng: random.Random, folder: Path) -> Case:
     recipe = rng.choice(("flux", "qwen", "tiny", "tiny_qwen", "flux:published", "qwen:compact"))
     key = rng.choice(list(CHECKS))
     if rng.random() < 0.08:
-        key = rng.choice(("x", "adapter", "adapter.x", "", ".", "a" * 3000, "adapter.rank.x", "\x1b[31m", "__class__", "ema.."))
+        key = rng.choice(
+            ("x", "adapter", "adapter.x", "", ".", "a" * 3000, "adapter.rank.x", "\x1b[31m", "__class__", "ema..")
+        )
     value = rng.choice(VALUES)
     option = f"--config.{key}={value}"
     if rng.random() < 0.04:
-        option = rng.choice(("--config", "--config.", f"--config.{key}", "--conf.x=1", "x", "--config.=1", f"-{value[:50]}"))
+        option = rng.choice(
+            ("--config", "--config.", f"--config.{key}", "--conf.x=1", "x", "--config.=1", f"-{value[:50]}")
+        )
         key, value = "config", option
     if rng.random() < 0.05:
-        recipe = rng.choice(("x", "flux:x", "flux:", ":", "", "../x.py", "/dev/zero", "os", "flux.py", "\x1b[31m", "a\nb", "é" * 3000))
+        recipe = rng.choice(
+            ("x", "flux:x", "flux:", ":", "", "../x.py", "/dev/zero", "os", "flux.py", "\x1b[31m", "a\nb", "é" * 3000)
+        )
     given = read_literal(key, value)
 
     def run() -> Recipe:
@@ -167,7 +237,9 @@ def files(rng: random.Random, folder: Path) -> Case:
     elif rng.random() < 0.2:
         what = mutate.odd_file(rng, file)
     names = [str(file), "guidance", "ema", "batch", "steps", "recipe"]
-    return Case(what, lambda: Recipe.from_config(read_config(str(file), [])), names, lambda result: "accepted", None, None)
+    return Case(
+        what, lambda: Recipe.from_config(read_config(str(file), [])), names, lambda result: "accepted", None, None
+    )
 
 
 def stored(rng: random.Random, folder: Path) -> Case:
@@ -178,7 +250,18 @@ def stored(rng: random.Random, folder: Path) -> Case:
     before = recipe.resolved()
     damage = mutate.json_value(rng, before)
     (place / "config.json").write_bytes(damage.text)
-    free = ("model", "prompts", "prompts_field", "embeddings", "out", "mesh", "steps", "log_every", "save_every", "keep_last")
+    free = (
+        "model",
+        "prompts",
+        "prompts_field",
+        "embeddings",
+        "out",
+        "mesh",
+        "steps",
+        "log_every",
+        "save_every",
+        "keep_last",
+    )
     free += ("keep_every", "max_skipped", "preview_every", "preview_prompts", "wandb_project")
 
     def wrong(result: None) -> str | None:
@@ -200,4 +283,6 @@ def stored(rng: random.Random, folder: Path) -> Case:
     return Case(damage.what, run, [str(place)], wrong, place, None)
 
 
-assert set(CHECKS) >= {f"{a}.{b}" if isinstance(x, dict) else a for a, x in defaults().items() for b in (x if isinstance(x, dict) else [0])}
+assert set(CHECKS) >= {
+    f"{a}.{b}" if isinstance(x, dict) else a for a, x in defaults().items() for b in (x if isinstance(x, dict) else [0])
+}

@@ -45,7 +45,9 @@ def numbers(count: int, low: float, high: float) -> Check:
 
 def rope(x: Any) -> bool:
     """Three even parts of a head of 8."""
-    return isinstance(x, list) and len(x) == 3 and all(type(n) is int and n > 0 and n % 2 == 0 for n in x) and sum(x) == 8
+    return (
+        isinstance(x, list) and len(x) == 3 and all(type(n) is int and n > 0 and n % 2 == 0 for n in x) and sum(x) == 8
+    )
 
 
 def keep(config: dict[str, Any], *names: str) -> dict[str, Check]:

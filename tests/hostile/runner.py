@@ -156,5 +156,7 @@ def causes(results: Iterable[Result], shown: int = 3) -> str:
         lines.append(f"{len(group):5d}  {family}  {outcome}: {cause}")
         for result in group[:shown]:
             detail = result.ending.detail.replace("\n", "\n           ")
-            lines.append(f"         --family {family} --seed {result.seed} --count 1   {result.what}\n           {detail}")
+            lines.append(
+                f"         --family {family} --seed {result.seed} --count 1   {result.what}\n           {detail}"
+            )
     return "\n".join(lines)

@@ -166,7 +166,9 @@ def files(rng: random.Random, folder: Path) -> Case:
         if not needed:
             return f"{what}, but it was converted"
         good_files = {file.name for file in good.model(kind).glob("tokenizer*/*")}
-        if strange := [p.name for p in result.rglob("*") if p.is_symlink() or p.name not in good_files and "token" in p.parts[-2]]:
+        if strange := [
+            p.name for p in result.rglob("*") if p.is_symlink() or (p.name not in good_files and "token" in p.parts[-2])
+        ]:
             return f"{what}: {strange}"
         return None
 

@@ -106,7 +106,9 @@ def description(rng: random.Random, folder: Path) -> Case:
             return rules.broken(checks, transformer.get("config"))
         return None if good.same_arrays(result[1], best(kind)[1]) else "other weights"
 
-    return Case(f"{kind} adapter.json: {damage.what}", make, [str(file), str(run)], wrong, folder / "in", folder / "work")
+    return Case(
+        f"{kind} adapter.json: {damage.what}", make, [str(file), str(run)], wrong, folder / "in", folder / "work"
+    )
 
 
 def checkpoint(rng: random.Random, folder: Path) -> Case:
@@ -155,7 +157,11 @@ def log(rng: random.Random, folder: Path) -> Case:
             keep = isinstance(parsed, dict) and type(parsed.get("step")) is int and 1 <= parsed["step"] <= 4
             if keep and line.strip() not in [each.strip() for each in result] and b"\xef" not in line:
                 return "a good line was lost"
-        late = [x for x in map(mutate.reparse, result) if isinstance(x, dict) and type(x.get("step")) is int and x["step"] > 4]
+        late = [
+            x
+            for x in map(mutate.reparse, result)
+            if isinstance(x, dict) and type(x.get("step")) is int and x["step"] > 4
+        ]
         return "a late line was kept" if late else None
 
     return Case(f"log.jsonl: {what}", run, [str(file)], wrong, None, None)

@@ -51,8 +51,12 @@ def damaged(rng: random.Random, data: bytes) -> tuple[bytes, str]:
         return data[:at] + word + data[at + size :], f"{name} has {bad}"
     if kind == "rename":
         name = rng.choice([name for name in header if name != "__metadata__"])
-        new = rng.choice(("x", "", name + ".", "a\nb\x1b[31m", "[red]", "x" * 5000, "__metadata__", "\u202e", name.upper()))
-        return join(json.dumps({new if key == name else key: value for key, value in header.items()}), payload), f"{name} is called {new[:30]!r}"
+        new = rng.choice(
+            ("x", "", name + ".", "a\nb\x1b[31m", "[red]", "x" * 5000, "__metadata__", "\u202e", name.upper())
+        )
+        return join(
+            json.dumps({new if key == name else key: value for key, value in header.items()}), payload
+        ), f"{name} is called {new[:30]!r}"
     if kind == "offsets":
         names = [name for name in header if name != "__metadata__"]
         a, b = rng.choice(names), rng.choice(names)
