@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from arcflow_jax import schema
 from arcflow_jax.errors import UserError, one_line, out_of_memory
 from arcflow_jax.families.latents import unpack
 from arcflow_jax.flow import sampler
@@ -106,9 +107,15 @@ def merge_student(graphdef: nnx.GraphDef, base: nnx.State, trained: nnx.State, m
     return jax.lax.with_sharding_constraint(merged, state_shardings(mesh, merged))
 
 
+def random_key(seed: int) -> jax.Array:
+    """The key of a seed from 0 to 2⁶⁴ − 1: `jax.random.key` would drop the upper half. Raises UserError on others."""
+    seed = schema.checked(schema.Seed, seed=seed)
+    return jax.random.wrap_key_data(jnp.array([seed >> 32, seed % 2**32], jnp.uint32), impl="threefry2x32")
+
+
 def seeded_noise(seed: int, count: int, tokens: int, channels: int, first: int = 0) -> jax.Array:
     """Standard normal [B, N, 4C]; image i of a seed gets the same noise whatever its batch."""
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), first + jnp.arange(count))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(random_key(seed), first + jnp.arange(count))
     return jax.vmap(lambda key: jax.random.normal(key, (tokens, channels)))(keys)
 
 

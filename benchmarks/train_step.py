@@ -131,13 +131,11 @@ def ours(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
         graphdef=graphdef,
         settings=settings,
         guidance=3.5,
-        optimizer=optimizer,
-        optimizer_config=optimizer_config,
+        optimizer=optimizer_config,
         ema=EmaConfig(0, EMA_POWER),
         steady=decay == 0,
         mesh=(mesh := make_mesh((1, 1, 1, 1), jax.devices()[:1])),
     )
-    step = jax.jit(step, donate_argnums=0)
     state = TrainState.create(adapter, optimizer)
     state = jax.device_put(state, state_shardings(mesh, state))  # sharded as a step leaves it: compiles once
     del model, adapter

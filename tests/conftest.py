@@ -1,6 +1,7 @@
 """What all tests share: a compilation cache, because many compile the same programs, and the converted teachers."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ import pytest
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # Most of the suite's time is compiling. Unoptimized programs compile faster, and give the same to rounding
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+FAST_TO_COMPILE = "--xla_backend_optimization_level=0"
+if version("jaxlib") < "0.11":  # later ones have no such choice, and XLA ends the process at an unknown flag
+    FAST_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", FAST_TO_COMPILE)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 

@@ -8,6 +8,7 @@ import gc
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,10 +22,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from arcflow_jax import generate, pipeline
 from arcflow_jax.checkpoints import arrays
-from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.compile_report.programs import open_model
-from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.families import latents, text
 from arcflow_jax.generate import sampling_mesh
@@ -35,6 +34,7 @@ from arcflow_jax.parallel.mesh import MESH_AXES, parse_mesh, partition_spec, sha
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.sampling_settings import resolve_settings
 from arcflow_jax.training.recipe import Recipe, read_config
+from tests.helpers.processes import with_devices
 from tests.helpers.random_student import write_adapter
 
 PROMPTS = ["a red circle", "a large green ring", "a blue square on the left"]
@@ -43,8 +43,8 @@ OF_ITS_OWN = ("prompt", "image")  # what an image does not share with others of 
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return convert_model(ASSETS / "tiny-flux", tmp_path_factory.mktemp("model") / "teacher")
+def model(tiny_flux, tmp_path_factory) -> Path:
+    return shutil.copytree(tiny_flux, tmp_path_factory.mktemp("model") / "teacher")
 
 
 @pytest.fixture(scope="module")
@@ -422,7 +422,7 @@ else:
 
 jax.set_mesh(jax.make_mesh((2, 4), ("x", "y")))  # the caller's, which the pipeline leaves alone
 report = {{}}
-for mesh in ("tensor=2,sequence=-1", "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=2,sequence=2"):
+for mesh in ("tensor=2,sequence=-1", "data=2,fsdp=2,tensor=2"):
     pipe = ArcFlowPipeline.from_pretrained(model, student, mesh=mesh)
     report[mesh] = {{"held": held()}}
     if mesh == "tensor=2,sequence=-1":
@@ -432,22 +432,19 @@ for mesh in ("tensor=2,sequence=-1", "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=2,
         np.save(out + "/tokens.npy", tokens)
         np.save(out + "/pixels.npy", pipe.decode(tokens, 2, 4))
     else:
-        images = pipe({PROMPTS[:2]!r}, seed=3, height=32, width=64, batch_size=4 if "data" in mesh else 2).images
+        images = pipe({PROMPTS[:2]!r}, seed=3, height=32, width=64, batch_size=4).images
         np.save(out + "/" + mesh + ".npy", np.stack(images))
     del pipe
 print(json.dumps(report))
 """
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    }
+    environment = os.environ | with_devices(8)
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
 
     assert np.abs(np.load(tmp_path / "tokens.npy") - tokens).max() < 1e-5 * np.abs(tokens).max()
     assert_same_images(np.load(tmp_path / "pixels.npy"), expected)
-    for mesh in ("data=2,fsdp=2,tensor=2", "fsdp=2,tensor=2,sequence=2"):
-        assert_same_images(np.load(tmp_path / f"{mesh}.npy"), expected)
+    assert_same_images(np.load(tmp_path / "data=2,fsdp=2,tensor=2.npy"), expected)
     assert report["tensor=2,sequence=-1"]["part"] == [2, 2, 16]  # a fourth of the 8 image tokens
 
     # The decoder is whole everywhere; of the rest what `tensor` and `fsdp` divide between them
@@ -456,7 +453,6 @@ print(json.dumps(report))
     for mesh, parts in {
         "tensor=2,sequence=-1": 2,
         "data=2,fsdp=2,tensor=2": 4,
-        "fsdp=2,tensor=2,sequence=2": 4,
     }.items():
         for held in report[mesh]["held"]:
             assert rest / parts < held - decoder < 1.15 * rest / parts, mesh
@@ -501,3 +497,16 @@ def test_mesh_of_one_device():
 def test_partition(axes, shape, spec):
     mesh = AbstractMesh((2, 2, 4, 2), MESH_AXES)
     assert partition_spec(mesh, axes, shape) == PartitionSpec(*spec)
+
+
+def test_seeds_have_64_bits():
+    """Small ones are JAX's own, and no two share their noise."""
+    seeds = [0, 1, 2**32 - 1, 2**32, 2**32 + 1, 2**63, 2**64 - 1]
+    noises = [np.asarray(generate.seeded_noise(seed, 1, 4, 4)) for seed in seeds]
+    for i, noise in enumerate(noises):
+        assert all(np.any(noise != other) for other in noises[:i])
+    for seed in seeds[:3]:
+        assert jax.random.key(seed) == generate.random_key(seed)
+    for seed in (-1, 2**64):
+        with pytest.raises(UserError, match=f"seed is {seed}, but has to be a whole number from 0 to {2**64 - 1}"):
+            generate.random_key(seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,6 @@ import numpy as np
 import pytest
 
 import arcflow_jax
-from arcflow_jax.checkpoints.conversion import convert_model
-from arcflow_jax.demo import ASSETS
 from tests.helpers.paths import ROOT
 from tests.helpers.random_student import write_adapter
 
@@ -48,9 +47,9 @@ def test_typed():
     assert (Path(arcflow_jax.__file__).parent / "py.typed").is_file()
 
 
-def test_sampler_inside_another_program(tmp_path, monkeypatch):
+def test_sampler_inside_another_program(tiny_flux, tmp_path, monkeypatch):
     """The program of docs/embed.md, with a tiny model in place of its own, makes what the pipeline makes."""
-    model = convert_model(ASSETS / "tiny-flux", tmp_path / "checkpoints" / "flux")
+    model = shutil.copytree(tiny_flux, tmp_path / "checkpoints" / "flux")
     (tmp_path / "runs").mkdir()
     write_adapter(model, tmp_path / "runs" / "flux", seed=0)
     monkeypatch.chdir(tmp_path)

@@ -24,9 +24,9 @@ from arcflow_jax.networks.student import merged_graphdef, merged_state, split_mo
 from arcflow_jax.parallel.mesh import batched, replicated, sharded
 from arcflow_jax.storage.files import read_json
 from arcflow_jax.training.optimizer import make_optimizer
-from arcflow_jax.training.plan import jitted_step
+from arcflow_jax.training.plan import step_settings
 from arcflow_jax.training.recipe import Recipe
-from arcflow_jax.training.state import TrainState
+from arcflow_jax.training.state import TrainState, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ def sampler(recipe: Recipe, mesh: Mesh, batch: int) -> Program:
     return Program(sample_student, arguments, {"steps": steps}, passes=steps)
 
 
-def train_step(recipe: Recipe, mesh: Mesh, batch: int, *, steady: bool) -> Program:
+def training_step(recipe: Recipe, mesh: Mesh, batch: int, *, steady: bool) -> Program:
     """One training step of a recipe's distillation; `steady` is the phase after the teacher's share reached zero.
 
     Raises:
@@ -113,14 +113,13 @@ def train_step(recipe: Recipe, mesh: Mesh, batch: int, *, steady: bool) -> Progr
     settings = recipe.distillation
     negative = conditioning if settings.teacher_guidance == "cfg" else None
     arguments = (sharded(mesh, state), sharded(mesh, base), conditioning, key, negative)
-    function = jitted_step(recipe, graphdef, optimizer, mesh, steady=steady)
     # Per segment: the student forward, its recomputation and its gradient, and the teacher's calls
     passes = settings.nfe * (3 + (1 if steady else settings.states))
-    return Program(function, arguments, {}, passes)
+    return Program(train_step, arguments, step_settings(recipe, graphdef, mesh) | {"steady": steady}, passes)
 
 
 PROGRAMS: dict[str, Callable[[Recipe, Mesh, int], Program]] = {
     "sampler": sampler,
-    "train": functools.partial(train_step, steady=False),
-    "train-steady": functools.partial(train_step, steady=True),
+    "train": functools.partial(training_step, steady=False),
+    "train-steady": functools.partial(training_step, steady=True),
 }

@@ -1,11 +1,11 @@
-"""Real images with captions, for distillation with data."""
+"""Real images with captions, for distillation with data, and images to be judged."""
 
 # H, W height and width in pixels
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +14,12 @@ from PIL import Image, ImageOps
 
 from arcflow_jax.data.prompts import Prompts
 from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.storage.files import cannot_read, file_size, is_inside, json_records
 
+FORMATS = ("PNG", "JPEG", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 METADATA = "metadata.jsonl"
+CAPTION = 2**20  # bytes of a caption's file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +37,14 @@ def read_images(folder: str | Path) -> list[CaptionedImage]:
     image. Without metadata.jsonl, each image has a text file of the same name beside it.
 
     Raises:
-      UserError: if there are no images, or an image or a caption is missing or empty.
+      UserError: if there are no images, an image or a caption is missing or empty, or metadata.jsonl names a file
+        outside of the folder.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"folder of images {folder} does not exist")
-    try:
+    with cannot_read(folder):
+        if not folder.is_dir():
+            raise UserError(f"folder of images {folder} does not exist")
         images = from_metadata(folder) if (folder / METADATA).is_file() else from_text_files(folder)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the captions in {folder}: {one_line(error)}") from None
     if not images:
         raise UserError(f"{folder} holds no images: it has to have files {', '.join(SUFFIXES)}")
     for image in images:
@@ -59,33 +61,60 @@ def captions(folder: str, images: Sequence[CaptionedImage]) -> Prompts:
 def from_metadata(folder: Path) -> list[CaptionedImage]:
     """Images with captions in metadata.jsonl."""
     images = []
-    for number, line in enumerate((folder / METADATA).read_text(encoding="utf-8").splitlines(), 1):
-        where = f"{folder / METADATA}, line {number}"
-        try:
-            values = json.loads(line)
-            file, caption = folder / values["file_name"], values["text"].strip()
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            raise UserError(f'{where}: it has to be {{"file_name": …, "text": …}}') from None
-        if not file.is_file():
-            raise UserError(f"{where}: there is no {file}")
-        images.append(CaptionedImage(file, caption))
+    for where, record in json_records(folder / METADATA):
+        name, caption = record.get("file_name"), record.get("text")
+        if not (isinstance(name, str) and isinstance(caption, str)):
+            raise UserError(f'{where}: it has to be {{"file_name": …, "text": …}}')
+        if not is_inside(name):
+            raise UserError(f"{where}: file_name is {one_line(repr(name))}, but has to be a path inside of the folder")
+        if not (folder / name).is_file():
+            raise UserError(f"{where}: there is no {folder / name}")
+        images.append(CaptionedImage(folder / name, caption.strip()))
     return images
 
 
 def from_text_files(folder: Path) -> list[CaptionedImage]:
     """Images with captions in text files."""
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
-    for file in files:
-        if not file.with_suffix(".txt").is_file():
-            raise UserError(f"{file} has no caption: there is neither {file.with_suffix('.txt').name} nor {METADATA}")
-    return [CaptionedImage(file, file.with_suffix(".txt").read_text(encoding="utf-8").strip()) for file in files]
+    images = []
+    for file in sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES):
+        text = file.with_suffix(".txt")
+        if not text.is_file():
+            raise UserError(f"{file} has no caption: there is neither {text.name} nor {METADATA}")
+        file_size(text, CAPTION)
+        try:
+            images.append(CaptionedImage(file, text.read_text(encoding="utf-8-sig").strip()))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{text} is not text in UTF-8: {error.reason}") from None
+    return images
+
+
+def read_image(file: Path) -> Image.Image:
+    """An image in RGB as a viewer shows it: turned as its EXIF data say, 16 bits rounded to 8, transparency over white.
+
+    Its `info` is that of the file.
+
+    Raises:
+      UserError: if the file is missing, damaged, of another format than `FORMATS`, or has more pixels than Pillow
+        takes for harmless.
+    """
+    file_size(file)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=FORMATS) as opened:
+                image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):  # 16-bit gray
+            image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        rgb = image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(f"cannot read image {file}: {one_line(error)}") from None
+    rgb.info = opened.info
+    return rgb
 
 
 def pixels(file: Path, height: int, width: int) -> np.ndarray:  # [H, W, 3] float32 in [-1, 1]
     """An image, scaled to cover height × width and cropped at its center. Raises UserError if it cannot be read."""
-    try:
-        with Image.open(file) as image:
-            fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read image {file}: {one_line(error)}") from None
+    fitted = ImageOps.fit(read_image(file), (width, height), Image.Resampling.LANCZOS)
     return np.asarray(fitted, np.float32) / 127.5 - 1

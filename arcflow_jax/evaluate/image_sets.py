@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from arcflow_jax.data.images import SUFFIXES, read_images
+from arcflow_jax.data.images import SUFFIXES, read_image, read_images
 from arcflow_jax.data.prompts import Prompts, hidden
-from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.errors import UserError
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.storage.files import digest
 
@@ -59,11 +59,7 @@ class Folder:
 
     def stream(self, first: int) -> Iterator[Image.Image]:
         for file in self.files[first:]:
-            try:
-                with Image.open(file) as opened:
-                    image = opened.convert("RGB")
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
-                raise UserError(f"cannot read image {file}: {one_line(error)}") from None
+            image = read_image(file)
             image.info["file"] = file
             yield image
 

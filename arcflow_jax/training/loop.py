@@ -10,16 +10,18 @@ from jax.experimental import multihost_utils
 
 from arcflow_jax.checkpoints.training import DESCRIPTION, AdapterDescription, Checkpoints
 from arcflow_jax.errors import Preempted, UserError
+from arcflow_jax.generate import random_key
 from arcflow_jax.parallel.mesh import state_shardings
 from arcflow_jax.parallel.preemption import Preemption
 from arcflow_jax.parallel.processes import is_main, local_part
 from arcflow_jax.training.embeddings import CachedPrompts
 from arcflow_jax.training.latents import LatentEncoder
 from arcflow_jax.training.log import RunLog
-from arcflow_jax.training.plan import Plan, jitted_step
+from arcflow_jax.training.plan import Plan, step_settings
 from arcflow_jax.training.preview import Preview
 from arcflow_jax.training.recipe import Recipe
 from arcflow_jax.training.start import starting_state
+from arcflow_jax.training.state import train_step
 from arcflow_jax.training.trace import Trace
 
 
@@ -48,15 +50,13 @@ def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None
         encode = plan.directory.family.prompts(plan.directory, recipe.dtype, mesh)
     begin(run, plan)
     base = plan.directory.load("transformer", plan.base, state_shardings(mesh, plan.base))
-    key = jax.random.key(recipe.seed)
+    key = random_key(recipe.seed)
 
     with Preemption() as preemption, Checkpoints(run, recipe.keep_last, recipe.keep_every) as checkpoints:
         state = starting_state(plan, base, key, checkpoints, step)
         done = int(state.step)
         trace.check(done, recipe.steps)
-        mixed, steady = (
-            jitted_step(recipe, plan.graphdef, plan.optimizer, mesh, steady=flag) for flag in (False, True)
-        )
+        settings = step_settings(recipe, plan.graphdef, mesh)
         rows, columns = plan.largest_grid
         if recipe.preview_every:
             preview = Preview(recipe, plan.directory, encode, plan.graphdef, base, mesh, rows=rows, columns=columns)
@@ -77,9 +77,11 @@ def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None
                     prompts = [image.caption for image in prompts]
                 rows, columns = plan.grids[size]
                 conditioning = encode(prompts, guidance=recipe.guidance, rows=rows, columns=columns)
-                one_step = steady if i >= recipe.distillation.decay else mixed
+                steady = i >= recipe.distillation.decay
                 with jax.set_mesh(mesh):  # which fused attention needs to know
-                    state, values = one_step(state, base, conditioning, key, negative, latents)
+                    state, values = train_step(
+                        state, base, conditioning, key, negative, latents, steady=steady, **settings
+                    )
                 trace.after(i + 1, values)
                 if due(recipe.log_every, i + 1, recipe):
                     line = log.step(i + 1, values | {"prompts_cut": encode.cut})
@@ -111,9 +113,9 @@ def due(every: int, done: int, recipe: Recipe) -> bool:
 def too_many_skipped(line: dict[str, Any], run: Path) -> str:
     """The error of a run that stops after too many skipped training steps; `line` is the last of its log."""
     return (
-        f"stopped: the loss or gradient of the last {line['skipped_in_row']} training steps was not finite. Checkpoint "
-        f"{line['step']} in {run} holds the weights from before them: try a lower learning rate, or --step with an "
-        "older checkpoint"
+        f"stopped: loss, gradient or update of the last {line['skipped_in_row']} training steps was not finite. "
+        f"Checkpoint {line['step']} in {run} holds the weights from before them: try a lower learning rate, or --step "
+        "with an older checkpoint"
     )
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import importlib.util
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,7 +25,7 @@ from arcflow_jax.parallel.mesh import make_mesh, state_shardings
 from arcflow_jax.parallel.processes import local_part
 from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.recipe import Recipe
-from arcflow_jax.training.state import TrainState, train_step
+from arcflow_jax.training.state import TrainState
 
 SHOWN = 8  # image sizes that the header lists
 
@@ -108,25 +106,16 @@ def parameters(state: nnx.State) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
-def jitted_step(
-    recipe: Recipe, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh, *, steady: bool
-) -> Callable[..., Any]:
-    """`train_step` of a recipe, compiled; `steady` once the teacher's share has reached zero.
-
-    It donates the state: the next one is written over it.
-    """
-    step = functools.partial(
-        train_step,
-        graphdef=graphdef,
-        settings=recipe.distillation,
-        guidance=recipe.guidance,
-        optimizer=optimizer,
-        optimizer_config=recipe.optimizer,
-        ema=recipe.ema,
-        mesh=mesh,
-        steady=steady,
-    )
-    return jax.jit(step, donate_argnums=0)
+def step_settings(recipe: Recipe, graphdef: nnx.GraphDef, mesh: Mesh) -> dict[str, Any]:
+    """The keyword arguments of `train_step`, but `steady`."""
+    return {
+        "graphdef": graphdef,
+        "settings": recipe.distillation,
+        "guidance": recipe.guidance,
+        "optimizer": recipe.optimizer,
+        "ema": recipe.ema,
+        "mesh": mesh,
+    }
 
 
 def initial_state(

@@ -76,8 +76,8 @@ class Recipe:
       log_every, save_every: training steps from one line of the log, or one checkpoint, to the next.
       keep_last: how many of the newest checkpoints stay.
       keep_every: checkpoints of training steps that are multiples of this are never deleted; 0 keeps none of them.
-      max_skipped: how many training steps in a row may have a loss or gradient that is not finite. With more, the run
-        stops at the next line of the log.
+      max_skipped: how many training steps in a row may have a loss, gradient or update that is not finite. With more,
+        the run stops at the next line of the log.
       preview_every: training steps from one sheet of teacher's and student's images to the next; 0 draws none.
       preview_prompts: what those images show.
       wandb_project: of Weights & Biases, to log there as well; "" does not.

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from arcflow_jax.flow.distill import Distillation, distil, teacher_share
 from arcflow_jax.networks.conditioning import Conditioning, Guided
 from arcflow_jax.parallel.mesh import batched, replicated, state_shardings
 from arcflow_jax.schema import Power, TrainingSteps
-from arcflow_jax.training.optimizer import OptimizerConfig, ema_decay, learning_rate_schedule
+from arcflow_jax.training.optimizer import OptimizerConfig, ema_decay, learning_rate_schedule, make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class EmaConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """Training steps that were skipped because their loss or gradient was not finite."""
+    """Training steps that were skipped because their loss, gradient or update was not finite."""
 
     total: jax.Array
     in_row: jax.Array  # up to the last one
@@ -85,6 +86,10 @@ class TrainState:
         return self.step - self.skipped.total
 
 
+STATIC = ("graphdef", "settings", "guidance", "optimizer", "ema", "steady", "mesh")
+
+
+@functools.partial(jax.jit, static_argnames=STATIC, donate_argnames="state")
 def train_step(
     state: TrainState,
     base: nnx.State,
@@ -96,24 +101,25 @@ def train_step(
     graphdef: nnx.GraphDef,
     settings: Distillation,
     guidance: float,
-    optimizer: optax.GradientTransformation,
-    optimizer_config: OptimizerConfig,
+    optimizer: OptimizerConfig,
     ema: EmaConfig,
     steady: bool,
     mesh: Mesh,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One training step of distillation on the prompts of `conditioning`, batch first.
 
-    If the loss or its gradient is not finite, the step is skipped: it counts, and changes nothing else.
+    Jitted: its keyword arguments are static, and the next state is written over `state`. If the loss, its gradient or
+    what the optimizer makes of it is not finite, the step is skipped: it counts, and changes nothing else.
 
     Args:
       base: the teacher's weights, frozen.
       key: of the run. The step folds its number into it, so that a resumed run draws the same numbers.
       negative: conditioning of the negative prompt, with the same batch size, if the teacher guidance is "cfg".
       latents: of real images [B, N, 4C], one a prompt; without them the step starts from noise.
+      settings, optimizer, ema: of the recipe.
       guidance: scale of "cfg".
       mesh: that batch and state are sharded over.
-      steady: whether the teacher's share has reached zero, so that its calls are batched (see `distill`). Static.
+      steady: whether the teacher's share has reached zero, so that its calls are batched (see `distill`).
 
     Returns:
       The next state, and what to log: loss, loss and velocity error of each segment, gradient norm, learning rate,
@@ -141,9 +147,9 @@ def train_step(
         student, state.adapter, teacher, noise, loss_key, settings=settings, teacher_share=share, latents=latents
     )
     norm = optax.global_norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.adapter)
+    updates, opt_state = make_optimizer(optimizer, state.adapter).update(grads, state.opt_state, state.adapter)
     adapter = optax.apply_updates(state.adapter, updates)
+    finite = all_finite((loss, norm, adapter, opt_state))
     decay = ema_decay(state.updates, ema.start, ema.power)
     average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, adapter)
     adapter, average, opt_state = jax.tree.map(
@@ -157,7 +163,7 @@ def train_step(
         "segment_loss": log["loss"],
         "loss": loss,
         "gradient_norm": norm,
-        "learning_rate": learning_rate_schedule(optimizer_config)(state.updates),
+        "learning_rate": learning_rate_schedule(optimizer)(state.updates),
         "teacher_share": jnp.zeros(()) if steady else share,
         "skipped": skipped.total,
         "skipped_in_row": skipped.in_row,
@@ -165,3 +171,8 @@ def train_step(
     state = TrainState(state.step + 1, adapter, average, opt_state, skipped)
     # Every process reads the log
     return jax.lax.with_sharding_constraint((state, log), (shardings, jax.tree.map(lambda _: replicated(mesh), log)))
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no number of a tree is NaN or infinite."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()

@@ -30,6 +30,7 @@ from arcflow_jax.flow.schedule import Scheduler
 from arcflow_jax.networks.flux import FluxConfig
 from arcflow_jax.networks.states import flatten, nest, unnest
 from arcflow_jax.parallel.mesh import make_mesh, state_shardings
+from tests.helpers.processes import with_devices
 from tests.helpers.source_folder import CONFIGS, random_state, write_source
 
 # Unfinished reads would report to a closed event loop
@@ -217,10 +218,7 @@ loaded = directory.load("transformer", abstract, state_shardings(make_mesh((1, 2
 kernel = loaded["backbone"]["x_embedder"]["kernel"][...]
 print(kernel.shape, kernel.addressable_shards[0].data.shape, float(abs(kernel).sum()))
 """
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-    }
+    environment = os.environ | with_devices(2)
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     kernel = flatten(random_state("transformer"))["backbone.x_embedder.kernel"][...]
     shapes, total = run.stdout.rsplit(" ", 1)

@@ -20,14 +20,12 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.student_formats import import_adapter, open_student
 from arcflow_jax.checkpoints.training import AdapterDescription
 from arcflow_jax.convert import flux as table
 from arcflow_jax.convert.adapter import AdapterTable
 from arcflow_jax.convert.engine import export_tensors
-from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.student import split_model
@@ -158,21 +156,20 @@ def test_export_follows_the_umask(capfd, base, tmp_path):
     assert {stat.S_IMODE(file.stat().st_mode) for file in out.iterdir()} == {0o640}
 
 
-def test_a_converted_student_makes_the_same_images(capfd, tmp_path):
-    base = convert_model(ASSETS / "tiny-flux", tmp_path / "base")
-    write_run(tmp_path / "run", base)
+def test_a_converted_student_makes_the_same_images(tiny_flux, capfd, tmp_path):
+    write_run(tmp_path / "run", tiny_flux)
     out = export(capfd, tmp_path / "run", tmp_path / "out", "--dtype", "float32")
-    ours = convert(capfd, out, base, tmp_path / "ours")
+    ours = convert(capfd, out, tiny_flux, tmp_path / "ours")
 
-    settings = ("--model", base, "--prompt", "a red circle", "--height", 32, "--width", 32)
+    settings = ("--model", tiny_flux, "--prompt", "a red circle", "--height", 32, "--width", 32)
     code, stdout, stderr = run(capfd, "sample", *settings, "--adapter", ours, "--out", tmp_path / "images")
     assert (code, stderr) == (0, "")
     pixels = np.asarray(Image.open(stdout.strip()))
-    pipeline = ArcFlowPipeline.from_pretrained(base, adapter=tmp_path / "run")
+    pipeline = ArcFlowPipeline.from_pretrained(tiny_flux, adapter=tmp_path / "run")
     np.testing.assert_array_equal(pixels, np.asarray(pipeline(["a red circle"], height=32, width=32).images[0]))
     assert pixels.std() > 0
     for released in (out, out / WEIGHTS):  # and as it is
-        pipeline = ArcFlowPipeline.from_pretrained(base, released)
+        pipeline = ArcFlowPipeline.from_pretrained(tiny_flux, released)
         np.testing.assert_array_equal(pixels, np.asarray(pipeline(["a red circle"], height=32, width=32).images[0]))
 
 

@@ -14,7 +14,6 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.training import AdapterDescription
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.flow.distill import Distillation
@@ -155,10 +154,9 @@ def test_convert_refuses_other_bad_input(capfd, base, released, tmp_path):
     refused("released exists already", *whole, out=released)
 
 
-def test_a_converted_student_refuses_another_base(capfd, base, tmp_path):
+def test_a_converted_student_refuses_another_base(tiny_flux, capfd, base, tmp_path):
     ours = convert(capfd, RELEASED, base, tmp_path / "ours")
-    other = convert_model(ASSETS / "tiny-flux", tmp_path / "other")
-    arguments = ("sample", "--model", other, "--adapter", ours, "--prompt", "a ring", "--out", tmp_path / "images")
+    arguments = ("sample", "--model", tiny_flux, "--adapter", ours, "--prompt", "a ring", "--out", tmp_path / "images")
     assert_refused(capfd, tmp_path, *arguments, message=r"was trained on base [0-9a-f]{12}…, this model is")
 
 

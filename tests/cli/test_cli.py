@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ import typer
 from PIL import Image
 from safetensors.numpy import save, save_file
 
-from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.training import AdapterDescription
 from arcflow_jax.cli.app import app
@@ -33,8 +33,8 @@ TINY = str(ROOT / "configs" / "tiny.py")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return convert_model(ASSETS / "tiny-flux", tmp_path_factory.mktemp("model") / "teacher")
+def model(tiny_flux, tmp_path_factory) -> Path:
+    return shutil.copytree(tiny_flux, tmp_path_factory.mktemp("model") / "teacher")
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,13 @@ from arcflow_jax.cli.app import main
 from arcflow_jax.compile_report import report
 from arcflow_jax.compile_report.child import needed
 from arcflow_jax.compile_report.collectives import Traffic, collectives
-from arcflow_jax.compile_report.programs import sampler, train_step
+from arcflow_jax.compile_report.programs import sampler, training_step
 from arcflow_jax.compile_report.work import flops
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.attention import attention, attention_kernel
 from arcflow_jax.parallel.mesh import MESH_AXES
 from arcflow_jax.training.recipe import Recipe, read_config
+from tests.helpers.processes import with_devices
 
 ROOT = Path(__file__).parents[2]
 FLUX_DEV = ROOT / "configs" / "flux.1-dev"
@@ -96,7 +97,7 @@ def test_flops_of_flux_training(steady):
     gradient, which costs less than two forwards because the base needs none."""
     config = read_config(f"{ROOT / 'configs' / 'flux.py'}:published", [f"--config.model={FLUX_DEV}"])
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES)
-    program = train_step(Recipe.from_config(config), mesh, 1, steady=steady)
+    program = training_step(Recipe.from_config(config), mesh, 1, steady=steady)
     counted = flops(program.function.trace(*program.arguments, **program.keywords).jaxpr.jaxpr)
     teacher, student = 74.4e12, 79.1e12
     assert 2 * (4 * teacher + 3 * student) < counted < 2 * (4 * teacher + 3.8 * student)
@@ -121,7 +122,7 @@ def test_flops_of_qwen_image_training(steady):
     """As for FLUX.1-dev, but CFG calls the teacher with and without the prompt: eight times per segment."""
     config = read_config(str(ROOT / "configs" / "qwen.py"), [f"--config.model={ROOT / 'configs' / 'qwen-image'}"])
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES)
-    program = train_step(Recipe.from_config(config), mesh, 1, steady=steady)
+    program = training_step(Recipe.from_config(config), mesh, 1, steady=steady)
     counted = flops(program.function.trace(*program.arguments, **program.keywords).jaxpr.jaxpr)
     teacher, student = 78.3e12, 82.7e12
     assert 2 * (8 * teacher + 3 * student) < counted < 2 * (8 * teacher + 3.8 * student)
@@ -152,7 +153,7 @@ ON_8_DEVICES = """
 def test_collectives_of_a_compiled_program():
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(ON_8_DEVICES)],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"},
+        env=os.environ | with_devices(8),
         capture_output=True,
         text=True,
     )

@@ -84,13 +84,12 @@ def few_steps(
         graphdef=graphdef,
         settings=Distillation(states=2, decay=4),
         guidance=1.0,
-        optimizer=optimizer,
-        optimizer_config=OPTIMIZER,
+        optimizer=OPTIMIZER,
         ema=EmaConfig(1, 8.0),
         steady=False,
         mesh=mesh,
     )
-    step, prompts, logs = jax.jit(step, donate_argnums=0), conditioning(mesh, dtype), []
+    prompts, logs = conditioning(mesh, dtype), []
     with jax.set_mesh(mesh):
         for _ in range(steps):
             state, log = step(state, base, prompts, key)

@@ -10,6 +10,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
+def with_devices(count: int) -> dict[str, str]:
+    """The environment variables of a process that has so many CPU devices."""
+    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count} {os.environ['XLA_FLAGS']}"}
+
+
 def child(script: str, *arguments: object) -> subprocess.Popen:
     """A Python process that runs a script, and can import what lies in tests/."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])

@@ -15,6 +15,7 @@ import pytest
 
 from arcflow_jax.networks import attention as module
 from arcflow_jax.networks.attention import attention, attention_kernel, blocking
+from tests.helpers.processes import with_devices
 
 
 def inputs(b: int, s: int, t: int, h: int, e: int):
@@ -185,7 +186,7 @@ def test_kernels_on_a_mesh():
     """Each of 8 devices computes its own part of value and gradient; sizes that do not divide are replicated."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(ON_A_MESH)],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"},
+        env=os.environ | with_devices(8),
         capture_output=True,
         text=True,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,19 +12,19 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from arcflow_jax.checkpoints.conversion import convert_model
-from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.parallel import processes as distributed
 from arcflow_jax.training.embeddings import embed_prompts
 from arcflow_jax.training.recipe import Recipe
 from tests.helpers import few_steps
+from tests.helpers.processes import with_devices
 from tests.training.test_train import CONFIGS, PROMPTS, losses, recipe, train
 
 
@@ -40,8 +41,7 @@ def start(devices: int, *command: object) -> subprocess.Popen:
     """Python in a process with so many CPU devices."""
     env = {
         **os.environ,
-        # Without optimization, because compiling takes most of the time here
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        **with_devices(devices),
         "PYTHONPATH": os.pathsep.join([str(CONFIGS.parent), str(Path(__file__).parent)]),
     }
     return subprocess.Popen(
@@ -61,7 +61,7 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)]
+MESHES = [(1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)]
 
 
 @pytest.mark.slow
@@ -69,52 +69,6 @@ def test_eight_devices_train_as_one(one_device):
     found = json.loads(finish(start(8, few_steps.__file__, json.dumps(MESHES))).splitlines()[-1])
     for mesh, of_mesh in zip(MESHES, found, strict=True):
         np.testing.assert_allclose(of_mesh, one_device, rtol=1e-4, err_msg=str(mesh))
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_device(one_device):
-    address, meshes = free_address(), json.dumps([(2, 2, 2, 1)])
-    processes = [start(4, few_steps.__file__, meshes, address, i) for i in (0, 1)]
-    for process in processes:
-        (found,) = json.loads(finish(process).splitlines()[-1])
-        np.testing.assert_allclose(found, one_device, rtol=1e-4)
-
-
-ENDLESS = """
-    import sys
-    from pathlib import Path
-    from arcflow_jax.parallel.processes import initialize
-    from tests.training.test_train import recipe, train
-    model, out, address, process = sys.argv[1:]
-    initialize(address, 2, int(process))
-    train(recipe(Path(model), Path(out), mesh=(2, 2, 2, 1), steps=10_000))
-"""
-
-
-@pytest.mark.slow
-def test_run_of_two_processes_is_killed_and_resumed_by_one(tmp_path):
-    """They save every two training steps. One process on one device resumes the run on its own mesh."""
-    model = convert_model(ASSETS / "tiny-flux", tmp_path / "model")
-    run, address = tmp_path / "two" / "run", free_address()
-    run.parent.mkdir()
-    processes = [start(4, "-c", textwrap.dedent(ENDLESS), model, run, address, i) for i in (0, 1)]
-    try:
-        while not ((run / "checkpoints" / "4").is_dir() and len(losses(run)) >= 5):
-            assert all(process.poll() is None for process in processes), "ended by itself"
-            time.sleep(0.2)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    two = {line["step"]: line["loss"] for line in map(json.loads, (run / "log.jsonl").read_text().splitlines())}
-    assert list(two) == list(range(1, len(two) + 1))  # only one of them writes it
-
-    last = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
-    train(recipe(model, run, steps=last + 2))
-    after = {line["step"]: line["loss"] for line in map(json.loads, (run / "log.jsonl").read_text().splitlines())}
-    straight = losses(train(recipe(model, tmp_path / "straight", steps=last + 2)))
-    np.testing.assert_allclose([two[i] for i in range(1, last + 1)], straight[:last], rtol=1e-4)
-    np.testing.assert_allclose([after[last + 1], after[last + 2]], straight[last:], rtol=1e-4)
 
 
 EVERYTHING = """
@@ -135,40 +89,68 @@ def everything(model: Path, out: Path, **changes: object) -> Recipe:
     guided = {"teacher_guidance": "cfg", "negative_prompt": "a blue square", "data_weight": 0.5, "decay": 10_000}
     folder = out.parent
     settings = {"images": str(folder / "images"), "embeddings": str(folder / "embeddings"), "guidance": 3.0, "batch": 4}
-    settings |= {"preview_every": 2, "preview_prompts": ("a red circle", "a ring"), "save_every": 10_000}
+    settings |= {"preview_every": 2, "preview_prompts": ("a red circle", "a ring"), "save_every": 2}
     return recipe(model, out, **settings | changes, distillation=guided)
 
 
+def steps_of(run: Path) -> dict[int, float]:
+    """The loss of each training step in a run's log, which has each once."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))  # only one process writes it
+    return {line["step"]: line["loss"] for line in lines}
+
+
+@contextlib.contextmanager
+def two_processes(model: Path, run: Path) -> Iterator[list[subprocess.Popen]]:
+    """Two processes with two devices each, which train without end, and are killed when the `with` block ends."""
+    address = free_address()
+    processes = [start(2, "-c", textwrap.dedent(EVERYTHING), model, run, address, i) for i in (0, 1)]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def wait_for(processes: list[subprocess.Popen], reached: Callable[[], bool]) -> None:
+    while not reached():
+        assert all(process.poll() is None for process in processes), processes[0].communicate()
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
-def test_everything_at_once_on_two_processes_until_one_is_preempted(tmp_path):
-    """Images, CFG, embedding cache and previews are those of one process; SIGTERM at one ends both at the same step."""
-    model = convert_model(ASSETS / "tiny-flux", tmp_path / "model")
+def test_everything_at_once_on_two_processes_that_are_killed_and_preempted(tiny_flux, tmp_path):
+    """Images, CFG, embedding cache and previews are those of one process, which also resumes the run on its own mesh.
+
+    SIGTERM at one of the two ends both at the same step.
+    """
     (tmp_path / "images").mkdir()
     for i, prompt in enumerate(PROMPTS):
         noise = np.random.default_rng(i).integers(0, 255, (40, 50, 3), np.uint8)
         Image.fromarray(noise).save(tmp_path / "images" / f"{i}.png")
         (tmp_path / "images" / f"{i}.txt").write_text(prompt)
-    run, address = tmp_path / "two", free_address()
-    embed_prompts(dataclasses.replace(everything(model, run), embeddings=""), tmp_path / "embeddings")
-    processes = [start(2, "-c", textwrap.dedent(EVERYTHING), model, run, address, i) for i in (0, 1)]
-    try:
-        while not ((run / "log.jsonl").exists() and len(losses(run)) >= 3):
-            assert all(process.poll() is None for process in processes), processes[0].communicate()
-            time.sleep(0.2)
+    run = tmp_path / "two"
+    embed_prompts(dataclasses.replace(everything(tiny_flux, run), embeddings=""), tmp_path / "embeddings")
+
+    with two_processes(tiny_flux, run) as processes:
+        wait_for(processes, lambda: (run / "checkpoints" / "2").is_dir() and len(losses(run)) >= 3)
+    killed = steps_of(run)
+    last = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+    with two_processes(tiny_flux, run) as processes:
+        wait_for(processes, lambda: len(losses(run)) > max(len(killed), last))
         processes[1].send_signal(signal.SIGTERM)
         told = [finish(process).splitlines()[-1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    steps = len(losses(run))
+    preempted = steps_of(run)
+    done = len(preempted)
     assert (
-        told == [f"preempted: checkpoint at step {steps} of 10000 written to {run}; run the same command to resume"] * 2
+        told == [f"preempted: checkpoint at step {done} of 10000 written to {run}; run the same command to resume"] * 2
     )
-    assert [path.name for path in (run / "checkpoints").iterdir()] == [str(steps)]
+    train(everything(tiny_flux, run, steps=done + 1))
 
-    alone = train(everything(model, tmp_path / "one", steps=2))
-    np.testing.assert_allclose(losses(run)[:2], losses(alone), rtol=1e-4)
+    alone = train(everything(tiny_flux, tmp_path / "one", steps=done + 1))
+    for found in (killed, preempted, steps_of(run)):
+        np.testing.assert_allclose(list(found.values()), losses(alone)[: len(found)], rtol=1e-4)
     sheets = [np.asarray(Image.open(each / "previews" / "000002.png"), np.int32) for each in (run, alone)]
     np.testing.assert_allclose(*sheets, atol=2)
 

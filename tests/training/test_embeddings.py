@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import shutil
 from collections.abc import Sequence
@@ -15,14 +14,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.data.embeddings import read_shard, shard_path, write_shard
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.flux import FluxPrompts
+from arcflow_jax.flow.distill import distil
 from arcflow_jax.parallel.mesh import make_mesh
-from arcflow_jax.training import embeddings, loop, plan
+from arcflow_jax.training import embeddings, loop, state
 from arcflow_jax.training.embeddings import CachedPrompts, embed_prompts
 from arcflow_jax.training.recipe import Recipe
 from tests.training.test_train import losses, recipe
@@ -33,15 +32,18 @@ PROMPTS = ["a red circle", "a green square", LONG.strip(), "a blue ring", "a lar
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return convert_model(ASSETS / "tiny-flux", tmp_path_factory.mktemp("model") / "teacher")
+def model(tiny_flux, tmp_path_factory) -> Path:
+    return shutil.copytree(tiny_flux, tmp_path_factory.mktemp("model") / "teacher")
 
 
 def small(model: Path, out: Path, **changes: Any) -> Recipe:
     """Three training steps of two resolutions, on LINES."""
     made = recipe(model, out)
     Path(made.prompts).write_text("\n".join(LINES))
-    return dataclasses.replace(made, **{"resolutions": ((32, 32), (32, 48)), "steps": 3} | changes)
+    optimizer = dataclasses.replace(made.optimizer, learning_rate=3e-3)  # no other test has compiled its programs
+    return dataclasses.replace(
+        made, **{"optimizer": optimizer, "resolutions": ((32, 32), (32, 48)), "steps": 3} | changes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +58,12 @@ def cache(model, tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_training_from_a_cache_is_training_on_the_fly(model, cache, tmp_path, monkeypatch, capfd):
     compiled = []
-    step = plan.train_step
 
-    @functools.wraps(step)
-    def traced(state, base, conditioning, *args, **settings):
-        compiled.append(conditioning.positions.shape[0])
-        return step(state, base, conditioning, *args, **settings)
+    def counted(student, adapter, teacher, noise, *args, **settings):
+        compiled.append(noise.shape[1])
+        return distil(student, adapter, teacher, noise, *args, **settings)
 
-    monkeypatch.setattr(plan, "train_step", traced)
+    monkeypatch.setattr(state, "distil", counted)
     fly = loop.train(small(model, tmp_path / "fly"))
     assert sorted(compiled) == [4, 6]  # tokens: each resolution once
     out = capfd.readouterr().out

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from arcflow_jax.checkpoints.conversion import convert_model
-from arcflow_jax.demo import ASSETS
 from arcflow_jax.generate import sample_student, sample_teacher, seeded_noise, teacher_grid
 from arcflow_jax.parallel.mesh import state_shardings
-from arcflow_jax.training.plan import Plan, initial_state, jitted_step
+from arcflow_jax.training.plan import Plan, initial_state, step_settings
+from arcflow_jax.training.state import train_step
 from tests.training.test_train import PROMPTS, recipe
 
 STEPS = 50
 TEACHER_STEPS = 32
 
 
-def test_the_endpoint_error_falls(tmp_path: Path):
+def test_the_endpoint_error_falls(tiny_flux, tmp_path):
     """Mean square of the student's endpoints less the teacher's, on noises that training did not see."""
-    model = convert_model(ASSETS / "tiny-flux", tmp_path / "teacher")
     settings = {
         "adapter": {"modes": 4, "rank": 8, "dropout": 0.0},
         "distillation": {"decay": 0, "shift": 3.2, "states": 4},  # a decay of 0: one compiled step
         "optimizer": {"learning_rate": 4e-3, "warmup": 0, "decay_steps": STEPS},
         "ema": {"start": 0},
     }
-    plan = Plan.make(recipe(model, tmp_path / "run", **settings))
+    plan = Plan.make(recipe(tiny_flux, tmp_path / "run", **settings))
     encode = plan.directory.family.prompts(plan.directory, "float32", plan.mesh)
     conditioning = encode(PROMPTS * 2, guidance=1.0, rows=2, columns=2)
     base = plan.directory.load("transformer", plan.base, state_shardings(plan.mesh, plan.base))
@@ -47,8 +43,8 @@ def test_the_endpoint_error_falls(tmp_path: Path):
         return float(np.mean(np.square(endpoints - target)) / np.mean(np.square(target)))
 
     before = error(state.ema)
-    step = jitted_step(plan.recipe, plan.graphdef, plan.optimizer, plan.mesh, steady=True)
+    settings = step_settings(plan.recipe, plan.graphdef, plan.mesh)
     with jax.set_mesh(plan.mesh):
         for _ in range(STEPS):
-            state, _ = step(state, base, conditioning, key)
+            state, _ = train_step(state, base, conditioning, key, steady=True, **settings)
     assert error(state.ema) < 0.5 * before

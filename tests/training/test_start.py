@@ -1,9 +1,10 @@
-"""What a run starts from: another student, its own checkpoint; and buckets of image sizes, resumed."""
+"""What a run starts from: another student; and the plan of prompts that have image sizes."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -11,21 +12,19 @@ import numpy as np
 import optax
 import pytest
 
-from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.student_formats import export_adapter
 from arcflow_jax.checkpoints.training import AdapterDescription
 from arcflow_jax.data.prompts import Prompts
-from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.training import plan as planning
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.plan import Plan
-from tests.training.test_train import losses, recipe, saved
+from tests.training.test_train import recipe, saved
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return convert_model(ASSETS / "tiny-flux", tmp_path_factory.mktemp("model") / "teacher")
+def model(tiny_flux, tmp_path_factory) -> Path:
+    return shutil.copytree(tiny_flux, tmp_path_factory.mktemp("model") / "teacher")
 
 
 @pytest.fixture(scope="module")
@@ -141,14 +140,3 @@ def test_sizes_that_the_model_cannot_draw_are_refused(model, tmp_path, monkeypat
     monkeypatch.setattr(planning, "read_prompts", lambda source, field: Prompts("sized", TEXTS, 0, [(32, 33)] * 5))
     with pytest.raises(UserError, match="33"):
         Plan.make(recipe(model, tmp_path / "run"))
-
-
-@pytest.mark.slow
-def test_buckets_resume_exactly(model, tmp_path, sized):
-    changes = {"distillation": {"decay": 0}}
-    straight = train(recipe(model, tmp_path / "straight", steps=6, **changes))
-    train(recipe(model, tmp_path / "resumed", steps=3, **changes))
-    resumed = train(recipe(model, tmp_path / "resumed", steps=6, **changes))
-    assert losses(straight) == losses(resumed)
-    plan = Plan.make(recipe(model, tmp_path / "plan"))
-    assert len({plan.batches()[i][1] for i in range(6)}) == 2  # both sizes were trained

@@ -7,6 +7,7 @@ import fnmatch
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import sys
@@ -16,21 +17,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from arcflow_jax import families
-from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.training import Checkpoints
 from arcflow_jax.cli.app import main
-from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.families import flux
 from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.training import plan, state
 from arcflow_jax.training.log import RunLog
 from arcflow_jax.training.loop import train
-from arcflow_jax.training.plan import Plan
+from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.recipe import Recipe, read_config
 from tests.helpers.full_disk import disk_for_files_up_to
 from tests.helpers.processes import child
@@ -41,8 +42,8 @@ PROMPTS = ["a red circle", "a green square", "a blue ring on the left", "a large
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return convert_model(ASSETS / "tiny-flux", tmp_path_factory.mktemp("model") / "teacher")
+def model(tiny_flux, tmp_path_factory) -> Path:
+    return shutil.copytree(tiny_flux, tmp_path_factory.mktemp("model") / "teacher")
 
 
 def overrides(model: Path, out: Path, **changes: object) -> list[str]:
@@ -95,43 +96,57 @@ def events(run: Path) -> list[Event]:
     return kept
 
 
-KILLED_AT_13 = """
+KILLED_AT_7 = """
 import os, signal, sys, time
 from pathlib import Path
-from tests.training.test_train_runs import RunLog, recipe, train
+from tests.training.test_train_runs import RunLog, bucketed, train
 model, out = map(Path, sys.argv[1:])
 log_step = RunLog.step
 def killing(log, step, values):
     line = log_step(log, step, values)
-    if step == 13:
-        while not (out / "checkpoints" / "10").exists():  # saved in the background
+    if step == 7:
+        while not (out / "checkpoints" / "5").exists():  # saved in the background
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     return line
 RunLog.step = killing
-train(recipe(model, out, steps=20))
+train(bucketed(model, out))
 """
+
+
+def bucketed(model: Path, out: Path) -> Recipe:
+    """A run on prompts of two image sizes, whose teacher share reaches zero on the way."""
+    prompts = out.parent / "prompts.jsonl"
+    lines = [{"prompt": text, "height": 32, "width": 32 + 16 * (i % 2)} for i, text in enumerate(PROMPTS)]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    changes = {"prompts": prompts, "steps": 10, "save_every": 5, "distillation.decay": 4}
+    return recipe(model, out, **changes)
 
 
 @pytest.mark.slow
 def test_kill_and_resume_is_bit_identical(model, tmp_path):
-    killed = child(KILLED_AT_13, model, tmp_path / "killed")
-    straight = train(recipe(model, tmp_path / "straight", steps=20))
+    straight = train(bucketed(model, tmp_path / "straight"))
+    killed = child(KILLED_AT_7, model, tmp_path / "killed")  # which finds the compiled programs
     output, _ = killed.communicate(timeout=600)
     assert killed.returncode == -signal.SIGKILL, output
-    assert [line["step"] for line in log(tmp_path / "killed")] == list(range(1, 14))
+    assert [line["step"] for line in log(tmp_path / "killed")] == list(range(1, 8))
     with open(tmp_path / "killed" / "log.jsonl", "a") as file:
-        file.write('{"step": 14, "lo')  # as a kill may leave it
-    resumed = train(recipe(model, tmp_path / "killed", steps=20))
+        file.write('{"step": 8, "lo')  # as a kill may leave it
+    resumed = train(bucketed(model, tmp_path / "killed"))
     assert_same(saved(straight), saved(resumed))
     timings = ("time", "steps_per_second")
     lines = [[{name: x for name, x in line.items() if name not in timings} for line in log(run)]
              for run in (straight, resumed)]  # fmt: skip
     assert lines[0] == lines[1]
-    assert [line["step"] for line in lines[0]] == list(range(1, 21))
+    assert [line["step"] for line in lines[0]] == list(range(1, 11))
+    assert lines[0][-1]["teacher_share"] == 0
+    sizes = [plan.Plan.make(bucketed(model, tmp_path / "plan")).batches()[i][1] for i in range(10)]
+    assert {(size, i < 4) for i, size in enumerate(sizes)} == {
+        (size, early) for size in ((32, 32), (32, 48)) for early in (True, False)
+    }  # all four programs ran
     shown = [[(e.step, v.tag) for e in events(run) for v in e.summary.value if v.tag == "loss"]
              for run in (straight, resumed)]  # fmt: skip
-    assert shown[0] == shown[1] == [(step, "loss") for step in range(1, 21)]
+    assert shown[0] == shown[1] == [(step, "loss") for step in range(1, 11)]
 
     # what is left can be sampled from, with EMA weights and without
     few = [ArcFlowPipeline.from_pretrained(model, straight, raw=raw) for raw in (False, True)]
@@ -218,14 +233,21 @@ def test_training_steps_that_are_not_finite_are_skipped(model, tmp_path, monkeyp
 
 
 def test_too_many_in_a_row_stop_the_run(model, tmp_path, monkeypatch, capfd):
-    poison(monkeypatch, set(range(2, 100)))
-    arguments = overrides(model, tmp_path / "run", steps=90, max_skipped=2)
+    """Here loss and gradient are finite, and the optimizer makes NaN of them."""
+
+    def broken(*args):
+        return optax.chain(make_optimizer(*args), optax.scale(jnp.nan))
+
+    for module in (plan, state):
+        monkeypatch.setattr(module, "make_optimizer", broken)
+    changes = {"steps": 90, "max_skipped": 2, "optimizer.learning_rate": 1e-3}  # no other test has compiled this
+    arguments = overrides(model, tmp_path / "run", **changes)
     assert exit_code(["train", "--config", TINY, *arguments]) == 2
     error = capfd.readouterr().err
-    assert re.fullmatch(
-        r"error: stopped: the loss or gradient of the last 3 training steps was not finite\. .*\n", error
-    )
-    assert os.listdir(tmp_path / "run" / "checkpoints") == ["4"]
+    assert re.fullmatch(r"error: stopped: loss, gradient or update of the last 3 training steps was .*\n", error)
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["3"]
+    with Checkpoints(tmp_path / "run", read_only=True) as checkpoints:
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(checkpoints.manager.restore(3)))
 
 
 def test_other_settings_are_named(model, tmp_path):
@@ -388,4 +410,4 @@ def test_weights_and_biases_that_is_not_there(model, tmp_path):
     if "wandb" in sys.modules:
         pytest.skip("it is installed")
     with pytest.raises(UserError, match="pip install wandb"):
-        Plan.make(recipe(model, tmp_path / "run", wandb_project="w"))
+        plan.Plan.make(recipe(model, tmp_path / "run", wandb_project="w"))
