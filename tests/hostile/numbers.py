@@ -180,6 +180,7 @@ def commands(rng: random.Random, folder: Path) -> Case:
         "train": ["train", "--config", "tiny", f"--config.model={good.model(kind)}", f"--config.prompts={prompts}"],
     }
     base["trajectory"] += ["--prompts", prompts, "--out", out]
+    base["report"] += [f"--config.model={good.model(kind)}"]
     base["train"] += [f"--config.out={out}"]
     base["report"] += ["--topology", "v5p:1x1x1"] if option != "--topology" else []
     base["report"] += ["--width", "16"] if option == "--height" else []
