@@ -167,7 +167,11 @@ class Recipe:
         """Raises UserError if the run was begun with other values of what decides its numbers."""
         if not (run / SETTINGS).exists():
             return
-        before, now = (dict(flatten(Recipe, x)) for x in (read_json(run / SETTINGS), self.resolved()))
+        known = {field.name for field in dataclasses.fields(Recipe)}  # a later version may have more
+        stored = {name: value for name, value in read_json(run / SETTINGS).items() if name in known}
+        for group in GROUPS.keys() & stored.keys():
+            schema.converted(dict[str, Any], stored[group], f"{run / SETTINGS}: {group}")
+        before, now = (dict(flatten(Recipe, x)) for x in (stored, self.resolved()))
         names = sorted(before.keys() & now.keys() - CHANGEABLE)
         for name in names:
             schema.converted(kind_of(Recipe, name), before[name], f"{run / SETTINGS}: {name}")
@@ -211,13 +215,13 @@ def read_config(recipe: str, overrides: Sequence[str] = ()) -> ConfigDict:
     name, *variant = recipe.split(":", 1)
     module = load(name)
     try:
-        stated = ConfigDict(module.get_config(*variant))
+        stated = ConfigDict(module.get_config(*variant)).to_dict()
     except UserError:
         raise
     except Exception as error:  # whatever the file's code raises
-        raise UserError(f"recipe {recipe}: {one_line(error)}") from error
+        raise UserError(f"recipe {one_line(recipe)}: {one_line(error)}") from error
     values = dict(flatten(Recipe, defaults()))
-    values |= {key: checked(Recipe, key, value) for key, value in flatten(Recipe, stated.to_dict())}
+    values |= {key: checked(Recipe, key, value) for key, value in flatten(Recipe, stated)}
     for text in overrides:
         found = re.fullmatch(r"--config\.([\w.]+)=(.*)", text, re.DOTALL)
         if found is None:
@@ -239,7 +243,9 @@ def load(name: str) -> ModuleType:
             spec.loader.exec_module(module)
             return module
         if name not in (known := bundled()):
-            raise UserError(f"no recipe is called {name!r}: known are {', '.join(known)}; a file's name ends in .py")
+            raise UserError(
+                f"no recipe is called {schema.shown(name)}: known are {', '.join(known)}; a file's name ends in .py"
+            )
         return importlib.import_module(f"arcflow_jax.configs.{name}")
     except UserError:
         raise

@@ -203,7 +203,7 @@ def commands(rng: random.Random, folder: Path) -> Case:
         "process",
         "checkpoint",
     ]
-    names += ["libtpu"] * (option == "--topology")
+    names += ["libtpu"] * (name == "report")
     return Case(
         f"{name} {option}={text[:40]!r}", lambda: command(*base[name], f"{option}={text}"), names, wrong, None, work
     )

@@ -81,7 +81,8 @@ def texts(rng: random.Random, folder: Path) -> Case:
         return None if result.texts == expected else f"other prompts: {result.texts[:2]} for {expected[:2]}"
 
     what = f"{file.suffix}: {what}"
-    right = expected is not None and b"\xef\xbb\xbf" not in data
+    odd = (b"\xef\xbb\xbf", b"NaN", b"Infinity", b"1e999", b"0" * 999, b"ud800")
+    right = expected is not None and not any(text in data for text in odd)
     return Case(what, lambda: read_prompts(file), [str(file)], wrong, folder / "in", folder / "work", right)
 
 

@@ -185,7 +185,15 @@ def overridden(rng: random.Random, folder: Path) -> Case:
         filled = key == "adapter.alpha" and given is None
         return None if filled or plain == json.loads(json.dumps(given)) else f"{key} became {plain!r}"
 
-    names = [key.split(".")[-1][:20] or "key", recipe[:20] or "recipe", option[:20], "mesh", "resolutions", "recipe"]
+    names = [
+        key.split(".")[-1][:20] or "key",
+        recipe[:20] or "recipe",
+        option[:20],
+        "mesh",
+        "resolutions",
+        "recipe",
+        "overrides have the form",
+    ]
     return Case(f"{recipe[:30]!r} {option[:60]!r}", run, names, wrong, None, None)
 
 
@@ -216,7 +224,6 @@ FILES = (
     "get_config = 3",
     "x = 1",
     "def get_config(:",
-    "raise SystemExit(3)",
     "import nothing_of_this_name",
     "def get_config(a, b): return {}",
     "\\x00",
@@ -236,7 +243,7 @@ def files(rng: random.Random, folder: Path) -> Case:
         file.write_bytes(data)
     elif rng.random() < 0.2:
         what = mutate.odd_file(rng, file)
-    names = [str(file), "guidance", "ema", "batch", "steps", "recipe"]
+    names = [str(file), "guidance", "ema", "batch", "steps", "recipe", "--config."]
     return Case(
         what, lambda: Recipe.from_config(read_config(str(file), [])), names, lambda result: "accepted", None, None
     )
