@@ -108,9 +108,8 @@ def mesh_sizes(text: str) -> tuple[int, ...]:
     for part in filter(None, text.split(",")):
         name, _, size = part.partition("=")
         if name not in sizes or not re.fullmatch(r"-1|[1-9]\d{0,8}", size):
-            raise UserError(
-                f"mesh {schema.shown(text)}: {schema.shown(part)} is not AXIS=SIZE, where AXIS is one of {', '.join(MESH_AXES)}"
-            )
+            where = f"mesh {schema.shown(text)}: {schema.shown(part)}"
+            raise UserError(f"{where} is not AXIS=SIZE, where AXIS is one of {', '.join(MESH_AXES)}")
         sizes[name] = int(size)
     return tuple(sizes.values())
 
