@@ -19,6 +19,7 @@ from msgspec import Meta
 from arcflow_jax import configs, schema
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.flow.distill import Distillation
+from arcflow_jax.networks.states import nest
 from arcflow_jax.networks.student import AdapterConfig
 from arcflow_jax.parallel.processes import is_main
 from arcflow_jax.schema import (
@@ -256,15 +257,3 @@ def load(name: str) -> ModuleType:
 def bundled() -> list[str]:
     """The names of the recipes that come with the library."""
     return sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
-
-
-def nest(values: dict[str, Any]) -> dict[str, Any]:
-    """Values under dotted names as nested dicts: `flatten` undone."""
-    nested: dict[str, Any] = {}
-    for key, value in values.items():
-        *groups, name = key.split(".")
-        place = nested
-        for group in groups:
-            place = place.setdefault(group, {})
-        place[name] = value
-    return nested
