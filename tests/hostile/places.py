@@ -91,7 +91,7 @@ def outputs(rng: random.Random, folder: Path) -> Case:
             shutil.copytree(users / "folder", out)
         case "link to folder" | "link to file":
             out.symlink_to(users / ("folder" if how == "link to folder" else "file.txt"))
-            refuse = name in DIRECTORIES or how == "link to folder" or None
+            refuse = name in DIRECTORIES or None  # a file may take the place of a link, whose target stays
         case "dangling":
             out.symlink_to(users / "new")
             refuse = None
