@@ -46,6 +46,7 @@ setup(
         "jax>=0.10.0,<0.13",
         "ml_collections>=1.0",
         "ml_dtypes>=0.5",
+        "msgspec>=0.19",
         "numpy>=2.0",
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",

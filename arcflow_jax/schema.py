@@ -145,12 +145,6 @@ def nested(values: dict[str, Any], name: str) -> dict[str, Any]:
     return found
 
 
-def checked(hint: Any, **values: T) -> T:
-    """One value by its name, if it has this type. Raises UserError."""
-    ((name, value),) = values.items()
-    return converted(hint, value, name)
-
-
 def converted(hint: Any, value: Any, name: str, *, own: bool = False) -> Any:
     """A value as a field of this type has it. Raises UserError that names `name`."""
     kind = typing.get_origin(hint) or hint

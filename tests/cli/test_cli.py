@@ -146,11 +146,14 @@ def test_tools_are_the_same_entry_points(tmp_path):
         ("--config.steps=many", "steps is 'many', but has to be a whole number"),
         ("--steps=3", r"cannot read --steps=3: overrides have the form --config\.key=value"),
         ("steps=3", r"cannot read steps=3"),
-        ("--config.distillation.nfe=0", "nfe is 0, but has to be at least 1"),
-        ("--config.batch=0", "batch is 0, but has to be at least 1"),
-        ("--config.seed=-1", "seed is -1, but has to be at least 0"),
-        ("--config.resolutions=(64, 64)", r"resolutions is \(64, 64\), but has to be a tuple, each element"),
-        ("--config.resolutions=()", r"resolutions is \(\), but has to list sizes"),
+        (
+            "--config.distillation.nfe=0",
+            r"--config\.distillation\.nfe is 0, but has to be a whole number from 1",
+        ),
+        ("--config.batch=0", r"--config\.batch is 0, but has to be a whole number from 1 to 65536"),
+        ("--config.seed=-1", r"--config\.seed is -1, but has to be a whole number from 0 to 18446744073709551615"),
+        ("--config.resolutions=(64, 64)", r"resolutions is \(64, 64\), but has to be a list of sizes"),
+        ("--config.resolutions=()", r"resolutions is \(\), but has to be a list of sizes"),
         ("--config.model=/nowhere", "model /nowhere does not exist"),
     ],
 )
@@ -172,7 +175,7 @@ def test_train_refuses_bad_inputs(capfd, tmp_path, model):
         assert_refused(capfd, tmp_path, "train", "--config", TINY, *common, *overrides, message=message)
 
     prompts = f"--config.prompts={ASSETS / 'prompts-test.txt'}"
-    refused("cannot read prompts from nothing.txt", "--config.prompts=nothing.txt")
+    refused("nothing.txt is missing", "--config.prompts=nothing.txt")
     empty = tmp_path / "empty.txt"
     empty.write_text("\n\n")
     refused("holds no prompts", f"--config.prompts={empty}")
@@ -199,7 +202,7 @@ def test_embed_prompts_refuses_bad_inputs(capfd, tmp_path, model):
 
     refused("full exists already", "--out", tmp_path / "full")
     refused("is not a directory", "--out", tmp_path / "full" / "file" / "out")
-    refused("cannot read prompts from nothing.txt", "--out", tmp_path / "out", "--config.prompts=nothing.txt")
+    refused("nothing.txt is missing", "--out", tmp_path / "out", "--config.prompts=nothing.txt")
     refused("model /nowhere does not exist", "--out", tmp_path / "out", "--config.model=/nowhere")
 
 
@@ -281,10 +284,10 @@ def test_contact_sheet():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.safetensors", b"123", "cannot read latents from .*x.safetensors: "),
+        ("x.safetensors", b"123", "x.safetensors is truncated or corrupt: "),
         ("x.npy", b"123", "cannot read latents from .*x.npy: "),
         ("x.pt", b"123", r"x\.pt: the file has to be \.safetensors or \.npy"),
-        ("x.npy", None, "cannot read latents from .*x.npy: .*No such file"),
+        ("x.npy", None, "x.npy is missing"),
         ("x.safetensors", save({"a": np.zeros(1), "b": np.zeros(1)}), "the file has to hold one tensor, not 2"),
     ],
 )
@@ -308,11 +311,24 @@ def test_sample_refuses_bad_input(capfd, tmp_path, model, student):
     whole = ("--model", model, "--adapter", student)
     refused("a prompt is empty", *whole, "--prompt", " ")
     refused("positive multiples of 16", *whole, "--prompt", "a ring", "--height", 65)
-    refused("steps is 0", *whole, "--prompt", "a ring", "--steps", 0)
+    for option, value, message in (
+        ("--steps", 0, "num_inference_steps is 0, but has to be a whole number from 1 to 10000"),
+        ("--steps", 10**9, "num_inference_steps is 1000000000, but has to be a whole number from 1 to 10000"),
+        ("--guidance", "nan", "guidance_scale is nan, but has to be a number from 0 to 1000"),
+        ("--guidance", "inf", "guidance_scale is inf, but has to be a number from 0 to 1000"),
+        ("--guidance", -1e30, r"guidance_scale is -1e\+30, but has to be a number from 0 to 1000"),
+        ("--height", 0, "height is 0, but has to be a whole number from 1 to 65536"),
+        ("--width", 10**12, "width is 1000000000000, but has to be a whole number from 1 to 65536"),
+        ("--seed", -1, "seed is -1, but has to be a whole number from 0 to 18446744073709551615"),
+        ("--images", 0, "num_images_per_prompt is 0, but has to be a whole number from 1 to 65536"),
+        ("--images", 10**9, "num_images_per_prompt is 1000000000, but has to be a whole number"),
+        ("--final-step-ratio", "nan", "final_step_ratio is nan, but has to be a number from 0.001 to 1000"),
+    ):
+        refused(message, *whole, "--prompt", "a ring", option, value)
     refused("name the student with --adapter", "--model", model, "--prompt", "a ring")
     refused("either with --prompt or with --prompts-file", *whole)
     refused("either with --prompt or with --prompts-file", *whole, "--prompt", "a ring", "--prompts-file", "x.txt")
-    refused("cannot read prompts from nothing.txt", *whole, "--prompts-file", "nothing.txt")
+    refused("nothing.txt is missing", *whole, "--prompts-file", "nothing.txt")
     refused("the file has to be .safetensors or .npy", *whole, "--prompt", "a ring", "--latents", "x.bin")
     refused("'heads=2' is not AXIS=SIZE", *whole, "--prompt", "a ring", "--mesh", "heads=2")
     refused("batch_size is 0", *whole, "--prompt", "a ring", "--batch-size", 0)

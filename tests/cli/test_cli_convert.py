@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -124,6 +125,26 @@ DAMAGE = {
         lambda s: edit(s / "transformer" / "config.json", num_layers="two"),
         r"transformer/config.json: num_layers is 'two', but has to be a whole number",
     ),
+    "layers without end": (  # nothing may be built from it
+        lambda s: edit(s / "transformer" / "config.json", num_layers=10**12),
+        r"config.json: num_layers is 1000000000000, but has to be a whole number from 1 to 1000$",
+    ),
+    "more layers than tensors": (
+        lambda s: edit(s / "transformer" / "config.json", num_layers=1000),
+        r"config.json: num_layers is 1000, but .*/transformer has only \d+ tensors$",
+    ),
+    "a network that is far larger": (
+        lambda s: edit(s / "text_encoder" / "config.json", intermediate_size=2**20),
+        r"config.json describes a network of [\d,]+ numbers, but .*/text_encoder has [\d,]+$",
+    ),
+    "a config that is a pipe": (
+        lambda s: ((s / "vae" / "config.json").unlink(), os.mkfifo(s / "vae" / "config.json")),
+        r"vae/config.json is not a regular file",
+    ),
+    "a scheduler without a shift": (
+        lambda s: (s / "scheduler" / "scheduler_config.json").write_text('{"shift": 1e999}'),
+        r"scheduler_config.json is not valid JSON",
+    ),
     "config of other widths": (
         lambda s: edit(s / "transformer" / "config.json", num_attention_heads=4),
         r"/transformer: \d+ wrong \(x_embedder.weight is \[16, 16\] instead of \[32, 16\]|/transformer: \d+ wrong",
@@ -150,7 +171,7 @@ DAMAGE = {
     "index names too much": (swap_in_index, r"names 1 tensors that do not exist: shared.weight in model-0000"),
     "index without a map": (
         lambda s: (s / "text_encoder_2" / "model.safetensors.index.json").write_text("{}"),
-        r"has no weight_map",
+        r"index\.json: missing weight_map",
     ),
     "missing tensor": (
         lambda s: change(s, "transformer", {"proj_out.bias": None}),

@@ -265,8 +265,8 @@ def test_a_file_that_cannot_be_read(source, tmp_path):
         with pytest.raises(UserError, match=message):
             conversion.convert_model(source, tmp_path / "out", files={"vae": file})
 
-    refused(tmp_path / "ae.safetensors", "ae.safetensors is not a file")
-    refused(source / "vae", "/vae is not a file")
+    refused(tmp_path / "ae.safetensors", "ae.safetensors is missing")
+    refused(source / "vae", "/vae is not a regular file")
     (tmp_path / "ae.ckpt").write_bytes(b"\x80\x04")
     refused(tmp_path / "ae.ckpt", "ae.ckpt is a pickle: unpickling runs any code that a file contains")
     refused(source / "flux1-tiny.safetensors", r"flux1-tiny.safetensors: \d+ missing")
