@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from msgspec import Meta
 
 from arcflow_jax import configs, schema
-from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.errors import UserError, first_few, one_line
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.states import nest
 from arcflow_jax.networks.student import AdapterConfig
@@ -168,11 +168,13 @@ class Recipe:
         """Raises UserError if the run was begun with other values of what decides its numbers."""
         if not (run / SETTINGS).exists():
             return
-        known = {field.name for field in dataclasses.fields(Recipe)}  # a later version may have more
-        stored = {name: value for name, value in read_json(run / SETTINGS).items() if name in known}
+        stored, now = read_json(run / SETTINGS), dict(flatten(Recipe, self.resolved()))
         for group in GROUPS.keys() & stored.keys():
             schema.converted(dict[str, Any], stored[group], f"{run / SETTINGS}: {group}")
-        before, now = (dict(flatten(Recipe, x)) for x in (stored, self.resolved()))
+        known = {field.name for field in dataclasses.fields(Recipe)}
+        before = dict(flatten(Recipe, {name: value for name, value in stored.items() if name in known}))
+        if unknown := sorted((stored.keys() - known) | (before.keys() - now.keys())):
+            raise UserError(f"{run / SETTINGS}: unknown {first_few(unknown)}: it is damaged, or of a later version")
         names = sorted(before.keys() & now.keys() - CHANGEABLE)
         for name in names:
             schema.converted(kind_of(Recipe, name), before[name], f"{run / SETTINGS}: {name}")

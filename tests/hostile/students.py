@@ -106,9 +106,8 @@ def description(rng: random.Random, folder: Path) -> Case:
             return rules.broken(checks, transformer.get("config"))
         return None if good.same_arrays(result[1], best(kind)[1]) else "other weights"
 
-    return Case(
-        f"{kind} adapter.json: {damage.what}", make, [str(file), str(run)], wrong, folder / "in", folder / "work"
-    )
+    names = [str(file), str(run), "LoRA target"]
+    return Case(f"{kind} adapter.json: {damage.what}", make, names, wrong, folder / "in", folder / "work")
 
 
 def checkpoint(rng: random.Random, folder: Path) -> Case:
