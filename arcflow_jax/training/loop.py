@@ -38,6 +38,8 @@ def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None
       Preempted: on SIGTERM, once a checkpoint is written.
     """
     run = Path(recipe.out)
+    if step is not None and not (run / DESCRIPTION).exists():  # before the directory is made
+        raise UserError(f"{run} has no checkpoint {step}: no run was begun there; leave --step out")
     trace = Trace(profile, run / "profile")
     plan = Plan.make(recipe)
     recipe, mesh = plan.recipe, plan.mesh
