@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Generator, Sequence
 
 SHOWN = 4  # names that an error message spells out
-LONGEST = 2000  # characters of an error message; a name that it quotes has at most 200
+LONGEST = 1000  # characters of an error message; a name that it quotes has at most 200
 TRACEBACK = "ARCFLOW_TRACEBACK"  # environment variable: 1 shows the traceback of a UserError
 
 
@@ -23,7 +23,8 @@ class UserError(ValueError):
 
     def __init__(self, message: object):
         text = printable(str(message))
-        super().__init__(text if len(text) <= LONGEST else f"{text[:LONGEST]}…")
+        # The end says what would be right
+        super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 + 3 :]}")
 
 
 class Preempted(Exception):

@@ -109,7 +109,7 @@ def merge_student(graphdef: nnx.GraphDef, base: nnx.State, trained: nnx.State, m
 
 def random_key(seed: int) -> jax.Array:
     """The key of a seed from 0 to 2⁶⁴ − 1: `jax.random.key` would drop the upper half. Raises UserError on others."""
-    seed = schema.checked(schema.Seed, seed=seed)
+    seed = schema.converted(schema.Seed, seed, "seed")
     return jax.random.wrap_key_data(jnp.array([seed >> 32, seed % 2**32], jnp.uint32), impl="threefry2x32")
 
 

@@ -162,7 +162,7 @@ def converted(hint: Any, value: Any, name: str, *, own: bool = False) -> Any:
         value = value.item()
     try:
         result = msgspec.convert(value, hint)
-    except msgspec.ValidationError:
+    except (msgspec.ValidationError, UnicodeEncodeError):  # the second for half a surrogate pair
         raise UserError(f"{name} is {shown(value)}, but has to be {describe(hint)}") from None
     if isinstance(result, int) and result > limits(hint).get("le", result):
         raise UserError(f"{name} is {shown(value)}, but has to be {describe(hint)}")

@@ -40,7 +40,7 @@ from arcflow_jax.networks.states import nest, shapes_of
 from arcflow_jax.schema import Layers
 from arcflow_jax.storage import hub
 from arcflow_jax.storage.atomic import new_output, whole_directory
-from arcflow_jax.storage.files import file_digest, read_json, write_own
+from arcflow_jax.storage.files import file_digest, local_path, read_json, write_own
 from arcflow_jax.storage.safetensors import read_file, read_folder
 
 FAR = 10  # a network this many times as large as its weights gets no list of what is missing
@@ -152,7 +152,7 @@ def convert_model(
     Raises:
       UserError: if the source is incomplete or wrong, or `out` cannot be written.
     """
-    folder, out = Path(source), Path(out).absolute()
+    folder, out = local_path(source), Path(out).absolute()
     files = {name: Path(file) for name, file in (files or {}).items()}
     with new_output(out):
         if folder.is_dir():

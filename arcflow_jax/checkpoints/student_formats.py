@@ -36,7 +36,7 @@ from arcflow_jax.networks.student import AdapterConfig, split_model
 from arcflow_jax.schema import NFE, Guidance, Ratio, Shift
 from arcflow_jax.storage import hub
 from arcflow_jax.storage.atomic import new_output, whole_directory
-from arcflow_jax.storage.files import parse_json, read_json, write_json
+from arcflow_jax.storage.files import local_path, parse_json, read_json, write_json
 from arcflow_jax.storage.safetensors import PICKLES, read_folder, read_header, write_file
 
 CONFIG = "config.json"
@@ -159,7 +159,7 @@ def find(source: str | Path, revision: str | None = None) -> Path:
     Raises:
       UserError: if there is none, or the download fails.
     """
-    path = Path(source)
+    path = local_path(source)
     if path.exists():
         if revision is not None:
             raise UserError(f"{source} is not on the hub, and only a student there has a revision")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from arcflow_jax import schema
 from arcflow_jax.errors import UserError, one_line
-from arcflow_jax.storage.files import file_size, json_records, read_lines
+from arcflow_jax.storage.files import file_size, json_records, local_path, read_lines
 from arcflow_jax.storage.hub import PREFIX, is_repository, not_found
 
 # Sets known by name, which few-step generators are compared on, where the authors of pi-Flow and ArcFlow read them
@@ -94,7 +94,7 @@ def read_prompts(source: str | Path, field: str = "prompt") -> Prompts:
 
 def rows(source: str, field: str) -> Iterator[Row]:
     """The prompts of a source, empty ones included. Raises UserError as `read_prompts`."""
-    path = Path(source)
+    path = local_path(source)
     if source in NAMED and not path.exists():
         yield from read_hub(NAMED[source], field)
     elif path.is_dir():
@@ -237,7 +237,7 @@ def check_field(where: str, kind: str, field: str, there: Any) -> None:
     """Raises UserError unless `field` is one of the names in `there`."""
     if field not in there:
         names = one_line(", ".join(map(str, there))) or "none at all"
-        raise UserError(f"{where} has no {kind} {field!r}, only {names}: name the one that has the prompt")
+        raise UserError(f"{where} has no {kind} {schema.shown(field)}, only {names}: name the one that has the prompt")
 
 
 def library(name: str, purpose: str, extra: str = "data") -> ModuleType:

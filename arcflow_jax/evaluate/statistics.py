@@ -8,29 +8,48 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
+from arcflow_jax import schema
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.evaluate.features import CLIP, Clip, Inception, centre, resized
 from arcflow_jax.evaluate.frechet import Moments
 from arcflow_jax.evaluate.image_sets import Folder, ImageSet
+from arcflow_jax.schema import SHA256, Count
 from arcflow_jax.storage.atomic import cannot_write, whole_file
 from arcflow_jax.storage.files import file_size, parse_json
 from arcflow_jax.storage.lock import one_writer
 
 METRICS = ("fid", "pfid", "clip")
 DISTANCES = METRICS[:2]
-LARGEST = 2**30  # bytes of a file: FID's 2048 features take 34 million
 BATCH = 32  # images per call of a network
+LARGEST = 2**28  # bytes of a statistics file, or of an array in it: twice the scatter matrix of 4096 features
 SAVE_SECONDS = 300  # between saves
 FORMAT = "arcflow_jax statistics 1"
 
 Progress = Callable[[str, int, int], None]  # current activity, images done, images in total
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesDescription:
+    """What every `ImageSet.identity` has."""
+
+    count: Count
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """The types of a description."""
+
+    metrics: tuple[Literal["fid", "pfid", "clip"], ...]
+    images: ImagesDescription
+    inception: SHA256 | None = None
+    clip: str | None = None
 
 
 @dataclasses.dataclass
@@ -70,25 +89,40 @@ class Statistics:
         file_size(file, LARGEST)
         try:
             with np.load(file, allow_pickle=False) as arrays:
-                if str(arrays["format"]) != FORMAT:
-                    raise UserError(f"{file} is not in the format {FORMAT!r}, which arcflow evaluate metrics writes")
-                description = parse_json(str(arrays["description"]), f"{file}: its description")
-                if "pictures" in description:  # as version 0.1 wrote it
-                    images = description.pop("pictures")
-                    description["images"] = {"count" if name == "pictures" else name: x for name, x in images.items()}
-                fields = [field.name for field in dataclasses.fields(Moments)]
-                moments = {
-                    metric: Moments(*(arrays[f"{metric}_{field}"] for field in fields))
-                    for metric in description["metrics"]
-                    if f"{metric}_count" in arrays
-                }
-        except UserError:
-            raise
-        except Exception as error:  # NumPy, zipfile and zlib raise all kinds
+                if any(part.file_size > LARGEST for part in arrays.zip.infolist()):
+                    raise ValueError(f"an array has more than {LARGEST} bytes")
+                stored = dict(arrays)
+            if "format" not in stored:
+                raise ValueError("it has no format")
+        except Exception as error:  # NumPy and zipfile raise all kinds of errors
             raise UserError(f"{file} does not contain statistics of images: {one_line(error)}") from None
-        for each in moments.values():
-            each.count = int(each.count)
+        if str(stored["format"]) != FORMAT:
+            raise UserError(f"{file} is not in the format {FORMAT!r}, which arcflow evaluate metrics writes")
+        where = f"{file}, description"
+        description = parse_json(str(stored.get("description")), where)
+        if "pictures" in description:  # as version 0.1 wrote it
+            images = schema.nested(description, "pictures")
+            del description["pictures"]
+            description["images"] = {"count" if name == "pictures" else name: x for name, x in images.items()}
+        known = schema.parse(Description, description, where)
+        moments = {name: moments_of(stored, name, file) for name in known.metrics if f"{name}_count" in stored}
+        counts = {each.count for each in moments.values()}
+        others = [name for name in METRICS if f"{name}_count" in stored and name not in moments]
+        if others or len(counts) > 1 or max(counts, default=0) > known.images.count:
+            raise UserError(f"{file} is damaged: its metrics are not of the same images")
         return cls(description, moments)
+
+
+def moments_of(arrays: Mapping[str, np.ndarray], metric: str, file: Path) -> Moments:
+    """The moments of one metric in a file's arrays. Raises UserError unless their shapes and values fit together."""
+    count, mean, scatter = (
+        np.asarray(arrays.get(f"{metric}_{field.name}", "")) for field in dataclasses.fields(Moments)
+    )
+    numbers = all(np.issubdtype(x.dtype, np.number) and np.isfinite(x).all() for x in (count, mean, scatter))
+    whole = np.issubdtype(count.dtype, np.integer) and not count.ndim
+    if not numbers or not whole or count < 1 or mean.ndim != 1 or scatter.shape != 2 * mean.shape:
+        raise UserError(f"{file} is damaged: its count, mean and scatter of {metric} are not those of any images")
+    return Moments(int(count), mean, scatter)
 
 
 class Networks:

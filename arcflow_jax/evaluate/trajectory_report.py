@@ -25,10 +25,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from arcflow_jax import schema
 from arcflow_jax.console import duration, progress_bar
 from arcflow_jax.errors import UserError
 from arcflow_jax.evaluate.comparison import Comparison
 from arcflow_jax.evaluate.trajectory import Grid
+from arcflow_jax.evaluate.trajectory_files import Batch, Report
 from arcflow_jax.evaluate.trajectory_plot import plot
 from arcflow_jax.storage.atomic import append, cannot_write, make_directory, whole_file
 from arcflow_jax.storage.files import digest, parse_json, read_json, read_lines, write_json
@@ -61,9 +63,11 @@ class Tally:
         return cls(sums, sizes["state"]["total"][-1, :count].tolist(), coarse[:count].tolist())
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Tally:
-        sums = {kind: {name: np.array(x) for name, x in group.items()} for kind, group in values["sums"].items()}
-        return cls(sums, values["student"], values["teacher"])
+    def from_json(cls, values: dict[str, Any], where: str) -> Tally:
+        """The tally of a batch. Raises UserError, which begins with `where`, if the values are none."""
+        batch = schema.parse(Batch, values, where, own=True)
+        sums = {kind: {name: np.array(x) for name, x in group.items()} for kind, group in batch.sums.items()}
+        return cls(sums, list(batch.student), list(batch.teacher))
 
     def to_json(self) -> dict[str, Any]:
         return vars(self) | {"sums": jax.tree.map(np.ndarray.tolist, self.sums)}
@@ -87,8 +91,8 @@ def check_identity(path: Path, values: dict[str, Any], identity: dict[str, Any])
     """Raises UserError unless `values`, read from `path`, belong to the report with this identity."""
     if (values.get("format"), values.get("version")) != (FORMAT, VERSION):
         raise UserError(f"{path} is not an {FORMAT} of version {VERSION}: choose another --out")
-    found = values.get("identity", {})
-    if differing := [name for name in identity if found.get(name) != identity[name]]:
+    found = values.get("identity")
+    if differing := [name for name in identity if not isinstance(found, dict) or found.get(name) != identity[name]]:
         raise UserError(
             f"{path} belongs to another evaluation, with different {', '.join(differing)}: choose another --out, or "
             "remove it"
@@ -101,6 +105,7 @@ def read_report(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     if "of" in report:  # its name until version 0.1
         report["identity"] = report.pop("of")
     check_identity(path, report, identity)
+    schema.parse(Report, report, path)
     return report
 
 
@@ -122,16 +127,19 @@ def read_partial(path: Path, identity: dict[str, Any]) -> Tally:
     if lines != found:
         with whole_file(path) as aside:
             aside.write_bytes(b"".join(lines))
-    header, *batches = (parse_json(line, f"{path}, line {i}") for i, line in enumerate(lines, 1))
-    try:
-        check_identity(path, header, identity)
-        for batch in batches:
-            tally.add(Tally.from_json(batch))
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged: remove it to start again") from None
+    check_identity(path, parse_json(lines[0], path), identity)
+    for number, line in enumerate(lines[1:], 2):
+        where = f"{path}, line {number}"
+        batch = Tally.from_json(parse_json(line, where), where)
+        if tally.sums and shapes(batch) != shapes(tally):
+            raise UserError(f"{where} has other points of comparison than the lines before it: remove the file")
+        tally.add(batch)
     return tally
+
+
+def shapes(tally: Tally) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The shapes of a tally's sums."""
+    return jax.tree.map(np.shape, tally.sums)
 
 
 def evaluate(comparison: Comparison, prompts: Sequence[str], out: Path) -> dict[str, Any]:
@@ -165,6 +173,9 @@ def complete_report(
     else:
         with cannot_write(out):
             tally = read_partial(out / PARTIAL, identity)
+            points = {x.shape for group in tally.sums.values() for x in group.values()}
+            if tally.count > len(prompts) or points - {comparison.grid.sigma.shape}:
+                raise UserError(f"{out / PARTIAL} is damaged: remove it to start again")
             with append(out / PARTIAL) as partial:
                 compare_all(comparison, prompts, tally, partial)
         origin = comparison.origin | {"software": f"arcflow_jax {version('arcflow_jax')}"}

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from arcflow_jax import schema
 from arcflow_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
@@ -107,7 +108,8 @@ def mesh_sizes(text: str) -> tuple[int, ...]:
     for part in filter(None, text.split(",")):
         name, _, size = part.partition("=")
         if name not in sizes or not re.fullmatch(r"-1|[1-9]\d{0,8}", size):
-            raise UserError(f"mesh {text!r}: {part!r} is not AXIS=SIZE, where AXIS is one of {', '.join(MESH_AXES)}")
+            where = f"mesh {schema.shown(text)}: {schema.shown(part)}"
+            raise UserError(f"{where} is not AXIS=SIZE, where AXIS is one of {', '.join(MESH_AXES)}")
         sizes[name] = int(size)
     return tuple(sizes.values())
 

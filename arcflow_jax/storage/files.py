@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import hashlib
 import json
+import os
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -43,10 +44,22 @@ def file_size(path: Path, most: int | None = None) -> int:
     return found.st_size
 
 
+def local_path(source: str | Path) -> Path:
+    """A path that a user named and that may not exist. Raises UserError if it cannot exist: its name is too long, …"""
+    path = Path(source)
+    try:
+        path.exists()
+        os.fspath(path).encode()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {one_line(source)}: {getattr(error, 'strerror', None) or error}") from None
+    return path
+
+
 def is_inside(name: str) -> bool:
     """Whether a path that a file names lies in that file's folder, or below."""
     path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and name.isprintable()
+    fits = name.isprintable() and all(len(part.encode()) <= 255 for part in path.parts)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and fits
 
 
 def read_json(path: Path) -> dict[str, Any]:

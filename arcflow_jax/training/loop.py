@@ -41,6 +41,8 @@ def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None
       Preempted: on SIGTERM, once a checkpoint is written.
     """
     run = Path(recipe.out)
+    if step is not None and not (run / DESCRIPTION).exists():  # before the directory is made
+        raise UserError(f"{run} has no checkpoint {step}: no run was begun there; leave --step out")
     # The processes of one run are one writer
     with one_writer(run) if is_main() else contextlib.nullcontext():
         return train_alone(recipe, run, step, profile)

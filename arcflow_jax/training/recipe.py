@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from msgspec import Meta
 
 from arcflow_jax import configs, schema
-from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.errors import UserError, first_few, one_line
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.states import nest
 from arcflow_jax.networks.student import AdapterConfig
@@ -168,7 +168,13 @@ class Recipe:
         """Raises UserError if the run was begun with other values of what decides its numbers."""
         if not (run / SETTINGS).exists():
             return
-        before, now = (dict(flatten(Recipe, x)) for x in (read_json(run / SETTINGS), self.resolved()))
+        stored, now = read_json(run / SETTINGS), dict(flatten(Recipe, self.resolved()))
+        for group in GROUPS.keys() & stored.keys():
+            schema.converted(dict[str, Any], stored[group], f"{run / SETTINGS}: {group}")
+        known = {field.name for field in dataclasses.fields(Recipe)}
+        before = dict(flatten(Recipe, {name: value for name, value in stored.items() if name in known}))
+        if unknown := sorted((stored.keys() - known) | (before.keys() - now.keys())):
+            raise UserError(f"{run / SETTINGS}: unknown {first_few(unknown)}: it is damaged, or of a later version")
         names = sorted(before.keys() & now.keys() - CHANGEABLE)
         for name in names:
             schema.converted(kind_of(Recipe, name), before[name], f"{run / SETTINGS}: {name}")
@@ -212,13 +218,13 @@ def read_config(recipe: str, overrides: Sequence[str] = ()) -> ConfigDict:
     name, *variant = recipe.split(":", 1)
     module = load(name)
     try:
-        stated = ConfigDict(module.get_config(*variant))
+        stated = ConfigDict(module.get_config(*variant)).to_dict()
     except UserError:
         raise
     except Exception as error:  # whatever the file's code raises
-        raise UserError(f"recipe {recipe}: {one_line(error)}") from error
+        raise UserError(f"recipe {one_line(recipe)}: {one_line(error)}") from error
     values = dict(flatten(Recipe, defaults()))
-    values |= {key: checked(Recipe, key, value) for key, value in flatten(Recipe, stated.to_dict())}
+    values |= {key: checked(Recipe, key, value) for key, value in flatten(Recipe, stated)}
     for text in overrides:
         found = re.fullmatch(r"--config\.([\w.]+)=(.*)", text, re.DOTALL)
         if found is None:
@@ -240,7 +246,9 @@ def load(name: str) -> ModuleType:
             spec.loader.exec_module(module)
             return module
         if name not in (known := bundled()):
-            raise UserError(f"no recipe is called {name!r}: known are {', '.join(known)}; a file's name ends in .py")
+            raise UserError(
+                f"no recipe is called {schema.shown(name)}: known are {', '.join(known)}; a file's name ends in .py"
+            )
         return importlib.import_module(f"arcflow_jax.configs.{name}")
     except UserError:
         raise

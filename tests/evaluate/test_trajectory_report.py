@@ -283,7 +283,7 @@ def test_partial_report_cut_anywhere_keeps_its_whole_batches(tmp_path):
     with pytest.raises(UserError, match="belongs to another evaluation, with different seed:"):
         read_partial(path, {"seed": 2})
     path.write_bytes(whole[: ends[0]] + b"{}\n" + whole[ends[0] :])
-    with pytest.raises(UserError, match="is damaged: remove it to start again"):
+    with pytest.raises(UserError, match="line 2: missing student, sums, teacher"):
         read_partial(path, {"seed": 1})
 
 

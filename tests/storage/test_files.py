@@ -115,8 +115,8 @@ def test_a_file_of_ours_has_its_format_and_version(tmp_path):
     file = tmp_path / "a.json"
     write_json(file, {"format": "f", "version": 1, "step": 3})
     assert read_own(Line, file, "f", 1) == Line(3)
+    write_own(file, Line(3), "f", 2)
     with pytest.raises(UserError, match=r"is not of f version 1, but of version 2$"):
-        write_own(file, Line(3), "f", 2)
         read_own(Line, file, "f", 1)
     assert read_own(Line, file, "f", 2) == Line(3)
     file.write_text(file.read_text().replace("3", "4", 1))
