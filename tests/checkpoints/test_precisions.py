@@ -24,6 +24,7 @@ from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.states import flatten, nest, unnest
 from arcflow_jax.networks.student import AdapterConfig, split_model
 from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.storage.files import sealed
 from arcflow_jax.training.embeddings import encoders_fingerprint
 from tests.helpers.source_folder import random_state, write_source
 
@@ -118,7 +119,7 @@ def test_an_adapter_samples_on_another_precision_of_its_base(tmp_path):
     assert 0 < difference < 0.1  # the base's rounding
 
     other = json.loads((half / "model.json").read_text()) | {"fingerprint": "1" * 64}
-    (half / "model.json").write_text(json.dumps(other))
+    (half / "model.json").write_text(json.dumps(sealed(other)))
     with pytest.raises(UserError, match=r"was trained on base [0-9a-f]{12}…, this model is 111111111111…"):
         ArcFlowPipeline.from_pretrained(half, adapter=run)
 
@@ -132,9 +133,10 @@ def test_model_directory_of_the_first_version(full, tmp_path):
     shutil.rmtree(state)
     with ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(state, nest(named))
-    description = json.loads((old / "model.json").read_text())
+    description = json.loads((old / "model.json").read_text()) | {"version": 1}
     for component in description["components"].values():
-        del component["source_dtype"]
+        del component["source_dtype"], component["stored"]
+    del description["sha256"], description["tokenizers"]
     files = [file for file in sorted(old.rglob("*")) if file.is_file() and file.name != "model.json"]
     description["files"] = {file.relative_to(old).as_posix(): file.stat().st_size for file in files}
     (old / "model.json").write_text(json.dumps(description))

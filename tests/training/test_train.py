@@ -18,6 +18,7 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.generate import sample_student
 from arcflow_jax.networks.student import ArcModel
 from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.storage.files import sealed
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe, read_config
 
@@ -100,7 +101,7 @@ def test_run_of_other_settings_is_refused(model, tmp_path):
 def test_adapter_refuses_another_base(model, tmp_path):
     run = train(recipe(model, tmp_path / "run", steps=0))
     description = json.loads((run / "adapter.json").read_text())
-    (run / "adapter.json").write_text(json.dumps({**description, "base": "0" * 64}))
+    (run / "adapter.json").write_text(json.dumps(sealed({**description, "base": "0" * 64})))
     with pytest.raises(UserError, match="was trained on base 000000000000…, this model is"):
         ArcFlowPipeline.from_pretrained(model, adapter=run)
 
