@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import glob
 from collections.abc import Coroutine, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
+from arcflow_jax.errors import UserError
 
 T = TypeVar("T")
 
@@ -82,6 +86,12 @@ class NumPyArrays(ocp.type_handlers.NumpyHandler):
 
     async def metadata(self, *args: Any) -> Any:
         return await settled(super().metadata(*args))
+
+
+def check_name(path: Path) -> None:
+    """Raises UserError if Orbax cannot write below `path`: it looks for its files with a pattern that begins so."""
+    if glob.escape(str(path)) != str(path):
+        raise UserError(f"cannot write checkpoints to {path}: name a directory without *, ? and [ in its path")
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:

@@ -18,6 +18,7 @@ from flax import nnx
 from rich.progress import Progress
 
 from arcflow_jax import families, schema
+from arcflow_jax.checkpoints.arrays import check_name
 from arcflow_jax.checkpoints.model_directory import (
     CHECKPOINT,
     DESCRIPTION,
@@ -154,6 +155,7 @@ def convert_model(
     """
     folder, out = local_path(source), Path(out).absolute()
     files = {name: Path(file) for name, file in (files or {}).items()}
+    check_name(out)
     with new_output(out):
         if folder.is_dir():
             if revision is not None:

@@ -147,6 +147,9 @@ class ModelDirectory:
         family = families.of_pipeline(description.pipeline, path)
         if missing := sorted(family.networks.keys() - description.components.keys()):
             raise UserError(f"{path / DESCRIPTION} is damaged: it lacks {', '.join(missing)}")
+        for name, network in family.networks.items():
+            if (found := description.components[name].class_name) != network.class_name:
+                raise UserError(f"{path / DESCRIPTION}: {name} is a {one_line(found)}, not a {network.class_name}")
         return cls(path, description)
 
     @property

@@ -26,7 +26,7 @@ from flax import nnx
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from arcflow_jax import schema
-from arcflow_jax.checkpoints.arrays import handler
+from arcflow_jax.checkpoints.arrays import check_name, handler
 from arcflow_jax.checkpoints.model_directory import ComponentDescription
 from arcflow_jax.checkpoints.names import tree_in_memory, tree_on_disk
 from arcflow_jax.errors import UserError, one_line
@@ -144,8 +144,8 @@ def raised_later(record: logging.LogRecord) -> bool:
 
 
 def of_a_reader(record: logging.LogRecord) -> bool:
-    """Whether Orbax warns of a checkpoint that a run deletes while it is read."""
-    return "orbax" in Path(record.pathname).parts and record.levelno == logging.WARNING
+    """Whether Orbax logs what is wrong with a checkpoint that it reads: it raises that, or a run is deleting it."""
+    return "orbax" in Path(record.pathname).parts and record.levelno >= logging.WARNING
 
 
 @contextlib.contextmanager
@@ -190,7 +190,9 @@ class Checkpoints:
             preservation_policy=keep, create=not read_only, cleanup_tmp_directories=not read_only
         )
         directory = (run / "checkpoints").absolute()
-        with self._writing():
+        if not read_only:
+            check_name(directory)
+        with self._writing(), without(of_a_reader):
             self.manager = patiently(lambda: ocp.CheckpointManager(directory, options=options, item_handlers=handler()))
 
     def __enter__(self) -> Checkpoints:
@@ -293,8 +295,7 @@ class Checkpoints:
             if step is None:
                 break
             try:
-                with without(of_a_reader):
-                    return read(step)
+                return read(step)
             except UserError:
                 patiently(self.manager.reload)
                 if self.latest == step:
@@ -332,7 +333,8 @@ class Checkpoints:
     def _reading(self, step: int) -> Iterator[None]:
         """Inside the `with` block, any error of Orbax or TensorStore becomes a UserError."""
         try:
-            yield
+            with without(of_a_reader):
+                yield
         except Exception as error:
             older = [other for other in self.manager.all_steps() if other < step]
             hint = f"; arcflow train --step {max(older)} resumes from the one before" if older else ""

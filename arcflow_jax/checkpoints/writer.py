@@ -25,6 +25,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from arcflow_jax.checkpoints.arrays import check_name
+
 CHUNK_BYTES = 2**22  # the unit of reading: small enough for a sharded restore to skip most of what it does not need
 # Each chunk ends with its XXH64 hash, which zstd compares when the chunk is read. (A CRC-32C would cost seven times
 # as much.) All else that OCDBT stores has a CRC-32C anyway
@@ -116,7 +118,9 @@ def write_checkpoint(path: Path, streams: Mapping[str, Any]) -> None:
 
     Raises:
       OSError: if the disk is full or cannot be written.
+      UserError: if the path has one of *, ? and [.
     """
+    check_name(path)
     handler = StreamHandler()
     registry = ocp.type_handlers.create_type_handler_registry(
         (Stream, handler),

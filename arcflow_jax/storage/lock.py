@@ -83,9 +83,14 @@ def cut_to_bytes(text: str, most: int) -> str:
 
 def check_place(out: Path) -> None:
     """Raises UserError if an output is a link, as what it leads to would be written in its place, or lies in a file."""
-    if out.is_symlink():
-        raise UserError(f"{out} is a link: name what it leads to, {os.readlink(out)}, or remove the link")
-    if file := next((parent for parent in out.parents if parent.is_file()), None):
+    try:
+        link = os.readlink(out) if out.is_symlink() else None
+        file = next((parent for parent in out.parents if parent.is_file()), None)
+    except OSError as error:  # a name that is too long
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    if link is not None:
+        raise UserError(f"{out} is a link: name what it leads to, {link}, or remove the link")
+    if file is not None:
         raise UserError(f"cannot write {out}: {file} is not a directory")
 
 
