@@ -27,7 +27,7 @@ from arcflow_jax.training.recipe import Recipe
 
 # Everything that is read from a file, or that a caller or the command line gives
 READ = [
-    *{network.config for family in families._FAMILIES.values() for network in family.networks.values()},
+    *dict.fromkeys(network.config for family in families._FAMILIES.values() for network in family.networks.values()),
     *(Recipe, Scheduler, ModelDescription, AdapterDescription, CacheDescription, HeadConfig, Line),
     *(Sampling, SamplingSettings, ComparisonSettings, Case),
 ]
