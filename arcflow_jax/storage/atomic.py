@@ -62,6 +62,8 @@ def whole_directory(out: Path, needed: int) -> Iterator[Path]:
         try:
             yield aside
             os.replace(aside, out)
+        except UserError as error:  # which may name a file in what is removed now
+            raise UserError(str(error).replace(str(aside), str(out))) from error
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 

@@ -50,6 +50,7 @@ FAMILIES: dict[str, tuple[Maker, int]] = {
     "mesh": (numbers.meshes, 1),
     "command": (numbers.commands, 3),
     "output-place": (places.outputs, 4),
+    "full-disk": (places.full_disks, 3),
     "input-place": (places.inputs, 4),
     "hub-id": (places.hub_ids, 3),
     "statistics": (figures.statistics, 4),

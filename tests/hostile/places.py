@@ -20,6 +20,7 @@ from arcflow_jax.data.output import read_latents, save_image
 from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.evaluate.frechet import Moments
 from arcflow_jax.evaluate.statistics import Statistics
+from tests.helpers.full_disk import disk_for_files_up_to
 from tests.hostile import good, mutate
 from tests.hostile.case import Case
 
@@ -49,6 +50,7 @@ FILES: dict[str, Callable[[str, Path], Any]] = {
     "statistics": lambda kind, out: write_statistics(out),
     "image": lambda kind, out: write_image(out),
 }
+SUFFIXES = {"statistics": ".npz", "image": ".png"}
 
 
 def outputs(rng: random.Random, folder: Path) -> Case:
@@ -61,7 +63,7 @@ def outputs(rng: random.Random, folder: Path) -> Case:
     name, write = rng.choice([*DIRECTORIES.items(), *FILES.items()])
     kind = rng.choice(("flux", "qwen"))
     good.export(kind)  # not when the time is measured
-    suffix = {"statistics": ".npz", "image": ".png"}.get(name, "")
+    suffix = SUFFIXES.get(name, "")
     out = work / f"out{suffix}"
     beside = work / (f".{out.name}.incomplete" if name in DIRECTORIES else f"{out.name}.tmp")
     how = rng.choice(
@@ -113,7 +115,7 @@ def outputs(rng: random.Random, folder: Path) -> Case:
         case "parent" | "in a file":
             out = users / "file.txt" / f"out{suffix}"
         case "device":
-            out = Path("/dev/null") / f"out{suffix}"
+            out = Path(rng.choice(("/dev/null", "/proc", "/sys"))) / f"out{suffix}"
         case "name":
             out = work / (mutate.name(rng) + suffix)
             refuse = None
@@ -128,6 +130,27 @@ def outputs(rng: random.Random, folder: Path) -> Case:
 
     names = [str(out), "too long", out.name[:20].encode("unicode_escape").decode()[:8], str(work)]
     return Case(f"{name}: {how}", lambda: write(kind, out), names, wrong, users, work)
+
+
+def full_disks(rng: random.Random, folder: Path) -> Case:
+    """A disk that is full after a few bytes of a file."""
+    work = folder / "work"
+    work.mkdir()
+    name, write = rng.choice([*DIRECTORIES.items(), *FILES.items()])
+    kind = rng.choice(("flux", "qwen"))
+    good.export(kind)
+    size = rng.choice((0, 1, 30, 300, 1000, 4096, 20_000, 100_000))
+    out = work / f"out{SUFFIXES.get(name, '')}"
+
+    def run() -> Any:
+        with disk_for_files_up_to(size):
+            return write(kind, out)
+
+    def wrong(result: Any) -> str | None:
+        left = [path.name for path in work.iterdir() if path != out]
+        return f"left beside OUT: {left}" if left else None
+
+    return Case(f"{name}: full after {size} bytes", run, [str(out)], wrong, None, work)
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
