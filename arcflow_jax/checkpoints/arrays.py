@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import glob
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,16 @@ import orbax.checkpoint as ocp
 from arcflow_jax.errors import UserError
 
 T = TypeVar("T")
+
+
+class Lazily:
+    """What begins when it is awaited. Orbax drops some awaitables after an error, and coroutines complain of that."""
+
+    def __init__(self, begin: Callable[[], Coroutine[Any, Any, Any]]):
+        self.begin = begin
+
+    def __await__(self) -> Any:
+        return self.begin().__await__()
 
 
 async def settled(read: Coroutine[Any, Any, T]) -> T:
@@ -77,15 +87,15 @@ class Arrays(ocp.type_handlers.ArrayHandler):
     async def deserialize(self, *args: Any) -> Any:
         return await settled(super().deserialize(*args))
 
-    async def metadata(self, *args: Any) -> Any:
-        return await settled(super().metadata(*args))
+    def metadata(self, *args: Any) -> Any:
+        return Lazily(lambda: settled(super(Arrays, self).metadata(*args)))
 
 
 class NumPyArrays(ocp.type_handlers.NumpyHandler):
     """Reads the shapes of what the converter has written, which are NumPy arrays."""
 
-    async def metadata(self, *args: Any) -> Any:
-        return await settled(super().metadata(*args))
+    def metadata(self, *args: Any) -> Any:
+        return Lazily(lambda: settled(super(NumPyArrays, self).metadata(*args)))
 
 
 def check_name(path: Path) -> None:

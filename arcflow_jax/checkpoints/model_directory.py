@@ -252,9 +252,13 @@ class ModelDirectory:
         return self.path / name
 
     def check_files(self, component: str) -> None:
-        """Raises UserError if a file of a component is missing or has another size than when it was written."""
+        """Raises UserError if a file of a component is missing, has another size than when it was written, or is not
+        one of those that were written."""
         for name, size in self.description.files.items():
             file = self.path / name
             if name.startswith(f"{component}/") and not (file.is_file() and file.stat().st_size == size):
                 fault = "truncated" if file.is_file() else "missing"
                 raise UserError(f"{self.path / component} is damaged: {name} is {fault}; convert the model again")
+        for file in (self.path / component).rglob("*"):
+            if not file.is_dir() and file.relative_to(self.path).as_posix() not in self.description.files:
+                raise UserError(f"{self.path / component} is damaged: {file.name} is not a file of it; convert again")

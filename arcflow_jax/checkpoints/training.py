@@ -216,7 +216,8 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint, None if there is none."""
-        return self.manager.latest_step()
+        with without(of_a_reader):
+            return self.manager.latest_step()
 
     def save(self, step: int, items: dict[str, Any]) -> None:
         """Saves a run's state after `step` training steps. Raises UserError if this or the last save fails."""
@@ -297,7 +298,8 @@ class Checkpoints:
             try:
                 return read(step)
             except UserError:
-                patiently(self.manager.reload)
+                with without(of_a_reader):
+                    patiently(self.manager.reload)
                 if self.latest == step:
                     raise
         raise UserError(f"the checkpoints of {self.run} are replaced faster than they can be read: try again")
@@ -332,14 +334,23 @@ class Checkpoints:
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
         """Inside the `with` block, any error of Orbax or TensorStore becomes a UserError."""
-        try:
-            with without(of_a_reader):
+        with without(of_a_reader):
+            try:
+                refuse_odd_files(self.run / "checkpoints" / str(step))
                 yield
-        except Exception as error:
-            older = [other for other in self.manager.all_steps() if other < step]
-            hint = f"; arcflow train --step {max(older)} resumes from the one before" if older else ""
-            reason = one_line(error).partition(" See full TensorStore details")[0]
-            raise UserError(f"checkpoint {step} in {self.run} is damaged{hint}: {reason}") from error
+            except Exception as error:
+                older = [other for other in self.manager.all_steps() if other < step]
+                hint = f"; arcflow train --step {max(older)} resumes from the one before" if older else ""
+                reason = one_line(error).partition(" See full TensorStore details")[0]
+                raise UserError(f"checkpoint {step} in {self.run} is damaged{hint}: {reason}") from error
+
+
+def refuse_odd_files(checkpoint: Path) -> None:
+    """Raises ValueError if there is something else than files and directories in a checkpoint: a pipe would be waited
+    for without end."""
+    for path in checkpoint.rglob("*"):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path.relative_to(checkpoint)} is not a regular file")
 
 
 def sharding_of(x: Any) -> jax.sharding.Sharding:

@@ -273,11 +273,11 @@ def show(report: dict[str, Any]) -> None:
     endpoints = Table("endpoint error", "mean", "± standard error", "median")
     for name in ("student", "teacher"):
         figure = report["endpoint"][name]
-        error = "–" if figure["standard_error"] is None else f"{figure['standard_error']:.2g}"
+        error = "–" if figure.get("standard_error") is None else f"{figure['standard_error']:.2g}"
         label = f"{name}, {identity['steps']} steps"
         endpoints.add_row(label, f"{figure['mean']:.4g}", error, f"{figure['median']:.4g}")
     console.print(endpoints)
-    if (relative := report["endpoint"]["relative"]) is not None:
+    if (relative := report["endpoint"].get("relative")) is not None:
         console.print(f"the student's error is {relative:.3g} times the teacher's error in as many steps")
     parts = ("total", "local", "drift", "cross")
     velocities = Table("velocity error", *parts)

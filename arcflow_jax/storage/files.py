@@ -71,13 +71,13 @@ def read_json(path: Path) -> dict[str, Any]:
     file_size(path, SMALL)
     with cannot_read(path):
         data = path.read_bytes()
-    return parse_json(data, path)
+    return parse_json(data.removeprefix(codecs.BOM_UTF8), path)
 
 
 def parse_json(data: bytes | str, where: object) -> dict[str, Any]:
     """The object in a JSON text. Raises UserError, which begins with `where`, if it is none, or too deep."""
     try:
-        value = msgspec.json.decode(data.removeprefix(codecs.BOM_UTF8) if isinstance(data, bytes) else data)
+        value = msgspec.json.decode(data)
     except RecursionError:
         raise UserError(f"{where} has more than {DEPTH} objects inside one another") from None
     except (msgspec.MsgspecError, ValueError) as error:
