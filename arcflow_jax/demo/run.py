@@ -19,6 +19,7 @@ from arcflow_jax.demo import ASSETS, report
 from arcflow_jax.demo.evaluate import Sampler, measure, run_samplers
 from arcflow_jax.demo.world import caption_of
 from arcflow_jax.errors import UserError
+from arcflow_jax.generate import TEACHER_STEPS
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.storage.atomic import cannot_write, make_directory
 from arcflow_jax.storage.files import write_json
@@ -87,7 +88,7 @@ def run_demo(out: Path, teacher: str) -> dict[str, object]:
     dense = ArcFlowPipeline.from_pretrained(out / "teacher")
     arcflow, linear = (ArcFlowPipeline.from_pretrained(out / "teacher", adapter=out / name) for name in recipes)
     samplers = {
-        "teacher_50": Sampler(dense, steps=50),
+        "teacher_50": Sampler(dense, steps=TEACHER_STEPS),
         "teacher_2": Sampler(dense, steps=2),
         "linear_2": Sampler(linear, steps=2),
         "arcflow_2": Sampler(arcflow, steps=2),

@@ -64,6 +64,7 @@ def test_source_written_as_it_is_read_converts_the_same(tmp_path, capfd):
     assert fingerprints(convert_model(source, tmp_path / "again")) == fingerprints(tmp_path / "converted")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["ablation", "block_ratio", "convert_full_size", "train_step"])
 def test_script_starts(script):
     if script == "block_ratio":

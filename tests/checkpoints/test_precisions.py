@@ -105,6 +105,7 @@ def save_student(directory: ModelDirectory, run: Path) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_an_adapter_samples_on_another_precision_of_its_base(tmp_path):
     full = convert_model(ASSETS / "tiny-flux", tmp_path / "full", "float32")
     half = convert_model(ASSETS / "tiny-flux", tmp_path / "half", "bfloat16")

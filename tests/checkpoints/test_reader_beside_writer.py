@@ -55,7 +55,7 @@ def values(run: Path, base: Path) -> set[float]:
         return {float(x) for leaf in jax.tree.leaves(checkpoints.restore_adapter(abstract)) for x in np.ravel(leaf)}
 
 
-@pytest.mark.parametrize("reads", [8, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("reads", [8, pytest.param(60, marks=[pytest.mark.slow, pytest.mark.long])])
 def test_sampling_beside_a_run_that_saves(base, run, reads):
     process = child(SAVE, base, run)
     try:

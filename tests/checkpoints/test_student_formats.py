@@ -156,6 +156,7 @@ def test_export_follows_the_umask(capfd, base, tmp_path):
     assert {stat.S_IMODE(file.stat().st_mode) for file in out.iterdir()} == {0o640}
 
 
+@pytest.mark.slow
 def test_a_converted_student_makes_the_same_images(tiny_flux, capfd, tmp_path):
     write_run(tmp_path / "run", tiny_flux)
     out = export(capfd, tmp_path / "run", tmp_path / "out", "--dtype", "float32")

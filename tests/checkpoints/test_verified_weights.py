@@ -155,6 +155,7 @@ def flip_bits(folder: Path, load: Load, count: int, seed: int = 0) -> dict[str, 
     return outcomes
 
 
+@pytest.mark.slow
 def test_flipped_bits_of_a_model(model, tmp_path):
     outcomes = flip_bits(shutil.copytree(model, tmp_path / "model"), load_model, FLIPS)
     assert outcomes.keys() == {"told", "same"}, outcomes
@@ -187,6 +188,7 @@ def test_a_part_of_an_array_is_verified(tmp_path, monkeypatch):
         checkpointer.restore(tmp_path / "state")
 
 
+@pytest.mark.slow
 def test_a_model_of_the_first_format_loads(source, tmp_path, monkeypatch):
     """As version 0.2 wrote it: zarr 2, no SHA-256."""
     with monkeypatch.context() as patched:

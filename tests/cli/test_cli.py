@@ -305,6 +305,7 @@ def test_no_pickle_is_loaded(tmp_path):
         read_latents(tmp_path / "x.npy")
 
 
+@pytest.mark.slow
 def test_sample_refuses_bad_input(capfd, tmp_path, model, student):
     def refused(message: str, *arguments: object) -> None:
         assert_refused(capfd, tmp_path, "sample", "--out", tmp_path / "out", *arguments, message=message)

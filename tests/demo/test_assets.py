@@ -68,6 +68,7 @@ def test_diffusers_makes_the_same_images(teacher, pipeline):
     assert np.abs(np.stack(ours) / 255 - images).max() < 1.01 / 255  # but for rounding to 8 bits
 
 
+@pytest.mark.slow
 def test_vae_reconstructs_images(pipeline):
     images, _ = world.random_images(jax.random.key(99), 64)
     graphdef, abstract = nnx.split(pipeline.directory.abstract("vae", jnp.float32))

@@ -170,6 +170,7 @@ def test_teacher_uses_cfg_with_a_negative_prompt(tiny_qwen):
     )
 
 
+@pytest.mark.slow
 def test_a_directory_of_another_teacher_is_refused(tmp_path):
     """A teacher is identified by its weights and settings, not by the kind of its pipeline."""
     out, source, other = tmp_path / "out" / "teacher", make_tiny_qwen(tmp_path / "qwen"), tmp_path / "other"
@@ -191,12 +192,13 @@ def test_a_directory_of_another_teacher_is_refused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_whole_demo_in_few_steps(tmp_path, monkeypatch, teacher):
-    """Two training steps and as many prompts as the grid shows: nothing is learned, but everything is written."""
+    """Two training steps, a teacher of 16 steps, as many prompts as the grid shows: nothing is learned, all is written."""
     recipe = run.recipe
     monkeypatch.setattr(run, "recipe", lambda *args: dataclasses.replace(recipe(*args), steps=2))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(run.TEST_PROMPTS.read_text().splitlines(keepends=True)[:9]))
     monkeypatch.setattr(run, "TEST_PROMPTS", prompts)
+    monkeypatch.setattr(run, "TEACHER_STEPS", 16)
     metrics = run.demo(tmp_path / "demo", teacher)
     assert (metrics["prompts"], metrics["training_steps"]) == (9, 2)
     assert metrics["base"] == ModelDirectory.open(tmp_path / "demo" / "teacher").fingerprint

@@ -152,6 +152,7 @@ def test_different_images_are_not_mixed(geneval, dpg, tmp_path):
         export(Painter(), "geneval", geneval, full)
 
 
+@pytest.mark.slow
 def test_from_the_command_line(capfd, geneval, dpg, tmp_path, tiny_flux):
     """The images equal those of `arcflow sample`."""
     sampling = ("--model", tiny_flux, "--teacher", "--steps", 1, "--height", 32, "--width", 32, "--seed", 5)

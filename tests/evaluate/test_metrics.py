@@ -115,6 +115,7 @@ def pixels(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(file)) for file in sorted(folder.iterdir())])
 
 
+@pytest.mark.slow
 def test_a_folder_against_both_references(capfd, folders, tmp_path, inception, clip):
     out = tmp_path / "reports" / "mine.json"
     common = ("evaluate", "metrics", "--inception", inception, "--clip", clip)

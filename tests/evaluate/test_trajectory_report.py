@@ -97,10 +97,12 @@ def endpoint_errors(model: Path, student: Path, negative: str | None = None) -> 
     return np.square(made).mean((1, 2))
 
 
+@pytest.mark.slow
 def test_endpoint_is_that_of_the_pipeline(report, model, student):
     np.testing.assert_allclose(report["endpoint"]["student"]["each"][:2], endpoint_errors(model, student), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16_samples_what_the_unmerged_sampler_samples(monkeypatch, model, student):
     """In bfloat16 small updates of a merged LoRA vanish in rounding; here that would change the errors by 1e-4."""
     monkeypatch.setattr(comparison_module, "default_dtype", lambda: jnp.bfloat16)
@@ -157,6 +159,7 @@ def same(a: dict, b: dict) -> None:
     ))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_interrupted_report_resumes_with_another_batch_size(
     capfd, tmp_path, monkeypatch, report, model, student, prompts
 ):

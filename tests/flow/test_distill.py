@@ -249,6 +249,7 @@ def test_gradient_flows_through_the_mean_velocity_alone(share):
     assert all((leaf != 0).any() for leaf in jax.tree.leaves(of_loss))
 
 
+@pytest.mark.slow
 def test_total_is_weighted_by_length_and_segments_follow_one_another():
     (total, log), calls = watched_loss(KEY, None)
     lengths = np.array([2 / 3, 1 / 3])

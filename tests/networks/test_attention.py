@@ -182,6 +182,7 @@ ON_A_MESH = """
 """
 
 
+@pytest.mark.slow
 def test_kernels_on_a_mesh():
     """Each of 8 devices computes its own part of value and gradient; sizes that do not divide are replicated."""
     done = subprocess.run(

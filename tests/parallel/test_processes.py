@@ -61,7 +61,7 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-MESHES = [(1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)]
+MESHES = [(2, 2, 2, 1), (1, 2, 2, 2)]
 
 
 @pytest.mark.slow
@@ -120,7 +120,7 @@ def wait_for(processes: list[subprocess.Popen], reached: Callable[[], bool]) -> 
 
 
 @pytest.mark.slow
-def test_everything_at_once_on_two_processes_that_are_killed_and_preempted(tiny_flux, tmp_path):
+def test_everything_at_once_on_two_processes_until_one_is_preempted(tiny_flux, tmp_path):
     """Images, CFG, embedding cache and previews are those of one process, which also resumes the run on its own mesh.
 
     SIGTERM at one of the two ends both at the same step.
@@ -134,11 +134,7 @@ def test_everything_at_once_on_two_processes_that_are_killed_and_preempted(tiny_
     embed_prompts(dataclasses.replace(everything(tiny_flux, run), embeddings=""), tmp_path / "embeddings")
 
     with two_processes(tiny_flux, run) as processes:
-        wait_for(processes, lambda: (run / "checkpoints" / "2").is_dir() and len(losses(run)) >= 3)
-    killed = steps_of(run)
-    last = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
-    with two_processes(tiny_flux, run) as processes:
-        wait_for(processes, lambda: len(losses(run)) > max(len(killed), last))
+        wait_for(processes, lambda: (run / "log.jsonl").exists() and len(losses(run)) >= 3)
         processes[1].send_signal(signal.SIGTERM)
         told = [finish(process).splitlines()[-1] for process in processes]
     preempted = steps_of(run)
@@ -149,7 +145,7 @@ def test_everything_at_once_on_two_processes_that_are_killed_and_preempted(tiny_
     train(everything(tiny_flux, run, steps=done + 1))
 
     alone = train(everything(tiny_flux, tmp_path / "one", steps=done + 1))
-    for found in (killed, preempted, steps_of(run)):
+    for found in (preempted, steps_of(run)):
         np.testing.assert_allclose(list(found.values()), losses(alone)[: len(found)], rtol=1e-4)
     sheets = [np.asarray(Image.open(each / "previews" / "000002.png"), np.int32) for each in (run, alone)]
     np.testing.assert_allclose(*sheets, atol=2)

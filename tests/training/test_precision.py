@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.helpers.few_steps import few_steps
 
@@ -12,6 +13,7 @@ EPSILON = 2.0**-8  # bfloat16's unit roundoff
 ROUNDINGS = 12  # on the way through the network's three blocks, each with a few in a row
 
 
+@pytest.mark.slow
 def test_a_bfloat16_train_step():
     """Rounding moves the student's and the teacher's velocities, and so the root of the loss, by no more than a few
     roundings of the velocity itself."""

@@ -115,11 +115,11 @@ train(bucketed(model, out))
 
 
 def bucketed(model: Path, out: Path) -> Recipe:
-    """A run on prompts of two image sizes, whose teacher share reaches zero on the way."""
+    """A run on prompts of two image sizes."""
     prompts = out.parent / "prompts.jsonl"
     lines = [{"prompt": text, "height": 32, "width": 32 + 16 * (i % 2)} for i, text in enumerate(PROMPTS)]
     prompts.write_text("\n".join(map(json.dumps, lines)))
-    changes = {"prompts": prompts, "steps": 10, "save_every": 5, "distillation.decay": 4}
+    changes = {"prompts": prompts, "steps": 10, "save_every": 5}
     return recipe(model, out, **changes)
 
 
@@ -139,11 +139,8 @@ def test_kill_and_resume_is_bit_identical(model, tmp_path):
              for run in (straight, resumed)]  # fmt: skip
     assert lines[0] == lines[1]
     assert [line["step"] for line in lines[0]] == list(range(1, 11))
-    assert lines[0][-1]["teacher_share"] == 0
-    sizes = [plan.Plan.make(bucketed(model, tmp_path / "plan")).batches()[i][1] for i in range(10)]
-    assert {(size, i < 4) for i, size in enumerate(sizes)} == {
-        (size, early) for size in ((32, 32), (32, 48)) for early in (True, False)
-    }  # all four programs ran
+    batches = plan.Plan.make(bucketed(model, tmp_path / "plan")).batches()
+    assert {batches[i][1] for i in range(10)} == {batches[i][1] for i in range(5)} == {(32, 32), (32, 48)}
     shown = [[(e.step, v.tag) for e in events(run) for v in e.summary.value if v.tag == "loss"]
              for run in (straight, resumed)]  # fmt: skip
     assert shown[0] == shown[1] == [(step, "loss") for step in range(1, 11)]
@@ -232,6 +229,7 @@ def test_training_steps_that_are_not_finite_are_skipped(model, tmp_path, monkeyp
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(three))
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_stop_the_run(model, tmp_path, monkeypatch, capfd):
     """Here loss and gradient are finite, and the optimizer makes NaN of them."""
 

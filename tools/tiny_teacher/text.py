@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from arcflow_jax.convert import clip as clip_table
 from arcflow_jax.convert import t5 as t5_table
 from arcflow_jax.convert.engine import export_tensors
-from arcflow_jax.data.tokenizers import load_tokenizer, tokenize
+from arcflow_jax.data.tokenizers import Tokenizer, load_tokenizer, tokenize
 from arcflow_jax.demo import world
 from arcflow_jax.networks.layers import Linear
 from arcflow_jax.networks.text.clip import CLIPTextConfig, CLIPTextEncoder
@@ -41,21 +41,23 @@ EMPTY_PROMPTS = 90  # copies of the empty prompt, which guidance needs, among al
 ACCURACY = 0.999
 
 
-def new_clip(tokenizer: Any, rngs: nnx.Rngs) -> CLIPTextEncoder:
+def new_clip(tokenizer: Tokenizer, rngs: nnx.Rngs) -> CLIPTextEncoder:
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=tokenizer.backend.get_vocab_size(),
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=CLIP_LENGTH,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.backend.token_to_id("<|endoftext|>"),
     )
     return CLIPTextEncoder(config, rngs=rngs)
 
 
-def new_t5(tokenizer: Any, rngs: nnx.Rngs) -> T5Encoder:
-    config = T5Config(vocab_size=len(tokenizer), d_model=WIDTH, d_kv=16, d_ff=2 * WIDTH, num_layers=2, num_heads=4)
+def new_t5(tokenizer: Tokenizer, rngs: nnx.Rngs) -> T5Encoder:
+    config = T5Config(
+        vocab_size=tokenizer.backend.get_vocab_size(), d_model=WIDTH, d_kv=16, d_ff=2 * WIDTH, num_layers=2, num_heads=4
+    )
     return T5Encoder(config, rngs=rngs)
 
 
@@ -119,26 +121,26 @@ def write_encoder(folder: Path, config: dict[str, Any], table: Any, encoder: nnx
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def write_clip(folder: Path, tokenizer: Any, encoder: CLIPTextEncoder) -> None:
+def write_clip(folder: Path, tokenizer: Tokenizer, encoder: CLIPTextEncoder) -> None:
     config = {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
         "projection_dim": WIDTH,
-        "bos_token_id": tokenizer.bos_token_id,
+        "bos_token_id": tokenizer.backend.token_to_id("<|startoftext|>"),
         "pad_token_id": tokenizer.pad_token_id,
         **dataclasses.asdict(encoder.config),
     }
     write_encoder(folder, config, clip_table, encoder)
 
 
-def write_t5(folder: Path, tokenizer: Any, encoder: T5Encoder) -> None:
+def write_t5(folder: Path, tokenizer: Tokenizer, encoder: T5Encoder) -> None:
     config = {
         "architectures": ["T5EncoderModel"],
         "model_type": "t5",
         **T5Config.REQUIRED,
         "is_encoder_decoder": False,
         "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": tokenizer.backend.token_to_id("</s>"),
         **dataclasses.asdict(encoder.config),
     }
     write_encoder(folder, config, t5_table, encoder)
