@@ -192,7 +192,7 @@ def test_a_directory_of_another_teacher_is_refused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_whole_demo_in_few_steps(tmp_path, monkeypatch, teacher):
-    """Two training steps, a teacher of 16 steps, as many prompts as the grid shows: nothing is learned, all is written."""
+    """Two training steps, a teacher of 16 steps, the prompts of the grid: nothing is learned, all is written."""
     recipe = run.recipe
     monkeypatch.setattr(run, "recipe", lambda *args: dataclasses.replace(recipe(*args), steps=2))
     prompts = tmp_path / "prompts.txt"
