@@ -35,6 +35,7 @@ Offset = Annotated[float, Meta(ge=-1e6, le=1e6)]
 # Students and training
 Modes = Annotated[int, Meta(ge=1, le=1024)]
 States = Annotated[int, Meta(ge=1, le=1000)]
+Window = Annotated[int, Meta(ge=0, le=10**6)]  # substeps
 Rank = Annotated[int, Meta(ge=1, le=2**16)]
 Momentum = Annotated[float, Meta(gt=0, le=1000)]
 Rate = Annotated[float, Meta(ge=0, le=10)]  # learning rates, weight decay
@@ -54,7 +55,7 @@ Pixels = Annotated[int, Meta(ge=1, le=2**16)]
 Batch = Annotated[int, Meta(ge=1, le=2**16)]
 Seed = Annotated[int, Meta(ge=0, extra={"le": 2**64 - 1})]  # msgspec's own bounds have 63 bits
 Count = Annotated[int, Meta(ge=1, le=10**9)]
-Size = Annotated[int, Meta(ge=0, le=2**60)]  # bytes, substeps
+Size = Annotated[int, Meta(ge=0, le=2**60)]  # bytes
 Share = Annotated[float, Meta(ge=0, lt=1)]
 SHA256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", description="a SHA-256, 64 hexadecimal digits")]
 Precision = Literal["float32", "bfloat16", "float16"]

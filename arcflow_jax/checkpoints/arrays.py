@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import glob
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -100,8 +99,8 @@ class NumPyArrays(ocp.type_handlers.NumpyHandler):
 
 def check_name(path: Path) -> None:
     """Raises UserError if Orbax cannot write below `path`: it looks for its files with a pattern that begins so."""
-    if glob.escape(str(path)) != str(path):
-        raise UserError(f"cannot write checkpoints to {path}: name a directory without *, ? and [ in its path")
+    if set(str(path)) & set("*?[\\"):
+        raise UserError(f"cannot write checkpoints to {path}: name a directory without *, ?, [ and \\ in its path")
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:

@@ -85,6 +85,10 @@ class ComponentDescription:
     fingerprint: SHA256 | None = None
     stored: SHA256 | None = None
 
+    def __post_init__(self):
+        if self.stored is not None and None in (self.fingerprint, self.source_dtype):
+            raise UserError("fingerprint or source_dtype is missing beside stored")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelDescription:

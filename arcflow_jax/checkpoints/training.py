@@ -72,7 +72,8 @@ class AdapterDescription:
     def flat(values: dict[str, Any]) -> dict[str, Any]:
         """The same. Raises UserError if a part lacks what has to be there."""
         for part, names in NEEDED.items():
-            if part in values and (missing := sorted(names - schema.nested(values, part).keys())):
+            given = {name for name, value in schema.nested(values, part).items() if value is not None}
+            if part in values and (missing := sorted(names - given)):
                 raise UserError(f"missing {', '.join(f'{part}.{name}' for name in missing)}")
         return values
 
@@ -190,6 +191,7 @@ class Checkpoints:
             preservation_policy=keep, create=not read_only, cleanup_tmp_directories=not read_only
         )
         directory = (run / "checkpoints").absolute()
+        patiently(lambda: refuse_odd_files(directory))
         if not read_only:
             check_name(directory)
         with self._writing(), without(of_a_reader):
@@ -346,11 +348,11 @@ class Checkpoints:
 
 
 def refuse_odd_files(checkpoint: Path) -> None:
-    """Raises ValueError if there is something else than files and directories in a checkpoint: a pipe would be waited
-    for without end."""
+    """Raises UserError if there is something else than files and directories in a checkpoint, or in a directory of
+    some: a pipe would be waited for without end."""
     for path in checkpoint.rglob("*"):
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise ValueError(f"{path.relative_to(checkpoint)} is not a regular file")
+            raise UserError(f"{path} is not a regular file")
 
 
 def sharding_of(x: Any) -> jax.sharding.Sharding:

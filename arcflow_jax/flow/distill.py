@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from arcflow_jax import schema
 from arcflow_jax.flow.curve import Curve, Span
 from arcflow_jax.flow.schedule import boundaries, sigma_of
-from arcflow_jax.schema import NFE, Count, Ratio, Share, Shift, Size, States, TrainingSteps, Weight
+from arcflow_jax.schema import NFE, Count, Ratio, Share, Shift, States, TrainingSteps, Weight, Window
 
 Params = TypeVar("Params")
 # (trainable parameters, states [B, N, D], σ [B], dropout key) -> curve
@@ -64,7 +64,7 @@ class Distillation:
     shift: Shift = 3.2
     final_step_ratio: Ratio = 1.0
     states: States = 4
-    window: Size = 3
+    window: Window = 3
     substeps: Count = 128
     mode_dropout: Share = 0.1
     decay: TrainingSteps = 2000
