@@ -80,14 +80,14 @@ class ComponentDescription:
 
     class_name: str = dataclasses.field(metadata={"key": "class"})
     config: dict[str, Any]
-    dtype: Precision = "float32"
+    dtype: Precision | None = None
     source_dtype: Precision | None = None  # None in models of early versions, as is the fingerprint
     fingerprint: SHA256 | None = None
     stored: SHA256 | None = None
 
     def __post_init__(self):
-        if self.stored is not None and None in (self.fingerprint, self.source_dtype):
-            raise UserError("fingerprint or source_dtype is missing beside stored")
+        if self.stored is not None and None in (self.dtype, self.source_dtype, self.fingerprint):
+            raise UserError("dtype, source_dtype or fingerprint is missing beside stored")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +187,7 @@ class ModelDirectory:
 
     def dtype(self, component: str) -> np.dtype:
         """The dtype in which the component's weights are stored."""
-        return jax.numpy.dtype(self.description.components[component].dtype)
+        return jax.numpy.dtype(self.description.components[component].dtype or "float32")
 
     def abstract(self, component: str, dtype: Any = None) -> nnx.Module:
         """The component's network with shapes in place of arrays, by default in the dtype of its weights."""
