@@ -63,6 +63,8 @@ def description(rng: random.Random, folder: Path) -> Case:
             like = abstract(kind, component) if same else nnx.state(directory.abstract(component))
             directory.load(component, like) if rng.random() < 0.25 else directory.check_files(component)
             directory.dtype(component)
+        for name in directory.family.tokenizers:
+            directory.check_files(name)
         teacher_grid(directory.scheduler, 16)
         return directory.description
 
