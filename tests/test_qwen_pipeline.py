@@ -30,11 +30,11 @@ from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.training.embeddings import CachedPrompts, embed_prompts
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe, read_config
+from tests.helpers.processes import finish, start
 from tests.helpers.students import attach_student, metadata, predicted, write_run
 from tests.helpers.students import student as student_model
+from tests.helpers.tiny_run import losses
 from tests.helpers.twins import qwen_inputs, qwen_twin_velocity
-from tests.parallel.test_processes import finish, start
-from tests.training.test_train import losses
 from tools.make_tiny_qwen import make_tiny_qwen
 
 CONFIGS = Path(__file__).parents[1] / "configs"

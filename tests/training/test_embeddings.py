@@ -24,7 +24,7 @@ from arcflow_jax.parallel.mesh import make_mesh
 from arcflow_jax.training import embeddings, loop, state
 from arcflow_jax.training.embeddings import CachedPrompts, embed_prompts
 from arcflow_jax.training.recipe import Recipe
-from tests.training.test_train import losses, recipe
+from tests.helpers.tiny_run import losses, recipe
 
 LONG = "a ring " * 20  # 41 tokens, of which the bundled T5 takes 16
 LINES = ["a red circle", "", "a green square", LONG, "a blue ring", "a red circle", "a large triangle", "a ring"]

@@ -11,7 +11,7 @@ from arcflow_jax.generate import sample_student, sample_teacher, seeded_noise, t
 from arcflow_jax.parallel.mesh import state_shardings
 from arcflow_jax.training.plan import Plan, initial_state, step_settings
 from arcflow_jax.training.state import train_step
-from tests.training.test_train import PROMPTS, recipe
+from tests.helpers.tiny_run import PROMPTS, recipe
 
 STEPS = 50
 TEACHER_STEPS = 32

@@ -19,7 +19,7 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.training import plan as planning
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.plan import Plan
-from tests.training.test_train import recipe, saved
+from tests.helpers.tiny_run import recipe, saved
 
 
 @pytest.fixture(scope="module")

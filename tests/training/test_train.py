@@ -7,51 +7,21 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from arcflow_jax.checkpoints.training import Checkpoints
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.student import ArcModel
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.training.loop import train
-from arcflow_jax.training.recipe import Recipe, read_config
 from tests.helpers.own_json import rewrite
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-PROMPTS = ["a red circle", "a green square", "a blue ring on the left", "a large yellow triangle"]
+from tests.helpers.tiny_run import PROMPTS, losses, recipe
 
 
 @pytest.fixture(scope="module")
 def model(tiny_flux, tmp_path_factory) -> Path:
     return shutil.copytree(tiny_flux, tmp_path_factory.mktemp("model") / "teacher")
-
-
-def recipe(model: Path, out: Path, **changes) -> Recipe:
-    """The tiny recipe, cut down."""
-    config = read_config(str(CONFIGS / "tiny.py"))
-    prompts = out.parent / "prompts.txt"
-    prompts.write_text("\n".join(PROMPTS))
-    with config.unlocked():
-        config.update(model=str(model), prompts=str(prompts), out=str(out), resolutions=((32, 32),), batch=8, steps=4)
-        config.update(log_every=1, save_every=2, mesh=(1, 1, 1, 1), preview_every=0)
-        config.adapter.update(modes=3, rank=2, dropout=0.1)
-        config.distillation.update(decay=3, states=2)
-        config.update(changes)
-    return Recipe.from_config(config)
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
-
-
-def saved(run: Path) -> dict[str, np.ndarray]:
-    """Every array of the newest checkpoint."""
-    with Checkpoints(run) as checkpoints:
-        restored = checkpoints.manager.restore(checkpoints.latest)
-    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(restored)}
 
 
 def test_student_of_legendre_polynomials(model, tmp_path):
