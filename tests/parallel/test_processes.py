@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import signal
-import socket
 import subprocess
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -22,10 +19,11 @@ from PIL import Image
 from arcflow_jax.errors import UserError
 from arcflow_jax.parallel import processes as distributed
 from arcflow_jax.training.embeddings import embed_prompts
+from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe
 from tests.helpers import few_steps
-from tests.helpers.processes import with_devices
-from tests.training.test_train import CONFIGS, PROMPTS, losses, recipe, train
+from tests.helpers.processes import finish, free_address, start
+from tests.helpers.tiny_run import PROMPTS, losses, recipe
 
 
 @pytest.fixture(scope="module")
@@ -37,31 +35,7 @@ def one_device() -> list[float]:
     return found
 
 
-def start(devices: int, *command: object) -> subprocess.Popen:
-    """Python in a process with so many CPU devices."""
-    env = {
-        **os.environ,
-        **with_devices(devices),
-        "PYTHONPATH": os.pathsep.join([str(CONFIGS.parent), str(Path(__file__).parent)]),
-    }
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(process: subprocess.Popen) -> str:
-    stdout, stderr = process.communicate()
-    assert process.returncode == 0, stderr
-    return stdout
-
-
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
-
-
-MESHES = [(2, 2, 2, 1), (1, 2, 2, 2)]
+MESHES = [(1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)]
 
 
 @pytest.mark.slow
@@ -120,7 +94,7 @@ def wait_for(processes: list[subprocess.Popen], reached: Callable[[], bool]) -> 
 
 
 @pytest.mark.slow
-def test_everything_at_once_on_two_processes_until_one_is_preempted(tiny_flux, tmp_path):
+def test_everything_at_once_on_two_processes_that_are_killed_and_preempted(tiny_flux, tmp_path):
     """Images, CFG, embedding cache and previews are those of one process, which also resumes the run on its own mesh.
 
     SIGTERM at one of the two ends both at the same step.
@@ -134,7 +108,11 @@ def test_everything_at_once_on_two_processes_until_one_is_preempted(tiny_flux, t
     embed_prompts(dataclasses.replace(everything(tiny_flux, run), embeddings=""), tmp_path / "embeddings")
 
     with two_processes(tiny_flux, run) as processes:
-        wait_for(processes, lambda: (run / "log.jsonl").exists() and len(losses(run)) >= 3)
+        wait_for(processes, lambda: (run / "checkpoints" / "2").is_dir() and len(losses(run)) >= 3)
+    killed = steps_of(run)
+    last = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+    with two_processes(tiny_flux, run) as processes:
+        wait_for(processes, lambda: len(losses(run)) > max(len(killed), last))
         processes[1].send_signal(signal.SIGTERM)
         told = [finish(process).splitlines()[-1] for process in processes]
     preempted = steps_of(run)
@@ -145,7 +123,7 @@ def test_everything_at_once_on_two_processes_until_one_is_preempted(tiny_flux, t
     train(everything(tiny_flux, run, steps=done + 1))
 
     alone = train(everything(tiny_flux, tmp_path / "one", steps=done + 1))
-    for found in (preempted, steps_of(run)):
+    for found in (killed, preempted, steps_of(run)):
         np.testing.assert_allclose(list(found.values()), losses(alone)[: len(found)], rtol=1e-4)
     sheets = [np.asarray(Image.open(each / "previews" / "000002.png"), np.int32) for each in (run, alone)]
     np.testing.assert_allclose(*sheets, atol=2)

@@ -35,10 +35,10 @@ from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.recipe import Recipe, read_config
 from tests.helpers.full_disk import disk_for_files_up_to
 from tests.helpers.processes import child
+from tests.helpers.tiny_run import PROMPTS, saved
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "tiny.py")
-PROMPTS = ["a red circle", "a green square", "a blue ring on the left", "a large yellow triangle"]
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +66,6 @@ def recipe(model: Path, out: Path, **changes: object) -> Recipe:
 
 def log(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
-def saved(run: Path) -> dict[str, np.ndarray]:
-    """Every array of the newest checkpoint."""
-    with Checkpoints(run, read_only=True) as checkpoints:
-        restored = checkpoints.manager.restore(checkpoints.latest)
-    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(restored)}
 
 
 def assert_same(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> None:
@@ -161,14 +154,19 @@ def test_preempted_run_saves_and_exits_with_0(model, tmp_path, monkeypatch, capf
 
     monkeypatch.setattr(RunLog, "step", preempting)
     before = signal.getsignal(signal.SIGTERM)
-    assert exit_code(["train", "--config", TINY, *overrides(model, tmp_path / "run")]) == 0
+    # The teacher's share reaches zero only after the checkpoint
+    arguments = overrides(model, tmp_path / "run", **{"distillation.decay": 3})
+    assert exit_code(["train", "--config", TINY, *arguments]) == 0
     message = f"preempted: checkpoint at step 2 of 4 written to {tmp_path / 'run'}; run the same command to resume\n"
     assert capfd.readouterr().out.endswith(message)
     assert signal.getsignal(signal.SIGTERM) == before
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["2"]
     monkeypatch.setattr(RunLog, "step", log_step)
-    train(recipe(model, tmp_path / "run"))
-    assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 3, 4]
+    changes = {"distillation.decay": 3}
+    resumed = train(recipe(model, tmp_path / "run", **changes))
+    assert [line["step"] for line in log(resumed)] == [1, 2, 3, 4]
+    assert [line["teacher_share"] > 0 for line in log(resumed)] == [True, True, True, False]
+    assert_same(saved(resumed), saved(train(recipe(model, tmp_path / "straight", **changes))))
 
 
 def exit_code(arguments: list[str]) -> int:
