@@ -230,6 +230,10 @@ def describe(model: Path, **changes) -> None:
     rewrite(model / "model.json", lambda values: values.update(changes))
 
 
+def change_vae(model: Path, name: str, value: object) -> None:
+    rewrite(model / "model.json", lambda values: values["components"]["vae"].update({name: value}))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -244,6 +248,11 @@ def describe(model: Path, **changes) -> None:
         (lambda model: describe(model, files={"x": -1}), r"model\.json: files\.x is -1, but has to be a whole number"),
         (lambda model: describe(model, checksum=1), "unknown checksum: known are pipeline, components, "),
         (lambda model: describe(model, pipeline="OtherPipeline"), "OtherPipeline, supported are FluxPipeline"),
+        (lambda model: change_vae(model, "class", "T5"), r"model\.json: vae is a T5, not a AutoencoderKL"),
+        (
+            lambda model: change_vae(model, "dtype", None),
+            r"components\.vae\.missing dtype, source_dtype or fingerprint",
+        ),
     ],
 )
 def test_open_refuses(copy, damage, message):
@@ -274,6 +283,12 @@ def test_a_damaged_checkpoint_is_refused(copy, damage, message):
     with pytest.raises(UserError, match=f"/vae is damaged: .*{message}; convert the model again"):
         load(directory, "vae")
     load(directory, "text_encoder")  # the others are whole
+
+
+def test_a_file_that_was_not_written_is_refused(copy):
+    (copy / "vae" / "new").write_text("")
+    with pytest.raises(UserError, match=r"/vae is damaged: new is not a file of it"):
+        load(ModelDirectory.open(copy), "vae")
 
 
 def overwrite(file: Path) -> None:

@@ -246,6 +246,7 @@ def test_adapter_json_comes_back(tmp_path):
         (lambda v: v.pop("adapter"), "missing adapter$"),
         (lambda v: (v.pop("distillation"), v.pop("guidance")), "missing distillation, guidance$"),
         (lambda v: v["adapter"].pop("rank"), r"missing adapter\.rank$"),
+        (lambda v: v["distillation"].update(shift=None), r"missing distillation\.shift$"),
         (lambda v: v.update(base=5), "base is 5, but has to be a SHA-256, 64 hexadecimal digits$"),
         (lambda v: v.update(guidance="3.5"), "guidance is '3.5', but has to be a number from 0 to 1000$"),
         (lambda v: v.update(adapter=[1, 2]), r"adapter is \[1, 2\], but has to be a JSON object$"),
@@ -281,3 +282,15 @@ def test_truncated_adapter_json(tmp_path):
     (tmp_path / "adapter.json").write_text(text[: len(text) // 2])
     with pytest.raises(UserError, match=r"/adapter\.json is not valid JSON"):
         AdapterDescription.read(tmp_path)
+
+
+def test_a_pipe_among_the_checkpoints_is_refused(tmp_path):
+    """Orbax would wait for somebody to write into it."""
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, state(1))
+    file = tmp_path / "checkpoints" / "1" / "_CHECKPOINT_METADATA"
+    file.unlink()
+    os.mkfifo(file)
+    for read_only in (True, False):
+        with pytest.raises(UserError, match=r"_CHECKPOINT_METADATA is not a regular file"):
+            Checkpoints(tmp_path, read_only=read_only)

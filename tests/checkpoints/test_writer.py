@@ -82,7 +82,7 @@ def test_a_disk_that_cannot_be_written(tmp_path):
 def test_paths_that_orbax_takes_for_patterns_are_refused(tmp_path):
     """It would not find what it has just written, and say nothing."""
     with pytest.raises(
-        UserError, match=r"cannot write checkpoints to .*/\[a\]: name a directory without \*, \?, \[ and"
+        UserError, match=r"cannot write checkpoints to .*/\[a\]: name a directory without \*, \?, \[ or"
     ):
         write_checkpoint(tmp_path / "[a]", {})
     assert not list(tmp_path.iterdir())

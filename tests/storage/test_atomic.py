@@ -157,3 +157,10 @@ def test_used_directories_are_refused(tmp_path):
         refuse_used(tmp_path / "file" / "out")
     with pytest.raises(UserError, match=r"cannot write .*/file/out: Not a directory"):
         make_directory(tmp_path / "file" / "out")
+
+
+def test_an_error_names_the_output(tmp_path):
+    """Not the directory beside it, which is gone then."""
+    with pytest.raises(UserError) as caught, whole_directory(tmp_path / "out", 0) as aside:
+        raise UserError(f"cannot read {aside / 'a'}")
+    assert str(caught.value) == f"cannot read {tmp_path / 'out' / 'a'}"
