@@ -1,4 +1,4 @@
-"""Two processes write the same output at once: one of them does, whole, and the other is told who.
+"""Two processes write the same output at once: one completes, the other gets an error that names the first.
 
 The quick form has a few lags between the two, the long one twenty.
 """
@@ -18,7 +18,7 @@ from tests.helpers.command_line import assert_refused
 from tests.helpers.processes import child
 from tests.helpers.source_folder import write_source
 
-# A process that does one job for each lag, once it is told to go
+# A process that does one job for each lag, after a signal to begin
 WORK = """
 import sys, time
 from pathlib import Path

@@ -23,7 +23,10 @@ T = TypeVar("T")
 
 
 class Lazily:
-    """What begins when it is awaited. Orbax drops some awaitables after an error, and coroutines complain of that."""
+    """An awaitable that makes its coroutine only when it is awaited.
+
+    After an error Orbax never awaits some of them, and Python would print a warning for each coroutine.
+    """
 
     def __init__(self, begin: Callable[[], Coroutine[Any, Any, Any]]):
         self.begin = begin
@@ -98,9 +101,9 @@ class NumPyArrays(ocp.type_handlers.NumpyHandler):
 
 
 def check_name(path: Path) -> None:
-    """Raises UserError if Orbax cannot write below `path`: it looks for its files with a pattern that begins so."""
+    """Raises UserError if `path` has the characters of a glob pattern: Orbax would not find its own files there."""
     if set(str(path)) & set("*?[\\"):
-        raise UserError(f"cannot write checkpoints to {path}: name a directory without *, ?, [ and \\ in its path")
+        raise UserError(f"cannot write checkpoints to {path}: name a directory without *, ?, [ or \\ in its path")
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:

@@ -18,7 +18,6 @@ from flax import nnx
 from rich.progress import Progress
 
 from arcflow_jax import families, schema
-from arcflow_jax.checkpoints.arrays import check_name
 from arcflow_jax.checkpoints.model_directory import (
     CHECKPOINT,
     DESCRIPTION,
@@ -44,7 +43,7 @@ from arcflow_jax.storage.atomic import new_output, whole_directory
 from arcflow_jax.storage.files import file_digest, local_path, read_json, write_own
 from arcflow_jax.storage.safetensors import read_file, read_folder
 
-FAR = 10  # a network this many times as large as its weights gets no list of what is missing
+FAR = 10  # a config that describes a network so many times larger than its weights is refused at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +154,6 @@ def convert_model(
     """
     folder, out = local_path(source), Path(out).absolute()
     files = {name: Path(file) for name, file in (files or {}).items()}
-    check_name(out)
     with new_output(out):
         if folder.is_dir():
             if revision is not None:
@@ -169,7 +167,7 @@ def convert_model(
 
 
 def convert_folder(folder: Path, out: Path, dtype: Any, files: Mapping[str, Path]) -> None:
-    """`convert_model` of a folder, by the one writer of `out`."""
+    """Does what `convert_model` says for a local folder, while this process is the only writer of `out`."""
     family = read_index(folder)
     if unknown := sorted(files.keys() - family.networks):
         raise UserError(f"a {family.pipeline} has no {', '.join(unknown)}, only {', '.join(family.networks)}")
@@ -216,8 +214,8 @@ def convert_folder(folder: Path, out: Path, dtype: Any, files: Mapping[str, Path
 def convert_component(component: Component, out: Path, progress: Progress) -> tuple[str, str]:
     """Writes one component's checkpoint under `out`, and returns two fingerprints.
 
-    The first is of the source's values in the source's dtype, so a model has the same in every dtype that it is
-    converted to. The second is of the values as they are stored.
+    The first is of the source's values, in the source's dtype, whatever the dtype of the converted model is.
+    The second is of the values as they are stored.
     """
     task = progress.add_task(component.name, total=component.bytes, text="")
     digests, stored = [], []

@@ -2,7 +2,7 @@
 
     model.json                  format, pipeline, each component's class, config, dtype, source dtype, fingerprint and
                                 the fingerprint of its stored values, scheduler config, the transformer's fingerprint,
-                                the size of every file, SHA-256 of each of a tokenizer's, and of model.json itself
+                                the size of every file, SHA-256 of each tokenizer file, and of model.json itself
     transformer/, vae/, …       one Orbax checkpoint per component: a nested dict, keyed by the parts of a variable's
                                 path (see `names`)
     tokenizer/, tokenizer_2/    copied from the source
@@ -10,8 +10,8 @@
 A fingerprint is of the values of the source, whatever the dtype of the converted weights. The transformer's fingerprint
 identifies the base that an adapter was trained on.
 
-Weights have a checksum a chunk, which is verified when they are read (see `writer`). Format version 1 had none, nor
-SHA-256 of anything. It is still read.
+Each chunk of the weights has a checksum, which is verified when it is read (see `writer`). Model directories of format
+version 1 have neither these nor any SHA-256. They are still read.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class ComponentDescription:
 
     def __post_init__(self):
         if self.stored is not None and None in (self.dtype, self.source_dtype, self.fingerprint):
-            raise UserError("dtype, source_dtype or fingerprint is missing beside stored")
+            raise UserError("missing dtype, source_dtype or fingerprint")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +163,7 @@ class ModelDirectory:
 
     @property
     def scheduler(self) -> Scheduler:
-        """The scheduler's config. Raises UserError if it makes no sense."""
+        """The scheduler's config. Raises UserError if a value is outside its range."""
         return schema.parse(Scheduler, self.description.scheduler, f"{self.path / DESCRIPTION}, scheduler")
 
     @property

@@ -145,13 +145,13 @@ def raised_later(record: logging.LogRecord) -> bool:
 
 
 def of_a_reader(record: logging.LogRecord) -> bool:
-    """Whether Orbax logs what is wrong with a checkpoint that it reads: it raises that, or a run is deleting it."""
+    """Whether this is a warning or error of Orbax about a checkpoint that it reads. It also raises what matters."""
     return "orbax" in Path(record.pathname).parts and record.levelno >= logging.WARNING
 
 
 @contextlib.contextmanager
 def without(unwanted: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
-    """Inside the `with` block, Orbax does not log this."""
+    """Inside the `with` block, Orbax does not log the records that `unwanted` names."""
     log = logging.getLogger("absl")
 
     def is_other(record: logging.LogRecord) -> bool:
@@ -165,7 +165,7 @@ def without(unwanted: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
 
 
 def patiently(list_checkpoints: Callable[[], T]) -> T:
-    """Lists checkpoints again if a run has deleted one of them meanwhile."""
+    """Tries again if a run deletes a checkpoint while they are listed."""
     for _ in range(MOST_TRIES):
         with contextlib.suppress(FileNotFoundError):
             return list_checkpoints()
@@ -292,7 +292,7 @@ class Checkpoints:
         return self._newest(read)
 
     def _newest(self, read: Callable[[int], T]) -> T:
-        """What `read` returns of the newest checkpoint, and not that a run which saves meanwhile has deleted it."""
+        """Returns `read(step)` for the newest checkpoint. Tries again if a run deletes that checkpoint meanwhile."""
         for _ in range(MOST_TRIES):
             step = self.latest
             if step is None:
@@ -348,8 +348,7 @@ class Checkpoints:
 
 
 def refuse_odd_files(checkpoint: Path) -> None:
-    """Raises UserError if there is something else than files and directories in a checkpoint, or in a directory of
-    some: a pipe would be waited for without end."""
+    """Raises UserError if there is anything but files and directories below a path: reading a pipe would never end."""
     for path in checkpoint.rglob("*"):
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise UserError(f"{path} is not a regular file")

@@ -118,7 +118,7 @@ def write_checkpoint(path: Path, streams: Mapping[str, Any]) -> None:
 
     Raises:
       OSError: if the disk is full or cannot be written.
-      UserError: if the path has a character that Orbax takes for a pattern's.
+      UserError: see `arrays.check_name`.
     """
     check_name(path)
     handler = StreamHandler()

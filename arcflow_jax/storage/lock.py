@@ -1,7 +1,8 @@
 """One writer an output: whoever writes a directory or file holds a lock on it meanwhile.
 
-The lock is a file beside the output, `.NAME.lock`, with process id and host of its writer. It is removed at the end.
-That of a killed process is taken over on the same host; on another host nobody can tell whether the process still runs.
+The lock is a file beside the output, `.NAME.lock`, with process id and host of its writer. It is removed at the end. A
+lock that a killed process has left on the same host is taken over. On another host nobody can tell whether the process
+still runs, so the error names the file to remove.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None
 
 
 def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None) -> Path:
-    """`train`, by the one writer of `run`."""
+    """Does what `train` says, while this is the only run that writes to `run`."""
     trace = Trace(profile, run / "profile")
     plan = Plan.make(recipe)
     recipe, mesh = plan.recipe, plan.mesh

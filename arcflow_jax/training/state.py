@@ -108,8 +108,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One training step of distillation on the prompts of `conditioning`, batch first.
 
-    Jitted: its keyword arguments are static, and the next state is written over `state`. If the loss, its gradient or
-    what the optimizer makes of it is not finite, the step is skipped: it counts, and changes nothing else.
+    Jitted: its keyword arguments are static, and `state` is donated. If the loss, its gradient, the updated adapter or
+    the optimizer state is not finite, the step is skipped: it counts, and changes nothing else.
 
     Args:
       base: the teacher's weights, frozen.

@@ -40,7 +40,7 @@ FAMILIES: dict[str, tuple[Maker, int]] = {
     "prompts-parquet": (prompts.table, 3),
     "prompts-folder": (prompts.places, 3),
     "benchmark": (prompts.benchmark, 3),
-    "image": (images.picture, 7),
+    "image": (images.image_file, 7),
     "image-captions": (images.captions, 5),
     "latents": (latents.damaged, 5),
     "override": (recipes.overridden, 10),

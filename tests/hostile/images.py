@@ -98,7 +98,7 @@ def damaged(rng: random.Random) -> tuple[bytes, str, Any, str]:
     return data, f".{kind.lower()}", array if kind == "PNG" else Ellipsis, f"{kind}: {what}"
 
 
-def picture(rng: random.Random, folder: Path) -> Case:
+def image_file(rng: random.Random, folder: Path) -> Case:
     """One image that is odd or damaged, read for training or for evaluation."""
     data, suffix, right, what = odd(rng) if rng.random() < 0.5 else damaged(rng)
     place = folder / "in"

@@ -67,7 +67,7 @@ def run_one(family: str, seed: int) -> Result:
 
 
 def child(pipe: Any) -> None:
-    """A process that runs the cases that it is told."""
+    """A worker process: runs the cases that arrive on the pipe."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     with contextlib.suppress(EOFError):
         while (job := pipe.recv()) is not None:
