@@ -43,7 +43,7 @@ class Results:
     latents: list[np.ndarray] = dataclasses.field(default_factory=list)  # [B, N, 4C]
     pixels: list[np.ndarray] = dataclasses.field(default_factory=list)  # [B, H, W, 3] uint8
     denoise_seconds: list[float] = dataclasses.field(default_factory=list)
-    path_seconds: list[float] = dataclasses.field(default_factory=list)  # from prompt to pixels
+    path_seconds: list[float] = dataclasses.field(default_factory=list)  # from prompt to image
 
 
 def timed(call: Callable[[], object]) -> tuple[object, float]:
@@ -101,7 +101,7 @@ def measure(results: dict[str, Results], captions: Sequence[Caption], against: s
     endpoint_error: mean square distance between its latents and those of `against`, from the same noise.
     frechet_distance: between the judge's features of its images and of rendered images of the same captions.
     prompt_agreement: share of the requested attributes that the judge reads in the images, over all and by attribute.
-    denoise_seconds_per_image, seconds_per_image: medians over batches; the second covers prompt to pixels.
+    denoise_seconds_per_image, seconds_per_image: medians over batches; the second is from prompt to image.
     """
     graphdef, judge = nnx.split(load_judge())
 

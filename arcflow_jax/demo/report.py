@@ -165,11 +165,11 @@ of it. The prompts are the first of the test list; none of them was used in trai
 <img alt="images of the four samplers" src="data:image/png;base64,$grid">
 <h2>Figures over $prompts prompts</h2>
 <table><tr><th></th><th>endpoint error</th><th>Fréchet distance</th><th>prompt agreement</th><th>denoising, ms per
-image</th><th>speed-up</th><th>prompt to pixels, ms per image</th><th>speed-up</th></tr>$rows</table>
+image</th><th>speed-up</th><th>prompt to image, ms per image</th><th>speed-up</th></tr>$rows</table>
 <p class="note">Endpoint error: mean square distance to the teacher's 50-step latents from the same noise. Fréchet
 distance: between a small classifier's features of these images and of rendered images of the same captions. Prompt
 agreement: share of the requested attributes that the classifier reads in the image. Times: median over batches of 16;
-prompt to pixels includes text encoders and decoder.</p>
+prompt to image includes text encoders and decoder.</p>
 <h2>Targets of the demo</h2>
 <table><tr><th>ArcFlow in 2 steps</th><th>measured</th><th>target</th><th></th></tr>$bars</table>
 <h2>Prompt agreement by attribute</h2>

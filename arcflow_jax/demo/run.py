@@ -6,11 +6,12 @@ import dataclasses
 import datetime
 import os
 import platform
+import sys
 import tempfile
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.model_directory import DESCRIPTION, ComponentDescription, ModelDirectory
@@ -77,7 +78,7 @@ def demo(out: Path, teacher: str = "tiny-flux") -> dict[str, object]:
 
 def run_demo(out: Path, teacher: str) -> dict[str, object]:
     """`demo`, by the one writer of `out`."""
-    console = Console(markup=False)
+    console = Console(width=None if sys.stdout.isatty() else 140, markup=False, soft_wrap=True)
     base = convert(ASSETS / teacher, out / "teacher")
     console.print(f"converted the bundled PyTorch teacher {teacher} to {out / 'teacher'}")
     recipes = {name: recipe(teacher, name, out) for name in ("arcflow", "linear")}
@@ -142,12 +143,12 @@ def table(figures: dict[str, dict[str, float]]) -> Table:
     titles = (
         "endpoint error",
         "Fréchet distance",
-        "prompt agreement",
-        "denoising, ms",
-        "prompt to pixels, ms",
+        Column("prompt agreement", min_width=9),
+        "denoise, ms",
+        "prompt to image, ms",
         "speed-up",
     )
-    rows = Table("sampler", *titles)
+    rows = Table(Column("sampler", no_wrap=True, min_width=10), *titles)
     dense = figures["teacher_50"]["denoise_seconds_per_image"]
     for name, figure in figures.items():
         rows.add_row(
