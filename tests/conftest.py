@@ -15,6 +15,7 @@ if version("jaxlib") < "0.11":  # later ones have no such choice, and XLA ends t
     FAST_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", FAST_TO_COMPILE)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the real hub; read when the hub's library is imported
 
 
 @pytest.fixture(scope="session")

@@ -115,6 +115,11 @@ def acquire(lock: SoftFileLock, out: Path, wait: bool) -> None:
 def held_by(out: Path, file: Path) -> str:
     """Who writes `out`, and what to do, from its lock file."""
     holder = read_holder(file)
+    for _ in range(20):  # a writer makes its lock file, and then writes its name into it
+        if holder or not os.path.lexists(file):
+            break
+        time.sleep(0.05)
+        holder = read_holder(file)
     if holder is None:
         return f"{out} is locked by {file}, which names no process: remove it if nothing writes {out}"
     process, host, since = holder

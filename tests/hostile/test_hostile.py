@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 from tests.hostile import runner
 from tests.hostile.families import FAMILIES

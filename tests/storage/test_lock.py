@@ -89,6 +89,16 @@ def test_a_second_process_is_refused_at_once(held, tmp_path):
         )
 
 
+def test_a_lock_whose_writer_has_not_yet_written_its_name(tmp_path):
+    lock = tmp_path / ".out.lock"
+    lock.touch()
+    name = threading.Timer(0.3, lock.write_text, ["12\nfaraway\n"])
+    name.start()
+    with pytest.raises(UserError, match="out is being written by process 12 on faraway since"):
+        write(tmp_path / "out")
+    name.join()
+
+
 def test_a_second_thread_is_refused(tmp_path):
     refused = []
 
