@@ -85,8 +85,9 @@ def parse(cls: type[T], values: Any, where: object, *, own: bool = False, prefix
     try:
         values = getattr(cls, "flat", dict)(values)
         for name, value in getattr(cls, "REQUIRED", {}).items():
-            if name in values and values[name] != value:
-                raise UserError(f"{prefix}{name} is {shown(values[name])}, only {value!r} is supported")
+            found = values.get(name, value)
+            if found != value or isinstance(found, bool) is not isinstance(value, bool):  # 0 == False
+                raise UserError(f"{prefix}{name} is {shown(found)}, only {value!r} is supported")
         if own and (unknown := [key for key in values if key not in fields]):
             near = difflib.get_close_matches(unknown[0], fields, n=1)
             hint = f"did you mean {near[0]}? " if near else ""

@@ -114,6 +114,9 @@ class ModelDescription:
         for name in self.files:
             if not is_inside(name):
                 raise UserError(f"files has {one_line(name)}, but has to have paths inside the directory")
+        transformer = self.components.get("transformer")
+        if transformer is not None and transformer.fingerprint not in (None, self.fingerprint):
+            raise UserError("fingerprint is not that of components.transformer")
 
 
 def shape(arrays: Mapping[str, Any], path: str) -> tuple[int, ...] | None:

@@ -33,7 +33,7 @@ from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.student import AdapterConfig
 from arcflow_jax.schema import SHA256, Guidance
-from arcflow_jax.storage.files import read_own, write_own
+from arcflow_jax.storage.files import file_size, read_own, write_own
 
 T = TypeVar("T")
 
@@ -45,6 +45,7 @@ NEEDED = {
     "adapter": {"modes", "rank", "alpha", "dropout", "targets"},
     "distillation": {"nfe", "shift", "final_step_ratio"},
 }
+MOST_BYTES = 2**36  # of a checkpoint's file; Orbax begins a new one after 2 GB
 MOST_TRIES = 20  # of a reader, whose checkpoint a run may delete meanwhile
 # Where Orbax logs a failed save's error, with its traceback, before it raises it
 RAISING = ("future.py", "async_checkpointer.py", "checkpoint_manager.py")
@@ -348,10 +349,13 @@ class Checkpoints:
 
 
 def refuse_odd_files(checkpoint: Path) -> None:
-    """Raises UserError if there is anything but files and directories below a path: reading a pipe would never end."""
+    """Raises UserError if there is a file below a path that TensorStore cannot read: reading a pipe would never end.
+
+    A file that does not fit in memory would end the process, as TensorStore reads small files as a whole.
+    """
     for path in checkpoint.rglob("*"):
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise UserError(f"{path} is not a regular file")
+        if path.exists() and not path.is_dir():
+            file_size(path, MOST_BYTES)
 
 
 def sharding_of(x: Any) -> jax.sharding.Sharding:

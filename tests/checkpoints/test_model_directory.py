@@ -244,6 +244,7 @@ def change_vae(model: Path, name: str, value: object) -> None:
         (lambda model: describe(model, version=99), "is not of arcflow_jax model version 1 or 2, but of version 99"),
         (lambda model: describe(model, components={}), "is damaged: it lacks text_encoder, text_encoder_2, transf"),
         (lambda model: describe(model, fingerprint="abc"), r"fingerprint is 'abc', but has to be a SHA-256"),
+        (lambda model: describe(model, fingerprint="0" * 64), r"fingerprint is not that of components\.transformer"),
         (lambda model: describe(model, files={"../x": 1}), r"files has \.\./x, but has to have paths inside"),
         (lambda model: describe(model, files={"x": -1}), r"model\.json: files\.x is -1, but has to be a whole number"),
         (lambda model: describe(model, checksum=1), "unknown checksum: known are pipeline, components, "),

@@ -284,6 +284,16 @@ def test_truncated_adapter_json(tmp_path):
         AdapterDescription.read(tmp_path)
 
 
+def test_a_file_that_no_memory_holds_is_refused(tmp_path):
+    """TensorStore would end the process."""
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, state(1))
+    file = tmp_path / "checkpoints" / "1" / "_CHECKPOINT_METADATA"
+    os.truncate(file, 2**40)
+    with pytest.raises(UserError, match=r"_CHECKPOINT_METADATA has 1099511627776 bytes, but at most 68719476736 are read"):
+        Checkpoints(tmp_path, read_only=True).restore_adapter(state(1).ema)
+
+
 def test_a_pipe_among_the_checkpoints_is_refused(tmp_path):
     """Orbax would wait for somebody to write into it."""
     with Checkpoints(tmp_path) as checkpoints:

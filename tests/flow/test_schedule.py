@@ -97,6 +97,7 @@ def test_scheduler_shift_is_constant_or_grows_with_the_image():
         ({"shift_terminal": 1}, "shift_terminal is 1, but has to be a number at least 0 and below 1"),
         ({"base_image_seq_len": 4096}, "max_image_seq_len is 4096, but has to be above base_image_seq_len, 4096"),
         ({"use_karras_sigmas": True}, "use_karras_sigmas is True, only False is supported"),
+        ({"use_karras_sigmas": 0}, "use_karras_sigmas is 0, only False is supported"),
     ],
 )
 def test_schedulers_that_are_refused(config, message):
