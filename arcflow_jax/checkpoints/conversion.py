@@ -40,7 +40,8 @@ from arcflow_jax.networks.states import nest, shapes_of
 from arcflow_jax.schema import Layers
 from arcflow_jax.storage import hub
 from arcflow_jax.storage.atomic import new_output, whole_directory
-from arcflow_jax.storage.files import file_digest, local_path, read_json, write_own
+from arcflow_jax.storage.files import file_digest, read_json, write_own
+from arcflow_jax.storage.paths import as_path, sizes_below
 from arcflow_jax.storage.safetensors import read_file, read_folder
 
 FAR = 10  # a config that describes a network so many times larger than its weights is refused at once
@@ -152,9 +153,9 @@ def convert_model(
     Raises:
       UserError: if the source is incomplete or wrong, or `out` cannot be written.
     """
-    folder, out = local_path(source), Path(out).absolute()
-    files = {name: Path(file) for name, file in (files or {}).items()}
-    with new_output(out):
+    folder, out = as_path(source), as_path(out).absolute()
+    files = {name: as_path(file) for name, file in (files or {}).items()}
+    with new_output(out, DESCRIPTION):
         if folder.is_dir():
             if revision is not None:
                 raise UserError(f"{source} is a folder, and only a model on the hub has a revision")
@@ -202,11 +203,7 @@ def convert_folder(folder: Path, out: Path, dtype: Any, files: Mapping[str, Path
             scheduler=scheduler,
             fingerprint=fingerprints["transformer"][0],
             tokenizers=tokenizers,
-            files={
-                path.relative_to(aside).as_posix(): path.stat().st_size
-                for path in sorted(aside.rglob("*"))
-                if path.is_file()
-            },
+            files=sizes_below(aside),
         )
         write_own(aside / DESCRIPTION, description, FORMAT, VERSION)
 

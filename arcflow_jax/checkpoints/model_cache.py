@@ -11,8 +11,9 @@ from arcflow_jax.checkpoints.model_directory import DESCRIPTION, VERSION
 from arcflow_jax.errors import UserError
 from arcflow_jax.storage import hub
 from arcflow_jax.storage.cache import cache_folder
-from arcflow_jax.storage.files import digest, local_path
+from arcflow_jax.storage.files import digest
 from arcflow_jax.storage.lock import one_writer
+from arcflow_jax.storage.paths import as_path
 
 INDEX = "model_index.json"  # what makes a folder a diffusers model
 
@@ -30,7 +31,7 @@ def converted(source: str | Path) -> Path:
     Raises:
       UserError: if there is no such model, it cannot be converted, or the cache cannot be written.
     """
-    folder, revision = local_path(source), None
+    folder, revision = as_path(source), None
     if folder.is_dir():
         if not (folder / INDEX).is_file() or (folder / DESCRIPTION).is_file():
             return folder

@@ -36,7 +36,8 @@ from arcflow_jax.flow.schedule import Scheduler
 from arcflow_jax.networks.states import flatten, nest, unflatten, unnest
 from arcflow_jax.networks.student import AdapterConfig, ArcModel
 from arcflow_jax.schema import SHA256, Precision, Size
-from arcflow_jax.storage.files import file_digest, is_inside, local_path, read_own
+from arcflow_jax.storage.files import file_digest, is_inside, read_own
+from arcflow_jax.storage.paths import as_path
 
 DESCRIPTION = "model.json"
 FORMAT = "arcflow_jax model"
@@ -143,7 +144,7 @@ class ModelDirectory:
         Raises:
           UserError: if `path` is not a converted model, is of another format version, or its model.json is damaged.
         """
-        path = local_path(path)
+        path = as_path(path)
         if not path.is_dir():
             raise UserError(f"model directory {path} does not exist")
         if (path / "model_index.json").is_file():

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from msgspec import Meta
-from safetensors import safe_open
 
 from arcflow_jax import families, schema
 from arcflow_jax.checkpoints.model_directory import ComponentDescription, ModelDirectory
@@ -36,8 +35,9 @@ from arcflow_jax.networks.student import AdapterConfig, split_model
 from arcflow_jax.schema import NFE, Guidance, Ratio, Shift
 from arcflow_jax.storage import hub
 from arcflow_jax.storage.atomic import new_output, whole_directory
-from arcflow_jax.storage.files import local_path, parse_json, read_json, write_json
-from arcflow_jax.storage.safetensors import PICKLES, read_folder, read_header, write_file
+from arcflow_jax.storage.files import parse_json, read_json, write_json
+from arcflow_jax.storage.paths import as_path
+from arcflow_jax.storage.safetensors import PICKLES, read_folder, read_header, read_metadata, write_tensors
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -105,15 +105,15 @@ def import_adapter(
     Raises:
       UserError: if the source is incomplete or wrong, does not fit the base, or `out` cannot be written.
     """
-    out = Path(out).absolute()
-    with new_output(out):
+    out = as_path(out).absolute()
+    with new_output(out, DESCRIPTION):
         directory = ModelDirectory.open(base)
         description, adapter = read_student(find(source, revision), directory, **sampling)
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(adapter))
         with whole_directory(out, needed) as aside:
-            description.write(aside)
             with Checkpoints(aside) as checkpoints:
                 checkpoints.save_ema(adapter)
+            description.write(aside)
     return out
 
 
@@ -159,7 +159,7 @@ def find(source: str | Path, revision: str | None = None) -> Path:
     Raises:
       UserError: if there is none, or the download fails.
     """
-    path = local_path(source)
+    path = as_path(source)
     if path.exists():
         if revision is not None:
             raise UserError(f"{source} is not on the hub, and only a student there has a revision")
@@ -220,12 +220,12 @@ def export_adapter(run: str | Path, out: str | Path, *, raw: bool = False, dtype
       UserError: if the layout cannot hold the student in `run` (see `check_exportable`), a value does not fit in
         `dtype`, or `out` cannot be written.
     """
-    run, out = Path(run), Path(out).absolute()
-    with new_output(out):
+    run, out = as_path(run), as_path(out).absolute()
+    with new_output(out, WEIGHTS):
         config, tensors, policy = exported(run, raw, jnp.dtype(dtype))
         with whole_directory(out, sum(tensor.nbytes for tensor in tensors.values())) as aside:
             write_json(aside / CONFIG, dict(sorted(config.items())))
-            write_file(aside / WEIGHTS, tensors, metadata={"policy_config": json.dumps(policy)})
+            write_tensors(aside / WEIGHTS, tensors, metadata={"policy_config": json.dumps(policy)})
     return out
 
 
@@ -262,8 +262,7 @@ def read_export(source: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
     tensors = read_folder(folder) if source.is_dir() else read_header(file)
     policy = {"type": "ArcFlow"}
     if file.is_file():
-        with safe_open(file, "np") as opened:
-            text = (opened.metadata() or {}).get("policy_config", json.dumps(policy))
+        text = read_metadata(file).get("policy_config", json.dumps(policy))
         policy = parse_json(text, f"{file}: its metadata policy_config")
     if policy.get("type") != "ArcFlow":
         raise UserError(f"{file}: its metadata policy_config is {schema.shown(policy)}, which is not of type ArcFlow")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +33,7 @@ from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.student import AdapterConfig
 from arcflow_jax.schema import SHA256, Guidance
 from arcflow_jax.storage.files import file_size, read_own, write_own
+from arcflow_jax.storage.paths import as_path, in_bucket, remove_tree
 
 T = TypeVar("T")
 
@@ -46,6 +46,7 @@ NEEDED = {
     "distillation": {"nfe", "shift", "final_step_ratio"},
 }
 MOST_BYTES = 2**36  # of a checkpoint's file; Orbax begins a new one after 2 GB
+COMMITTED = "commit_success.txt"  # Orbax's mark of a complete checkpoint in a bucket
 MOST_TRIES = 20  # of a reader, whose checkpoint a run may delete meanwhile
 # Where Orbax logs a failed save's error, with its traceback, before it raises it
 RAISING = ("future.py", "async_checkpointer.py", "checkpoint_manager.py")
@@ -214,7 +215,7 @@ class Checkpoints:
             self._log.close()
             if not self.read_only and jax.process_index() == 0:
                 for failed in (self.run / "checkpoints").glob("*.orbax-checkpoint-tmp"):  # they may fill the disk
-                    shutil.rmtree(failed, ignore_errors=True)
+                    remove_tree(failed)
 
     @property
     def latest(self) -> int | None:
@@ -250,7 +251,7 @@ class Checkpoints:
         except Exception as error:
             full = "No space left on device" in str(error)
             reason = "no space left on the device" if full else one_line(error)
-            there = [int(path.name) for path in (self.run / "checkpoints").glob("*") if path.name.isdigit()]
+            there = [int(path.name) for path in (self.run / "checkpoints").glob("*") if is_complete(path)]
             kept = f"; checkpoint {max(there)} is intact" if there else ""
             raise UserError(f"cannot write a checkpoint to {self.run}{kept}: {reason}") from error
 
@@ -348,11 +349,21 @@ class Checkpoints:
                 raise UserError(f"checkpoint {step} in {self.run} is damaged{hint}: {reason}") from error
 
 
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a path is a checkpoint. On a disk it has its name once it is complete, in a bucket it has a mark."""
+    return checkpoint.name.isdigit() and (not in_bucket(checkpoint) or (checkpoint / COMMITTED).exists())
+
+
 def refuse_odd_files(checkpoint: Path) -> None:
     """Raises UserError if there is a file below a path that TensorStore cannot read: reading a pipe would never end.
 
     A file that does not fit in memory would end the process, as TensorStore reads small files as a whole.
     """
+    if in_bucket(checkpoint):  # which holds nothing but objects
+        for path, size in checkpoint.sizes().items():
+            if size > MOST_BYTES:
+                raise UserError(f"{path} has {size} bytes, but at most {MOST_BYTES} are read of such a file")
+        return
     for path in checkpoint.rglob("*"):
         if path.exists() and not path.is_dir():
             file_size(path, MOST_BYTES)
@@ -373,7 +384,7 @@ def load_adapter(run: str | Path, fingerprint: str | None = None) -> tuple[Adapt
     Raises:
       UserError: if `run` holds no adapter, one of another base, or no checkpoint.
     """
-    run = Path(run)
+    run = as_path(run)
     description = AdapterDescription.read(run)
     if fingerprint is not None:
         description.check_base(fingerprint, run)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from arcflow_jax.cli import options
+from arcflow_jax.cli.options import path_option
 from arcflow_jax.errors import UserError
 
 app = typer.Typer(help="How good a student's images are, and how close to the teacher's.", no_args_is_help=True)
@@ -35,7 +36,7 @@ def evaluate_trajectory(
             "of a data set, OWNER/NAME or OWNER/NAME:SPLIT."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Directory for the figures and the plot.")],
+    out: Annotated[Path, path_option(help="Directory for the figures and the plot.")],
     prompts_field: Annotated[str, typer.Option(help="The field or column that has the prompt.")] = "prompt",
     count: Annotated[int | None, typer.Option(help="Use only the first COUNT prompts.")] = None,
     steps: Annotated[int | None, typer.Option(help="The student's NFE. By default as trained.")] = None,
@@ -91,10 +92,10 @@ def evaluate_trajectory(
 @app.command("metrics")
 @options.expand_options
 def evaluate_metrics(
-    out: Annotated[Path, typer.Option(help="JSON file for the figures; the images' statistics lie beside it.")],
+    out: Annotated[Path, path_option(help="JSON file for the figures; the images' statistics lie beside it.")],
     images: Annotated[
         Path | None,
-        typer.Option(
+        path_option(
             help="A folder of images to judge. The CLIP score needs their prompts: in the metadata of PNGs, where "
             "arcflow sample writes them, in .txt files beside the images, or in metadata.jsonl."
         ),
@@ -109,18 +110,18 @@ def evaluate_metrics(
     prompts_field: Annotated[str, typer.Option(help="The field or column that has the prompt.")] = "prompt",
     real: Annotated[
         Path | None,
-        typer.Option(help="The reference of FID and pFID: a folder of real images, or their statistics, a .npz file."),
+        path_option(help="The reference of FID and pFID: a folder of real images, or their statistics, a .npz file."),
     ] = None,
     teacher_images: Annotated[
         Path | None,
-        typer.Option(help="A second reference, images of the teacher or their statistics, with figures of its own."),
+        path_option(help="A second reference, images of the teacher or their statistics, with figures of its own."),
     ] = None,
     metric: Annotated[
         list[Metric] | None, typer.Option(help="May be given several times. By default all three.")
     ] = None,
     inception: Annotated[
         Path | None,
-        typer.Option(help="inception-2015-12-05.pt, the network of FID. By default downloaded once from its authors."),
+        path_option(help="inception-2015-12-05.pt, the network of FID. By default downloaded once from its authors."),
     ] = None,
     clip: Annotated[
         str | None,
@@ -169,12 +170,12 @@ def evaluate_export(
     benchmark: Annotated[Benchmark, typer.Option(help="The benchmark whose scorer reads the images.")],
     prompts: Annotated[
         Path,
-        typer.Option(
+        path_option(
             help="The benchmark's prompts as published: GenEval's evaluation_metadata.jsonl, or DPG-Bench's folder of "
             ".txt files."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Directory for the images, which the scorer reads.")],
+    out: Annotated[Path, path_option(help="Directory for the images, which the scorer reads.")],
     images: Annotated[int, typer.Option(help="Number of images per prompt. DPG-Bench takes 4.")] = 4,
     *,
     sampling: options.SamplingOptions,

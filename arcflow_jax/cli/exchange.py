@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from arcflow_jax.cli.options import parse_path, path_option
 from arcflow_jax.errors import UserError
 
 
@@ -24,7 +25,7 @@ class ExportPrecision(enum.StrEnum):
 
 
 def convert(
-    out: Annotated[Path, typer.Option(help="The directory to write. It must not exist yet, or be empty.")],
+    out: Annotated[Path, path_option(help="The directory to write. It must not exist yet, or be empty.")],
     source: Annotated[
         str | None,
         typer.Option(
@@ -37,13 +38,14 @@ def convert(
     ] = None,
     transformer: Annotated[
         Path | None,
-        typer.Option(
+        path_option(
             help="A single file with the transformer's weights, such as flux1-dev.safetensors, in the authors' layout "
             "or diffusers'. Of SOURCE/transformer, only config.json is then needed."
         ),
     ] = None,
     vae: Annotated[
-        Path | None, typer.Option(help="The same for the VAE, such as ae.safetensors; needs SOURCE/vae/config.json.")
+        Path | None,
+        path_option(help="The same for the VAE, such as ae.safetensors; needs SOURCE/vae/config.json."),
     ] = None,
     dtype: Annotated[
         Precision | None,
@@ -58,7 +60,7 @@ def convert(
         ),
     ] = None,
     base: Annotated[
-        Path | None, typer.Option(help="The converted model that the released student was distilled from.")
+        Path | None, path_option(help="The converted model that the released student was distilled from.")
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="NFE of the released student. By default what its file says, or 2.")
@@ -99,7 +101,10 @@ def convert(
 
 def verify(
     directory: Annotated[
-        Path, typer.Argument(help="What arcflow convert, train, export or embed-prompts wrote.", metavar="DIR")
+        Path,
+        typer.Argument(
+            help="What arcflow convert, train, export or embed-prompts wrote.", metavar="DIR", parser=parse_path
+        ),
     ],
 ) -> None:
     """Checks a model, run, export or cache of embeddings in full: reads every tensor, and compares checksums.
@@ -113,8 +118,8 @@ def verify(
 
 
 def export(
-    adapter: Annotated[Path, typer.Option(help="A directory that arcflow train wrote.")],
-    out: Annotated[Path, typer.Option(help="The directory to write. It must not exist yet, or be empty.")],
+    adapter: Annotated[Path, path_option(help="A directory that arcflow train wrote.")],
+    out: Annotated[Path, path_option(help="The directory to write. It must not exist yet, or be empty.")],
     raw: Annotated[
         bool, typer.Option("--raw", help="Take the weights of the last training step instead of the EMA weights.")
     ] = False,

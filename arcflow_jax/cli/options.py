@@ -13,11 +13,25 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from arcflow_jax.errors import UserError
+from arcflow_jax.storage.paths import as_path
 
 if TYPE_CHECKING:
     from arcflow_jax.pipeline import ArcFlowPipeline
 
 DEMO = Path("runs/demo")
+
+
+def parse_path(text: str | Path) -> Path:
+    """A path of the command line, local or in a bucket."""
+    try:
+        return as_path(text)
+    except UserError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def path_option(*, help: str, **more: Any) -> Any:
+    """An option that is a path, local or in a bucket."""
+    return typer.Option(help=help, parser=parse_path, metavar="PATH", **more)
 
 
 def expand_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -66,7 +80,7 @@ class StudentOptions:
 
     model: Annotated[
         Path,
-        typer.Option(
+        path_option(
             help="A directory that arcflow convert wrote; or a diffusers folder or hub id, OWNER/NAME, which is "
             "converted into a cache on first use. By default the demo's teacher."
         ),

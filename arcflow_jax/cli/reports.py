@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from arcflow_jax.cli import options
+from arcflow_jax.cli.options import path_option
 from arcflow_jax.errors import UserError
 
 
@@ -46,7 +47,7 @@ def compile_report(
     ] = None,
     width: Annotated[int | None, typer.Option(help="Width in pixels, with --height.")] = None,
     limit: Annotated[float, typer.Option(help="Time limit of one compilation, in seconds.")] = 1800,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+    out: Annotated[Path | None, path_option(help="JSON file for the figures.")] = None,
 ) -> None:
     """Compiles a program for TPUs that this machine does not have, and prints memory, work and communication.
 
@@ -68,7 +69,7 @@ def compile_report(
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for the demo's model, students and report.")] = options.DEMO,
+    out: Annotated[Path, path_option(help="Directory for the demo's model, students and report.")] = options.DEMO,
     teacher: Annotated[
         Teacher, typer.Option(help="The bundled teacher, a FLUX.1 or a Qwen-Image.")
     ] = Teacher.tiny_flux,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from arcflow_jax.cli import options
+from arcflow_jax.cli.options import path_option
 from arcflow_jax.errors import UserError
 
 
@@ -18,18 +19,18 @@ def sample(
     ] = None,
     prompts_file: Annotated[
         Path | None,
-        typer.Option(help="A .txt file of prompts, one a line, or a .jsonl or .parquet file with a field `prompt`."),
+        path_option(help="A .txt file of prompts, one a line, or a .jsonl or .parquet file with a field `prompt`."),
     ] = None,
     images: Annotated[int, typer.Option(help="Number of images per prompt, each from noise of its own.")] = 1,
     latents: Annotated[
         Path | None,
-        typer.Option(
+        path_option(
             help="Noise to start from instead of the seed's: a .safetensors or .npy file with one array, packed "
             "[images, tokens, 64] or, as in PyTorch, [images, 16, height/8, width/8]."
         ),
     ] = None,
     grid: Annotated[bool, typer.Option("--grid", help="Also write grid.png, all images on one sheet.")] = False,
-    out: Annotated[Path, typer.Option(help="Directory for the images.")] = Path("images"),
+    out: Annotated[Path, path_option(help="Directory for the images.")] = Path("images"),
     *,
     sampling: options.SamplingOptions,
 ) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from arcflow_jax.cli.options import path_option
+
 
 def train(
     context: typer.Context,
@@ -58,7 +60,7 @@ def train(
 def embed_prompts(
     context: typer.Context,
     config: Annotated[str, typer.Option(help="The recipe: NAME or FILE.py, and :VARIANT if it has some.")],
-    out: Annotated[Path, typer.Option(help="The directory to write. It must not exist yet, or be empty.")],
+    out: Annotated[Path, path_option(help="The directory to write. It must not exist yet, or be empty.")],
 ) -> None:
     """Writes the text embeddings of a recipe's prompts, for training where the encoders do not fit.
 

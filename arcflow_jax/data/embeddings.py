@@ -32,7 +32,7 @@ import numpy as np
 from arcflow_jax.errors import UserError
 from arcflow_jax.schema import SHA256, Count, Precision
 from arcflow_jax.storage.files import digest, read_own
-from arcflow_jax.storage.safetensors import FileTensor, read_header, write_file
+from arcflow_jax.storage.safetensors import FileTensor, read_header, write_tensors
 
 DESCRIPTION = "embeddings.json"
 FORMAT = "arcflow_jax embeddings"
@@ -50,7 +50,7 @@ def shard_path(folder: Path, index: int) -> Path:
 def write_shard(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes the arrays of a shard and their checksums, complete or not at all. Raises OSError."""
     rows = range(len(arrays["cut"]))
-    write_file(path, arrays | {"checksums": np.array([row_checksum(read_row(arrays, i)) for i in rows], np.int64)})
+    write_tensors(path, arrays | {"checksums": np.array([row_checksum(read_row(arrays, i)) for i in rows], np.int64)})
 
 
 def read_row(arrays: Mapping[str, FileTensor | np.ndarray], row: int) -> dict[str, np.ndarray]:

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from arcflow_jax.data.prompts import Prompts
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.storage.files import cannot_read, file_size, is_inside, json_records
+from arcflow_jax.storage.paths import as_path, file_test
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -40,7 +41,7 @@ def read_images(folder: str | Path) -> list[CaptionedImage]:
       UserError: if there are no images, an image or a caption is missing or empty, or metadata.jsonl names a file
         outside of the folder.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     with cannot_read(folder):
         if not folder.is_dir():
             raise UserError(f"folder of images {folder} does not exist")
@@ -60,14 +61,14 @@ def captions(folder: str, images: Sequence[CaptionedImage]) -> Prompts:
 
 def from_metadata(folder: Path) -> list[CaptionedImage]:
     """Images with captions in metadata.jsonl."""
-    images = []
+    images, is_file = [], file_test(folder)
     for where, record in json_records(folder / METADATA):
         name, caption = record.get("file_name"), record.get("text")
         if not (isinstance(name, str) and isinstance(caption, str)):
             raise UserError(f'{where}: it has to be {{"file_name": …, "text": …}}')
         if not is_inside(name):
             raise UserError(f"{where}: file_name is {one_line(repr(name))}, but has to be a path inside of the folder")
-        if not (folder / name).is_file():
+        if not is_file(folder / name):
             raise UserError(f"{where}: there is no {folder / name}")
         images.append(CaptionedImage(folder / name, caption.strip()))
     return images
@@ -75,10 +76,10 @@ def from_metadata(folder: Path) -> list[CaptionedImage]:
 
 def from_text_files(folder: Path) -> list[CaptionedImage]:
     """Images with captions in text files."""
-    images = []
+    images, is_file = [], file_test(folder)
     for file in sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES):
         text = file.with_suffix(".txt")
-        if not text.is_file():
+        if not is_file(text):
             raise UserError(f"{file} has no caption: there is neither {text.name} nor {METADATA}")
         file_size(text, CAPTION)
         try:
@@ -101,7 +102,7 @@ def read_image(file: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as opened:
+            with file.open("rb") as data, Image.open(data, formats=FORMATS) as opened:
                 image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I"):  # 16-bit gray
             image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))

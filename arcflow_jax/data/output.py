@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import re
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from arcflow_jax.errors import UserError, one_line
-from arcflow_jax.storage.atomic import cannot_write, whole_file
+from arcflow_jax.storage.atomic import cannot_write, write_file
 from arcflow_jax.storage.files import file_size
 from arcflow_jax.storage.lock import NAME_BYTES, cut_to_bytes
 from arcflow_jax.storage.safetensors import read_header
@@ -23,8 +24,10 @@ def save_image(image: Image.Image, path: Path) -> None:
     text = PngImagePlugin.PngInfo()
     for name, value in image.info.items():
         text.add_itxt(name, str(value))
-    with cannot_write(path), whole_file(path) as aside:
-        image.save(aside, "PNG", pnginfo=text)
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG", pnginfo=text)
+    with cannot_write(path):
+        write_file(path, encoded.getvalue())
 
 
 def file_name(image: Image.Image) -> str:

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 from arcflow_jax import schema
 from arcflow_jax.errors import UserError, one_line
-from arcflow_jax.storage.files import file_size, json_records, local_path, read_lines
+from arcflow_jax.storage.files import file_size, json_records, read_lines
 from arcflow_jax.storage.hub import PREFIX, is_repository, not_found
+from arcflow_jax.storage.paths import as_path
 
 # Sets known by name, which few-step generators are compared on, where the authors of pi-Flow and ArcFlow read them
 NAMED = {
@@ -94,7 +95,7 @@ def read_prompts(source: str | Path, field: str = "prompt") -> Prompts:
 
 def rows(source: str, field: str) -> Iterator[Row]:
     """The prompts of a source, empty ones included. Raises UserError as `read_prompts`."""
-    path = local_path(source)
+    path = as_path(source)
     if source in NAMED and not path.exists():
         yield from read_hub(NAMED[source], field)
     elif path.is_dir():

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as Backend
 
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.storage.files import read_json
+from arcflow_jax.storage.paths import in_bucket, local_copy
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 # All that a converted model keeps of a tokenizer's folder
@@ -62,7 +63,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     class_name = str(config.get("tokenizer_class")).removesuffix("Fast")
     whole = (folder / "tokenizer.json").is_file()
     try:
-        backend = Backend.from_file(str(folder / "tokenizer.json")) if whole else from_vocabulary(folder, class_name)
+        backend = (
+            Backend.from_str((folder / "tokenizer.json").read_text("utf-8"))
+            if whole
+            else from_vocabulary(folder, class_name)
+        )
         special = special_tokens(folder, config)
         add_missing(backend, config, special.values())
         backend.no_truncation()
@@ -91,7 +96,8 @@ def from_vocabulary(folder: Path, class_name: str) -> Backend:
             f"{folder} has no tokenizer.json, and its tokenizer_class {one_line(repr(class_name))} is none that "
             f"transformers has: it would be one of {', '.join(PAD_TOKENS)}"
         )
-    return found.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
+    with local_copy(folder) as local:
+        return found.from_pretrained(local, local_files_only=True, trust_remote_code=False).backend_tokenizer
 
 
 def special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
@@ -160,9 +166,9 @@ def copy_tokenizer(folder: Path, out: Path, model: Path) -> None:
     root = model.resolve()
     allowed = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
     for file in (folder / name for name in FILES):
-        if not os.path.lexists(file):
+        if not (file.exists() or file.is_symlink()):
             continue
-        target = Path(os.path.realpath(file))
+        target = file if in_bucket(file) else Path(os.path.realpath(file))
         if not any(target.is_relative_to(place) for place in allowed):
             raise UserError(f"{file} leads to {target}, outside of {model}: copy the file there")
         if not target.is_file():

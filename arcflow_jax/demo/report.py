@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from arcflow_jax.demo.evaluate import Results
 from arcflow_jax.demo.world import Caption
-from arcflow_jax.storage.atomic import whole_file
+from arcflow_jax.storage.atomic import write_file
 from arcflow_jax.training.log import read_losses
 
 LABELS = {
@@ -39,8 +39,7 @@ def write(
     grid = draw_grid(results, captions)
     encoded = io.BytesIO()
     grid.save(encoded, "PNG", optimize=True)
-    with whole_file(out / "grid.png") as aside:
-        aside.write_bytes(encoded.getvalue())
+    write_file(out / "grid.png", encoded.getvalue())
     page = Template(PAGE).substitute(
         grid=base64.b64encode(encoded.getvalue()).decode(),
         rows=table_rows(metrics),
@@ -53,8 +52,7 @@ def write(
         date=metrics["date"],
         machine=html.escape(metrics["machine"]),
     )
-    with whole_file(out / "index.html") as aside:
-        aside.write_text(page, encoding="utf-8")
+    write_file(out / "index.html", page.encode())
 
 
 def draw_grid(results: dict[str, Results], captions: Sequence[Caption]) -> Image.Image:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import json
 import time
@@ -21,7 +22,7 @@ from arcflow_jax.evaluate.features import CLIP, Clip, Inception, centre, resized
 from arcflow_jax.evaluate.frechet import Moments
 from arcflow_jax.evaluate.image_sets import Folder, ImageSet
 from arcflow_jax.schema import SHA256, Count
-from arcflow_jax.storage.atomic import cannot_write, whole_file
+from arcflow_jax.storage.atomic import cannot_write, write_file
 from arcflow_jax.storage.files import file_size, parse_json
 from arcflow_jax.storage.lock import one_writer
 
@@ -80,8 +81,10 @@ class Statistics:
             for metric, moments in self.moments.items()
             for field, value in vars(moments).items()
         }
-        with cannot_write(file), whole_file(file) as aside, aside.open("wb") as out:
-            np.savez(out, format=FORMAT, description=json.dumps(self.description), **arrays)
+        encoded = io.BytesIO()
+        np.savez(encoded, format=FORMAT, description=json.dumps(self.description), **arrays)
+        with cannot_write(file):
+            write_file(file, encoded.getvalue())
 
     @classmethod
     def read(cls, file: Path) -> Statistics:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 from arcflow_jax.data.prompts import library
-from arcflow_jax.storage.atomic import whole_file
+from arcflow_jax.storage.atomic import write_file
 
 LINES = {  # label, colour, style
     "total": ("total", "#1c1917", "-"),
@@ -48,5 +49,6 @@ def plot(report: dict[str, Any], path: Path) -> None:
         f"over {identity['prompts']} prompts",
         fontsize="medium",
     )
-    with whole_file(path) as aside:
-        figure.savefig(aside, format="png")
+    encoded = io.BytesIO()
+    figure.savefig(encoded, format="png")
+    write_file(path, encoded.getvalue())

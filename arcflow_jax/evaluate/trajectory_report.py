@@ -32,7 +32,7 @@ from arcflow_jax.evaluate.comparison import Comparison
 from arcflow_jax.evaluate.trajectory import Grid
 from arcflow_jax.evaluate.trajectory_files import Batch, Report
 from arcflow_jax.evaluate.trajectory_plot import plot
-from arcflow_jax.storage.atomic import append, cannot_write, make_directory, whole_file
+from arcflow_jax.storage.atomic import append, cannot_write, make_directory, write_file
 from arcflow_jax.storage.files import digest, parse_json, read_json, read_lines, write_json
 from arcflow_jax.storage.lock import one_writer
 
@@ -125,8 +125,7 @@ def read_partial(path: Path, identity: dict[str, Any]) -> Tally:
         header = {"format": FORMAT, "version": VERSION, "identity": identity}
         lines = [json.dumps(header).encode() + b"\n"]
     if lines != found:
-        with whole_file(path) as aside:
-            aside.write_bytes(b"".join(lines))
+        write_file(path, b"".join(lines))
     check_identity(path, parse_json(lines[0], path), identity)
     for number, line in enumerate(lines[1:], 2):
         where = f"{path}, line {number}"

@@ -1,23 +1,31 @@
 """Files and directories that appear complete or not at all, and the checks before they are written.
 
-What is being written has a name of its own, `.NAME.<16 random digits>.tmp` or `.incomplete`, so two writers never share
-one, and no link can wait there. What a killed run has left under such a name is removed by the next writer of the same
-path, if it is the only one (see `lock`).
+In a bucket an object appears when its upload ends. A directory is written in place there, and is complete once it has
+its description, which is written last; until then it has an object `.incomplete`.
+
+On a disk, what is being written has a name of its own, `.NAME.<16 random digits>.tmp` or `.incomplete`, so two writers
+never share one, and no link can wait there. What a killed run has left under such a name is removed by the next writer
+of the same path, if it is the only one (see `lock`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from arcflow_jax.errors import UserError
+from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.storage.lock import check_place, hidden, is_writer, one_writer, unfinished_name
+from arcflow_jax.storage.paths import UNFINISHED, growing, in_bucket, remove_tree
+
+if TYPE_CHECKING:
+    from arcflow_jax.storage.bucket import BucketPath
 
 
 @contextlib.contextmanager
@@ -26,21 +34,23 @@ def cannot_write(what: object) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {what}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {what}: {error.strerror or one_line(error)}") from error
 
 
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a new, empty file beside `path` to write to. It becomes `path` at the end, or is removed after an error.
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file, which appears complete or not at all. A link at `path` is replaced, not followed.
 
-    A link at `path` is replaced, not followed. An error passes through as it is; `cannot_write` around it makes a
-    UserError of an OSError.
+    Raises:
+      OSError: as it is; `cannot_write` around it makes a UserError of it.
     """
+    if in_bucket(path):
+        return path.write_bytes(data)
     clear_leftovers(path)
     aside = hidden(path, f"{secrets.token_hex(8)}.tmp")
-    os.close(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        yield aside
+        with open(descriptor, "wb") as file:
+            file.write(data)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -50,9 +60,15 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_directory(out: Path, needed: int) -> Iterator[Path]:
     """Yields a new directory beside `out` to write to. It becomes `out` at the end, or is removed after an error.
 
+    In a bucket it yields `out` itself. There the file that makes the directory complete has to be written last.
+
     Raises:
       UserError: if the disk has no room for `needed` bytes, or on any OSError.
     """
+    if in_bucket(out):
+        with cannot_write(out), in_place(out):
+            yield out
+        return
     with cannot_write(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(out)
@@ -65,34 +81,56 @@ def whole_directory(out: Path, needed: int) -> Iterator[Path]:
         except UserError as error:  # which may name a file in what is removed now
             raise UserError(str(error).replace(str(aside), str(out))) from error
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            remove_tree(aside)
 
 
 @contextlib.contextmanager
-def new_output(out: Path) -> Iterator[None]:
-    """`one_writer` of a directory that must not have content yet. Raises UserError as it and `refuse_used` do."""
-    refuse_used(out)
+def in_place(out: BucketPath) -> Iterator[None]:
+    """Around the writing of a directory in a bucket: after an error nothing of it is left."""
+    out.rmtree()  # of a killed writer: `refuse_used` has found nothing else
+    (out / UNFINISHED).write_bytes(b"")
+    try:
+        yield
+    except BaseException:
+        out.rmtree()
+        raise
+    (out / UNFINISHED).unlink()
+
+
+@contextlib.contextmanager
+def new_output(out: Path, description: str) -> Iterator[None]:
+    """`one_writer` of a directory that must not have content yet. Raises UserError as it and `refuse_used` do.
+
+    Args:
+      description: the file in it that is written last, see `whole_directory`.
+    """
+    refuse_used(out, description)
     with one_writer(out):
-        refuse_used(out)  # another writer may have ended just now
+        refuse_used(out, description)  # another writer may have ended just now
         yield
 
 
 def clear_leftovers(path: Path) -> None:
     """Removes what killed writers of `path` have left beside it, if this process is now its only writer."""
-    if not is_writer(path):
+    if in_bucket(path) or not is_writer(path):
         return
     ours = re.compile(re.escape(hidden(path, "").name) + r"[0-9a-f]{16}\.(tmp|incomplete)")
     with os.scandir(path.parent) as entries:
         found = [entry for entry in entries if ours.fullmatch(entry.name)]
     for entry in found:  # a link of such a name is none of ours
         if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path, ignore_errors=True)
+            remove_tree(Path(entry.path))
         elif entry.is_file(follow_symlinks=False):
             Path(entry.path).unlink(missing_ok=True)
 
 
 def append(path: Path) -> TextIO:
-    """Opens a text file to append to. Raises OSError, also if it is a link."""
+    """Opens a text file to append to. Raises OSError, also if it is a link.
+
+    In a bucket it is a `bucket.Growing`.
+    """
+    if in_bucket(path):
+        return io.TextIOWrapper(growing(path), "utf-8", write_through=True)
 
     def no_link(name: str, flags: int) -> int:
         return os.open(name, flags | os.O_NOFOLLOW, 0o666)
@@ -103,9 +141,13 @@ def append(path: Path) -> TextIO:
 def unfinished(out: Path) -> Path:
     """The directory beside `out` in which its one writer collects what the next one resumes from.
 
+    It has a file `UNFINISHED`, which says what is collected, until `finish`. In a bucket it is `out` itself.
+
     Raises:
       UserError: if it is not a directory, or has a link in it: none of ours has.
     """
+    if in_bucket(out):
+        return out
     aside = unfinished_name(out)
     for path in (aside, *(aside.iterdir() if aside.is_dir() and not aside.is_symlink() else ())):
         if path.is_symlink():
@@ -113,16 +155,36 @@ def unfinished(out: Path) -> Path:
     return aside
 
 
+def finish(out: Path) -> None:
+    """Gives what `unfinished` holds its name, `out`; that may be an empty directory. Raises OSError."""
+    aside = unfinished(out)
+    (aside / UNFINISHED).unlink(missing_ok=True)
+    if aside != out:
+        if out.exists():
+            out.rmdir()
+        os.replace(aside, out)
+
+
 def check_room(out: Path, needed: int) -> None:
     """Raises UserError if the disk that `out` will be on has no room for `needed` bytes."""
+    if in_bucket(out):
+        return
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise UserError(f"cannot write {out}: it needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free")
 
 
-def refuse_used(out: Path) -> None:
-    """Raises UserError unless `out` is an empty directory, or does not exist and can be made."""
+def refuse_used(out: Path, description: str) -> None:
+    """Raises UserError unless `out` is an empty directory, or does not exist and can be made.
+
+    In a bucket it may hold what a killed writer has left: the description is missing.
+    """
     check_place(out)
+    if in_bucket(out):
+        with cannot_write(out):
+            if not (out / description).exists() and ((out / UNFINISHED).exists() or not out.exists()):
+                return
+        raise UserError(f"{out} exists already: name a directory that does not exist, or remove it first")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists already: name a directory that does not exist, or remove it first")
 

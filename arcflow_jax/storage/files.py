@@ -6,7 +6,6 @@ import codecs
 import contextlib
 import hashlib
 import json
-import os
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -16,7 +15,8 @@ import msgspec
 
 from arcflow_jax import schema
 from arcflow_jax.errors import UserError, one_line
-from arcflow_jax.storage.atomic import whole_file
+from arcflow_jax.storage.atomic import write_file
+from arcflow_jax.storage.paths import in_bucket
 
 T = TypeVar("T")
 
@@ -44,15 +44,13 @@ def file_size(path: Path, most: int | None = None) -> int:
     return found.st_size
 
 
-def local_path(source: str | Path) -> Path:
-    """A path that a user named and that may not exist. Raises UserError if it cannot exist: its name is too long, …"""
-    path = Path(source)
-    try:
-        path.exists()
-        os.fspath(path).encode()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {one_line(source)}: {getattr(error, 'strerror', None) or error}") from None
-    return path
+def read_range(path: Path, start: int, end: int) -> bytes:
+    """Some bytes of a file. Raises OSError."""
+    if in_bucket(path):
+        return path.read_bytes(start, end)
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(end - start)
 
 
 def is_inside(name: str) -> bool:
@@ -158,8 +156,7 @@ def write_own(path: Path, value: Any, name: str, version: int) -> None:
 
 def write_json(path: Path, value: dict[str, Any] | list[Any]) -> None:
     """Writes a JSON file, which appears complete or not at all. Raises OSError."""
-    with whole_file(path) as aside:
-        aside.write_text(json.dumps(value, indent=2) + "\n")
+    write_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def digest(values: Iterable[Any]) -> str:

@@ -2,7 +2,7 @@
 
 The lock is a file beside the output, `.NAME.lock`, with process id and host of its writer. It is removed at the end. A
 lock that a killed process has left on the same host is taken over. On another host nobody can tell whether the process
-still runs, so the error names the file to remove.
+still runs, so the error names the file to remove. In a bucket it is a lease, see `lease`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,18 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import SoftFileLock, Timeout
 
 from arcflow_jax.errors import UserError
+from arcflow_jax.storage.paths import in_bucket
+
+if TYPE_CHECKING:
+    from arcflow_jax.storage.bucket import BucketPath
 
 NAME_BYTES = 200  # of an output's name in a hidden name: 255 are allowed, and endings have room in the rest
+POLL_SECONDS = 0.5  # of a writer that waits
 _held: list[Path] = []  # what this process writes
 
 
@@ -39,6 +45,10 @@ def one_writer(out: Path, *, wait: bool = False) -> Iterator[None]:
     """
     check_place(out)
     out = named(out)
+    if in_bucket(out):
+        with holding(out, wait):
+            yield
+        return
     lock = SoftFileLock(hidden(out, "lock"), is_singleton=True)  # a singleton can be acquired again by its thread
     with contextlib.ExitStack() as stack:
         try:
@@ -50,6 +60,32 @@ def one_writer(out: Path, *, wait: bool = False) -> Iterator[None]:
         _held.append(out)
         stack.callback(_held.remove, out)
         yield
+
+
+@contextlib.contextmanager
+def holding(out: BucketPath, wait: bool) -> Iterator[None]:
+    """`one_writer` in a bucket."""
+    from arcflow_jax.storage import lease  # not at the top: it takes time, and few need it
+    from arcflow_jax.storage.bucket import BucketPath
+
+    place = BucketPath(hidden(out, "lock"))
+    try:
+        while True:
+            try:
+                release = lease.acquire(place)
+                break
+            except lease.Held as error:
+                told = describe(out, place, error.holder.seen if error.holder is not None else None)
+                if not wait:
+                    raise UserError(told) from None
+                print(f"waiting: {told}", flush=True)
+                time.sleep(POLL_SECONDS)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        release()
 
 
 def is_writer(path: Path) -> bool:
@@ -65,6 +101,8 @@ def unfinished_name(out: Path) -> Path:
 
 def named(path: Path) -> Path:
     """The same path, absolute and without links in the directories above it."""
+    if in_bucket(path):
+        return path
     return path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
 
 
@@ -84,6 +122,10 @@ def cut_to_bytes(text: str, most: int) -> str:
 
 def check_place(out: Path) -> None:
     """Raises UserError if an output is a link, as what it leads to would be written in its place, or lies in a file."""
+    if in_bucket(out):
+        if len(out.parts) < 4:
+            raise UserError(f"cannot write {out}: name a path in the bucket, {out}/NAME")
+        return
     try:
         link = os.readlink(out) if out.is_symlink() else None
         file = next((parent for parent in out.parents if parent.is_file()), None)
@@ -108,7 +150,7 @@ def acquire(lock: SoftFileLock, out: Path, wait: bool) -> None:
         if not wait:
             raise UserError(held_by(out, file))
         print(f"waiting: {held_by(out, file)}", flush=True)
-        lock.acquire(timeout=-1, poll_interval=0.5)
+        lock.acquire(timeout=-1, poll_interval=POLL_SECONDS)
         return
 
 
@@ -120,13 +162,20 @@ def held_by(out: Path, file: Path) -> str:
             break
         time.sleep(0.05)
         holder = read_holder(file)
+    return describe(out, file, holder)
+
+
+def describe(out: Path, file: Path, holder: tuple[int, str, float] | None) -> str:
+    """Who writes `out`, its process id, host and since when, and what to do."""
     if holder is None:
         return f"{out} is locked by {file}, which names no process: remove it if nothing writes {out}"
     process, host, since = holder
     here = host == socket.gethostname()
     who = "this process" if here and process == os.getpid() else f"process {process} on {host}"
     text = f"{out} is being written by {who} since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(since))}"
-    return text + (": wait for it, or name another" if here else f": if that process is dead, remove {file}")
+    if here or in_bucket(out):
+        return f"{text}: wait for it, or name another"
+    return f"{text}: if that process is dead, remove {file}"
 
 
 def read_holder(file: Path) -> tuple[int, str, float] | None:

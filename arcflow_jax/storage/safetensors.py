@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from arcflow_jax import schema
 from arcflow_jax.errors import UserError, first_few, one_line
-from arcflow_jax.storage.atomic import whole_file
-from arcflow_jax.storage.files import cannot_read, file_size, is_inside, parse_json, read_json
+from arcflow_jax.schema import Size
+from arcflow_jax.storage.atomic import write_file
+from arcflow_jax.storage.files import cannot_read, file_size, is_inside, parse_json, read_json, read_range
+from arcflow_jax.storage.paths import in_bucket
 
 STEMS = ("diffusion_pytorch_model", "model")  # file names of diffusers and of transformers
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -69,27 +68,36 @@ class FileTensor:
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         size = math.prod(self.shape)
-        try:
-            array = np.fromfile(self.path, self.dtype, size, offset=self.offset)
-        except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
+        with cannot_read(self.path):
+            if in_bucket(self.path):
+                end = self.offset + size * self.dtype.itemsize
+                array = np.frombuffer(self.path.read_bytes(self.offset, end) if size else b"", self.dtype)
+            else:
+                array = np.fromfile(self.path, self.dtype, size, offset=self.offset)
         if array.size != size:
             raise UserError(f"{self.path} became shorter while it was being read")
         return array.reshape(self.shape).astype(dtype or self.dtype, copy=False)
 
 
-def write_file(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file, complete or not at all. Raises OSError."""
-    with whole_file(path) as aside:
-        mode = aside.stat().st_mode
-        try:
-            save_file(dict(tensors), aside, dict(metadata or {}) or None)
-        except SafetensorError as error:  # its form of an OSError
-            code = re.search(r"os error (\d+)", str(error))
-            if code is None:
-                raise
-            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
-        aside.chmod(mode)  # safetensors makes files that only their owner can read
+    write_file(path, save(dict(tensors), dict(metadata or {}) or None))
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What a safetensors header says of one tensor: `data_offsets` are its first byte and that after its last."""
+
+    dtype: str
+    shape: tuple[Size, ...]
+    data_offsets: tuple[Size, Size]
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype is {self.dtype!r}, which is not supported")
+        start, end = self.data_offsets
+        if end - start != math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize:
+            raise UserError(f"data_offsets are {start} and {end}, which its shape and dtype do not fill")
 
 
 def read_header(path: Path) -> dict[str, FileTensor]:
@@ -98,38 +106,46 @@ def read_header(path: Path) -> dict[str, FileTensor]:
     Raises:
       UserError: if the file is missing, truncated or corrupt, or has a dtype that is not in `DTYPES`.
     """
-    file_size(path)
-    try:
-        with safe_open(path, "np"):  # checks lengths, offsets and JSON, and refuses a header of more than 100 MB
-            pass
-        with cannot_read(path), path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = parse_json(file.read(length), path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is truncated or corrupt: {cut_short(path) or one_line(error)}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or one_line(error)}") from None
+    header, first = parse_header(path)
     header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise UserError(f"{path}: {one_line(name)} has dtype {entry['dtype']}, which is not supported")
-        offset = 8 + length + entry["data_offsets"][0]
-        tensors[name] = FileTensor(path, offset, tuple(entry["shape"]), np.dtype(DTYPES[entry["dtype"]]))
-    return tensors
+    entries = {name: schema.parse(Entry, value, f"{path}: {one_line(name)}") for name, value in header.items()}
+    end, room = 0, file_size(path) - first
+    if cut := [name for name, entry in entries.items() if entry.data_offsets[1] > room]:
+        raise damaged(path, f"it ends before {len(cut)} of its tensors ({first_few(cut)})")
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        if entry.data_offsets[0] != end:
+            raise damaged(path, f"{one_line(name)} does not begin where the tensor before it ends")
+        end = entry.data_offsets[1]
+    if end != room:
+        raise damaged(path, f"{room - end} bytes follow its last tensor")
+    return {
+        name: FileTensor(path, first + entry.data_offsets[0], entry.shape, np.dtype(DTYPES[entry.dtype]))
+        for name, entry in entries.items()
+    }
 
 
-def cut_short(path: Path) -> str | None:
-    """Which tensors lie beyond the end of the file, if its header can be read; otherwise None."""
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The texts that a safetensors file has besides tensors. Raises UserError if it is damaged."""
+    return schema.nested(parse_header(path)[0], "__metadata__")
+
+
+def parse_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and at which byte the tensors begin. Raises UserError if it is damaged."""
+    size = file_size(path)
+    with cannot_read(path):
+        length = int.from_bytes(read_range(path, 0, 8), "little") if size >= 8 else 0
+        if not 0 < length <= min(HEADER, size - 8):
+            raise damaged(path, "it has no header")
+        text = read_range(path, 8, 8 + length)
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = parse_json(file.read(min(length, HEADER)), path)
-        room = path.stat().st_size - 8 - length
-        cut = [name for name, entry in header.items() if name != "__metadata__" and entry["data_offsets"][1] > room]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
-    return f"it ends before {len(cut)} of its tensors ({first_few(cut)})" if cut else None
+        return parse_json(text, path), 8 + length
+    except UserError as error:
+        raise damaged(path, f"its header {str(error).removeprefix(f'{path} ')}") from None
+
+
+def damaged(path: Path, why: str) -> UserError:
+    """The error of a damaged file."""
+    return UserError(f"{path} is truncated or corrupt: {why}")
 
 
 def read_file(path: Path) -> dict[str, FileTensor]:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from arcflow_jax.data.embeddings import (
     CacheDescription,
     checked_row,
     read_cache,
-    read_description,
     shard_path,
     write_shard,
 )
@@ -33,8 +31,9 @@ from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.errors import UserError
 from arcflow_jax.parallel.mesh import make_mesh
 from arcflow_jax.parallel.processes import from_part
-from arcflow_jax.storage.atomic import cannot_write, check_room, new_output, unfinished
-from arcflow_jax.storage.files import digest, file_digest, write_own
+from arcflow_jax.storage.atomic import cannot_write, check_room, finish, new_output, unfinished
+from arcflow_jax.storage.files import digest, file_digest, read_own, write_own
+from arcflow_jax.storage.paths import UNFINISHED, as_path
 from arcflow_jax.storage.safetensors import read_header
 from arcflow_jax.training.recipe import Recipe
 
@@ -69,8 +68,8 @@ def embed_prompts(recipe: Recipe, out: Path) -> Path:
       UserError: if the prompts or the model do not fit the recipe, `out` exists or cannot be written, or an
         unfinished cache beside it is of other prompts or text encoders.
     """
-    out = out.absolute()
-    with new_output(out):
+    out = as_path(out).absolute()
+    with new_output(out, DESCRIPTION):
         cut = write_cache(recipe, out)
     if cut:
         print(f"{cut} prompts had more tokens than the text encoder takes, and were cut", flush=True)
@@ -98,22 +97,22 @@ def write_cache(recipe: Recipe, out: Path) -> int:
             encode = directory.family.prompts(directory, recipe.dtype, mesh)
             write_shards(missing, encode, recipe.batch, total=len(prompts))
         cut = sum(int(np.asarray(read_header(path)["cut"]).sum()) for path in paths)
-        if out.exists():  # an empty directory
-            out.rmdir()
-        os.replace(aside, out)
+        write_own(aside / DESCRIPTION, description, FORMAT, VERSION)
+        finish(out)
     return cut
 
 
 def begin_cache(aside: Path, description: CacheDescription) -> None:
     """Makes the directory that a cache is written to, or checks that an unfinished one there is of the same prompts."""
-    if (aside / DESCRIPTION).exists():
-        if read_description(aside) != description:
-            raise UserError(
-                f"{aside} is an unfinished cache of other prompts or text encoders: remove it, or name another --out"
-            )
+    begun = aside / UNFINISHED
+    if begun.exists() and read_own(CacheDescription, begun, FORMAT, VERSION) == description:
         return
+    if begun.exists() or (aside.exists() and any(aside.iterdir())):
+        raise UserError(
+            f"{aside} is an unfinished cache of other prompts or text encoders: remove it, or name another --out"
+        )
     aside.mkdir(parents=True, exist_ok=True)
-    write_own(aside / DESCRIPTION, description, FORMAT, VERSION)
+    write_own(begun, description, FORMAT, VERSION)
 
 
 def write_shards(shards: Mapping[Path, Sequence[str]], encode: Any, batch: int, total: int) -> None:
@@ -169,7 +168,7 @@ class CachedPrompts:
     """
 
     def __init__(self, folder: str | Path, directory: ModelDirectory, dtype: str, mesh: Mesh, prompts: Iterable[str]):
-        self.folder, self.directory, self.mesh = Path(folder), directory, mesh
+        self.folder, self.directory, self.mesh = as_path(folder), directory, mesh
         description, self.shards, texts = read_cache(self.folder)
         if description.encoders != encoders_fingerprint(directory):
             raise UserError(f"the embeddings in {folder} are of other text encoders than those of {directory.path}")

@@ -36,7 +36,7 @@ from arcflow_jax.data.output import save_image
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.parallel.processes import is_main
 from arcflow_jax.schema import TrainingSteps
-from arcflow_jax.storage.atomic import append, make_directory, whole_file
+from arcflow_jax.storage.atomic import append, make_directory, write_file
 from arcflow_jax.storage.files import json_records, parse_json, read_json, read_lines, write_json
 from arcflow_jax.training.recipe import Recipe
 
@@ -153,8 +153,7 @@ def forget_after(path: Path, step: int) -> None:
         return
     lines = [(where, line) for where, line in read_lines(path) if line.endswith(b"\n")]
     kept = [line for where, line in lines if schema.parse(Line, parse_json(line, where), where).step <= step]
-    with whole_file(path) as aside:
-        aside.write_bytes(b"".join(kept))
+    write_file(path, b"".join(kept))
 
 
 def read_losses(path: Path) -> list[tuple[int, float]]:

@@ -16,6 +16,7 @@ from arcflow_jax.parallel.mesh import state_shardings
 from arcflow_jax.parallel.preemption import Preemption
 from arcflow_jax.parallel.processes import is_main, local_part
 from arcflow_jax.storage.lock import one_writer
+from arcflow_jax.storage.paths import as_path
 from arcflow_jax.training.embeddings import CachedPrompts
 from arcflow_jax.training.latents import LatentEncoder
 from arcflow_jax.training.log import RunLog
@@ -40,7 +41,7 @@ def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None
         written.
       Preempted: on SIGTERM, once a checkpoint is written.
     """
-    run = Path(recipe.out)
+    run = as_path(recipe.out)
     if step is not None and not (run / DESCRIPTION).exists():  # before the directory is made
         raise UserError(f"{run} has no checkpoint {step}: no run was begun there; leave --step out")
     # The processes of one run are one writer

@@ -35,6 +35,7 @@ from arcflow_jax.schema import (
     no_default,
 )
 from arcflow_jax.storage.files import read_json, write_json
+from arcflow_jax.storage.paths import as_path
 from arcflow_jax.training.optimizer import OptimizerConfig
 from arcflow_jax.training.overrides import checked, flatten, kind_of, parsed
 from arcflow_jax.training.state import EmaConfig
@@ -236,7 +237,7 @@ def read_config(recipe: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 def load(name: str) -> ModuleType:
     """The module of a bundled recipe, or of a file. Raises UserError if there is none, or importing it fails."""
-    path = Path(name)
+    path = as_path(name)
     try:
         if path.suffix == ".py":
             if not path.is_file():

@@ -1,0 +1,139 @@
+"""One writer of an output in a bucket: whoever writes it holds a lease meanwhile, an object beside the output.
+
+The object is made only if there is none, so of two writers one gets it. It has process id and host of its writer, and
+when it was last renewed. A writer renews its lease in a thread. A lease that was not renewed for `EXPIRES` seconds, or
+whose process has ended on the same host, is taken over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import threading
+import time
+from typing import Any
+
+import msgspec
+
+from arcflow_jax.errors import UserError
+from arcflow_jax.storage.bucket import BucketPath
+
+RENEWED = 30.0  # seconds between renewals
+EXPIRES = 180.0  # seconds after which nobody renews any more
+SETTLED = 1.0  # seconds after which a taken lease is read again: two processes may have taken over the same one
+
+
+class Holder(msgspec.Struct, frozen=True):
+    """The content of a lease's object. Times are seconds since 1970."""
+
+    process: int
+    host: str
+    since: float
+    renewed: float
+
+    @classmethod
+    def myself(cls) -> Holder:
+        """This process, from now."""
+        return cls(os.getpid(), socket.gethostname(), time.time(), time.time())
+
+    @property
+    def seen(self) -> tuple[int, str, float]:
+        """What a refused writer is told: process id, host, and since when."""
+        return self.process, self.host, self.since
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nobody holds the lease any more."""
+        if self.host != socket.gethostname():
+            return time.time() - self.renewed > EXPIRES
+        try:
+            os.kill(self.process, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        return False
+
+
+class Held(Exception):
+    """Another process holds the lease."""
+
+    def __init__(self, holder: Holder | None):
+        super().__init__(holder)
+        self.holder = holder
+
+
+@dataclasses.dataclass
+class Lease:
+    """A lease on an output that this process writes, once `acquire` has returned. It renews itself until `release`."""
+
+    object: BucketPath
+
+    def acquire(self) -> None:
+        """Takes the lease. Raises Held if another process has it, and OSError."""
+        self.mine = Holder.myself()
+        try:
+            self.write(new=True)
+        except FileExistsError:
+            holder = read(self.object)
+            if holder is None or not holder.has_ended:
+                raise Held(holder) from None
+            self.object.unlink(missing_ok=True)
+            try:
+                self.write(new=True)
+            except FileExistsError:
+                raise Held(read(self.object)) from None
+            time.sleep(SETTLED)
+            if (now := read(self.object)) is None or (now.process, now.host) != (self.mine.process, self.mine.host):
+                raise Held(now) from None
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.renew, daemon=True)
+        self.thread.start()
+
+    def write(self, new: bool = False) -> None:
+        self.object.write_bytes(msgspec.json.encode(self.mine), new=new)
+
+    def renew(self) -> None:
+        """Renews the lease until it is released. A renewal that fails is tried again: the lease lasts longer."""
+        while not self.ended.wait(RENEWED):
+            self.mine = msgspec.structs.replace(self.mine, renewed=time.time())
+            try:
+                self.write()
+            except (OSError, UserError) as error:
+                print(f"could not renew {self.object}: {error}", flush=True)
+
+    def release(self) -> None:
+        """Gives the lease back."""
+        self.ended.set()
+        self.thread.join()
+        self.object.unlink(missing_ok=True)
+
+
+def read(path: BucketPath) -> Holder | None:
+    """Who holds a lease; None if there is none, or something else is there."""
+    try:
+        return msgspec.json.decode(path.read_bytes(0, 4096), type=Holder)
+    except (FileNotFoundError, msgspec.MsgspecError):
+        return None
+
+
+leases: dict[tuple[str, int], tuple[Lease, int]] = {}  # of this process, by output and thread, and how often it is held
+
+
+def acquire(path: BucketPath) -> Any:
+    """Takes the lease of an output, or takes it once more; returns what releases it. Raises Held and OSError."""
+    key = str(path), threading.get_ident()
+    lease, times = leases.get(key, (Lease(path), 0))
+    if not times:
+        lease.acquire()
+    leases[key] = lease, times + 1
+
+    def release() -> None:
+        lease, times = leases.pop(key)
+        if times > 1:
+            leases[key] = lease, times - 1
+        else:
+            lease.release()
+
+    return release
