@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 # Reads prompts from Parquet files and from data sets on the hub
 DATA = ["datasets>=4", "pyarrow>=18"]
+# Paths in buckets
+BUCKETS = {"gcs": ["gcsfs>=2026.1"], "s3": ["s3fs>=2026.1"]}
 # Plots the results of `arcflow evaluate`
 PLOTS = ["matplotlib>=3.9"]
 
@@ -39,8 +41,10 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "chex>=0.1.90",
+        "etils>=1.9",
         "filelock>=4.0.4",
         "flax>=0.12.8,<0.13",
+        "fsspec>=2026.1",
         "grain>=0.2.10",
         "huggingface_hub>=1.3",
         "jax>=0.10.0,<0.13",
@@ -64,12 +68,19 @@ setup(
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "data": DATA,
+        **BUCKETS,
         # The trajectory plot; FID, pFID and CLIP score, whose networks run in PyTorch
         "eval": [*PLOTS, "torch>=2.8", "transformers>=5.5,<6"],
         "test": [
             *DATA,
             *PLOTS,
+            *BUCKETS["gcs"],
+            *BUCKETS["s3"],
+            "gcp-storage-emulator>=2026.7",
             "hypothesis>=6.100",
+            "flask>=3",  # for moto's server
+            "flask-cors>=5",
+            "moto[s3]>=5.1",
             "pytest>=8.4",
             "pytest-xdist>=3.6",
             "ruff==0.17.6",

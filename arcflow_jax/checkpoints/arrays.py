@@ -100,6 +100,15 @@ class NumPyArrays(ocp.type_handlers.NumpyHandler):
         return Lazily(lambda: settled(super(NumPyArrays, self).metadata(*args)))
 
 
+def place(path: Path) -> Path:
+    """The same path as Orbax takes it: absolute, and on s3:// only if Orbax has learnt that."""
+    if str(path).startswith("s3://"):
+        from arcflow_jax.checkpoints import orbax_s3
+
+        orbax_s3.enable()
+    return path.absolute()
+
+
 def check_name(path: Path) -> None:
     """Raises UserError if `path` has the characters of a glob pattern: Orbax would not find its own files there."""
     if set(str(path)) & set("*?[\\"):

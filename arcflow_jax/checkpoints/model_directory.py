@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from arcflow_jax import families, schema
-from arcflow_jax.checkpoints.arrays import handler
+from arcflow_jax.checkpoints.arrays import handler, place
 from arcflow_jax.checkpoints.names import in_memory, on_disk
 from arcflow_jax.errors import UserError, first_few, one_line, out_of_memory
 from arcflow_jax.families import Family, Network
@@ -231,7 +231,7 @@ class ModelDirectory:
         )
         wanted = {on_disk(path): variable.get_value() for path, variable in flatten(targets).items()}
         self.check_files(component)
-        checkpoint = (self.path / component / CHECKPOINT).absolute()
+        checkpoint = place(self.path / component / CHECKPOINT)
         try:
             stored = unnest(handler().metadata(checkpoint).tree)
             stored = {path: array for path, array in stored.items() if not part or path.startswith(f"{part}.")}

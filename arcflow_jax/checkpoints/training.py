@@ -25,7 +25,7 @@ from flax import nnx
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from arcflow_jax import schema
-from arcflow_jax.checkpoints.arrays import check_name, handler
+from arcflow_jax.checkpoints.arrays import check_name, handler, place
 from arcflow_jax.checkpoints.model_directory import ComponentDescription
 from arcflow_jax.checkpoints.names import tree_in_memory, tree_on_disk
 from arcflow_jax.errors import UserError, one_line
@@ -192,7 +192,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep, create=not read_only, cleanup_tmp_directories=not read_only
         )
-        directory = (run / "checkpoints").absolute()
+        directory = place(run / "checkpoints")
         patiently(lambda: refuse_odd_files(directory))
         if not read_only:
             check_name(directory)

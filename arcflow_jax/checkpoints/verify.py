@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from arcflow_jax.checkpoints.arrays import handler
+from arcflow_jax.checkpoints.arrays import handler, place
 from arcflow_jax.checkpoints.model_directory import (
     CHECKPOINT,
     ArrayDigest,
@@ -115,11 +115,11 @@ def stored_arrays(checkpoint: Path, where: Path) -> Iterator[tuple[str, np.ndarr
     """The arrays of an Orbax checkpoint, one after the other, by their paths on disk. Raises UserError."""
     try:
         with ocp.Checkpointer(handler()) as checkpointer:
-            for path, kept in unnest(handler().metadata(checkpoint.absolute()).tree).items():
+            for path, kept in unnest(handler().metadata(place(checkpoint)).tree).items():
                 item = nest({path: jax.ShapeDtypeStruct(kept.shape, kept.dtype)})
                 restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
                 args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
-                yield path, np.asarray(unnest(checkpointer.restore(checkpoint.absolute(), args=args))[path])
+                yield path, np.asarray(unnest(checkpointer.restore(place(checkpoint), args=args))[path])
     except Exception as error:  # Orbax and TensorStore raise all kinds of errors, down to the bare Exception
         raise UserError(f"{where} is damaged: {one_line(error.__cause__ or error)}") from error
 

@@ -25,7 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from arcflow_jax.checkpoints.arrays import check_name
+from arcflow_jax.checkpoints.arrays import check_name, place
 
 CHUNK_BYTES = 2**22  # the unit of reading: small enough for a sharded restore to skip most of what it does not need
 # Each chunk ends with its XXH64 hash, which zstd compares when the chunk is read. (A CRC-32C would cost seven times
@@ -130,7 +130,7 @@ def write_checkpoint(path: Path, streams: Mapping[str, Any]) -> None:
         with ocp.Checkpointer(
             ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_zarr3=True)
         ) as checkpointer:
-            checkpointer.save(path, args=ocp.args.PyTreeSave(streams))
+            checkpointer.save(place(path), args=ocp.args.PyTreeSave(streams))
     except ValueError as error:  # TensorStore's form of an OSError
         code = re.search(r"os_error_code='(\d+)'", str(error))
         if code is None:

@@ -138,6 +138,12 @@ def append(path: Path) -> TextIO:
     return open(path, "a", opener=no_link)
 
 
+def upload(file: TextIO) -> None:
+    """Uploads a file that `append` has opened, if it is in a bucket. Raises OSError."""
+    if isinstance(file, io.TextIOWrapper) and hasattr(file.buffer, "upload"):
+        file.buffer.upload()
+
+
 def unfinished(out: Path) -> Path:
     """The directory beside `out` in which its one writer collects what the next one resumes from.
 

@@ -124,7 +124,8 @@ class BucketPath(Base):
         assert mode in ("r", "rb"), "an object is written as a whole"
         with told(self):
             file = self.store.open(str(self), "rb")
-        return file if mode == "rb" else io.TextIOWrapper(file, options.get("encoding", "utf-8"))
+        buffered = io.BufferedReader(file, 2**20)
+        return buffered if mode == "rb" else io.TextIOWrapper(buffered, options.get("encoding", "utf-8"))
 
     def read_bytes(self, start: int | None = None, end: int | None = None) -> bytes:
         """The object, or some bytes of it."""
@@ -146,6 +147,7 @@ class BucketPath(Base):
         self.write_bytes(text.encode(encoding))
 
     def unlink(self, missing_ok: bool = False) -> None:
+        """Removes the object. S3 does not say whether there was one."""
         with told(self, write=True), contextlib.suppress(*([FileNotFoundError] if missing_ok else [])):
             self.store.rm_file(str(self))
 

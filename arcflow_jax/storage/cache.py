@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from arcflow_jax.storage.paths import as_path
+
 CACHE = "ARCFLOW_CACHE"  # environment variable: the folder of all that the library caches
 MIN_SECONDS = 0.1  # programs that compile faster are not worth a file
 
 
 def cache_folder() -> Path:
     """The folder of everything that the library caches: ARCFLOW_CACHE, or ~/.cache/arcflow_jax."""
-    return Path(os.environ.get(CACHE) or "~/.cache/arcflow_jax").expanduser()
+    return as_path(os.environ.get(CACHE) or "~/.cache/arcflow_jax").expanduser()
 
 
 def enable_compilation_cache() -> None:

@@ -17,6 +17,7 @@ import importlib
 import json
 import math
 import time
+import types
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from PIL import Image
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import register_writer_factory
 
 from arcflow_jax import schema
 from arcflow_jax.console import duration, progress_bar
@@ -36,8 +38,9 @@ from arcflow_jax.data.output import save_image
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.parallel.processes import is_main
 from arcflow_jax.schema import TrainingSteps
-from arcflow_jax.storage.atomic import append, make_directory, write_file
+from arcflow_jax.storage.atomic import append, make_directory, upload, write_file
 from arcflow_jax.storage.files import json_records, parse_json, read_json, read_lines, write_json
+from arcflow_jax.storage.paths import as_path, growing
 from arcflow_jax.training.recipe import Recipe
 
 LOG = "log.jsonl"
@@ -69,6 +72,8 @@ class RunLog:
             forget_after(run / LOG, done)
             self.lines = append(run / LOG)
             (run / "tensorboard").mkdir(exist_ok=True)
+            for scheme in ("gs", "s3"):  # its own writers want Google's and Amazon's packages
+                register_writer_factory(scheme, GrowingFiles())
             # tensorboardX's SummaryWriter and FileWriter write in a thread, which a full disk ends unseen. This is the
             # writer that they call there
             self.tensorboard = EventsWriter(str(run / "tensorboard" / "events"), f".{done}")
@@ -113,6 +118,8 @@ class RunLog:
                 print(f"step {step} of {self.recipe.steps}: {text}, {left} left", flush=True)
             self.lines.write(json.dumps(finite(line)) + "\n")
             self.lines.flush()
+            if self.recipe.save_every and step % self.recipe.save_every == 0:
+                upload(self.lines)  # or a run that is killed after this checkpoint would lack lines up to it
             for name, value in scalars.items():
                 self._event(step=step, summary=summary.scalar(name, value))
             self.tensorboard.flush()
@@ -141,6 +148,18 @@ class RunLog:
             yield
         except OSError as error:
             raise UserError(f"cannot write to {self.run}, its checkpoints are intact: {error.strerror}") from error
+
+
+class GrowingFiles:
+    """How TensorBoard's writer opens a file in a bucket."""
+
+    def open(self, path: str) -> Any:
+        file = growing(as_path(path))
+        # Without `fileno`, which it would call
+        return types.SimpleNamespace(write=file.write, flush=file.flush, close=file.close)
+
+    def directory_check(self, path: str) -> None:
+        """Does nothing: folders do not exist."""
 
 
 def forget_after(path: Path, step: int) -> None:

@@ -25,7 +25,9 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.layers import Adapter
 from arcflow_jax.networks.student import AdapterConfig
+from arcflow_jax.storage.paths import as_path
 from arcflow_jax.training.state import Skipped, TrainState
+from tests.helpers.buckets import bucket
 from tests.helpers.full_disk import disk_for_files_up_to
 from tests.helpers.own_json import rewrite
 from tests.helpers.processes import child
@@ -284,13 +286,31 @@ def test_truncated_adapter_json(tmp_path):
         AdapterDescription.read(tmp_path)
 
 
+def test_checkpoints_on_s3():
+    """Which Orbax does not know by itself; on gs:// see tests/test_buckets.py."""
+    pytest.importorskip("moto")
+    with bucket("s3") as url:
+        run = as_path(f"{url}/run")
+        with Checkpoints(run, keep_last=2) as checkpoints:
+            for step in (1, 2, 3):
+                save(checkpoints, state(step))
+        assert [path.name for path in (run / "checkpoints").iterdir()] == ["2", "3"]
+        (run / "checkpoints" / "3" / "commit_success.txt").unlink()  # as if the save had been killed
+        with Checkpoints(run) as checkpoints:
+            assert checkpoints.latest == 2
+            assert_is(restore(checkpoints, state(0)), state(2))
+        assert [path.name for path in (run / "checkpoints").iterdir()] == ["2"]
+
+
 def test_a_file_that_no_memory_holds_is_refused(tmp_path):
     """TensorStore would end the process."""
     with Checkpoints(tmp_path) as checkpoints:
         save(checkpoints, state(1))
     file = tmp_path / "checkpoints" / "1" / "_CHECKPOINT_METADATA"
     os.truncate(file, 2**40)
-    with pytest.raises(UserError, match=r"_CHECKPOINT_METADATA has 1099511627776 bytes, but at most 68719476736 are read"):
+    with pytest.raises(
+        UserError, match=r"_CHECKPOINT_METADATA has 1099511627776 bytes, but at most 68719476736 are read"
+    ):
         Checkpoints(tmp_path, read_only=True).restore_adapter(state(1).ema)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Any
@@ -80,6 +81,7 @@ def serve_gs(port: int, faults: Faults) -> None:
 
 
 def serve_s3(port: int, faults: Faults) -> None:
+    import boto3
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
@@ -87,18 +89,16 @@ def serve_s3(port: int, faults: Faults) -> None:
 
     def app(environ: dict[str, Any], start: Callable) -> Iterable[bytes]:
         if status := faults():
-            code, message = ("AccessDenied", "Access Denied") if status == 403 else ("SlowDown", "Please reduce your rate")
+            code, message = (
+                ("AccessDenied", "Access Denied") if status == 403 else ("SlowDown", "Please reduce your rate")
+            )
             start(f"{status} {code}", [("Content-Type", "application/xml")])
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-            return [ERROR.format(code, message).encode()]
+            return [] if environ["REQUEST_METHOD"] == "HEAD" else [ERROR.format(code, message).encode()]
         return backend(environ, start)
-
-    import boto3
 
     kind, faults.kind = faults.kind, ""
     server = make_server(HOST, port, app, threaded=True)
-    import threading
-
     threading.Thread(target=server.serve_forever, daemon=True).start()
     boto3.client("s3", endpoint_url=f"http://{HOST}:{port}").create_bucket(Bucket=BUCKET)
     faults.kind = kind

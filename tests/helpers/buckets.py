@@ -1,0 +1,51 @@
+"""A bucket for a test: an emulator in a process of its own, and the environment variables that lead clients there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import fsspec
+import pytest
+
+from tests.helpers.bucket_server import BUCKET, HOST
+from tests.helpers.processes import ROOT, free_address
+
+
+@contextlib.contextmanager
+def bucket(scheme: str, faults: str = "") -> Iterator[str]:
+    """A bucket's URL, gs://bucket or s3://bucket. See `bucket_server` for the faults."""
+    port = free_address().rpartition(":")[2]
+    command = [sys.executable, "-m", "tests.helpers.bucket_server", scheme, port, *([faults] if faults else [])]
+    here = f"http://{HOST}:{port}"
+    account = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    account |= {"GOOGLE_CLOUD_PROJECT": "project", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+    places = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "AWS_ENDPOINT_URL")
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in (account | dict.fromkeys(places, here)).items():
+            patched.setenv(name, value)
+        server = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            assert server.stdout.readline() == b'"ready"\n'
+            forget_clients()
+            yield f"{scheme}://{BUCKET}"
+        finally:
+            server.kill()
+            server.communicate()
+            forget_clients()
+
+
+def forget_clients() -> None:
+    """Clients are made once in a process: the next one asks the environment variables again."""
+    for scheme in ("gs", "s3"):
+        fsspec.get_filesystem_class(scheme).clear_instance_cache()

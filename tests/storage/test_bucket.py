@@ -1,0 +1,256 @@
+"""Paths in a bucket, with the real clients of both stores, against emulators."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+
+import msgspec
+import pytest
+
+from arcflow_jax.errors import UserError
+from arcflow_jax.storage import bucket as bucket_module
+from arcflow_jax.storage import lease
+from arcflow_jax.storage.atomic import append, new_output, whole_directory, write_file
+from arcflow_jax.storage.files import read_json, read_lines, write_json
+from arcflow_jax.storage.lock import hidden, one_writer
+from arcflow_jax.storage.paths import as_path, file_test, in_bucket, local_copy, remove_tree, sizes_below
+from tests.helpers.buckets import bucket
+from tests.helpers.processes import child
+
+HOLD = """
+import sys, time
+from arcflow_jax.storage.lock import one_writer
+from arcflow_jax.storage.paths import as_path
+with one_writer(as_path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture(scope="module", params=["gs", "s3"])
+def root(request):
+    pytest.importorskip({"gs": "gcp_storage_emulator", "s3": "moto"}[request.param])
+    with bucket(request.param) as url:
+        yield url
+
+
+@pytest.fixture
+def folder(root, request):
+    path = as_path(f"{root}/{request.node.name}".replace("[", "-").replace("]", ""))
+    remove_tree(path)
+    return path
+
+
+def test_a_path_has_what_pathlib_has(folder):
+    file = folder / "deep" / "a.json"
+    assert in_bucket(file)
+    assert str(file.parent) == f"{folder}/deep"
+    assert not file.exists()
+    assert not folder.is_dir()
+    file.write_bytes(b"0123456789")
+    assert file.is_file()
+    assert not file.is_dir()
+    assert folder.is_dir()
+    assert (folder / "deep").is_dir()
+    assert file.stat().st_size == 10
+    assert abs(file.stat().st_mtime - time.time()) < 60
+    assert file.read_bytes(2, 5) == b"234"
+    assert list(folder.iterdir()) == [folder / "deep"]
+    assert list((folder / "deep").glob("*.json")) == [file]
+    assert not list((folder / "deep").glob("*.txt"))
+    assert list(folder.rglob("*")) == [file]
+    assert sizes_below(folder) == {"deep/a.json": 10}
+    is_file = file_test(folder)
+    assert is_file(file)
+    assert not is_file(folder / "b")
+    with local_copy(folder / "deep") as local:
+        assert (local / "a.json").read_bytes() == b"0123456789"
+    with pytest.raises(FileExistsError):
+        file.write_bytes(b"", new=True)
+    (folder / "b").write_bytes(b"", new=True)
+    remove_tree(folder)
+    assert not folder.exists()
+    file.unlink(missing_ok=True)
+    with pytest.raises(FileNotFoundError):
+        file.read_bytes()
+
+
+def test_what_another_process_writes_is_seen(folder):
+    assert not (folder / "new").exists()
+    assert not folder.exists()
+    script = "import sys; from arcflow_jax.storage.paths import as_path; as_path(sys.argv[1]).write_bytes(b'1')"
+    assert child(script, folder / "new").wait() == 0
+    assert (folder / "new").exists()
+    assert list(folder.iterdir()) == [folder / "new"]
+
+
+def test_files(folder):
+    write_json(folder / "a.json", {"a": 1})
+    assert read_json(folder / "a.json") == {"a": 1}
+    write_file(folder / "lines", b"one\ntwo\n")
+    assert [line for _, line in read_lines(folder / "lines")] == [b"one\n", b"two\n"]
+    with pytest.raises(UserError, match=r"b\.json is missing"):
+        read_json(folder / "b.json")
+
+
+def test_a_file_that_grows(folder, monkeypatch):
+    path = folder / "log"
+    with append(path) as log:
+        log.write("one\n")
+        log.flush()
+        assert path.read_text() == "one\n"
+        log.write("two\n")
+        log.flush()
+        assert path.read_text() == "one\n"  # not so soon again
+        later = time.monotonic() + 31
+        monkeypatch.setattr(bucket_module.time, "monotonic", lambda: later)
+        log.flush()
+        assert path.read_text() == "one\ntwo\n"
+        log.write("three\n")
+    assert path.read_text() == "one\ntwo\nthree\n"
+    with append(path) as log:
+        log.write("four\n")
+    assert path.read_text() == "one\ntwo\nthree\nfour\n"
+
+
+def test_a_directory_is_whole_or_not_there(folder):
+    out = folder / "out"
+
+    def fail() -> None:
+        with new_output(out, "done.json"), whole_directory(out, 10) as aside:
+            (aside / "part").write_bytes(b"1")
+            raise ValueError("wrong")
+
+    with pytest.raises(ValueError, match="wrong"):
+        fail()
+    assert not folder.exists()
+    (out / ".incomplete").write_bytes(b"")  # a writer was killed here
+    (out / "part of a killed writer").write_bytes(b"1")
+    with new_output(out, "done.json"), whole_directory(out, 10) as aside:
+        write_file(aside / "done.json", b"{}")
+    assert [path.name for path in folder.rglob("*")] == ["done.json"]
+    with pytest.raises(UserError, match="out exists already"), new_output(out, "done.json"):
+        pass
+    (out / ".incomplete").write_bytes(b"")  # killed when all was done
+    with pytest.raises(UserError, match="out exists already"), new_output(out, "done.json"):
+        pass
+    (folder / "other" / "notes").write_bytes(b"not ours")
+    with pytest.raises(UserError, match="other exists already"), new_output(folder / "other", "done.json"):
+        pass
+    assert (folder / "other" / "notes").exists()
+
+
+def test_a_second_writer_is_refused(folder):
+    process = child(HOLD, folder / "out")
+    assert process.stdout.readline() == "held\n"
+    who = rf"process {process.pid} on {socket.gethostname()} since .*: wait for it, or name another"
+    with pytest.raises(UserError, match=f"out is being written by {who}"), one_writer(folder / "out"):
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    with one_writer(folder / "out"), one_writer(folder / "out"):  # taken over, and nested
+        assert [path.name for path in folder.iterdir()] == [".out.lock"]
+    assert not folder.exists()
+
+
+def test_a_lease_of_another_host(folder, monkeypatch):
+    place = hidden(folder / "out", "lock")
+    now = time.time()
+    place.write_bytes(msgspec.json.encode(lease.Holder(12, "faraway", now - 500, now - lease.EXPIRES + 20)))
+    with pytest.raises(UserError, match="by process 12 on faraway since"), one_writer(folder / "out"):
+        pass
+    place.write_bytes(msgspec.json.encode(lease.Holder(12, "faraway", now - 500, now - lease.EXPIRES - 1)))
+    monkeypatch.setattr(lease, "RENEWED", 0.05)
+    with one_writer(folder / "out"):
+        first = lease.read(place)
+        assert (first.process, first.host) == (os.getpid(), socket.gethostname())
+        deadline = time.monotonic() + 20
+        while lease.read(place).renewed == first.renewed and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert lease.read(place).renewed > first.renewed
+    assert not place.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gs://", "gs:// names no bucket: gs://BUCKET/PATH would"),
+        ("s3:///x", None),
+        ("http://host/x", "paths are local, gs://BUCKET/PATH or s3://BUCKET/PATH, not http://"),
+        ("hdfs://host/x", "not hdfs://"),
+    ],
+)
+def test_places_that_are_no_path(text, message):
+    if message is None:
+        assert as_path(text).bucket == "x"
+        return
+    with pytest.raises(UserError, match=message):
+        as_path(text)
+
+
+def test_a_bucket_itself_is_no_output():
+    with pytest.raises(UserError, match="name a path in the bucket, gs://b/NAME"), one_writer(as_path("gs://b")):
+        pass
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_busy_store_is_asked_again(scheme):
+    pytest.importorskip({"gs": "gcp_storage_emulator", "s3": "moto"}[scheme])
+    with bucket(scheme, "busy") as url:
+        for i in range(2):
+            write_file(as_path(f"{url}/f{i}"), b"%d" % i)
+        assert [as_path(f"{url}/f{i}").read_bytes() for i in range(2)] == [b"0", b"1"]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "reads", "writes"),
+    [
+        ("gs", "storage.objects.get and storage.objects.list", "storage.objects.create and storage.objects.delete"),
+        ("s3", "s3:GetObject and s3:ListBucket", "s3:PutObject and s3:DeleteObject"),
+    ],
+)
+def test_a_store_that_denies_names_bucket_and_permission(scheme, reads, writes):
+    pytest.importorskip({"gs": "gcp_storage_emulator", "s3": "moto"}[scheme])
+    with bucket(scheme, "denied") as url:
+        with pytest.raises(UserError, match=f"this account may not read bucket bucket: it needs {reads}"):
+            read_json(as_path(f"{url}/model.json"))
+        denied = pytest.raises(UserError, match=f"may not write to bucket bucket: it needs {writes}")
+        with denied, one_writer(as_path(f"{url}/out")):
+            pass
+
+
+def test_without_the_client_the_error_names_the_extra():
+    script = """
+import sys
+sys.modules["gcsfs"] = None
+from arcflow_jax.errors import UserError
+from arcflow_jax.storage.paths import as_path
+try:
+    as_path("gs://bucket/x").exists()
+except UserError as error:
+    print(error)
+"""
+    process = child(script)
+    assert "pip install 'arcflow_jax[gcs]'" in process.communicate()[0]
+
+
+@pytest.mark.slow
+def test_a_store_that_does_not_answer(monkeypatch):
+    pytest.importorskip("s3fs")
+    script = """
+from arcflow_jax.errors import UserError
+from arcflow_jax.storage.files import read_json
+from arcflow_jax.storage.paths import as_path
+try:
+    read_json(as_path("s3://bucket/x"))
+except UserError as error:
+    print(error)
+"""
+    for name, value in {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "k"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+    said, _ = child(script).communicate(timeout=60)
+    assert "bucket bucket does not answer, try again" in said
