@@ -21,10 +21,13 @@ from arcflow_jax.schema import Modes, Momentum, Rank, Scale, Share
 
 
 class BackboneConfig(Protocol):
-    """What shared code reads of a family's model config: the width D and the 4C features of a token."""
+    """What shared code reads of a family's model config: width D, attention heads, and the 4C features of a token."""
 
     @property
     def width(self) -> int: ...
+
+    @property
+    def num_attention_heads(self) -> int: ...
 
     @property
     def in_channels(self) -> int: ...

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from ml_collections import ConfigDict
 from msgspec import Meta
@@ -74,7 +74,8 @@ class Recipe:
         height and width) do not use it.
       batch, steps: examples in a training step, and number of training steps.
       dtype: of the networks' arithmetic.
-      mesh: sizes of the axes data, fsdp, tensor, sequence; -1 takes what is left.
+      mesh: sizes of the axes data, fsdp, tensor, sequence, where -1 takes what is left; or "auto", which fits devices
+        and batch (see `parallel.mesh.auto_sizes`).
       log_every, save_every: training steps from one line of the log, or one checkpoint, to the next.
       keep_last: how many of the newest checkpoints stay.
       keep_every: checkpoints of training steps that are multiples of this are never deleted; 0 keeps none of them.
@@ -98,7 +99,7 @@ class Recipe:
     batch: Batch = 16
     steps: TrainingSteps = 10_000
     dtype: Precision = "bfloat16"
-    mesh: tuple[AxisSize, AxisSize, AxisSize, AxisSize] = (1, -1, 1, 1)
+    mesh: Literal["auto"] | tuple[AxisSize, AxisSize, AxisSize, AxisSize] = "auto"
     log_every: Period = 10
     save_every: Period = 500
     keep_last: Count = 2
@@ -232,7 +233,8 @@ def read_config(recipe: str, overrides: Sequence[str] = ()) -> ConfigDict:
             raise UserError(f"cannot read {text}: overrides have the form --config.key=value")
         key, value = found.groups()
         values[key] = parsed(Recipe, key, value)
-    return ConfigDict(nest(values)).lock()
+    # `Recipe.from_config` checks types; ConfigDict knows one type a key
+    return ConfigDict(nest(values), type_safe=False).lock()
 
 
 def load(name: str) -> ModuleType:

@@ -45,7 +45,7 @@ def groups(x: Any) -> bool:
 
 def mesh(x: Any) -> bool:
     axis = rules.whole(1, 2**20)
-    return (
+    return x == "auto" or (
         isinstance(x, tuple | list)
         and len(x) == 4
         and all((n == -1 and type(n) is int) or axis(n) for n in x)
