@@ -179,15 +179,13 @@ def check_batch(batch: int, mesh: Mesh, heads: int, micro_batches: int = 1) -> N
       heads: attention heads of the backbone.
       micro_batches: parts of the batch that are computed one after another.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch % (micro_batches * shards) == 0:
+    parts = micro_batches * mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch % parts == 0:
         return
-    micro = batch // micro_batches
-    what = f"batch {batch}" if micro_batches == 1 else f"a micro-batch of {micro}, {batch} / {micro_batches},"
-    fits = auto_sizes(mesh.size, micro, heads, lambda sizes: 0)
+    fits = auto_sizes(mesh.size, max(1, batch // micro_batches), heads, lambda sizes: 0)
     raise UserError(
-        f"{what} does not divide by data × fsdp = {shards} of mesh {named(mesh.devices.shape)}; "
-        f"use --config.batch={micro_batches * next_multiple(micro, shards)}, or --config.mesh=auto, here {named(fits)}"
+        f"batch {batch} does not divide by {'accumulate × ' if micro_batches > 1 else ''}data × fsdp = {parts} of mesh "
+        f"{named(mesh.devices.shape)}; use batch {next_multiple(batch, parts)}, or mesh {named(fits)}, as auto does"
     )
 
 

@@ -148,7 +148,7 @@ def training_mesh(
     heads = directory.config("transformer").num_attention_heads
     if recipe.mesh != "auto":
         mesh = make_mesh(recipe.mesh, devices)
-        check_batch(recipe.batch, mesh, heads)
+        check_batch(recipe.batch, mesh, heads, recipe.accumulate)
         return mesh
 
     def bytes_held(sizes: Sizes) -> int:
@@ -156,7 +156,7 @@ def training_mesh(
 
     memory = FOR_STATE * device_memory()
     groups = {"islands": islands(devices), "slices": slices(devices)}
-    sizes = auto_sizes(len(devices), recipe.batch, heads, bytes_held, memory=memory, **groups)
+    sizes = auto_sizes(len(devices), recipe.batch // recipe.accumulate, heads, bytes_held, memory=memory, **groups)
     return make_mesh(sizes, devices)
 
 
@@ -174,6 +174,7 @@ def step_settings(recipe: Recipe, graphdef: nnx.GraphDef, mesh: Mesh) -> dict[st
         "optimizer": recipe.optimizer,
         "ema": recipe.ema,
         "mesh": mesh,
+        "accumulate": recipe.accumulate,
     }
 
 

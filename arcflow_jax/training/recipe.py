@@ -47,7 +47,7 @@ Sizes = Annotated[
 SETTINGS = "config.json"  # in the run's directory: the recipe with all overrides
 # What may differ when a run is resumed: where things are, for how long and how often. The rest decides its numbers.
 CHANGEABLE = {
-    *("model", "prompts", "prompts_field", "embeddings", "out", "mesh", "steps"),
+    *("model", "prompts", "prompts_field", "embeddings", "out", "mesh", "accumulate", "steps"),
     *("log_every", "save_every", "keep_last", "keep_every", "max_skipped"),
     *("preview_every", "preview_prompts", "wandb_project"),
 }
@@ -73,6 +73,7 @@ class Recipe:
         likely as the others; one that is listed twice is twice as likely. Prompts with sizes of their own (columns
         height and width) do not use it.
       batch, steps: examples in a training step, and number of training steps.
+      accumulate: micro-batches of a training step, which are computed one after another to save memory.
       dtype: of the networks' arithmetic.
       mesh: sizes of the axes data, fsdp, tensor, sequence, where -1 takes what is left; or "auto", which fits devices
         and batch (see `parallel.mesh.auto_sizes`).
@@ -97,6 +98,7 @@ class Recipe:
     seed: Seed = 0
     resolutions: Sizes = ((1024, 1024),)
     batch: Batch = 16
+    accumulate: Batch = 1
     steps: TrainingSteps = 10_000
     dtype: Precision = "bfloat16"
     mesh: Literal["auto"] | tuple[AxisSize, AxisSize, AxisSize, AxisSize] = "auto"
@@ -115,6 +117,8 @@ class Recipe:
 
     def __post_init__(self):
         schema.check(self)
+        if self.batch % self.accumulate:
+            raise UserError(f"batch {self.batch} does not divide into accumulate={self.accumulate} micro-batches")
         if not self.prompts and not self.images:
             raise UserError("the recipe has no prompts: set --config.prompts, or --config.images for real images")
         if self.preview_every and not self.preview_prompts:

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from arcflow_jax import schema
-from arcflow_jax.flow.distill import Distillation, distil, teacher_share
+from arcflow_jax.flow.distill import Distillation, distil, part_of, teacher_share
 from arcflow_jax.networks.conditioning import Conditioning, Guided
 from arcflow_jax.parallel.mesh import batched, replicated, state_shardings
 from arcflow_jax.schema import Power, TrainingSteps
@@ -86,7 +86,7 @@ class TrainState:
         return self.step - self.skipped.total
 
 
-STATIC = ("graphdef", "settings", "guidance", "optimizer", "ema", "steady", "mesh")
+STATIC = ("graphdef", "settings", "guidance", "optimizer", "ema", "steady", "mesh", "accumulate")
 
 
 @functools.partial(jax.jit, static_argnames=STATIC, donate_argnames="state")
@@ -105,6 +105,7 @@ def train_step(
     ema: EmaConfig,
     steady: bool,
     mesh: Mesh,
+    accumulate: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One training step of distillation on the prompts of `conditioning`, batch first.
 
@@ -120,6 +121,9 @@ def train_step(
       guidance: scale of "cfg".
       mesh: that batch and state are sharded over.
       steady: whether the teacher's share has reached zero, so that its calls are batched (see `distill`).
+      accumulate: micro-batches that the batch is computed in, one after another. Each has every `accumulate`-th
+        example, and memory is that of one. Loss, gradient and update are those of the whole batch to rounding, except
+        that dropout draws other numbers. The logged velocity error is the mean of the micro-batches' errors.
 
     Returns:
       The next state, and what to log: loss, loss and velocity error of each segment, gradient norm, learning rate,
@@ -133,19 +137,41 @@ def train_step(
     noise = jax.random.normal(noise_key, (batch, tokens, model.backbone.config.in_channels))
     noise = jax.lax.with_sharding_constraint(noise, batched(mesh))
 
-    teachers = conditioning if negative is None else Guided(conditioning, negative, guidance)
+    def gradient(index: jax.Array | int) -> tuple[jax.Array, nnx.State, dict[str, jax.Array]]:
+        """Loss, its gradient and log of a micro-batch."""
 
-    def student(adapter, x, sigma, dropout_key):
-        # So that the gradient is sharded as the adapter is, where it arises
-        adapter = jax.lax.with_sharding_constraint(adapter, shardings.adapter)
-        return nnx.merge(graphdef, base, adapter).student_curve(x, sigma, conditioning, dropout_key)
+        def rows(x: jax.Array) -> jax.Array:
+            if accumulate == 1 or x is conditioning.positions or (negative is not None and x is negative.positions):
+                return x
+            return jax.lax.with_sharding_constraint(part_of(x, index, accumulate), batched(mesh))
 
-    def teacher(x, sigma):
-        return model.teacher_velocity(x, sigma, teachers.repeat(len(x) // batch))
+        prompts, negatives, start, images = jax.tree.map(rows, (conditioning, negative, noise, latents))
+        teachers = prompts if negatives is None else Guided(prompts, negatives, guidance)
 
-    loss, grads, log = distil(
-        student, state.adapter, teacher, noise, loss_key, settings=settings, teacher_share=share, latents=latents
-    )
+        def student(adapter, x, sigma, dropout_key):
+            # So that the gradient is sharded as the adapter is, where it arises
+            adapter = jax.lax.with_sharding_constraint(adapter, shardings.adapter)
+            return nnx.merge(graphdef, base, adapter).student_curve(x, sigma, prompts, dropout_key)
+
+        def teacher(x, sigma):
+            return model.teacher_velocity(x, sigma, teachers.repeat(len(x) // len(start)))
+
+        options = {"settings": settings, "teacher_share": share, "latents": images, "part": (index, accumulate)}
+        return distil(student, state.adapter, teacher, start, loss_key, **options)
+
+    if accumulate == 1:
+        loss, grads, log = gradient(0)
+    else:
+
+        def add(total: nnx.State, index: jax.Array) -> tuple[nnx.State, Any]:
+            loss, grads, log = gradient(index)
+            return jax.tree.map(jnp.add, total, grads), (loss, log)
+
+        zeros = jax.tree.map(jnp.zeros_like, state.adapter)
+        total, logs = jax.lax.scan(add, zeros, jnp.arange(accumulate))
+        grads = jax.tree.map(lambda x: x / accumulate, total)
+        loss, log = jax.tree.map(lambda x: x.mean(0), logs)
+
     norm = optax.global_norm(grads)
     updates, opt_state = make_optimizer(optimizer, state.adapter).update(grads, state.opt_state, state.adapter)
     adapter = optax.apply_updates(state.adapter, updates)

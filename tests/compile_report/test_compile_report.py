@@ -321,7 +321,7 @@ def test_out_of_memory_is_a_row(answers, capfd):
         ("topology", "the compiler rejects topology 'v6e:3x3'"),
         ("mesh", "4 devices"),
         ("slices", "2 slices"),
-        ("batch", "batch 1 is not a multiple of the mesh's data × fsdp = 4"),
+        ("batch", "batch 1 does not divide by data × fsdp = 4"),
         ("model", "model directory /nowhere does not exist"),
     ],
 )

@@ -159,15 +159,15 @@ def test_fsdp_is_no_larger_than_what_it_divides():
 
 
 @pytest.mark.parametrize(
-    ("batch", "micro_batches", "what", "batch_that_fits"),
-    [(12, 1, "batch 12", 16), (16, 4, "a micro-batch of 4, 16 / 4,", 32)],
+    ("batch", "micro_batches", "message"),
+    [
+        (12, 1, "batch 12 does not divide by data × fsdp = 8 of mesh data=2, fsdp=4; use batch 16, or mesh fsdp=4, "),
+        (16, 4, "batch 16 does not divide by accumulate × data × fsdp = 32 of mesh data=2, fsdp=4; use batch 32, or"),
+        (2, 4, "batch 2 does not divide by accumulate × data × fsdp = 32 of mesh data=2, fsdp=4; use batch 32, or"),
+    ],
 )
-def test_a_batch_that_does_not_fit_the_mesh_says_what_does(batch, micro_batches, what, batch_that_fits):
+def test_a_batch_that_does_not_fit_the_mesh_says_what_does(batch, micro_batches, message):
     mesh = make_mesh((2, 4, 1, 1), jax.devices() * 8)
-    message = (
-        f"{what} does not divide by data × fsdp = 8 of mesh data=2, fsdp=4; use --config.batch={batch_that_fits}, "
-        "or --config.mesh=auto, here fsdp=4, tensor=2"
-    )
     with pytest.raises(UserError, match=re.escape(message)):
         check_batch(batch, mesh, 24, micro_batches)
-    check_batch(batch_that_fits, mesh, 24, micro_batches)
+    check_batch(32, mesh, 24, micro_batches)
