@@ -57,6 +57,8 @@ CONF
 }
 
 stop() {
+    SLURM_CONF=$dir/slurm.conf scancel --full --signal=KILL --user="$(id -un)" || true
+    sleep 1
     for daemon in slurmd slurmctld munged; do
         [ -f "$dir/$daemon.pid" ] && kill "$(cat "$dir/$daemon.pid")" || true
     done
