@@ -286,6 +286,7 @@ def distil(
     teacher_share: jax.Array | None,
     latents: jax.Array | None = None,
     part: tuple[jax.Array | int, int] = (0, 1),
+    total: Params | None = None,
 ) -> tuple[jax.Array, Params, dict[str, jax.Array]]:
     """The loss of one training step, its gradient with respect to `params`, and a log.
 
@@ -304,9 +305,10 @@ def distil(
       latents: real latents [B, N, D], or None for data-free distillation.
       part: which part of a larger batch these B examples are (see `part_of`), as (index, number of parts). They get the
         numbers that they would get in that batch; the student's dropout key is another in each part.
+      total: the sum of the other parts' gradients so far, to which this one is added; None for nothing.
 
     Returns:
-      The loss; the gradient, like `params`; and the log of `segment_loss`, with a leading axis of segments. With
+      The loss; the gradient plus `total`, like `params`; and the log of `segment_loss`, with a leading axis of segments. With
       `data_weight` it also has `reconstruction`, the flow-matching term.
     """
     chex.assert_rank(noise, 3)
@@ -344,7 +346,8 @@ def distil(
         sigma = sigma_of(start, settings.shift)[:, None, None]
         x = (1 - sigma) * latents + sigma * noise
         (loss, (_, log)), gradient = segment_gradient(params, x, start, length, 1.0, key, noise - latents)
-        return loss, gradient, jax.tree.map(lambda value: value[None], log)
+        total = gradient if total is None else jax.tree.map(jnp.add, total, gradient)
+        return loss, total, jax.tree.map(lambda value: value[None], log)
 
     def step(carry: tuple, inputs: tuple[jax.Array, ...]) -> tuple[tuple, tuple]:
         x, total = carry
@@ -354,6 +357,6 @@ def distil(
         return (x, jax.tree.map(jnp.add, total, gradient)), (loss, log)
 
     # A loop, so that the compiled program holds one copy of both networks for any number of segments
-    carry = (noise, jax.tree.map(jnp.zeros_like, params))
-    (_, gradient), (losses, logs) = jax.lax.scan(step, carry, (jnp.arange(settings.nfe), bounds[:-1], lengths))
-    return losses.sum(), gradient, logs
+    carry = (noise, jax.tree.map(jnp.zeros_like, params) if total is None else total)
+    (_, total), (losses, logs) = jax.lax.scan(step, carry, (jnp.arange(settings.nfe), bounds[:-1], lengths))
+    return losses.sum(), total, logs

@@ -137,8 +137,8 @@ def train_step(
     noise = jax.random.normal(noise_key, (batch, tokens, model.backbone.config.in_channels))
     noise = jax.lax.with_sharding_constraint(noise, batched(mesh))
 
-    def gradient(index: jax.Array | int) -> tuple[jax.Array, nnx.State, dict[str, jax.Array]]:
-        """Loss, its gradient and log of a micro-batch."""
+    def add_gradient(total: nnx.State | None, index: jax.Array | int) -> tuple[nnx.State, Any]:
+        """The total with a micro-batch's gradient; and the micro-batch's loss and log."""
 
         def rows(x: jax.Array) -> jax.Array:
             if accumulate == 1 or x is conditioning.positions or (negative is not None and x is negative.positions):
@@ -156,19 +156,17 @@ def train_step(
         def teacher(x, sigma):
             return model.teacher_velocity(x, sigma, teachers.repeat(len(x) // len(start)))
 
-        options = {"settings": settings, "teacher_share": share, "latents": images, "part": (index, accumulate)}
-        return distil(student, state.adapter, teacher, start, loss_key, **options)
+        options = {"settings": settings, "teacher_share": share, "latents": images}
+        loss, total, log = distil(
+            student, state.adapter, teacher, start, loss_key, part=(index, accumulate), total=total, **options
+        )
+        return total, (loss, log)
 
     if accumulate == 1:
-        loss, grads, log = gradient(0)
+        grads, (loss, log) = add_gradient(None, 0)
     else:
-
-        def add(total: nnx.State, index: jax.Array) -> tuple[nnx.State, Any]:
-            loss, grads, log = gradient(index)
-            return jax.tree.map(jnp.add, total, grads), (loss, log)
-
         zeros = jax.tree.map(jnp.zeros_like, state.adapter)
-        total, logs = jax.lax.scan(add, zeros, jnp.arange(accumulate))
+        total, logs = jax.lax.scan(add_gradient, zeros, jnp.arange(accumulate))
         grads = jax.tree.map(lambda x: x / accumulate, total)
         loss, log = jax.tree.map(lambda x: x.mean(0), logs)
 
