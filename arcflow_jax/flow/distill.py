@@ -308,8 +308,8 @@ def distil(
       total: the sum of the other parts' gradients so far, to which this one is added; None for nothing.
 
     Returns:
-      The loss; the gradient plus `total`, like `params`; and the log of `segment_loss`, with a leading axis of segments. With
-      `data_weight` it also has `reconstruction`, the flow-matching term.
+      The loss; the gradient plus `total`, like `params`; and the log of `segment_loss`, with a leading axis of
+      segments. With `data_weight` it also has `reconstruction`, the flow-matching term.
     """
     chex.assert_rank(noise, 3)
     bounds = boundaries(settings.nfe, settings.final_step_ratio)

@@ -60,7 +60,7 @@ stop() {
     SLURM_CONF=$dir/slurm.conf scancel --full --signal=KILL --user="$(id -un)" || true
     sleep 1
     for daemon in slurmd slurmctld munged; do
-        [ -f "$dir/$daemon.pid" ] && kill "$(cat "$dir/$daemon.pid")" || true
+        if [ -f "$dir/$daemon.pid" ]; then kill "$(cat "$dir/$daemon.pid")" || true; fi
     done
 }
 
