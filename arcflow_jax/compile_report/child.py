@@ -38,6 +38,7 @@ def compile_program(mesh: Mesh, program: Program) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         traced = program.function.trace(*program.arguments, **program.keywords)
         answer = {"devices": mesh.size, "mesh": list(mesh.devices.shape), "passes": program.passes}
+        answer["remat"] = program.keywords.get("remat")
         answer["flops"] = flops(traced.jaxpr.jaxpr)
         try:
             compiled = traced.lower().compile()

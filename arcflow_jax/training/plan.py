@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -20,11 +21,13 @@ from arcflow_jax.data.images import CaptionedImage, captions, read_images
 from arcflow_jax.data.prompts import Prompts, read_prompts
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import token_grid
+from arcflow_jax.networks.layers import Remat
 from arcflow_jax.networks.student import initial_adapter, split_model
 from arcflow_jax.parallel.mesh import make_mesh, state_shardings
 from arcflow_jax.parallel.processes import local_part
 from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.recipe import Recipe
+from arcflow_jax.training.remat import remat_policy
 from arcflow_jax.training.state import TrainState
 
 SHOWN = 8  # image sizes that the header lists
@@ -40,6 +43,8 @@ class Plan:
       images: to start from; None for a run without data.
       grids: rows and columns of tokens, by image size.
       graphdef, base, adapter: of the model, split; shapes in place of arrays.
+      encoders: the text encoders, unless the recipe has cached embeddings; shapes in place of arrays.
+      remat: what the backward pass computes again.
     """
 
     recipe: Recipe
@@ -52,6 +57,8 @@ class Plan:
     base: nnx.State
     adapter: nnx.State
     optimizer: optax.GradientTransformation
+    encoders: list[nnx.State]
+    remat: Remat
 
     @classmethod
     def make(cls, recipe: Recipe) -> Plan:
@@ -74,7 +81,14 @@ class Plan:
         grids = {size: token_grid(*size, factor) for size in sizes}
         graphdef, base, adapter = split_model(directory.student(recipe.adapter, recipe.dtype))
         optimizer = make_optimizer(recipe.optimizer, adapter)
-        return cls(recipe, directory, mesh, prompts, images, grids, graphdef, base, adapter, optimizer)
+        encoders = [name for name in directory.description.components if name.startswith("text_encoder")]
+        if recipe.embeddings:
+            encoders = []
+        encoders = [nnx.state(directory.abstract(name, recipe.dtype)) for name in encoders]
+        tokens = max(math.prod(grid) for grid in grids.values())
+        parts = (graphdef, base, adapter, optimizer)
+        remat = chosen_remat(recipe, directory, mesh, tokens, *parts, encoders)
+        return cls(recipe, directory, mesh, prompts, images, grids, *parts, encoders, remat)
 
     @property
     def largest_grid(self) -> tuple[int, int]:
@@ -106,7 +120,38 @@ def parameters(state: nnx.State) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
-def step_settings(recipe: Recipe, graphdef: nnx.GraphDef, mesh: Mesh) -> dict[str, Any]:
+def chosen_remat(
+    recipe: Recipe,
+    directory: ModelDirectory,
+    mesh: Mesh,
+    tokens: int,
+    graphdef: nnx.GraphDef,
+    base: nnx.State,
+    adapter: nnx.State,
+    optimizer: optax.GradientTransformation,
+    others: Any = (),
+) -> Remat:
+    """What the backward pass computes again: the recipe's `remat` or, if that is "auto", what fits.
+
+    Args:
+      tokens: of the largest image.
+      others: what devices hold beside base model and training state, as shapes.
+    """
+    conditioning = directory.family.prompts.abstract_conditioning(
+        directory, mesh, recipe.batch, tokens, jnp.dtype(recipe.dtype)
+    )
+    # The gradient of a segment, and the sum of those before it
+    held = (base, abstract_state(adapter, optimizer), adapter, adapter, others)
+    return remat_policy(recipe.remat, graphdef, base, adapter, conditioning, mesh, bytes_per_device(mesh, held))
+
+
+def bytes_per_device(mesh: Mesh, abstract: Any) -> int:
+    """Bytes of a tree of variables that one device holds."""
+    leaves = zip(jax.tree.leaves(abstract), jax.tree.leaves(state_shardings(mesh, abstract)), strict=True)
+    return sum(math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize for x, sharding in leaves)
+
+
+def step_settings(recipe: Recipe, graphdef: nnx.GraphDef, mesh: Mesh, remat: Remat = "full") -> dict[str, Any]:
     """The keyword arguments of `train_step`, but `steady`."""
     return {
         "graphdef": graphdef,
@@ -115,6 +160,7 @@ def step_settings(recipe: Recipe, graphdef: nnx.GraphDef, mesh: Mesh) -> dict[st
         "optimizer": recipe.optimizer,
         "ema": recipe.ema,
         "mesh": mesh,
+        "remat": remat,
     }
 
 
