@@ -30,7 +30,7 @@ def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         rows = rows * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, rows.shape, axis)
     # Two keys a row: rows that share one by chance do not share the other
     one, other = mixed(rows ^ first), mixed((rows + jnp.uint32(GOLDEN)) ^ second)
-    columns = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+    columns = jnp.arange(shape[-1], dtype=jnp.uint32)
     return mixed(mixed(columns + one) ^ other)
 
 
