@@ -15,7 +15,7 @@ from arcflow_jax import schema
 from arcflow_jax.flow.curve import Curve
 from arcflow_jax.networks.conditioning import Conditioning, Guided
 from arcflow_jax.networks.head import CurveHead, LegendreHead, MomentumHead, OutputLayer
-from arcflow_jax.networks.layers import STUDENT, TEACHER, Adapter, Base, Mode
+from arcflow_jax.networks.layers import TEACHER, Adapter, Base, Mode, Remat
 from arcflow_jax.networks.lora import attach_lora, linear_layers, merge_lora
 from arcflow_jax.schema import Modes, Momentum, Rank, Scale, Share
 
@@ -139,13 +139,18 @@ class ArcModel(nnx.Module):
         return guided
 
     def student_curve(
-        self, tokens: jax.Array, sigma: jax.Array, conditioning: Conditioning, dropout_key: jax.Array | None = None
+        self,
+        tokens: jax.Array,
+        sigma: jax.Array,
+        conditioning: Conditioning,
+        dropout_key: jax.Array | None = None,
+        remat: Remat = "full",
     ) -> Curve:
         """The student's curve for the segment that starts at σ [B], from tokens [B, N, 4C].
 
-        LoRA dropout is applied if a key is given.
+        LoRA dropout is applied if a key is given; `remat` is for its gradient (see `Mode`).
         """
-        mode = STUDENT if dropout_key is None else Mode(adapters=True, dropout_key=dropout_key)
+        mode = Mode(adapters=True, dropout_key=dropout_key, remat=remat)
         return self.head(*self.backbone(tokens, sigma, conditioning, mode))
 
 

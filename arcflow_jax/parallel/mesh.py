@@ -256,15 +256,27 @@ def sharded(mesh: Mesh, abstract: Any) -> Any:
     )
 
 
+def platform(mesh: AbstractMesh) -> str:
+    """The platform that a program is compiled for, which this machine may not have: "cpu", "gpu" or "tpu".
+
+    It is that of the mesh's devices; JAX's default, if the mesh is abstract or empty.
+    """
+    device = mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """An activation of a jitted function, sharded over the mesh that `jax.set_mesh` has set.
 
-    Only sequence parallelism needs this. Without it, or without a mesh, x is returned as it is: for the other axes XLA
-    propagates the sharding of weights and batch. (With constraints on those too, XLA of jax 0.10.2 on CPUs mixes up the
-    examples of a batch on data = 2, fsdp = 2, tensor = 2.)
+    Without a mesh, x is returned as it is. Left to itself, XLA shards activations by features where the weights are,
+    and moves them again and again.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["sequence"] == 1:
+    if mesh.empty:
+        return x
+    # The exception for CPUs: there, with constraints on data = 2, fsdp = 2, tensor = 2, XLA of jax 0.10.2 mixes up the
+    # examples of a batch. Only sequence parallelism cannot do without
+    if platform(mesh) == "cpu" and mesh.shape["sequence"] == 1:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(mesh, axes, x.shape))
 

@@ -29,6 +29,7 @@ def report(recipe: Recipe) -> str:
             f"prompts     {plan.prompts}; {recipe.batch} in a training step, {tokens} tokens each",
             f"mesh        {', '.join(f'{name} {size}' for name, size in plan.mesh.shape.items())}: "
             f"{plan.mesh.size} × {plan.mesh.devices.flat[0].device_kind}",
+            f"remat       {plan.remat}" + (", chosen by memory" if recipe.remat == "auto" else ""),
             "memory of one device, computed from shapes and shardings:",
             *(f"  {name:14} {size / 2**30:9.3f} GiB" for name, size in memory),
             "activations and XLA's temporary buffers come on top: arcflow compile-report counts those",

@@ -69,7 +69,7 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
         state = starting_state(plan, base, key, checkpoints, step)
         done = int(state.step)
         trace.check(done, recipe.steps)
-        settings = step_settings(recipe, plan.graphdef, mesh)
+        settings = step_settings(recipe, plan.graphdef, mesh, plan.remat)
         rows, columns = plan.largest_grid
         if recipe.preview_every:
             preview = Preview(recipe, plan.directory, encode, plan.graphdef, base, mesh, rows=rows, columns=columns)

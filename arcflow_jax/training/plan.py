@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
@@ -21,6 +22,7 @@ from arcflow_jax.data.images import CaptionedImage, captions, read_images
 from arcflow_jax.data.prompts import Prompts, read_prompts
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import token_grid
+from arcflow_jax.networks.layers import Remat
 from arcflow_jax.networks.student import initial_adapter, split_model
 from arcflow_jax.parallel.mesh import (
     MESH_AXES,
@@ -36,6 +38,7 @@ from arcflow_jax.parallel.mesh import (
 from arcflow_jax.parallel.processes import local_part
 from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.recipe import Recipe
+from arcflow_jax.training.remat import remat_policy
 from arcflow_jax.training.state import TrainState
 
 SHOWN = 8  # image sizes that the header lists
@@ -53,6 +56,7 @@ class Plan:
       grids: rows and columns of tokens, by image size.
       graphdef, base, adapter: of the model, split; shapes in place of arrays.
       held: what devices hold all the time, by name, as shapes.
+      remat: what the backward pass computes again.
     """
 
     recipe: Recipe
@@ -66,6 +70,7 @@ class Plan:
     adapter: nnx.State
     optimizer: optax.GradientTransformation
     held: dict[str, Any]
+    remat: Remat
 
     @classmethod
     def make(cls, recipe: Recipe) -> Plan:
@@ -88,7 +93,10 @@ class Plan:
         factor = directory.config("vae").factor
         sizes = dict.fromkeys(prompts.sizes or recipe.resolutions)
         grids = {size: token_grid(*size, factor) for size in sizes}
-        return cls(recipe, directory, mesh, prompts, images, grids, graphdef, base, adapter, optimizer, held)
+        tokens = max(math.prod(grid) for grid in grids.values())
+        parts = (graphdef, base, adapter, optimizer)
+        remat = chosen_remat(recipe, directory, mesh, tokens, *parts, held.get("text encoders", ()))
+        return cls(recipe, directory, mesh, prompts, images, grids, *parts, held, remat)
 
     @property
     def largest_grid(self) -> tuple[int, int]:
@@ -165,7 +173,32 @@ def parameters(state: nnx.State) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
-def step_settings(recipe: Recipe, graphdef: nnx.GraphDef, mesh: Mesh) -> dict[str, Any]:
+def chosen_remat(
+    recipe: Recipe,
+    directory: ModelDirectory,
+    mesh: Mesh,
+    tokens: int,
+    graphdef: nnx.GraphDef,
+    base: nnx.State,
+    adapter: nnx.State,
+    optimizer: optax.GradientTransformation,
+    others: Any = (),
+) -> Remat:
+    """What the backward pass computes again: the recipe's `remat` or, if that is "auto", what fits.
+
+    Args:
+      tokens: of the largest image.
+      others: what devices hold beside base model and training state, as shapes.
+    """
+    conditioning = directory.family.prompts.abstract_conditioning(
+        directory, mesh, recipe.batch // recipe.accumulate, tokens, jnp.dtype(recipe.dtype)
+    )
+    # The gradient of a segment, and the sum of those before it
+    held = (base, abstract_state(adapter, optimizer), adapter, adapter, others)
+    return remat_policy(recipe.remat, graphdef, base, adapter, conditioning, mesh, bytes_per_device(mesh, held))
+
+
+def step_settings(recipe: Recipe, graphdef: nnx.GraphDef, mesh: Mesh, remat: Remat = "full") -> dict[str, Any]:
     """The keyword arguments of `train_step`, but `steady`."""
     return {
         "graphdef": graphdef,
@@ -175,6 +208,7 @@ def step_settings(recipe: Recipe, graphdef: nnx.GraphDef, mesh: Mesh) -> dict[st
         "ema": recipe.ema,
         "mesh": mesh,
         "accumulate": recipe.accumulate,
+        "remat": remat,
     }
 
 

@@ -38,6 +38,7 @@ from arcflow_jax.storage.files import read_json, write_json
 from arcflow_jax.storage.paths import as_path
 from arcflow_jax.training.optimizer import OptimizerConfig
 from arcflow_jax.training.overrides import checked, flatten, kind_of, parsed
+from arcflow_jax.training.remat import Choice
 from arcflow_jax.training.state import EmaConfig
 
 Sizes = Annotated[
@@ -47,7 +48,7 @@ Sizes = Annotated[
 SETTINGS = "config.json"  # in the run's directory: the recipe with all overrides
 # What may differ when a run is resumed: where things are, for how long and how often. The rest decides its numbers.
 CHANGEABLE = {
-    *("model", "prompts", "prompts_field", "embeddings", "out", "mesh", "accumulate", "steps"),
+    *("model", "prompts", "prompts_field", "embeddings", "out", "mesh", "accumulate", "remat", "steps"),
     *("log_every", "save_every", "keep_last", "keep_every", "max_skipped"),
     *("preview_every", "preview_prompts", "wandb_project"),
 }
@@ -77,6 +78,9 @@ class Recipe:
       dtype: of the networks' arithmetic.
       mesh: sizes of the axes data, fsdp, tensor, sequence, where -1 takes what is left; or "auto", which fits devices
         and batch (see `parallel.mesh.auto_sizes`).
+      remat: what the backward pass computes again: "full", each block; "attention", each block but its attention;
+        "none", only what costs no matrix product. The less, the more memory it takes. "auto" chooses by the memory of
+        the devices (see `training.remat`).
       log_every, save_every: training steps from one line of the log, or one checkpoint, to the next.
       keep_last: how many of the newest checkpoints stay.
       keep_every: checkpoints of training steps that are multiples of this are never deleted; 0 keeps none of them.
@@ -102,6 +106,7 @@ class Recipe:
     steps: TrainingSteps = 10_000
     dtype: Precision = "bfloat16"
     mesh: Literal["auto"] | tuple[AxisSize, AxisSize, AxisSize, AxisSize] = "auto"
+    remat: Choice = "auto"
     log_every: Period = 10
     save_every: Period = 500
     keep_last: Count = 2

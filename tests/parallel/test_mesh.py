@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh
+from jax._src.mesh import AbstractDevice  # no public name makes one
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from arcflow_jax.compile_report.programs import open_model
 from arcflow_jax.errors import UserError
@@ -19,7 +20,7 @@ from arcflow_jax.families.flux import CLIP, T5
 from arcflow_jax.networks.student import split_model
 from arcflow_jax.networks.text.clip import CLIPTextConfig
 from arcflow_jax.networks.text.t5 import T5Config
-from arcflow_jax.parallel.mesh import MESH_AXES, Sizes, auto_sizes, check_batch, make_mesh, state_shardings
+from arcflow_jax.parallel.mesh import MESH_AXES, Sizes, auto_sizes, check_batch, constrain, make_mesh, state_shardings
 from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.recipe import Recipe, read_config
 from arcflow_jax.training.state import TrainState
@@ -171,3 +172,22 @@ def test_a_batch_that_does_not_fit_the_mesh_says_what_does(batch, micro_batches,
     with pytest.raises(UserError, match=re.escape(message)):
         check_batch(batch, mesh, 24, micro_batches)
     check_batch(32, mesh, 24, micro_batches)
+
+
+@pytest.mark.parametrize(
+    ("platform", "sequence", "pinned"), [("gpu", 1, True), ("tpu", 1, True), ("cpu", 1, False), ("cpu", 2, True)]
+)
+def test_activations_are_pinned_for_the_devices_of_the_mesh(platform, sequence, pinned):
+    """Which are not those of this machine, where a program is compiled ahead of time."""
+    device = AbstractDevice(device_kind="of no interest", num_cores=1, platform=platform)
+    mesh = AbstractMesh((2, 2, 1, sequence), MESH_AXES, abstract_device=device)
+    x = jax.ShapeDtypeStruct((8, 16, 4), jnp.float32)
+    with jax.sharding.use_abstract_mesh(mesh):
+        jaxpr = jax.make_jaxpr(lambda x: constrain(x, "batch", "tokens", None))(x).jaxpr
+    constraints = [eqn.params["sharding"].spec for eqn in jaxpr.eqns if eqn.primitive.name == "sharding_constraint"]
+    assert constraints == ([PartitionSpec(("data", "fsdp"), "sequence", None)] if pinned else [])
+
+
+def test_without_a_mesh_nothing_is_pinned():
+    x = jnp.ones((2, 3))
+    assert constrain(x, "batch", None) is x

@@ -1,6 +1,6 @@
 """Floating-point operations of a program, counted in its jaxpr.
 
-XLA's own cost analysis counts a loop body once and a Pallas kernel not at all.
+XLA's own cost analysis counts a loop body once, and a Pallas kernel or cuDNN's attention not at all.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+# The matrix products in cuDNN's fused attention, all of one size. The backward pass computes the scores again
+CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
 
 def flops(jaxpr: Jaxpr) -> int:
@@ -30,6 +33,9 @@ def _flops(eqn: JaxprEqn) -> int:
         kernel, out_features = eqn.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
         of_one_output = math.prod(size for i, size in enumerate(kernel) if i != out_features)
         return 2 * math.prod(eqn.outvars[0].aval.shape) * of_one_output
+    if name in CUDNN_PRODUCTS:
+        (b, s, h, e), t = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[1]
+        return CUDNN_PRODUCTS[name] * 2 * b * h * s * t * e
     inner = [flops(jaxpr) for jaxpr in _jaxprs(params)]
     if name == "cond":
         return max(inner)
