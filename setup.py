@@ -67,6 +67,8 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
+        # The compiler for GPUs, which `arcflow compile-report` uses where there is no GPU
+        "cuda12-compile": ["jax[cuda12-local]", "nvidia-cudnn-cu12>=9.10,<10"],
         "data": DATA,
         **BUCKETS,
         # The trajectory plot; FID, pFID and CLIP score, whose networks run in PyTorch

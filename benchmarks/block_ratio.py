@@ -29,12 +29,12 @@ from diffusers.models.transformers.transformer_flux import (
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope, QwenImageTransformerBlock
 from flax import nnx
 
-from arcflow_jax.compile_report.work import flops
 from arcflow_jax.families.latents import centred_positions, position_ids
 from arcflow_jax.networks import qwen_image
 from arcflow_jax.networks.flux import DoubleBlock, FluxConfig, SingleBlock
 from arcflow_jax.networks.layers import TEACHER
 from arcflow_jax.networks.transformer import rotary
+from arcflow_jax.training.work import flops
 
 HEADS, HEAD_DIM, TEXT, ROWS = 24, 128, 512, 32
 WIDTH, IMAGE = HEADS * HEAD_DIM, ROWS * ROWS

@@ -5,14 +5,12 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import typer
 
-from arcflow_jax.cli.app import app
+from tests.helpers.commands import check_command, command_of, commands
 from tests.helpers.paths import ROOT
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -104,17 +102,6 @@ def code_lines(text: str) -> Iterator[str]:
     yield from "\n".join(block).replace("\\\n", " ").splitlines()
 
 
-def commands(line: str) -> Iterator[list[str]]:
-    """The arguments of each call of arcflow in a shell's line, also in a quoted one."""
-    words = shlex.split(line, comments=True)
-    for i, word in enumerate(words):
-        if " " in word and "arcflow" in word:
-            yield from commands(word)
-        elif Path(word).name == "arcflow":
-            rest = words[i + 1 :]
-            yield rest[: next((j for j, end in enumerate(rest) if end in ("&&", "|", ";", "&")), len(rest))]
-
-
 def in_code(page: Path) -> list[list[str]]:
     """The calls of arcflow in a page's code blocks."""
     # Only the shell's lines: a shell cannot split every line of Python
@@ -122,25 +109,12 @@ def in_code(page: Path) -> list[list[str]]:
     return [arguments for line in lines for arguments in commands(line)]
 
 
-def command_of(arguments: list[str]) -> tuple[typer.core.TyperCommand, list[str]]:
-    """The command that arguments name, and the rest of them. Fails if there is no such command."""
-    command, rest = typer.main.get_command(app), list(arguments)
-    while hasattr(command, "commands"):
-        assert rest, f"arcflow {' '.join(arguments)} names no command"
-        assert rest[0] in command.commands, f"arcflow {' '.join(arguments)}: no command {rest[0]}"
-        command = command.commands[rest.pop(0)]
-    return command, rest
-
-
 CALLS = [pytest.param(call, id=f"{name(page)}: {' '.join(call)}") for page in PAGES for call in in_code(page)]
 
 
 @pytest.mark.parametrize("call", CALLS)
 def test_commands_parse(call):
-    command, rest = command_of(call)
-    parsed = command.make_context(command.name, list(rest))  # raises on an unknown option, a missing one, a bad value
-    unread = [*parsed.args, *getattr(parsed, "_protected_args", [])]
-    assert all(text.startswith("--config.") for text in unread), unread
+    check_command(call)
 
 
 @pytest.mark.parametrize("call", [call for call in CALLS if "--config" in call.values[0]])

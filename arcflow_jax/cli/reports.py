@@ -29,7 +29,10 @@ def compile_report(
     config: Annotated[str, typer.Option(help="The recipe: FILE.py, or FILE.py:VARIANT.")],
     topology: Annotated[
         list[str],
-        typer.Option(help="TPU topology, e.g. v5p:1x1x1, or v6e:2x4*2 for two slices. May be given several times."),
+        typer.Option(
+            help="TPU topology, e.g. v5p:1x1x1, or v6e:2x4*2 for two slices; or GPUs: h100, h100:8, …. May be given "
+            "several times."
+        ),
     ],
     mesh: Annotated[
         list[str],
@@ -49,7 +52,7 @@ def compile_report(
     limit: Annotated[float, typer.Option(help="Time limit of one compilation, in seconds.")] = 1800,
     out: Annotated[Path | None, path_option(help="JSON file for the figures.")] = None,
 ) -> None:
-    """Compiles a program for TPUs that this machine does not have, and prints memory, work and communication.
+    """Compiles a program for TPUs or GPUs that this machine does not have, and prints memory, work and communication.
 
     Needs no weights: the recipe's model may be a diffusers folder with config files only, as in
     --config.model=configs/flux.1-dev, or configs/qwen-image.

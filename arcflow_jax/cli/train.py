@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,13 @@ def train(
     ] = None,
     processes: Annotated[int | None, typer.Option(help="How many machines run this command.")] = None,
     process_id: Annotated[int | None, typer.Option(help="The number of this machine, from 0.")] = None,
+    xla_preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Flags of XLA for one kind of accelerator: v5p, v6e or h100. Those that XLA_FLAGS or LIBTPU_INIT_ARGS "
+            "already have stay as they are."
+        ),
+    ] = None,
 ) -> None:
     """Distils a converted teacher into a few-step student.
 
@@ -40,6 +48,10 @@ def train(
     On several machines, run the same command on each. On TPU pods and under SLURM they find one another; elsewhere
     give --coordinator, --processes and --process-id.
     """
+    from arcflow_jax.parallel import xla_presets
+
+    if xla_preset is not None:  # before JAX starts
+        os.environ.update(xla_presets.variables(xla_preset, os.environ))
     from arcflow_jax.parallel.processes import initialize, is_main
     from arcflow_jax.storage import cache
     from arcflow_jax.training.dry_run import report

@@ -13,24 +13,15 @@ import time
 from typing import Any
 
 import jax
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from arcflow_jax.compile_report.collectives import collectives
 from arcflow_jax.compile_report.programs import PROGRAMS, Program
-from arcflow_jax.compile_report.work import flops
+from arcflow_jax.compile_report.topology import describe
 from arcflow_jax.errors import UserError, one_line, out_of_memory
 from arcflow_jax.parallel.mesh import make_mesh
 from arcflow_jax.training.recipe import Recipe, read_config
-
-
-def describe(topology: str) -> list[Any]:
-    """The devices of a topology. Raises UserError if the compiler does not know it."""
-    name, _, slices = topology.partition("*")
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=int(slices or 1)).devices
-    except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"the compiler rejects topology {topology!r}: {one_line(error)}") from None
+from arcflow_jax.training.work import flops
 
 
 def build(
@@ -47,6 +38,7 @@ def compile_program(mesh: Mesh, program: Program) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         traced = program.function.trace(*program.arguments, **program.keywords)
         answer = {"devices": mesh.size, "mesh": list(mesh.devices.shape), "passes": program.passes}
+        answer["remat"] = program.keywords.get("remat")
         answer["flops"] = flops(traced.jaxpr.jaxpr)
         try:
             compiled = traced.lower().compile()

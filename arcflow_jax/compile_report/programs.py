@@ -17,14 +17,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from arcflow_jax import families
 from arcflow_jax.checkpoints.model_directory import DESCRIPTION, ComponentDescription, ModelDescription, ModelDirectory
-from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import token_grid
 from arcflow_jax.generate import sample_student
 from arcflow_jax.networks.student import merged_graphdef, merged_state, split_model
-from arcflow_jax.parallel.mesh import batched, replicated, sharded
+from arcflow_jax.parallel.mesh import batched, check_batch, replicated, sharded
 from arcflow_jax.storage.files import read_json
 from arcflow_jax.training.optimizer import make_optimizer
-from arcflow_jax.training.plan import step_settings
+from arcflow_jax.training.plan import chosen_remat, step_settings
 from arcflow_jax.training.recipe import Recipe
 from arcflow_jax.training.state import TrainState, train_step
 
@@ -58,13 +57,11 @@ def open_model(path: str | Path) -> ModelDirectory:
     return ModelDirectory(path, ModelDescription(family.pipeline, components, scheduler={}, fingerprint="", files={}))
 
 
-def open_for(recipe: Recipe, mesh: Mesh, batch: int) -> tuple[ModelDirectory, int]:
+def open_for(recipe: Recipe, mesh: Mesh, batch: int, micro_batches: int = 1) -> tuple[ModelDirectory, int]:
     """The recipe's model, and its number of image tokens. Raises UserError if model, size or batch do not fit."""
     directory = open_model(recipe.model)
     rows, columns = token_grid(*recipe.largest, directory.config("vae").factor)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch % shards:
-        raise UserError(f"batch {batch} is not a multiple of the mesh's data × fsdp = {shards}")
+    check_batch(batch, mesh, directory.config("transformer").num_attention_heads, micro_batches)
     return directory, rows * columns
 
 
@@ -102,7 +99,7 @@ def training_step(recipe: Recipe, mesh: Mesh, batch: int, *, steady: bool) -> Pr
     Raises:
       UserError: if model, size or batch do not fit.
     """
-    directory, tokens = open_for(recipe, mesh, batch)
+    directory, tokens = open_for(recipe, mesh, batch, recipe.accumulate)
     dtype = jnp.dtype(recipe.dtype)
     graphdef, base, adapter = split_model(directory.student(recipe.adapter, dtype))
     optimizer = make_optimizer(recipe.optimizer, adapter)
@@ -113,9 +110,11 @@ def training_step(recipe: Recipe, mesh: Mesh, batch: int, *, steady: bool) -> Pr
     settings = recipe.distillation
     negative = conditioning if settings.teacher_guidance == "cfg" else None
     arguments = (sharded(mesh, state), sharded(mesh, base), conditioning, key, negative)
+    recipe = dataclasses.replace(recipe, batch=batch)
+    remat = chosen_remat(recipe, directory, mesh, tokens, graphdef, base, adapter, optimizer)
     # Per segment: the student forward, its recomputation and its gradient, and the teacher's calls
-    passes = settings.nfe * (3 + (1 if steady else settings.states))
-    return Program(train_step, arguments, step_settings(recipe, graphdef, mesh) | {"steady": steady}, passes)
+    passes = recipe.accumulate * settings.nfe * (3 + (1 if steady else settings.states))
+    return Program(train_step, arguments, step_settings(recipe, graphdef, mesh, remat) | {"steady": steady}, passes)
 
 
 PROGRAMS: dict[str, Callable[[Recipe, Mesh, int], Program]] = {

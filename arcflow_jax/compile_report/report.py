@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,23 +14,16 @@ from msgspec import Meta
 from rich.console import Console
 from rich.table import Table
 
-import arcflow_jax
 from arcflow_jax import schema
-from arcflow_jax.compile_report.chips import GIB, chip
+from arcflow_jax.compile_report.topology import chip, environment
 from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.parallel.chips import GIB
 from arcflow_jax.parallel.mesh import MESH_AXES
 from arcflow_jax.schema import AxisSize, Batch
 from arcflow_jax.storage.atomic import cannot_write
 from arcflow_jax.storage.files import write_json
 
 Seconds = Annotated[float, Meta(gt=0, le=1e6)]
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server here
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-    "PYTHONPATH": os.pathsep.join([str(Path(arcflow_jax.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +33,7 @@ class Case:
     Attributes:
       program: one of `programs.PROGRAMS`.
       config, overrides: the recipe.
-      topology: e.g. "v5p:2x2x1", or "v5p:2x2x1*2" for two such slices.
+      topology: e.g. "v5p:2x2x1", "v5p:2x2x1*2" for two such slices, or "h100:8".
       mesh: sizes of the axes data, fsdp, tensor, sequence; -1 stands for the remaining devices.
       batch: images on all devices together.
     """
@@ -70,10 +61,7 @@ def report(cases: Sequence[Case], limit: float, out: Path | None) -> list[dict[s
       UserError: before anything is compiled, if the compiler is not installed, or a topology, recipe, model or mesh
         does not fit.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("libtpu, the compiler for TPUs, is not installed: pip install libtpu or arcflow_jax[tpu]")
-    for case in cases:
-        chip(case.topology)
+    environment([case.topology for case in cases])
     limit = schema.converted(Seconds, limit, "limit")
     ask(cases, limit, compiling=False)
     rows = []
@@ -99,7 +87,7 @@ def ask(cases: Sequence[Case], limit: float, *, compiling: bool) -> dict[str, An
         done = subprocess.run(
             [sys.executable, "-m", "arcflow_jax.compile_report.child"],
             input=json.dumps(request),
-            env={k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | ENVIRONMENT,
+            env=environment([case.topology for case in cases]),
             capture_output=True,
             text=True,
             timeout=limit,
@@ -132,6 +120,8 @@ def row(case: Case, answer: dict[str, Any]) -> dict[str, Any]:
             "memory": memory,
             "half_peak": 2 * compute,
         }
+        if answer["peak"] > device.memory:  # the compiler for GPUs does not refuse it
+            found |= {"status": "out of memory", "needed": answer["peak"]}
     return found
 
 

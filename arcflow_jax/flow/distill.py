@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import chex
 import jax
@@ -266,6 +266,15 @@ def segment_loss(
     return loss, visits.end, jax.lax.stop_gradient(log)
 
 
+def part_of(batch: jax.Array, index: jax.Array | int, parts: int) -> jax.Array:  # [B, …] -> [B / parts, …]
+    """One of the equal parts of a batch: its rows index, index + parts, …
+
+    Such a part has rows of every device that a sharded batch lies on, and taking it moves none.
+    """
+    rows = batch.reshape(len(batch) // parts, parts, *batch.shape[1:])
+    return jax.lax.dynamic_index_in_dim(rows, index, 1, keepdims=False)
+
+
 def distil(
     student: Student,
     params: Params,
@@ -276,6 +285,8 @@ def distil(
     settings: Distillation,
     teacher_share: jax.Array | None,
     latents: jax.Array | None = None,
+    part: tuple[jax.Array | int, int] = (0, 1),
+    total: Params | None = None,
 ) -> tuple[jax.Array, Params, dict[str, jax.Array]]:
     """The loss of one training step, its gradient with respect to `params`, and a log.
 
@@ -292,21 +303,31 @@ def distil(
       key: of all random draws in this training step.
       teacher_share: see `segment_loss`.
       latents: real latents [B, N, D], or None for data-free distillation.
+      part: which part of a larger batch these B examples are (see `part_of`), as (index, number of parts). They get the
+        numbers that they would get in that batch; the student's dropout key is another in each part.
+      total: the sum of the other parts' gradients so far, to which this one is added; None for nothing.
 
     Returns:
-      The loss; the gradient, like `params`; and the log of `segment_loss`, with a leading axis of segments. With
-      `data_weight` it also has `reconstruction`, the flow-matching term.
+      The loss; the gradient plus `total`, like `params`; and the log of `segment_loss`, with a leading axis of
+      segments. With `data_weight` it also has `reconstruction`, the flow-matching term.
     """
     chex.assert_rank(noise, 3)
     bounds = boundaries(settings.nfe, settings.final_step_ratio)
     lengths = bounds[:-1] - bounds[1:]
     noise = noise.astype(jnp.promote_types(noise.dtype, jnp.float32))
+    number, parts = part
+    whole = len(noise) * parts
+
+    def own(drawn: Any) -> Any:  # this part of what is drawn for the whole batch
+        return jax.tree.map(lambda x: part_of(x, number, parts), drawn) if parts > 1 else drawn
 
     def segment(params, x, start, length, weight, key, straight=None):
         draw_key, dropout_key = jax.random.split(key)
+        if parts > 1:
+            dropout_key = jax.random.fold_in(dropout_key, number)
         sigma = jnp.broadcast_to(sigma_of(start, settings.shift), x.shape[:1])
         curve = student(params, x, sigma, dropout_key)
-        draws = Draws.draw(draw_key, x.shape[0], curve.modes, settings.states)
+        draws = own(Draws.draw(draw_key, whole, curve.modes, settings.states))
         loss, end, log = segment_loss(
             curve, teacher, x, start, length, draws, settings=settings, teacher_share=teacher_share
         )
@@ -320,12 +341,13 @@ def distil(
     if latents is not None:
         chex.assert_equal_shape([noise, latents])
         index_key, key = jax.random.split(key)
-        index = jax.random.categorical(index_key, jnp.log(lengths), shape=noise.shape[:1])
+        index = own(jax.random.categorical(index_key, jnp.log(lengths), shape=(whole,)))
         start, length = bounds[index], lengths[index]
         sigma = sigma_of(start, settings.shift)[:, None, None]
         x = (1 - sigma) * latents + sigma * noise
         (loss, (_, log)), gradient = segment_gradient(params, x, start, length, 1.0, key, noise - latents)
-        return loss, gradient, jax.tree.map(lambda value: value[None], log)
+        total = gradient if total is None else jax.tree.map(jnp.add, total, gradient)
+        return loss, total, jax.tree.map(lambda value: value[None], log)
 
     def step(carry: tuple, inputs: tuple[jax.Array, ...]) -> tuple[tuple, tuple]:
         x, total = carry
@@ -335,6 +357,6 @@ def distil(
         return (x, jax.tree.map(jnp.add, total, gradient)), (loss, log)
 
     # A loop, so that the compiled program holds one copy of both networks for any number of segments
-    carry = (noise, jax.tree.map(jnp.zeros_like, params))
-    (_, gradient), (losses, logs) = jax.lax.scan(step, carry, (jnp.arange(settings.nfe), bounds[:-1], lengths))
-    return losses.sum(), gradient, logs
+    carry = (noise, jax.tree.map(jnp.zeros_like, params) if total is None else total)
+    (_, total), (losses, logs) = jax.lax.scan(step, carry, (jnp.arange(settings.nfe), bounds[:-1], lengths))
+    return losses.sum(), total, logs

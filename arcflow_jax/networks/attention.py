@@ -18,9 +18,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from arcflow_jax.parallel.mesh import partition_spec
+from arcflow_jax.networks.layers import ATTENTION
+from arcflow_jax.parallel.mesh import partition_spec, platform
 
 # `with attention_kernel("chunked"): …` overrides the choice of kernel; it is part of jit's cache key
 attention_kernel = jax.make_user_context(None)
@@ -28,6 +30,7 @@ attention_kernel = jax.make_user_context(None)
 SHORT = 1024  # up to this many tokens, the memory for all scores at once is not worth saving
 CHUNK = 128  # queries: on CPUs the scores of this many stay in the cache
 SPLASH_BLOCKS = (512, 384, 256)
+SPLASH_MOST = 2048  # keys that the backward pass has in fast memory
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
@@ -58,12 +61,6 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | Non
     return jax.shard_map(kernel, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, lengths)
 
 
-def platform(mesh: AbstractMesh) -> str:
-    """The platform that the program is compiled for: "cpu", "gpu" or "tpu"."""
-    device = mesh.abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
 def choose(platform: str, q: jax.Array) -> str:
     """The name of the kernel for queries [B, S, H, E]."""
     tokens, head_dim = q.shape[1], q.shape[3]
@@ -87,7 +84,8 @@ def query_spec(mesh: AbstractMesh, shape: tuple[int, ...]) -> PartitionSpec:
 
 
 def xla(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="xla")
+    out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="xla")
+    return checkpoint_name(out, ATTENTION)
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None) -> jax.Array:
@@ -101,7 +99,7 @@ def chunked(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None)
     size = -(-s // chunks)
     q = pad(q, chunks * size).reshape(b, chunks, size, h, e).swapaxes(0, 1)
     out = jax.lax.map(jax.checkpoint(lambda q: xla(q, k, v, lengths)), q)
-    return out.swapaxes(0, 1).reshape(b, chunks * size, h, e)[:, :s]
+    return checkpoint_name(out.swapaxes(0, 1).reshape(b, chunks * size, h, e)[:, :s], ATTENTION)
 
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, interpret: bool = False) -> jax.Array:
@@ -123,12 +121,15 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, 
             block_q=block_q,
             block_kv=block_k,
             block_q_dkv=block_q,
-            block_kv_dkv=block_k,
-            block_q_dq=block_q,
-            block_kv_dq=block_k,
+            block_kv_dkv=several(block_k, padded_t),
+            block_kv_dkv_compute=block_k,
+            # One kernel for all gradients computes scores and their gradients once, where two kernels do it twice. Each
+            # of its blocks of keys writes a gradient of the queries, so the blocks are large
+            use_fused_bwd_kernel=True,
         ),
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name=ATTENTION,
         interpret=interpret,
     )
     segments = None
@@ -144,6 +145,11 @@ def blocking(length: int) -> tuple[int, int]:
     """Block size and padded length of a sequence: the least padding first, then the largest block."""
     padded, block = min((-(-length // block) * block, -block) for block in SPLASH_BLOCKS)
     return -block, padded
+
+
+def several(block: int, padded: int) -> int:
+    """The largest multiple of a block that divides a padded length, up to `SPLASH_MOST`."""
+    return max(size for size in range(block, max(block, SPLASH_MOST) + 1, block) if padded % size == 0)
 
 
 def pad(x: jax.Array, length: int) -> jax.Array:

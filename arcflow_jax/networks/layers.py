@@ -16,13 +16,22 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
+
+from arcflow_jax.networks.dropout import dropout
 
 Axes = tuple[str | None, ...]
+
+# What the backward pass computes again of each block: all of it; all but attention; or only what costs no matrix
+# product. It keeps what is not computed again in memory
+Remat = Literal["full", "attention", "none"]
+PRODUCT, ATTENTION = "product", "attention"  # names of the results that are kept
 
 
 class Base(nnx.Variable):
@@ -33,18 +42,20 @@ class Adapter(nnx.Variable):
     """A weight that distillation trains: LoRA, momentum head, the student's output norm."""
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["dropout_key"], meta_fields=["adapters"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["dropout_key"], meta_fields=["adapters", "remat"])
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """How a network runs: as the teacher (`TEACHER`) or, with its LoRA, as the student (`STUDENT`).
+    """How a network runs: as the teacher (`TEACHER`) or, with its LoRA, as the student.
 
     Attributes:
       adapters: whether LoRA is applied. Static: the two modes are different programs.
       dropout_key: PRNG key of the LoRA dropout, or None for no dropout (sampling, the teacher).
+      remat: what the backward pass computes again. Static.
     """
 
     adapters: bool
     dropout_key: jax.Array | None = None
+    remat: Remat = "full"
 
     def fold(self, index: int | jax.Array) -> Mode:
         """The same mode with a separate dropout key for block `index`."""
@@ -54,7 +65,6 @@ class Mode:
 
 
 TEACHER = Mode(adapters=False)
-STUDENT = Mode(adapters=True)
 
 
 # True where only shapes are wanted: tracing the random numbers would take most of the time
@@ -112,7 +122,7 @@ class Linear(nnx.Module):
             y = y + self.bias[...].astype(x.dtype)
         if self.lora is not None and mode.adapters:
             y = y + self.lora(x, mode)
-        return y
+        return checkpoint_name(y, PRODUCT)
 
 
 class LoRA(nnx.Module):
@@ -143,9 +153,9 @@ class LoRA(nnx.Module):
     def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
         if self.dropout and mode.dropout_key is not None:
             key = jax.random.fold_in(mode.dropout_key, self.salt)
-            keep = jax.random.bernoulli(key, 1.0 - self.dropout, x.shape)
-            x = jnp.where(keep, x / (1.0 - self.dropout), 0)
-        return (x @ self.a[...].astype(x.dtype)) @ self.b[...].astype(x.dtype) * self.scale
+            x = dropout(key, self.dropout, x)
+        low = checkpoint_name(x @ self.a[...].astype(x.dtype), PRODUCT)
+        return low @ self.b[...].astype(x.dtype) * self.scale
 
 
 class Embedding(nnx.Module):
@@ -257,16 +267,47 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
 def scan_blocks(blocks: nnx.Module, carry: Any, call: Callable[[Any, Any, Mode], Any], mode: Mode) -> Any:
     """Runs a stack of blocks in order: carry = call(block, carry, mode of that block).
 
-    The loop is a `lax.scan`, so compile time does not grow with depth. The backward pass rematerialises each block, so
-    only the carry of each layer is kept.
+    The loop is a `lax.scan`, so compile time does not grow with depth. The backward pass rematerialises each block as
+    `mode.remat` says; with "full", only the carry of each layer is kept.
     """
     graphdef, state = nnx.split(blocks)
     layers = jax.tree.leaves(state)[0].shape[0]
 
-    @jax.checkpoint
     def step(carry, layer):
         index, weights = layer
         return call(nnx.merge(graphdef, weights), carry, mode.fold(index)), None
 
+    # The body of a loop is compiled apart from that of its backward pass: XLA cannot merge the recomputation with it
+    step = jax.checkpoint(step, policy=KEPT[mode.remat], prevent_cse=False)
     carry, _ = jax.lax.scan(step, carry, (jnp.arange(layers), state))
     return carry
+
+
+def run_block(block: nnx.Module, carry: Any, call: Callable[[Any, Any, Mode], Any], mode: Mode) -> Any:
+    """Runs a block that is in no stack, rematerialised as those of `scan_blocks`."""
+    graphdef, state = nnx.split(block)
+
+    def step(carry, weights):
+        return call(nnx.merge(graphdef, weights), carry, mode)
+
+    return jax.checkpoint(step, policy=KEPT[mode.remat])(carry, state)
+
+
+def policy(*names: str) -> Callable[..., bool]:
+    """A policy of `jax.checkpoint` that keeps the results with these names, and those of cuDNN's attention.
+
+    Its backward pass wants the sums of the softmax as well, which no name reaches.
+    """
+
+    def keeps(primitive: Primitive, *_: Any, **parameters: Any) -> bool:
+        named = primitive.name == "name" and parameters["name"] in names
+        return named or primitive.name == "dot_product_attention_fwd_wrapper"
+
+    return keeps
+
+
+KEPT: dict[Remat, Callable[..., bool] | None] = {
+    "full": None,
+    "attention": policy(ATTENTION),
+    "none": policy(ATTENTION, PRODUCT),
+}

@@ -23,7 +23,7 @@ from flax import nnx
 
 from arcflow_jax.networks.attention import attention
 from arcflow_jax.networks.conditioning import interleave
-from arcflow_jax.networks.layers import TEACHER, Linear, Mode, RMSNorm, scan_blocks, stack
+from arcflow_jax.networks.layers import TEACHER, Linear, Mode, RMSNorm, run_block, scan_blocks, stack
 from arcflow_jax.networks.transformer import (
     EmbeddingMLP,
     FeedForward,
@@ -207,5 +207,5 @@ class QwenImage(nnx.Module):
 
         carry = scan_blocks(self.transformer_blocks, (shard(text), shard(image)), run, mode.fold(1))
         (last,) = self.last_block.values()
-        _, image = run(last, carry, mode.fold(2))
+        _, image = run_block(last, carry, run, mode.fold(2))
         return image, temb

@@ -15,16 +15,19 @@ from arcflow_jax import schema
 from arcflow_jax.flow.curve import Curve
 from arcflow_jax.networks.conditioning import Conditioning, Guided
 from arcflow_jax.networks.head import CurveHead, LegendreHead, MomentumHead, OutputLayer
-from arcflow_jax.networks.layers import STUDENT, TEACHER, Adapter, Base, Mode
+from arcflow_jax.networks.layers import TEACHER, Adapter, Base, Mode, Remat
 from arcflow_jax.networks.lora import attach_lora, linear_layers, merge_lora
 from arcflow_jax.schema import Modes, Momentum, Rank, Scale, Share
 
 
 class BackboneConfig(Protocol):
-    """What shared code reads of a family's model config: the width D and the 4C features of a token."""
+    """What shared code reads of a family's model config: width D, attention heads, and the 4C features of a token."""
 
     @property
     def width(self) -> int: ...
+
+    @property
+    def num_attention_heads(self) -> int: ...
 
     @property
     def in_channels(self) -> int: ...
@@ -136,13 +139,18 @@ class ArcModel(nnx.Module):
         return guided
 
     def student_curve(
-        self, tokens: jax.Array, sigma: jax.Array, conditioning: Conditioning, dropout_key: jax.Array | None = None
+        self,
+        tokens: jax.Array,
+        sigma: jax.Array,
+        conditioning: Conditioning,
+        dropout_key: jax.Array | None = None,
+        remat: Remat = "full",
     ) -> Curve:
         """The student's curve for the segment that starts at σ [B], from tokens [B, N, 4C].
 
-        LoRA dropout is applied if a key is given.
+        LoRA dropout is applied if a key is given; `remat` is for its gradient (see `Mode`).
         """
-        mode = STUDENT if dropout_key is None else Mode(adapters=True, dropout_key=dropout_key)
+        mode = Mode(adapters=True, dropout_key=dropout_key, remat=remat)
         return self.head(*self.backbone(tokens, sigma, conditioning, mode))
 
 

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from arcflow_jax import schema
 from arcflow_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+Sizes = tuple[int, int, int, int]  # of `MESH_AXES`
 
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     # Weights
@@ -59,6 +60,79 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device] | None = None)
     return Mesh(arrange(sizes, devices), MESH_AXES)
 
 
+def auto_sizes(
+    devices: int,
+    batch: int,
+    heads: int,
+    held: Callable[[Sizes], int],
+    *,
+    memory: float = math.inf,
+    islands: int = 1,
+    slices: int = 1,
+) -> Sizes:
+    """The mesh for training that `mesh="auto"` means.
+
+    data × fsdp is as large as devices and batch allow. Of the rest, `tensor` takes what divides the attention heads,
+    and `sequence` what is left. fsdp is as large as possible within an island, so that weights are gathered over the
+    fast network only. It crosses islands if a device cannot hold its part otherwise.
+
+    Args:
+      devices: the number of devices.
+      batch: examples that are computed at once: the batch, or a micro-batch.
+      heads: attention heads of the backbone.
+      held: bytes of weights, optimizer state and gradients on one device, for a mesh of these sizes.
+      memory: bytes that a device may use for these.
+      islands: groups of devices with a fast network inside: hosts with NVLink, TPU slices.
+      slices: TPU slices, of which `data` has to be a multiple.
+
+    Raises:
+      UserError: if the batch does not divide by the slices.
+    """
+    shards = math.gcd(devices, batch)
+    tensor = math.gcd(devices // shards, heads)
+    sequence = devices // shards // tensor
+    if shards % slices:
+        raise UserError(
+            f"batch {batch} does not divide by the {slices} TPU slices, over which only data is sharded; "
+            f"use batch {next_multiple(batch, slices)}"
+        )
+    choices = [
+        (shards // fsdp, fsdp, tensor, sequence)
+        for fsdp in range(shards, 0, -1)
+        if shards % fsdp == 0 and (shards // fsdp) % slices == 0
+    ]
+
+    def span(sizes: Sizes) -> int:  # islands over which weights are gathered
+        group = math.prod(sizes[1:])
+        return group // math.gcd(group, max(1, devices // islands))
+
+    holding = [sizes for sizes in choices if held(sizes) <= memory]
+    # Of equals, the first: the largest fsdp
+    return min(holding, key=lambda sizes: (span(sizes), held(sizes))) if holding else min(choices, key=held)
+
+
+def next_multiple(number: int, of: int) -> int:
+    """The least multiple that is at least `number`."""
+    return -(-number // of) * of
+
+
+def islands(devices: Sequence[jax.Device]) -> int:
+    """The number of groups of devices with a fast network inside: TPU slices, or hosts whose GPUs NVLink joins."""
+    # On GPUs, XLA numbers the hosts so (in `se_gpu_pjrt_client.cc`); CPUs have no such number
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def slices(devices: Sequence[jax.Device]) -> int:
+    """The number of TPU slices."""
+    return islands(devices) if devices[0].platform == "tpu" else 1
+
+
+def device_memory() -> float:
+    """Bytes that XLA has on the first process's first device, so that all processes plan alike; ∞ if unknown (CPUs)."""
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    return limit if jax.process_count() == 1 else float(multihost_utils.broadcast_one_to_all(np.float32(limit)))
+
+
 def named(sizes: Sequence[int]) -> str:
     """The sizes of a mesh that are not 1, e.g. "data=2, fsdp=8"."""
     axes = [f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True) if size != 1]
@@ -85,17 +159,34 @@ def arrange(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
       UserError: if there are several TPU slices, with a slow network between them, and `data` does not divide among
         them.
     """
-    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
-    if slices == 1:
+    if (number := slices(devices)) == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    if sizes[0] % slices:
+    if sizes[0] % number:
         raise UserError(
-            f"mesh {named(sizes)}: data={sizes[0]} is not a multiple of the {slices} TPU slices; "
-            f"use a multiple of {slices}, because only data is sharded over slices"
+            f"mesh {named(sizes)}: data={sizes[0]} is not a multiple of the {number} TPU slices; "
+            f"use a multiple of {number}, because only data is sharded over slices"
         )
-    within = (sizes[0] // slices, *sizes[1:])
-    between = (slices, 1, 1, 1)
+    within = (sizes[0] // number, *sizes[1:])
+    between = (number, 1, 1, 1)
     return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+
+
+def check_batch(batch: int, mesh: Mesh, heads: int, micro_batches: int = 1) -> None:
+    """Raises UserError, which names a batch and a mesh that fit, unless each device gets as many examples.
+
+    Args:
+      batch: examples of a training step.
+      heads: attention heads of the backbone.
+      micro_batches: parts of the batch that are computed one after another.
+    """
+    parts = micro_batches * mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch % parts == 0:
+        return
+    fits = auto_sizes(mesh.size, max(1, batch // micro_batches), heads, lambda sizes: 0)
+    raise UserError(
+        f"batch {batch} does not divide by {'accumulate × ' if micro_batches > 1 else ''}data × fsdp = {parts} of mesh "
+        f"{named(mesh.devices.shape)}; use batch {next_multiple(batch, parts)}, or mesh {named(fits)}, as auto does"
+    )
 
 
 def mesh_sizes(text: str) -> tuple[int, ...]:
@@ -165,15 +256,27 @@ def sharded(mesh: Mesh, abstract: Any) -> Any:
     )
 
 
+def platform(mesh: AbstractMesh) -> str:
+    """The platform that a program is compiled for, which this machine may not have: "cpu", "gpu" or "tpu".
+
+    It is that of the mesh's devices; JAX's default, if the mesh is abstract or empty.
+    """
+    device = mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """An activation of a jitted function, sharded over the mesh that `jax.set_mesh` has set.
 
-    Only sequence parallelism needs this. Without it, or without a mesh, x is returned as it is: for the other axes XLA
-    propagates the sharding of weights and batch. (With constraints on those too, XLA of jax 0.10.2 on CPUs mixes up the
-    examples of a batch on data = 2, fsdp = 2, tensor = 2.)
+    Without a mesh, x is returned as it is. Left to itself, XLA shards activations by features where the weights are,
+    and moves them again and again.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["sequence"] == 1:
+    if mesh.empty:
+        return x
+    # The exception for CPUs: there, with constraints on data = 2, fsdp = 2, tensor = 2, XLA of jax 0.10.2 mixes up the
+    # examples of a batch. Only sequence parallelism cannot do without
+    if platform(mesh) == "cpu" and mesh.shape["sequence"] == 1:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(mesh, axes, x.shape))
 

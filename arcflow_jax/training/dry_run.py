@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
-from typing import Any
-
-import jax
-from flax import nnx
-from jax.sharding import Mesh
 
 from arcflow_jax.errors import first_few
-from arcflow_jax.parallel.mesh import state_shardings
-from arcflow_jax.training.plan import Plan, parameters
+from arcflow_jax.training.plan import Plan, bytes_per_device, parameters
 from arcflow_jax.training.recipe import Recipe
 
 
@@ -25,19 +18,7 @@ def report(recipe: Recipe) -> str:
     plan = Plan.make(recipe)
     recipe = plan.recipe
     trained, whole = parameters(plan.adapter), parameters(plan.base)
-    optimizer = jax.eval_shape(plan.optimizer.init, plan.adapter)
-    parts = {
-        "base": plan.base,
-        "adapter": plan.adapter,
-        "EMA weights": plan.adapter,
-        "optimizer": optimizer,
-        "gradients": plan.adapter,
-    }
-    if not recipe.embeddings:
-        components = plan.directory.description.components
-        encoders = [name for name in components if name.startswith("text_encoder")]
-        parts["text encoders"] = [nnx.state(plan.directory.abstract(name, recipe.dtype)) for name in encoders]
-    sizes = {name: bytes_per_device(plan.mesh, state) for name, state in parts.items()}
+    sizes = {name: bytes_per_device(plan.mesh, state) for name, state in plan.held.items()}
     tokens = first_few([f"{rows} × {columns}" for rows, columns in plan.grids.values()])
     memory = [*sizes.items(), ("total", sum(sizes.values()))]
     return "\n".join(
@@ -48,14 +29,9 @@ def report(recipe: Recipe) -> str:
             f"prompts     {plan.prompts}; {recipe.batch} in a training step, {tokens} tokens each",
             f"mesh        {', '.join(f'{name} {size}' for name, size in plan.mesh.shape.items())}: "
             f"{plan.mesh.size} × {plan.mesh.devices.flat[0].device_kind}",
+            f"remat       {plan.remat}" + (", chosen by memory" if recipe.remat == "auto" else ""),
             "memory of one device, computed from shapes and shardings:",
             *(f"  {name:14} {size / 2**30:9.3f} GiB" for name, size in memory),
             "activations and XLA's temporary buffers come on top: arcflow compile-report counts those",
         ]
     )
-
-
-def bytes_per_device(mesh: Mesh, abstract: Any) -> int:
-    """Bytes of a tree of variables that one device holds."""
-    leaves = zip(jax.tree.leaves(abstract), jax.tree.leaves(state_shardings(mesh, abstract)), strict=True)
-    return sum(math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize for x, sharding in leaves)

@@ -29,12 +29,12 @@ from arcflow_jax.data.embeddings import (
 from arcflow_jax.data.images import captions, read_images
 from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.errors import UserError
-from arcflow_jax.parallel.mesh import make_mesh
 from arcflow_jax.parallel.processes import from_part
 from arcflow_jax.storage.atomic import cannot_write, check_room, finish, new_output, unfinished
 from arcflow_jax.storage.files import digest, file_digest, read_own, write_own
 from arcflow_jax.storage.paths import UNFINISHED, as_path
 from arcflow_jax.storage.safetensors import read_header
+from arcflow_jax.training.plan import encoders, training_mesh
 from arcflow_jax.training.recipe import Recipe
 
 
@@ -79,7 +79,7 @@ def embed_prompts(recipe: Recipe, out: Path) -> Path:
 def write_cache(recipe: Recipe, out: Path) -> int:
     """`embed_prompts`, by the one writer of `out`. Returns how many prompts were cut."""
     directory = ModelDirectory.open(converted(recipe.model))
-    mesh = make_mesh(recipe.mesh)
+    mesh = training_mesh(recipe, directory, {"text encoders": encoders(directory, recipe.dtype)})
     if recipe.images:
         found = captions(recipe.images, read_images(recipe.images))
     else:

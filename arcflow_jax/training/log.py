@@ -1,6 +1,7 @@
 """Where a run reports: console, log.jsonl, TensorBoard and, if asked for, Weights & Biases.
 
-RUN/log.jsonl       a JSON object a line: what `train_step` logs, the time, training steps a second, device memory
+RUN/log.jsonl       a JSON object a line: what `train_step` logs, the time, training steps and examples a
+                    second, TFLOP a second of a device and their share of its peak (MFU), device memory
 RUN/tensorboard/    the same, and the images
 RUN/previews/       images, STEP.png
 RUN/wandb.json      the run's id in Weights & Biases
@@ -42,6 +43,7 @@ from arcflow_jax.storage.atomic import append, make_directory, upload, write_fil
 from arcflow_jax.storage.files import json_records, parse_json, read_json, read_lines, write_json
 from arcflow_jax.storage.paths import as_path, growing
 from arcflow_jax.training.recipe import Recipe
+from arcflow_jax.training.work import speed
 
 LOG = "log.jsonl"
 
@@ -64,6 +66,7 @@ class RunLog:
         self.run, self.recipe = run, recipe
         self.writes = is_main()
         self.last = (done, time.monotonic())  # training step and time of the last line
+        self.flops = 0  # operations since then, which the loop adds
         self.progress = progress_bar(disable=not self.writes)
         self.task = self.progress.add_task("distilling", total=recipe.steps, completed=done, text="")
         if not self.writes:
@@ -105,11 +108,19 @@ class RunLog:
         line = {"step": step, "time": time.time(), **{name: np.asarray(x).tolist() for name, x in values.items()}}
         before, then = self.last
         self.last = (step, time.monotonic())
-        rate = (step - before) / (self.last[1] - then)
-        line |= {"steps_per_second": rate, "device_memory": device_memory()}
+        seconds = self.last[1] - then
+        rate = (step - before) / seconds
+        line |= {
+            "steps_per_second": rate,
+            "examples_per_second": rate * self.recipe.batch,
+            **speed(self.flops / seconds),
+        }
+        line["device_memory"] = device_memory()
+        self.flops = 0
         if not self.writes:
             return line
-        text = f"{in_words(line)}, {rate:.3g} steps/s"
+        text = f"{in_words(line)}, {rate:.3g} steps/s, {line['tflops_per_device']:.3g} TFLOP/s a device"
+        text += "" if line["mfu"] is None else f" (MFU {100 * line['mfu']:.0f} %)"
         self.progress.update(self.task, completed=step, text=text)
         scalars = flat(line)
         with self._writing():

@@ -26,6 +26,7 @@ from arcflow_jax.training.recipe import Recipe
 from arcflow_jax.training.start import starting_state
 from arcflow_jax.training.state import train_step
 from arcflow_jax.training.trace import Trace
+from arcflow_jax.training.work import Work
 
 
 def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None) -> Path:
@@ -69,7 +70,7 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
         state = starting_state(plan, base, key, checkpoints, step)
         done = int(state.step)
         trace.check(done, recipe.steps)
-        settings = step_settings(recipe, plan.graphdef, mesh)
+        settings = step_settings(recipe, plan.graphdef, mesh, plan.remat)
         rows, columns = plan.largest_grid
         if recipe.preview_every:
             preview = Preview(recipe, plan.directory, encode, plan.graphdef, base, mesh, rows=rows, columns=columns)
@@ -79,6 +80,7 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
             # Only its text is used, so its image size does not matter
             negative = encode(prompts, guidance=recipe.guidance, rows=rows, columns=columns)
 
+        work = Work()
         with RunLog(run, recipe, done) as log, trace:
             log.say(str(plan.prompts))
             log.say(plan.header() + (f"; resumes after training step {done}" if done else ""))
@@ -91,10 +93,10 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
                 rows, columns = plan.grids[size]
                 conditioning = encode(prompts, guidance=recipe.guidance, rows=rows, columns=columns)
                 steady = i >= recipe.distillation.decay
+                arguments = (state, base, conditioning, key, negative, latents)
                 with jax.set_mesh(mesh):  # which fused attention needs to know
-                    state, values = train_step(
-                        state, base, conditioning, key, negative, latents, steady=steady, **settings
-                    )
+                    log.flops += work.of((steady, size), train_step, *arguments, steady=steady, **settings)
+                    state, values = train_step(*arguments, steady=steady, **settings)
                 trace.after(i + 1, values)
                 if due(recipe.log_every, i + 1, recipe):
                     line = log.step(i + 1, values | {"prompts_cut": encode.cut})

@@ -6,12 +6,14 @@ import collections
 import dataclasses
 import importlib.util
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from arcflow_jax.checkpoints.model_cache import converted
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
@@ -20,14 +22,27 @@ from arcflow_jax.data.images import CaptionedImage, captions, read_images
 from arcflow_jax.data.prompts import Prompts, read_prompts
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import token_grid
+from arcflow_jax.networks.layers import Remat
 from arcflow_jax.networks.student import initial_adapter, split_model
-from arcflow_jax.parallel.mesh import make_mesh, state_shardings
+from arcflow_jax.parallel.mesh import (
+    MESH_AXES,
+    Sizes,
+    auto_sizes,
+    check_batch,
+    device_memory,
+    islands,
+    make_mesh,
+    slices,
+    state_shardings,
+)
 from arcflow_jax.parallel.processes import local_part
 from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.recipe import Recipe
+from arcflow_jax.training.remat import remat_policy
 from arcflow_jax.training.state import TrainState
 
 SHOWN = 8  # image sizes that the header lists
+FOR_STATE = 2 / 3  # of a device's memory; activations take the rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +55,8 @@ class Plan:
       images: to start from; None for a run without data.
       grids: rows and columns of tokens, by image size.
       graphdef, base, adapter: of the model, split; shapes in place of arrays.
+      held: what devices hold all the time, by name, as shapes.
+      remat: what the backward pass computes again.
     """
 
     recipe: Recipe
@@ -52,6 +69,8 @@ class Plan:
     base: nnx.State
     adapter: nnx.State
     optimizer: optax.GradientTransformation
+    held: dict[str, Any]
+    remat: Remat
 
     @classmethod
     def make(cls, recipe: Recipe) -> Plan:
@@ -60,10 +79,12 @@ class Plan:
             raise UserError("wandb_project asks for Weights & Biases, which is not installed: pip install wandb")
         directory = ModelDirectory.open(converted(recipe.model))
         recipe = dataclasses.replace(recipe, adapter=recipe.adapter.with_targets(directory.family.lora_targets))
-        mesh = make_mesh(recipe.mesh)
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        if recipe.batch % shards:
-            raise UserError(f"batch {recipe.batch} does not divide by data × fsdp = {shards} of the mesh")
+        graphdef, base, adapter = split_model(directory.student(recipe.adapter, recipe.dtype))
+        optimizer = make_optimizer(recipe.optimizer, adapter)
+        held = held_in_training(base, adapter, optimizer)
+        if not recipe.embeddings:
+            held["text encoders"] = encoders(directory, recipe.dtype)
+        mesh = training_mesh(recipe, directory, held)
         images = read_images(recipe.images) if recipe.images else None
         if images is None:
             prompts = read_prompts(recipe.prompts, recipe.prompts_field)
@@ -72,9 +93,10 @@ class Plan:
         factor = directory.config("vae").factor
         sizes = dict.fromkeys(prompts.sizes or recipe.resolutions)
         grids = {size: token_grid(*size, factor) for size in sizes}
-        graphdef, base, adapter = split_model(directory.student(recipe.adapter, recipe.dtype))
-        optimizer = make_optimizer(recipe.optimizer, adapter)
-        return cls(recipe, directory, mesh, prompts, images, grids, graphdef, base, adapter, optimizer)
+        tokens = max(math.prod(grid) for grid in grids.values())
+        parts = (graphdef, base, adapter, optimizer)
+        remat = chosen_remat(recipe, directory, mesh, tokens, *parts, held.get("text encoders", ()))
+        return cls(recipe, directory, mesh, prompts, images, grids, *parts, held, remat)
 
     @property
     def largest_grid(self) -> tuple[int, int]:
@@ -101,12 +123,82 @@ class Plan:
         return text
 
 
+def held_in_training(base: nnx.State, adapter: nnx.State, optimizer: optax.GradientTransformation) -> dict[str, Any]:
+    """What devices hold of the backbone all the time, by name, as shapes."""
+    moments = jax.eval_shape(optimizer.init, adapter)
+    return {"base": base, "adapter": adapter, "EMA weights": adapter, "optimizer": moments, "gradients": adapter}
+
+
+def encoders(directory: ModelDirectory, dtype: str) -> list[nnx.State]:
+    """The weights of a model's text encoders, as shapes."""
+    names = [name for name in directory.description.components if name.startswith("text_encoder")]
+    return [nnx.state(directory.abstract(name, dtype)) for name in names]
+
+
+def bytes_per_device(mesh: Mesh | AbstractMesh, abstract: Any) -> int:
+    """Bytes of a tree of variables that one device holds."""
+    leaves = zip(jax.tree.leaves(abstract), jax.tree.leaves(state_shardings(mesh, abstract)), strict=True)
+    return sum(math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize for x, sharding in leaves)
+
+
+def training_mesh(
+    recipe: Recipe, directory: ModelDirectory, held: Mapping[str, Any], devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The recipe's mesh over all devices.
+
+    Args:
+      held: what devices hold all the time, as shapes.
+
+    Raises:
+      UserError: if mesh, batch and devices do not fit together; it names a mesh and a batch that do.
+    """
+    devices = jax.devices() if devices is None else devices
+    heads = directory.config("transformer").num_attention_heads
+    if recipe.mesh != "auto":
+        mesh = make_mesh(recipe.mesh, devices)
+        check_batch(recipe.batch, mesh, heads, recipe.accumulate)
+        return mesh
+
+    def bytes_held(sizes: Sizes) -> int:
+        return bytes_per_device(AbstractMesh(sizes, MESH_AXES), held)
+
+    memory = FOR_STATE * device_memory()
+    groups = {"islands": islands(devices), "slices": slices(devices)}
+    sizes = auto_sizes(len(devices), recipe.batch // recipe.accumulate, heads, bytes_held, memory=memory, **groups)
+    return make_mesh(sizes, devices)
+
+
 def parameters(state: nnx.State) -> int:
     """The number of parameters in a state."""
     return sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
-def step_settings(recipe: Recipe, graphdef: nnx.GraphDef, mesh: Mesh) -> dict[str, Any]:
+def chosen_remat(
+    recipe: Recipe,
+    directory: ModelDirectory,
+    mesh: Mesh,
+    tokens: int,
+    graphdef: nnx.GraphDef,
+    base: nnx.State,
+    adapter: nnx.State,
+    optimizer: optax.GradientTransformation,
+    others: Any = (),
+) -> Remat:
+    """What the backward pass computes again: the recipe's `remat` or, if that is "auto", what fits.
+
+    Args:
+      tokens: of the largest image.
+      others: what devices hold beside base model and training state, as shapes.
+    """
+    conditioning = directory.family.prompts.abstract_conditioning(
+        directory, mesh, recipe.batch // recipe.accumulate, tokens, jnp.dtype(recipe.dtype)
+    )
+    # The gradient of a segment, and the sum of those before it
+    held = (base, abstract_state(adapter, optimizer), adapter, adapter, others)
+    return remat_policy(recipe.remat, graphdef, base, adapter, conditioning, mesh, bytes_per_device(mesh, held))
+
+
+def step_settings(recipe: Recipe, graphdef: nnx.GraphDef, mesh: Mesh, remat: Remat = "full") -> dict[str, Any]:
     """The keyword arguments of `train_step`, but `steady`."""
     return {
         "graphdef": graphdef,
@@ -115,6 +207,8 @@ def step_settings(recipe: Recipe, graphdef: nnx.GraphDef, mesh: Mesh) -> dict[st
         "optimizer": recipe.optimizer,
         "ema": recipe.ema,
         "mesh": mesh,
+        "accumulate": recipe.accumulate,
+        "remat": remat,
     }
 
 

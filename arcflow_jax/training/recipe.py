@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from ml_collections import ConfigDict
 from msgspec import Meta
@@ -38,6 +38,7 @@ from arcflow_jax.storage.files import read_json, write_json
 from arcflow_jax.storage.paths import as_path
 from arcflow_jax.training.optimizer import OptimizerConfig
 from arcflow_jax.training.overrides import checked, flatten, kind_of, parsed
+from arcflow_jax.training.remat import Choice
 from arcflow_jax.training.state import EmaConfig
 
 Sizes = Annotated[
@@ -47,7 +48,7 @@ Sizes = Annotated[
 SETTINGS = "config.json"  # in the run's directory: the recipe with all overrides
 # What may differ when a run is resumed: where things are, for how long and how often. The rest decides its numbers.
 CHANGEABLE = {
-    *("model", "prompts", "prompts_field", "embeddings", "out", "mesh", "steps"),
+    *("model", "prompts", "prompts_field", "embeddings", "out", "mesh", "accumulate", "remat", "steps"),
     *("log_every", "save_every", "keep_last", "keep_every", "max_skipped"),
     *("preview_every", "preview_prompts", "wandb_project"),
 }
@@ -73,8 +74,13 @@ class Recipe:
         likely as the others; one that is listed twice is twice as likely. Prompts with sizes of their own (columns
         height and width) do not use it.
       batch, steps: examples in a training step, and number of training steps.
+      accumulate: micro-batches of a training step, which are computed one after another to save memory.
       dtype: of the networks' arithmetic.
-      mesh: sizes of the axes data, fsdp, tensor, sequence; -1 takes what is left.
+      mesh: sizes of the axes data, fsdp, tensor, sequence, where -1 takes what is left; or "auto", which fits devices
+        and batch (see `parallel.mesh.auto_sizes`).
+      remat: what the backward pass computes again: "full", each block; "attention", each block but its attention;
+        "none", only what costs no matrix product. The less, the more memory it takes. "auto" chooses by the memory of
+        the devices (see `training.remat`).
       log_every, save_every: training steps from one line of the log, or one checkpoint, to the next.
       keep_last: how many of the newest checkpoints stay.
       keep_every: checkpoints of training steps that are multiples of this are never deleted; 0 keeps none of them.
@@ -96,9 +102,11 @@ class Recipe:
     seed: Seed = 0
     resolutions: Sizes = ((1024, 1024),)
     batch: Batch = 16
+    accumulate: Batch = 1
     steps: TrainingSteps = 10_000
     dtype: Precision = "bfloat16"
-    mesh: tuple[AxisSize, AxisSize, AxisSize, AxisSize] = (1, -1, 1, 1)
+    mesh: Literal["auto"] | tuple[AxisSize, AxisSize, AxisSize, AxisSize] = "auto"
+    remat: Choice = "auto"
     log_every: Period = 10
     save_every: Period = 500
     keep_last: Count = 2
@@ -114,6 +122,8 @@ class Recipe:
 
     def __post_init__(self):
         schema.check(self)
+        if self.batch % self.accumulate:
+            raise UserError(f"batch {self.batch} does not divide into accumulate={self.accumulate} micro-batches")
         if not self.prompts and not self.images:
             raise UserError("the recipe has no prompts: set --config.prompts, or --config.images for real images")
         if self.preview_every and not self.preview_prompts:
@@ -232,7 +242,8 @@ def read_config(recipe: str, overrides: Sequence[str] = ()) -> ConfigDict:
             raise UserError(f"cannot read {text}: overrides have the form --config.key=value")
         key, value = found.groups()
         values[key] = parsed(Recipe, key, value)
-    return ConfigDict(nest(values)).lock()
+    # `Recipe.from_config` checks types; ConfigDict knows one type a key
+    return ConfigDict(nest(values), type_safe=False).lock()
 
 
 def load(name: str) -> ModuleType:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,8 +16,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from arcflow_jax import schema
-from arcflow_jax.flow.distill import Distillation, distil, teacher_share
+from arcflow_jax.flow.distill import Distillation, distil, part_of, teacher_share
 from arcflow_jax.networks.conditioning import Conditioning, Guided
+from arcflow_jax.networks.layers import Remat
 from arcflow_jax.parallel.mesh import batched, replicated, state_shardings
 from arcflow_jax.schema import Power, TrainingSteps
 from arcflow_jax.training.optimizer import OptimizerConfig, ema_decay, learning_rate_schedule, make_optimizer
@@ -86,7 +88,7 @@ class TrainState:
         return self.step - self.skipped.total
 
 
-STATIC = ("graphdef", "settings", "guidance", "optimizer", "ema", "steady", "mesh")
+STATIC = ("graphdef", "settings", "guidance", "optimizer", "ema", "steady", "mesh", "accumulate", "remat")
 
 
 @functools.partial(jax.jit, static_argnames=STATIC, donate_argnames="state")
@@ -105,6 +107,8 @@ def train_step(
     ema: EmaConfig,
     steady: bool,
     mesh: Mesh,
+    accumulate: int = 1,
+    remat: Remat = "full",
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One training step of distillation on the prompts of `conditioning`, batch first.
 
@@ -120,6 +124,10 @@ def train_step(
       guidance: scale of "cfg".
       mesh: that batch and state are sharded over.
       steady: whether the teacher's share has reached zero, so that its calls are batched (see `distill`).
+      accumulate: micro-batches that the batch is computed in, one after another. Each has every `accumulate`-th
+        example, and memory is that of one. Loss, gradient and update are those of the whole batch to rounding, except
+        that dropout draws other numbers. The logged velocity error is the mean of the micro-batches' errors.
+      remat: what the backward pass computes again (see `layers.Remat`).
 
     Returns:
       The next state, and what to log: loss, loss and velocity error of each segment, gradient norm, learning rate,
@@ -133,19 +141,44 @@ def train_step(
     noise = jax.random.normal(noise_key, (batch, tokens, model.backbone.config.in_channels))
     noise = jax.lax.with_sharding_constraint(noise, batched(mesh))
 
-    teachers = conditioning if negative is None else Guided(conditioning, negative, guidance)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
 
-    def student(adapter, x, sigma, dropout_key):
-        # So that the gradient is sharded as the adapter is, where it arises
-        adapter = jax.lax.with_sharding_constraint(adapter, shardings.adapter)
-        return nnx.merge(graphdef, base, adapter).student_curve(x, sigma, conditioning, dropout_key)
+    def add_gradient(total: nnx.State | None, index: jax.Array | int) -> tuple[nnx.State, Any]:
+        """The total with a micro-batch's gradient; and the micro-batch's loss and log."""
 
-    def teacher(x, sigma):
-        return model.teacher_velocity(x, sigma, teachers.repeat(len(x) // batch))
+        def rows(x: jax.Array) -> jax.Array:
+            if accumulate == 1 or x is conditioning.positions or (negative is not None and x is negative.positions):
+                return x
+            return jax.lax.with_sharding_constraint(part_of(x, index, accumulate), batched(mesh))
 
-    loss, grads, log = distil(
-        student, state.adapter, teacher, noise, loss_key, settings=settings, teacher_share=share, latents=latents
-    )
+        prompts, negatives, start, images = jax.tree.map(rows, (conditioning, negative, noise, latents))
+        teachers = prompts if negatives is None else Guided(prompts, negatives, guidance)
+
+        def student(adapter, x, sigma, dropout_key):
+            # So that the gradient is sharded as the adapter is, where it arises
+            adapter = jax.lax.with_sharding_constraint(adapter, shardings.adapter)
+            return nnx.merge(graphdef, base, adapter).student_curve(x, sigma, prompts, dropout_key, remat)
+
+        def teacher(x, sigma):
+            times = len(x) // len(start)
+            calls = teacher_calls(times, len(start) // shards)
+            repeated = teachers.repeat(times // calls)
+            return in_parts(lambda x, sigma: model.teacher_velocity(x, sigma, repeated), calls, len(start), x, sigma)
+
+        options = {"settings": settings, "teacher_share": share, "latents": images}
+        loss, total, log = distil(
+            student, state.adapter, teacher, start, loss_key, part=(index, accumulate), total=total, **options
+        )
+        return total, (loss, log)
+
+    if accumulate == 1:
+        grads, (loss, log) = add_gradient(None, 0)
+    else:
+        zeros = jax.tree.map(jnp.zeros_like, state.adapter)
+        total, logs = jax.lax.scan(add_gradient, zeros, jnp.arange(accumulate))
+        grads = jax.tree.map(lambda x: x / accumulate, total)
+        loss, log = jax.tree.map(lambda x: x.mean(0), logs)
+
     norm = optax.global_norm(grads)
     updates, opt_state = make_optimizer(optimizer, state.adapter).update(grads, state.opt_state, state.adapter)
     adapter = optax.apply_updates(state.adapter, updates)
@@ -171,6 +204,29 @@ def train_step(
     state = TrainState(state.step + 1, adapter, average, opt_state, skipped)
     # Every process reads the log
     return jax.lax.with_sharding_constraint((state, log), (shardings, jax.tree.map(lambda _: replicated(mesh), log)))
+
+
+def teacher_calls(states: int, examples: int) -> int:
+    """The number of parts in which the teacher evaluates so many states of each of a device's examples.
+
+    A device then has in one part as many states as it has examples, so that the teacher takes no more memory than the
+    student; but all states of an example, because each part gathers the weights of sharded layers again.
+    """
+    return max(parts for parts in range(1, states + 1) if states % parts == 0 and parts <= max(1, examples))
+
+
+def in_parts(
+    call: Callable[..., jax.Array], parts: int, batch: int, *arrays: jax.Array
+) -> jax.Array:  # [m·B, …] each -> [m·B, …]
+    """call(*arrays) in several parts, one after the other, each with its share of the m rows of every example."""
+    if parts == 1:
+        return call(*arrays)
+
+    def split(x: jax.Array) -> jax.Array:  # [m·B, …] -> [parts, m / parts · B, …]
+        return jnp.moveaxis(x.reshape(batch, parts, -1, *x.shape[1:]), 1, 0).reshape(parts, -1, *x.shape[1:])
+
+    out = jax.lax.map(lambda each: call(*each), tuple(split(x) for x in arrays))
+    return jnp.moveaxis(out.reshape(parts, batch, -1, *out.shape[2:]), 0, 1).reshape(-1, *out.shape[2:])
 
 
 def all_finite(tree: Any) -> jax.Array:

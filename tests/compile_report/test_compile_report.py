@@ -17,15 +17,16 @@ import pytest
 from jax.sharding import Mesh
 
 from arcflow_jax.cli.app import main
-from arcflow_jax.compile_report import report
+from arcflow_jax.compile_report import report, topology
 from arcflow_jax.compile_report.child import needed
 from arcflow_jax.compile_report.collectives import Traffic, collectives
 from arcflow_jax.compile_report.programs import sampler, training_step
-from arcflow_jax.compile_report.work import flops
+from arcflow_jax.compile_report.topology import environment
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.attention import attention, attention_kernel
 from arcflow_jax.parallel.mesh import MESH_AXES
 from arcflow_jax.training.recipe import Recipe, read_config
+from arcflow_jax.training.work import flops
 from tests.helpers.processes import with_devices
 
 ROOT = Path(__file__).parents[2]
@@ -62,14 +63,14 @@ def test_flops_of_convolutions():
 
 
 def test_flops_of_fused_attention():
-    """Two products forward; splash's backward pass computes seven, two of which both of its kernels repeat."""
+    """Two products forward; the backward pass computes five, one of which are the scores again."""
     b, s, h, e = 2, 1024, 3, 128
     product = 2 * b * h * s * s * e
     rows = 2 * b * h * s * e  # Σ output · its gradient, outside the kernels
     q = (b, s, h, e)
     with attention_kernel("splash"):
         assert count(attention, q, q, q) == 2 * product
-        assert count(jax.grad(lambda q, k, v: (attention(q, k, v) ** 2).sum()), q, q, q) == (2 + 7) * product + rows
+        assert count(jax.grad(lambda q, k, v: (attention(q, k, v) ** 2).sum()), q, q, q) == (2 + 5) * product + rows
         mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh.update(axis_sizes=(2, 1, 3, 2))):
             assert count(attention, q, q, q) == 2 * product  # each device computes a twelfth
@@ -281,7 +282,7 @@ def answers(tmp_path_factory) -> dict[str, dict]:
     done = subprocess.run(
         [sys.executable, "-c", IN_ONE_PROCESS],
         input=json.dumps([dataclasses.asdict(each) for each in cases.values()]),
-        env={k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | report.ENVIRONMENT,
+        env=environment(["v5e:1x1"]),
         capture_output=True,
         text=True,
     )
@@ -320,8 +321,8 @@ def test_out_of_memory_is_a_row(answers, capfd):
     [
         ("topology", "the compiler rejects topology 'v6e:3x3'"),
         ("mesh", "4 devices"),
-        ("slices", "2 slices"),
-        ("batch", "batch 1 is not a multiple of the mesh's data × fsdp = 4"),
+        ("slices", "the 2 TPU slices"),
+        ("batch", "batch 1 does not divide by data × fsdp = 4"),
         ("model", "model directory /nowhere does not exist"),
     ],
 )
@@ -340,9 +341,9 @@ def test_errors_come_before_any_compilation(capfd, tmp_path, tiny_model, monkeyp
     refused("mesh '4': '4' is not AXIS=SIZE, where AXIS is one of data", "--topology", "v5e:2x2", "--mesh", "4", model)
     refused("--height and --width go together", "--topology", "v5e:2x2", "--height", 512, model)
     with monkeypatch.context() as patched:
-        patched.setattr(report.importlib.util, "find_spec", lambda name: None)
+        patched.setattr(topology.importlib.util, "find_spec", lambda name: None)
         refused("libtpu, the compiler for TPUs, is not installed", "--topology", "v5e:2x2", model)
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: name)
     refused("unknown topology 'v5p-8': give one of v5e, v5p", "--topology", "v5p-8", model)
 
     # The child process checks all cases before it compiles the first

@@ -58,7 +58,7 @@ class ToyConfig:
     in_channels: int
     width: int
     num_layers: int
-    num_heads: int
+    num_attention_heads: int
     text_width: int
 
 
@@ -86,7 +86,7 @@ class ToyBlock(nnx.Module):
     """Image tokens attend to themselves and to the text, then pass an MLP."""
 
     def __init__(self, config: ToyConfig, *, dtype: Any, rngs: nnx.Rngs):
-        self.heads = config.num_heads
+        self.heads = config.num_attention_heads
         self.norm = RMSNorm(config.width, eps=1e-6, dtype=dtype)
         self.query, self.key, self.value, self.out = (
             Linear(config.width, config.width, dtype=dtype, rngs=rngs) for _ in range(4)
@@ -195,7 +195,7 @@ FAMILY = Family(
 # --- its test ---
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "transformer": {"in_channels": 16, "width": 32, "num_layers": 2, "num_heads": 2, "text_width": 24},
+    "transformer": {"in_channels": 16, "width": 32, "num_layers": 2, "num_attention_heads": 2, "text_width": 24},
     "text_encoder": {"vocab_size": 123, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2},
     "vae": {
         "block_out_channels": [4, 8],

@@ -45,7 +45,7 @@ def groups(x: Any) -> bool:
 
 def mesh(x: Any) -> bool:
     axis = rules.whole(1, 2**20)
-    return (
+    return x == "auto" or (
         isinstance(x, tuple | list)
         and len(x) == 4
         and all((n == -1 and type(n) is int) or axis(n) for n in x)
@@ -62,6 +62,7 @@ CHECKS: dict[str, rules.Check] = {
     "seed": rules.whole(0, 2**64 - 1),
     "resolutions": sizes,
     "batch": rules.whole(1, 10**9),
+    "accumulate": rules.whole(1, 10**9),
     "dtype": rules.one_of("bfloat16", "float32", "float16"),
     "mesh": mesh,
     **{name: rules.whole(1, 10**12) for name in ("log_every", "save_every", "keep_last")},

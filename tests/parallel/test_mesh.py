@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh
+from jax._src.mesh import AbstractDevice  # no public name makes one
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from arcflow_jax.compile_report.programs import open_model
 from arcflow_jax.errors import UserError
@@ -18,7 +20,7 @@ from arcflow_jax.families.flux import CLIP, T5
 from arcflow_jax.networks.student import split_model
 from arcflow_jax.networks.text.clip import CLIPTextConfig
 from arcflow_jax.networks.text.t5 import T5Config
-from arcflow_jax.parallel.mesh import MESH_AXES, make_mesh, state_shardings
+from arcflow_jax.parallel.mesh import MESH_AXES, Sizes, auto_sizes, check_batch, constrain, make_mesh, state_shardings
 from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.recipe import Recipe, read_config
 from arcflow_jax.training.state import TrainState
@@ -99,3 +101,93 @@ def test_tensor_shards_the_base_model(mesh):
 def test_a_mesh_that_does_not_fit_says_what_does(sizes, devices, message):
     with pytest.raises(UserError, match=message):
         make_mesh(sizes, jax.devices() * devices)
+
+
+def shared_out(sizes: Sizes) -> int:
+    """Bytes on a device of a model of 1 GiB."""
+    return 2**30 // (sizes[1] * sizes[2])
+
+
+@pytest.mark.parametrize(
+    ("devices", "batch", "expected"),
+    [
+        (1, 16, (1, 1, 1, 1)),
+        (8, 16, (1, 8, 1, 1)),
+        (16, 16, (1, 16, 1, 1)),
+        (32, 16, (1, 16, 2, 1)),  # tensor takes what the batch cannot
+        (256, 16, (1, 16, 8, 2)),  # and sequence what the 24 heads cannot
+        (256, 256, (1, 256, 1, 1)),
+        (8, 4, (1, 4, 2, 1)),
+        (8, 6, (1, 2, 4, 1)),
+        (6, 16, (1, 2, 3, 1)),
+        (5, 16, (1, 1, 1, 5)),
+    ],
+)
+def test_auto_mesh_of_a_fast_network(devices, batch, expected):
+    assert auto_sizes(devices, batch, 24, shared_out) == expected
+    assert auto_sizes(devices, batch, 24, shared_out, memory=1) == expected  # nothing holds more than this
+
+
+@pytest.mark.parametrize(
+    ("batch", "memory", "expected"),
+    [
+        (32, math.inf, (4, 8, 1, 1)),  # weights are gathered within a host
+        (32, 2**30 // 8, (4, 8, 1, 1)),
+        (32, 2**30 // 16, (2, 16, 1, 1)),  # but within as few as can hold them
+        (32, 2**30 // 32, (1, 32, 1, 1)),
+        (32, 1, (1, 32, 1, 1)),
+        (16, math.inf, (4, 4, 2, 1)),
+    ],
+)
+def test_auto_mesh_of_four_hosts(batch, memory, expected):
+    assert auto_sizes(32, batch, 24, shared_out, memory=memory, islands=4) == expected
+
+
+def test_auto_mesh_of_tpu_slices():
+    assert auto_sizes(32, 32, 24, shared_out, memory=1, islands=4, slices=4) == (4, 8, 1, 1)
+    assert auto_sizes(32, 8, 24, shared_out, islands=4, slices=4) == (4, 2, 4, 1)
+    with pytest.raises(UserError, match=r"batch 6 does not divide by the 4 TPU slices, .*; use batch 8"):
+        auto_sizes(32, 6, 24, shared_out, islands=4, slices=4)
+
+
+def test_fsdp_is_no_larger_than_what_it_divides():
+    """Beyond the rank of LoRA, a larger fsdp would leave more on each device."""
+
+    def held(sizes: Sizes) -> int:
+        return 100 if 224 % sizes[1] else 100 // sizes[1]
+
+    assert auto_sizes(256, 256, 24, held) == (8, 32, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro_batches", "message"),
+    [
+        (12, 1, "batch 12 does not divide by data × fsdp = 8 of mesh data=2, fsdp=4; use batch 16, or mesh fsdp=4, "),
+        (16, 4, "batch 16 does not divide by accumulate × data × fsdp = 32 of mesh data=2, fsdp=4; use batch 32, or"),
+        (2, 4, "batch 2 does not divide by accumulate × data × fsdp = 32 of mesh data=2, fsdp=4; use batch 32, or"),
+    ],
+)
+def test_a_batch_that_does_not_fit_the_mesh_says_what_does(batch, micro_batches, message):
+    mesh = make_mesh((2, 4, 1, 1), jax.devices() * 8)
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_batch(batch, mesh, 24, micro_batches)
+    check_batch(32, mesh, 24, micro_batches)
+
+
+@pytest.mark.parametrize(
+    ("platform", "sequence", "pinned"), [("gpu", 1, True), ("tpu", 1, True), ("cpu", 1, False), ("cpu", 2, True)]
+)
+def test_activations_are_pinned_for_the_devices_of_the_mesh(platform, sequence, pinned):
+    """Which are not those of this machine, where a program is compiled ahead of time."""
+    device = AbstractDevice(device_kind="of no interest", num_cores=1, platform=platform)
+    mesh = AbstractMesh((2, 2, 1, sequence), MESH_AXES, abstract_device=device)
+    x = jax.ShapeDtypeStruct((8, 16, 4), jnp.float32)
+    with jax.sharding.use_abstract_mesh(mesh):
+        jaxpr = jax.make_jaxpr(lambda x: constrain(x, "batch", "tokens", None))(x).jaxpr
+    constraints = [eqn.params["sharding"].spec for eqn in jaxpr.eqns if eqn.primitive.name == "sharding_constraint"]
+    assert constraints == ([PartitionSpec(("data", "fsdp"), "sequence", None)] if pinned else [])
+
+
+def test_without_a_mesh_nothing_is_pinned():
+    x = jnp.ones((2, 3))
+    assert constrain(x, "batch", None) is x

@@ -120,7 +120,7 @@ def test_everything_at_once_on_two_processes_that_are_killed_and_preempted(tiny_
     assert (
         told == [f"preempted: checkpoint at step {done} of 10000 written to {run}; run the same command to resume"] * 2
     )
-    train(everything(tiny_flux, run, steps=done + 1))
+    train(everything(tiny_flux, run, mesh="auto", steps=done + 1))
 
     alone = train(everything(tiny_flux, tmp_path / "one", steps=done + 1))
     for found in (killed, preempted, steps_of(run)):

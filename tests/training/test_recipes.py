@@ -145,7 +145,8 @@ def test_overrides_are_typed():
         ("--config.steps=many", "steps is 'many', but has to be a whole number"),
         ("--config.steps=True", "steps is True, but has to be a whole number"),
         ("--config.optimizer.b1='0.9'", "optimizer.b1 is '0.9', but has to be a number"),
-        ("--config.mesh=(1, 2", "mesh is '(1, 2', but has to be a list of 4, each a whole number from -1"),
+        ("--config.mesh=(1, 2", "mesh is '(1, 2', but has to be 'auto' or a list of 4, each a whole number from -1"),
+        ("--config.mesh=atuo", "mesh is 'atuo', but has to be 'auto' or a list of 4"),
         ("--config.resolutions=(64, 64)", "but has to be a list of sizes, each (height, width) in pixels"),
         ("--config.adapter.targets=7", "--config.adapter.targets is 7, but has to be a list, each a text"),
         ("steps=7", "cannot read steps=7: overrides have the form --config.key=value"),
@@ -192,6 +193,7 @@ def test_a_run_begun_before_defaults_is_the_same(tmp_path):
     recipe = Recipe.from_config(read_config("tiny"))
     before = recipe.resolved()
     before["adapter"]["targets"] = ["transformer_blocks.ff.*"]
+    before["mesh"] = [1, -1, 1, 1]
     del before["start_from"]
     (tmp_path / SETTINGS).write_text(json.dumps(before))
     recipe.check_same(tmp_path)

@@ -127,7 +127,7 @@ def test_kill_and_resume_is_bit_identical(model, tmp_path):
         file.write('{"step": 8, "lo')  # as a kill may leave it
     resumed = train(bucketed(model, tmp_path / "killed"))
     assert_same(saved(straight), saved(resumed))
-    timings = ("time", "steps_per_second")
+    timings = ("time", "steps_per_second", "examples_per_second", "tflops_per_device")
     lines = [[{name: x for name, x in line.items() if name not in timings} for line in log(run)]
              for run in (straight, resumed)]  # fmt: skip
     assert lines[0] == lines[1]
@@ -355,7 +355,7 @@ def test_previews_trace_and_weights_and_biases(model, tmp_path, monkeypatch, cap
     assert re.search(r"trains 0\.\d+ of \d\.\d+ million parameters \(\d+\.\d+ %\) on 1 \w+ devices", output)
     assert re.search(
         r"step 2 of 2: loss [\d.]+ \(segments [\d.]+ [\d.]+\), gradient \S+, rate 0.002, teacher 100 %, "
-        r"[\d.]+ steps/s, 0:00:00 left",
+        r"[\d.]+ steps/s, \S+ TFLOP/s a device, 0:00:00 left",
         output,
     )
     (project,) = wandb.runs.values()

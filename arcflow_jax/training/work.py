@@ -1,6 +1,6 @@
 """Floating-point operations of a program, counted in its jaxpr.
 
-XLA's own cost analysis counts a loop body once and a Pallas kernel not at all.
+XLA's own cost analysis counts a loop body once, and a Pallas kernel or cuDNN's attention not at all.
 """
 
 from __future__ import annotations
@@ -9,7 +9,36 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+from arcflow_jax.parallel.chips import chip_of
+
+# The matrix products in cuDNN's fused attention, all of one size. The backward pass computes the scores again
+CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+
+
+class Work:
+    """The operations of jitted functions, each counted once for the shapes that it is called with."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, int] = {}
+
+    def of(self, name: Any, function: Any, *arguments: Any, **keywords: Any) -> int:
+        """The operations of a call, on all devices; `name` tells those of other shapes and static arguments apart.
+
+        Tracing costs nothing if the call itself follows, which uses it again.
+        """
+        if name not in self.known:
+            self.known[name] = flops(function.trace(*arguments, **keywords).jaxpr.jaxpr)
+        return self.known[name]
+
+
+def speed(flops_per_second: float) -> dict[str, float | None]:
+    """TFLOP a second of each of all devices, and its share of the chip's peak rate (MFU); None of an unknown chip."""
+    rate = flops_per_second / jax.device_count()
+    chip = chip_of(jax.devices()[0].device_kind)
+    return {"tflops_per_device": rate / 1e12, "mfu": None if chip is None else rate / chip.flops}
 
 
 def flops(jaxpr: Jaxpr) -> int:
@@ -30,6 +59,9 @@ def _flops(eqn: JaxprEqn) -> int:
         kernel, out_features = eqn.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
         of_one_output = math.prod(size for i, size in enumerate(kernel) if i != out_features)
         return 2 * math.prod(eqn.outvars[0].aval.shape) * of_one_output
+    if name in CUDNN_PRODUCTS:
+        (b, s, h, e), t = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[1]
+        return CUDNN_PRODUCTS[name] * 2 * b * h * s * t * e
     inner = [flops(jaxpr) for jaxpr in _jaxprs(params)]
     if name == "cond":
         return max(inner)

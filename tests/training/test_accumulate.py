@@ -1,0 +1,103 @@
+"""Gradient accumulation: a batch in micro-batches gives what the whole batch gives, and takes the memory of one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from arcflow_jax.errors import UserError
+from arcflow_jax.families.flux import FLUX
+from arcflow_jax.flow.distill import Distillation, distil
+from arcflow_jax.flow.momentum import Mixture
+from arcflow_jax.networks.student import split_model
+from arcflow_jax.parallel.mesh import make_mesh
+from arcflow_jax.training.optimizer import make_optimizer
+from arcflow_jax.training.plan import step_settings
+from arcflow_jax.training.recipe import Recipe
+from arcflow_jax.training.state import TrainState, train_step
+from tests.helpers import few_steps
+
+B, N = few_steps.BATCH, few_steps.ROWS**2
+
+
+@functools.cache
+def step():
+    """The settings of a training step of a random FLUX with random adapters and CFG; its arguments; and latents."""
+    mesh = make_mesh((1, 1, 1, 1), jax.devices()[:1])
+    adapter = dataclasses.replace(few_steps.ADAPTER, dropout=0.0)
+    graphdef, base, abstract = split_model(FLUX.student(few_steps.FLUX_CONFIG, adapter, jnp.float32))
+    settings = Distillation(states=2, decay=4, teacher_guidance="cfg", data_weight=0.5)
+    recipe = Recipe("m", "o", 2.0, prompts="p", images="i", optimizer=few_steps.OPTIMIZER, distillation=settings)
+    prompts = few_steps.conditioning(mesh, jnp.float32)
+    negative = jax.tree.map(lambda x: x if x is prompts.positions else x[::-1], prompts)
+    weights = few_steps.random_weights(base, mesh), few_steps.random_weights(abstract, mesh)
+    keywords = step_settings(recipe, graphdef, mesh)
+    latents = jax.random.normal(jax.random.key(3), (B, N, few_steps.FLUX_CONFIG.in_channels))
+
+    def arguments():  # anew, because the state is donated
+        base, adapter = jax.tree.map(jnp.copy, weights)
+        state = TrainState.create(adapter, make_optimizer(recipe.optimizer, abstract))
+        return state, base, prompts, jax.random.key(2), negative
+
+    return keywords, arguments, latents
+
+
+def after(accumulate: int, *, steady: bool, data: bool):
+    keywords, arguments, latents = step()
+    keywords = keywords | {"steady": steady, "accumulate": accumulate}
+    return train_step(*arguments(), latents if data else None, **keywords)
+
+
+def distance(ours: object, theirs: object) -> float:
+    """The norm of the difference of two trees, relative to the norm of the second."""
+    return float(optax.global_norm(jax.tree.map(jnp.subtract, ours, theirs)) / optax.global_norm(theirs))
+
+
+@pytest.mark.parametrize(("steady", "data"), [(False, False), (True, False), (True, True)])
+def test_micro_batches_give_what_the_batch_gives(steady, data):
+    whole, log = after(1, steady=steady, data=data)
+    parts, log_of_parts = after(4, steady=steady, data=data)
+    for name in log.keys() - {"velocity_error"}:
+        np.testing.assert_allclose(log_of_parts[name], log[name], rtol=1e-4, err_msg=name)
+    assert log["velocity_error"].shape == log_of_parts["velocity_error"].shape
+    start = step()[1]()[0].adapter
+    # After the first step, Adam's first moment is the gradient times 1 − b1
+    moment, moment_of_parts = (optax.tree.get(each.opt_state, "mu") for each in (whole, parts))
+    assert distance(moment_of_parts, moment) < 1e-4
+    update, update_of_parts = (jax.tree.map(jnp.subtract, each.adapter, start) for each in (whole, parts))
+    assert distance(update_of_parts, update) < 1e-2  # Adam divides by the gradient's size, also where that is rounding
+    assert distance(update, jax.tree.map(jnp.zeros_like, start)) > 0
+
+
+def test_parts_of_a_batch_have_dropout_keys_of_their_own():
+    seen = []
+
+    def student(params, x, sigma, dropout_key):
+        seen.append(tuple(jax.random.key_data(dropout_key).tolist()))
+        return Mixture(x[..., None, :, None] * params, jnp.zeros((*x.shape[:2], 1, 1)), jnp.zeros((*x.shape[:2], 0, 1)))
+
+    x = jnp.ones((2, 3, 4))
+    for part in ((0, 1), (0, 2), (1, 2)):
+        options = {"settings": Distillation(mode_dropout=0.0), "teacher_share": None, "latents": x, "part": part}
+        distil(student, jnp.ones(()), lambda x, sigma: x, x, jax.random.key(0), **options)
+    assert len(set(seen)) == 3
+
+
+def test_memory_is_that_of_a_micro_batch():
+    keywords, arguments, _ = step()
+    temporaries = []
+    for parts in (1, 8):
+        lowered = train_step.lower(*arguments(), **keywords | {"steady": True, "accumulate": parts})
+        temporaries.append(lowered.compile().memory_analysis().temp_size_in_bytes)
+    assert temporaries[1] < temporaries[0] / 2
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(UserError, match="batch 16 does not divide into accumulate=3 micro-batches"):
+        Recipe("m", "o", 1.0, prompts="p", accumulate=3)
