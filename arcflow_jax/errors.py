@@ -30,25 +30,39 @@ class UserError(ValueError):
 class Preempted(Exception):
     """SIGTERM arrived, and the run has saved a checkpoint. The message says where.
 
-    The command line prints the message and exits with code 0.
+    The command line prints the message and exits with code 143, as a process does that SIGTERM has ended: the run is
+    not finished, and a scheduler has to start it again.
     """
+
+
+def exit_code(error: BaseException) -> int:
+    """What a command exits with after an exception: 2 if the user can correct it, 143 after SIGTERM, 130 after Ctrl-C.
+
+    All others are 1. Python prints their traceback.
+    """
+    codes = {UserError: 2, Preempted: 143, KeyboardInterrupt: 130}
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
 
 
 @contextlib.contextmanager
 def report_errors() -> Generator[None]:
-    """Around a command: prints a `UserError` as one line on stderr and exits with code 2; see also `Preempted`."""
+    """Around a command: prints a `UserError` as one line on stderr, `Preempted` on stdout, and exits with `exit_code`.
+
+    Other exceptions pass through.
+    """
     try:
         yield
     except UserError as error:
         if os.environ.get(TRACEBACK, "0") not in ("", "0"):
             traceback.print_exception(with_causes(error))
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(exit_code(error))
     except Preempted as preempted:
-        print(preempted)
-    except KeyboardInterrupt:
+        print(preempted, flush=True)
+        sys.exit(exit_code(preempted))
+    except KeyboardInterrupt as interrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(exit_code(interrupt))
 
 
 def with_causes(error: BaseException) -> BaseException:

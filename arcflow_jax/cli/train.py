@@ -35,7 +35,7 @@ def train(
 
     Any value of the recipe can be overridden: --config.steps=1000 --config.optimizer.learning_rate=1e-4. If the run's
     directory (--config.out) exists, the run resumes from its last checkpoint. On SIGTERM it writes a checkpoint and
-    ends with exit code 0.
+    ends with exit code 143.
 
     On several machines, run the same command on each. On TPU pods and under SLURM they find one another; elsewhere
     give --coordinator, --processes and --process-id.

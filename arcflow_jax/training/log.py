@@ -4,9 +4,10 @@ RUN/log.jsonl       a JSON object a line: what `train_step` logs, the time, trai
 RUN/tensorboard/    the same, and the images
 RUN/previews/       images, STEP.png
 RUN/wandb.json      the run's id in Weights & Biases
+RUN/error-N.log     the traceback of the error that ended process N last
 
 A run that resumes from a checkpoint first deletes what was logged after it, because those training steps run again.
-Only the first process logs.
+Only the first process logs, but for errors.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import dataclasses
 import importlib
 import json
 import math
+import socket
 import time
+import traceback
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +36,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from arcflow_jax import schema
 from arcflow_jax.console import duration, progress_bar
 from arcflow_jax.data.output import save_image
-from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.errors import Preempted, UserError, one_line
 from arcflow_jax.parallel.processes import is_main
 from arcflow_jax.schema import TrainingSteps
 from arcflow_jax.storage.atomic import append, make_directory, write_file
@@ -141,6 +144,22 @@ class RunLog:
             yield
         except OSError as error:
             raise UserError(f"cannot write to {self.run}, its checkpoints are intact: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def traceback_in(run: Path) -> Iterator[None]:
+    """Writes the traceback of an error in the `with` block that the user cannot correct to the run's directory."""
+    try:
+        yield
+    except (UserError, Preempted):
+        raise
+    except Exception as error:
+        if run.is_dir():
+            where = f"{time.strftime('%Y-%m-%d %H:%M:%S')}, process {jax.process_index()} on {socket.gethostname()}"
+            text = f"{where}\n{''.join(traceback.format_exception(error))}"
+            with contextlib.suppress(OSError), whole_file(run / f"error-{jax.process_index()}.log") as aside:
+                aside.write_text(text)
+        raise
 
 
 def forget_after(path: Path, step: int) -> None:

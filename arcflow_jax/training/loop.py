@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from arcflow_jax.checkpoints.training import DESCRIPTION, AdapterDescription, Checkpoints
 from arcflow_jax.errors import Preempted, UserError
 from arcflow_jax.generate import random_key
+from arcflow_jax.parallel.failure import ends_together
 from arcflow_jax.parallel.mesh import state_shardings
 from arcflow_jax.parallel.preemption import Preemption
 from arcflow_jax.parallel.processes import is_main, local_part
@@ -19,7 +20,7 @@ from arcflow_jax.storage.lock import one_writer
 from arcflow_jax.storage.paths import as_path
 from arcflow_jax.training.embeddings import CachedPrompts
 from arcflow_jax.training.latents import LatentEncoder
-from arcflow_jax.training.log import RunLog
+from arcflow_jax.training.log import RunLog, traceback_in
 from arcflow_jax.training.plan import Plan, step_settings
 from arcflow_jax.training.preview import Preview
 from arcflow_jax.training.recipe import Recipe
@@ -40,12 +41,13 @@ def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None
         newest checkpoint is damaged, too many training steps in a row were not finite, or something could not be
         written.
       Preempted: on SIGTERM, once a checkpoint is written.
+      Exception: anything else. Its traceback is in the directory's error-PROCESS.log. On several processes, all end.
     """
     run = as_path(recipe.out)
     if step is not None and not (run / DESCRIPTION).exists():  # before the directory is made
         raise UserError(f"{run} has no checkpoint {step}: no run was begun there; leave --step out")
     # The processes of one run are one writer
-    with one_writer(run) if is_main() else contextlib.nullcontext():
+    with ends_together(), traceback_in(run), one_writer(run) if is_main() else contextlib.nullcontext():
         return train_alone(recipe, run, step, profile)
 
 
@@ -65,7 +67,11 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
     base = plan.directory.load("transformer", plan.base, state_shardings(mesh, plan.base))
     key = random_key(recipe.seed)
 
-    with Preemption() as preemption, Checkpoints(run, recipe.keep_last, recipe.keep_every) as checkpoints:
+    with (
+        Preemption() as preemption,
+        Checkpoints(run, recipe.keep_last, recipe.keep_every) as checkpoints,
+        ends_together(),  # here as well, because closing the checkpoints waits for all processes
+    ):
         state = starting_state(plan, base, key, checkpoints, step)
         done = int(state.step)
         trace.check(done, recipe.steps)

@@ -144,7 +144,7 @@ def test_kill_and_resume_is_bit_identical(model, tmp_path):
     assert np.any(np.asarray(sampled[0][0]) != np.asarray(sampled[1][0]))
 
 
-def test_preempted_run_saves_and_exits_with_0(model, tmp_path, monkeypatch, capfd):
+def test_preempted_run_saves_and_exits_with_143(model, tmp_path, monkeypatch, capfd):
     log_step = RunLog.step
 
     def preempting(self, step, values):
@@ -156,7 +156,7 @@ def test_preempted_run_saves_and_exits_with_0(model, tmp_path, monkeypatch, capf
     before = signal.getsignal(signal.SIGTERM)
     # The teacher's share reaches zero only after the checkpoint
     arguments = overrides(model, tmp_path / "run", **{"distillation.decay": 3})
-    assert exit_code(["train", "--config", TINY, *arguments]) == 0
+    assert exit_code(["train", "--config", TINY, *arguments]) == 143
     message = f"preempted: checkpoint at step 2 of 4 written to {tmp_path / 'run'}; run the same command to resume\n"
     assert capfd.readouterr().out.endswith(message)
     assert signal.getsignal(signal.SIGTERM) == before
