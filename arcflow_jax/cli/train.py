@@ -15,7 +15,9 @@ def train(
     config: Annotated[str, typer.Option(help="The recipe: NAME or FILE.py, and :VARIANT if it has some.")],
     step: Annotated[
         int | None,
-        typer.Option(help="Resume from this checkpoint instead of the newest. Newer ones are deleted."),
+        typer.Option(
+            help="Resume from this checkpoint instead of the newest. Newer ones move to OUT/checkpoints-aside."
+        ),
     ] = None,
     profile: Annotated[
         str | None,

@@ -41,7 +41,7 @@ from arcflow_jax.parallel.processes import is_main
 from arcflow_jax.schema import TrainingSteps
 from arcflow_jax.storage.atomic import append, make_directory, write_file
 from arcflow_jax.storage.files import json_records, parse_json, read_json, read_lines, write_json
-from arcflow_jax.training.recipe import Recipe
+from arcflow_jax.training.recipe import SETTINGS, Recipe
 
 LOG = "log.jsonl"
 
@@ -154,11 +154,11 @@ def traceback_in(run: Path) -> Iterator[None]:
     except (UserError, Preempted):
         raise
     except Exception as error:
-        if run.is_dir():
+        if (run / SETTINGS).exists():
             where = f"{time.strftime('%Y-%m-%d %H:%M:%S')}, process {jax.process_index()} on {socket.gethostname()}"
             text = f"{where}\n{''.join(traceback.format_exception(error))}"
-            with contextlib.suppress(OSError), whole_file(run / f"error-{jax.process_index()}.log") as aside:
-                aside.write_text(text)
+            with contextlib.suppress(OSError):
+                write_file(run / f"error-{jax.process_index()}.log", text.encode())
         raise
 
 

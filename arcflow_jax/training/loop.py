@@ -33,7 +33,7 @@ def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None
     """Runs a recipe to its end, from where an interrupted run of the same directory stopped; returns the directory.
 
     Args:
-      step: the checkpoint to resume from; by default the newest. Newer ones are deleted.
+      step: the checkpoint to resume from; by default the newest. Newer ones move to checkpoints-aside/.
       profile: "A:B" writes a JAX trace of training steps A to B, counted from 1, to the directory's profile/.
 
     Raises:

@@ -87,7 +87,9 @@ def serve_s3(port: int, faults: Faults) -> None:
 
     def app(environ: dict[str, Any], start: Callable) -> Iterable[bytes]:
         if status := faults():
-            code, message = ("AccessDenied", "Access Denied") if status == 403 else ("SlowDown", "Please reduce your rate")
+            code, message = (
+                ("AccessDenied", "Access Denied") if status == 403 else ("SlowDown", "Please reduce your rate")
+            )
             start(f"{status} {code}", [("Content-Type", "application/xml")])
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             return [ERROR.format(code, message).encode()]
