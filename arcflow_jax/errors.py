@@ -120,7 +120,7 @@ def cause_of(error: BaseException) -> str | None:
     return None
 
 
-def cannot_load(what: str, error: BaseException, advice: str) -> UserError:
+def cannot_load(what: str, error: BaseException, advice: str = "") -> UserError:
     """The error of something that could not be loaded. Only what is damaged is called so, and gets the advice."""
     reason = one_line(error).partition(" See full TensorStore details")[0]
     match cause_of(error):
