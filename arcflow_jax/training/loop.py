@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
+import numpy as np
 
 from arcflow_jax.checkpoints.training import DESCRIPTION, AdapterDescription, Checkpoints
+from arcflow_jax.data.batches import Ahead, Size
 from arcflow_jax.errors import Preempted, UserError
 from arcflow_jax.generate import random_key
 from arcflow_jax.parallel.failure import ends_together
@@ -19,14 +20,18 @@ from arcflow_jax.parallel.processes import is_main, local_part
 from arcflow_jax.storage.lock import one_writer
 from arcflow_jax.storage.paths import as_path
 from arcflow_jax.training.embeddings import CachedPrompts
+from arcflow_jax.training.hosts import check_hosts
 from arcflow_jax.training.latents import LatentEncoder
 from arcflow_jax.training.log import RunLog, traceback_in
 from arcflow_jax.training.plan import Plan, step_settings
-from arcflow_jax.training.preview import Preview
+from arcflow_jax.training.preview import Preview, optional_preview
 from arcflow_jax.training.recipe import Recipe
 from arcflow_jax.training.start import starting_state
 from arcflow_jax.training.state import train_step
 from arcflow_jax.training.trace import Trace
+
+# What a training step takes: this process's prompts, the image size, and the pixels of images [B, H, W, 3]
+Loaded = tuple[list[str], Size, np.ndarray | None]
 
 
 def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None) -> Path:
@@ -77,23 +82,32 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
         trace.check(done, recipe.steps)
         settings = step_settings(recipe, plan.graphdef, mesh)
         rows, columns = plan.largest_grid
+        preview = None
         if recipe.preview_every:
-            preview = Preview(recipe, plan.directory, encode, plan.graphdef, base, mesh, rows=rows, columns=columns)
+            with optional_preview():
+                preview = Preview(recipe, plan.directory, encode, plan.graphdef, base, mesh, rows=rows, columns=columns)
         negative = latents = None
         if recipe.distillation.teacher_guidance == "cfg":
             prompts = [recipe.distillation.negative_prompt] * (recipe.batch // local_part(mesh)[1])
             # Only its text is used, so its image size does not matter
             negative = encode(prompts, guidance=recipe.guidance, rows=rows, columns=columns)
 
-        with RunLog(run, recipe, done) as log, trace:
+        def load(i: int) -> Loaded:
+            """What a training step takes from the host's memory and disks, ready for the devices."""
+            examples, size = batches[i]
+            prompts = [image.caption for image in examples] if to_latents is not None else examples
+            encode.prepare(prompts)
+            return prompts, size, to_latents.pixels(examples, *size) if to_latents is not None else None
+
+        data = Ahead(load, range(done, recipe.steps))
+        with RunLog(run, recipe, done) as log, trace, data:
             log.say(str(plan.prompts))
             log.say(plan.header() + (f"; resumes after training step {done}" if done else ""))
             for i in range(done, recipe.steps):
                 trace.before(i + 1)
-                prompts, size = batches[i]
-                if to_latents is not None:
-                    latents = to_latents(prompts, *size)
-                    prompts = [image.caption for image in prompts]
+                prompts, size, images = next(data)
+                if images is not None:
+                    latents = to_latents(images)
                 rows, columns = plan.grids[size]
                 conditioning = encode(prompts, guidance=recipe.guidance, rows=rows, columns=columns)
                 steady = i >= recipe.distillation.decay
@@ -103,13 +117,14 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
                     )
                 trace.after(i + 1, values)
                 if due(recipe.log_every, i + 1, recipe):
-                    line = log.step(i + 1, values | {"prompts_cut": encode.cut})
+                    line = log.step(i + 1, values | {"prompts_cut": encode.cut, "waited": data.waited})
                     if line["skipped_in_row"] > recipe.max_skipped:
                         checkpoints.save(int(state.step), state.items())
                         raise UserError(too_many_skipped(line, run))
                     checkpoints.check()
-                if due(recipe.preview_every, i + 1, recipe):
-                    log.image(i + 1, preview.sheet(state))
+                if preview is not None and due(recipe.preview_every, i + 1, recipe):
+                    with optional_preview():
+                        log.image(i + 1, preview.sheet(state))
                 if due(recipe.save_every, i + 1, recipe):
                     checkpoints.save(int(state.step), state.items())
                 if preemption.reached(i + 1) and i + 1 < recipe.steps:
@@ -146,8 +161,7 @@ def begin(run: Path, plan: Plan) -> None:
     recipe.check_same(run)
     describe(run, AdapterDescription(plan.directory.fingerprint, *settings, transformer))
     recipe.write(run)
-    if jax.process_count() > 1:  # until all have looked and the first has written
-        multihost_utils.sync_global_devices("the run's directory")
+    check_hosts(run, plan)  # which waits until all have looked and the first has written
 
 
 def describe(run: Path, description: AdapterDescription) -> None:
