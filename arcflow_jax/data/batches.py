@@ -60,8 +60,12 @@ class MixedBatches:
     def __init__(self, examples: Sequence[Any], sizes: Sequence[Size], batch: int, seed: int, part: tuple[int, int]):
         self.batches, self.sizes, self.seed = shuffled_batches(examples, batch, seed, part), sizes, seed
 
+    def size(self, step: int) -> Size:
+        """The image size of a step."""
+        return draw_size(self.sizes, self.seed, step)
+
     def __getitem__(self, step: int) -> tuple[list[Any], Size]:
-        return self.batches[step], draw_size(self.sizes, self.seed, step)
+        return self.batches[step], self.size(step)
 
 
 class BucketedBatches:
@@ -84,9 +88,13 @@ class BucketedBatches:
         self.taken: collections.Counter[Size] = collections.Counter()  # batches of each size in the steps so far
         self.places: list[tuple[Size, int]] = []  # of each step so far: its size, and which batch of that size
 
+    def size(self, step: int) -> Size:
+        """The image size of a step."""
+        return draw_size(self.sizes, self.seed, step)
+
     def __getitem__(self, step: int) -> tuple[list[Any], Size]:
         for earlier in range(len(self.places), step + 1):
-            size = draw_size(self.sizes, self.seed, earlier)
+            size = self.size(earlier)
             self.places.append((size, self.taken[size]))
             self.taken[size] += 1
         size, index = self.places[step]

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.data.images import CaptionedImage, pixels
 from arcflow_jax.families.latents import pack
-from arcflow_jax.parallel.mesh import state_shardings
+from arcflow_jax.parallel.mesh import batched, state_shardings
 from arcflow_jax.parallel.processes import from_part
 
 
@@ -50,4 +50,5 @@ class LatentEncoder:
 
     def __call__(self, own: np.ndarray) -> jax.Array:  # [B, N, 4C] float32
         """Packed latents of the whole batch; each process gives the pixels of its part (see `processes.local_part`)."""
-        return _encode(self.graphdef, self.state, from_part(own, self.mesh))
+        tokens = _encode(self.graphdef, self.state, from_part(own, self.mesh))
+        return jax.device_put(tokens, batched(self.mesh))  # where the compiled training steps take them

@@ -6,7 +6,6 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from arcflow_jax.checkpoints.training import DESCRIPTION, AdapterDescription, Checkpoints
@@ -19,6 +18,7 @@ from arcflow_jax.parallel.preemption import Preemption
 from arcflow_jax.parallel.processes import is_main, local_part
 from arcflow_jax.storage.lock import one_writer
 from arcflow_jax.storage.paths import as_path
+from arcflow_jax.training.compile import compile_steps, memory_told
 from arcflow_jax.training.embeddings import CachedPrompts
 from arcflow_jax.training.hosts import check_hosts
 from arcflow_jax.training.latents import LatentEncoder
@@ -27,7 +27,6 @@ from arcflow_jax.training.plan import Plan, step_settings
 from arcflow_jax.training.preview import Preview, optional_preview
 from arcflow_jax.training.recipe import Recipe
 from arcflow_jax.training.start import starting_state
-from arcflow_jax.training.state import train_step
 from arcflow_jax.training.trace import Trace
 
 # What a training step takes: this process's prompts, the image size, and the pixels of images [B, H, W, 3]
@@ -83,9 +82,11 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
         settings = step_settings(recipe, plan.graphdef, mesh)
         rows, columns = plan.largest_grid
         preview = None
-        if recipe.preview_every:
+        if recipe.preview_every and done < recipe.steps:
             with optional_preview():
-                preview = Preview(recipe, plan.directory, encode, plan.graphdef, base, mesh, rows=rows, columns=columns)
+                drawing = Preview(recipe, plan.directory, encode, plan.graphdef, base, mesh, rows=rows, columns=columns)
+                drawing.sheet(state)  # compiles its programs, before hours of training
+                preview = drawing
         negative = latents = None
         if recipe.distillation.teacher_guidance == "cfg":
             prompts = [recipe.distillation.negative_prompt] * (recipe.batch // local_part(mesh)[1])
@@ -110,11 +111,11 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
                     latents = to_latents(images)
                 rows, columns = plan.grids[size]
                 conditioning = encode(prompts, guidance=recipe.guidance, rows=rows, columns=columns)
-                steady = i >= recipe.distillation.decay
-                with jax.set_mesh(mesh):  # which fused attention needs to know
-                    state, values = train_step(
-                        state, base, conditioning, key, negative, latents, steady=steady, **settings
-                    )
+                arguments = (state, base, conditioning, key, negative, latents)
+                if i == done:
+                    programs = compile_steps(plan.programs(batches, done), *arguments, settings, mesh)
+                with memory_told(rows * columns):
+                    state, values = programs[(rows, columns), plan.steady(i)](*arguments)
                 trace.after(i + 1, values)
                 if due(recipe.log_every, i + 1, recipe):
                     line = log.step(i + 1, values | {"prompts_cut": encode.cut, "waited": data.waited})

@@ -28,7 +28,7 @@ from arcflow_jax.cli.app import main
 from arcflow_jax.errors import UserError
 from arcflow_jax.families import flux
 from arcflow_jax.pipeline import ArcFlowPipeline
-from arcflow_jax.training import plan, state
+from arcflow_jax.training import compile, plan, state
 from arcflow_jax.training.log import RunLog
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.optimizer import make_optimizer
@@ -366,10 +366,46 @@ def test_what_is_optional_never_ends_a_run(model, tmp_path, monkeypatch, capfd):
     assert [line["step"] for line in log(run)] == [1, 2]
     warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert warnings == [
+        "warning: no preview: RuntimeError: not today",
         "warning: Weights & Biases: RuntimeError: not today",
         "warning: the trace was not begun: RuntimeError: not today",
-        "warning: no preview: RuntimeError: not today",
     ]
+
+
+@pytest.mark.slow
+def test_all_is_compiled_before_the_first_training_step(model, tmp_path, monkeypatch):
+    """Both sizes, both phases and the preview; no training step compiles."""
+    settings = bucketed(model, tmp_path / "run")
+    settings = dataclasses.replace(settings, steps=8, save_every=8, preview_every=4, preview_prompts=("a ring",))
+    settings = dataclasses.replace(
+        settings,
+        distillation=dataclasses.replace(settings.distillation, decay=4),
+        optimizer=dataclasses.replace(settings.optimizer, learning_rate=3e-3),
+    )
+    compiled, at_step = [], []
+    log_step = RunLog.step
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+
+    def counting(self, step, values):
+        at_step.append(sum("backend_compile" in name for name in compiled))
+        return log_step(self, step, values)
+
+    monkeypatch.setattr(RunLog, "step", counting)
+    run = train(settings)
+    assert at_step[0] >= 4  # the training steps, of a learning rate that no other test has
+    assert at_step == [at_step[0]] * 8, at_step
+    assert len({line["teacher_share"] > 0 for line in log(run)}) == 2
+    assert (run / "previews" / "000008.png").exists()
+
+
+def test_out_of_memory_is_told_before_the_first_training_step(model, tmp_path, monkeypatch):
+    def full(*args: object, **settings: object) -> None:
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
+    monkeypatch.setattr(compile, "train_step", types.SimpleNamespace(lower=full))
+    with pytest.raises(UserError, match=r"^out of memory in a training step of 4 image tokens: try a smaller batch, "):
+        train(recipe(model, tmp_path / "run"))
+    assert not log(tmp_path / "run")
 
 
 @pytest.mark.slow
