@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import grain
@@ -105,7 +105,7 @@ class Ahead:
     """Results of a function for a range of training steps, in order. A thread is one step ahead of who takes them.
 
     Attributes:
-      waited: seconds that `next` has waited in all.
+      waited: seconds in which the devices had nothing to do because `take` waited.
     """
 
     def __init__(self, load: Callable[[int], Any], steps: range):
@@ -117,13 +117,22 @@ class Ahead:
         step = next(self.left, None)
         return None if step is None else self.thread.submit(self.load, step)
 
-    def __next__(self) -> Any:
-        """The next step's result. Raises what the function raised for it, and StopIteration at the end."""
-        if self.coming is None:
-            raise StopIteration
-        began = time.monotonic()
+    def take(self, busy: Callable[[], bool]) -> Any:
+        """The next step's result.
+
+        Args:
+          busy: whether the devices still work on the step before. That time is not counted as waited.
+
+        Raises:
+          Exception: what the function raised for that step.
+        """
+        assert self.coming is not None, "all steps are taken"
+        while not self.coming.done():
+            began = time.monotonic()
+            wait([self.coming], timeout=0.005)
+            if not busy():
+                self.waited += time.monotonic() - began
         result = self.coming.result()
-        self.waited += time.monotonic() - began
         self.coming = self._begin()
         return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
                 drawing = Preview(recipe, plan.directory, encode, plan.graphdef, base, mesh, rows=rows, columns=columns)
                 drawing.sheet(state)  # compiles its programs, before hours of training
                 preview = drawing
-        negative = latents = None
+        negative = latents = values = None
         if recipe.distillation.teacher_guidance == "cfg":
             prompts = [recipe.distillation.negative_prompt] * (recipe.batch // local_part(mesh)[1])
             # Only its text is used, so its image size does not matter
@@ -106,7 +107,7 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
             log.say(plan.header() + (f"; resumes after training step {done}" if done else ""))
             for i in range(done, recipe.steps):
                 trace.before(i + 1)
-                prompts, size, images = next(data)
+                prompts, size, images = data.take(functools.partial(is_computing, values))
                 if images is not None:
                     latents = to_latents(images)
                 rows, columns = plan.grids[size]
@@ -138,6 +139,11 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
     if encode.cut and is_main():
         print(f"{encode.cut} prompts had more tokens than the text encoder takes, and were cut", flush=True)
     return run
+
+
+def is_computing(values: dict[str, jax.Array] | None) -> bool:
+    """Whether the devices still compute what a training step returns to be logged; None is before the first one."""
+    return values is not None and not values["loss"].is_ready()
 
 
 def due(every: int, done: int, recipe: Recipe) -> bool:

@@ -108,6 +108,11 @@ def test_buckets_resume_anywhere_and_split_into_parts():
         assert (left[i][0] + right[i][0], left[i][1], right[i][1]) == (*expected[i], expected[i][1])
 
 
+def idle() -> bool:
+    """Devices that have nothing to do."""
+    return False
+
+
 def test_one_step_is_loaded_while_the_one_before_is_used():
     begun = [threading.Event() for _ in range(4)]
 
@@ -116,21 +121,21 @@ def test_one_step_is_loaded_while_the_one_before_is_used():
         return 10 * step
 
     with Ahead(load, range(1, 4)) as data:
-        assert next(data) == 10
+        assert data.take(idle) == 10
         assert begun[2].wait(10)  # while step 1 is used
         assert not begun[3].is_set()
-        assert [next(data), next(data)] == [20, 30]
-        with pytest.raises(StopIteration):
-            next(data)
+        assert [data.take(idle), data.take(idle)] == [20, 30]
 
 
-def test_the_time_waited_for_data_is_counted():
-    with Ahead(lambda step: time.sleep(0.2), range(2)) as data:
-        next(data)
+def test_the_time_waited_for_data_is_counted_where_the_devices_are_idle():
+    with Ahead(lambda step: time.sleep(0.2), range(3)) as data:
+        data.take(idle)
         assert 0.1 < data.waited < 5
         before = data.waited
+        data.take(lambda: True)
+        assert data.waited == before
         time.sleep(1)  # a training step, longer than loading
-        next(data)
+        data.take(idle)
         assert data.waited - before < 0.1
 
 
@@ -141,6 +146,6 @@ def test_an_error_of_loading_is_raised_for_its_step():
         return step
 
     with Ahead(load, range(3)) as data:
-        assert next(data) == 0
+        assert data.take(idle) == 0
         with pytest.raises(UserError, match="no image"):
-            next(data)
+            data.take(idle)
