@@ -7,6 +7,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from arcflow_jax.checkpoints.training import DESCRIPTION, AdapterDescription, Checkpoints
