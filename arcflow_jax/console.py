@@ -1,8 +1,10 @@
-"""The progress bar of all commands, and how durations are printed."""
+"""The progress bar of all commands, warnings, and how durations are printed."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Generator
 
 from rich.console import Console
 from rich.progress import (
@@ -16,6 +18,17 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+
+from arcflow_jax.errors import one_line
+
+
+@contextlib.contextmanager
+def optional(what: str) -> Generator[None]:
+    """Inside the `with` block, an error is printed as a warning on stderr: the caller does not need what fails."""
+    try:
+        yield
+    except Exception as error:
+        print(f"warning: {what}: {type(error).__name__}: {one_line(error)}", file=sys.stderr, flush=True)
 
 
 def progress_bar(*, of_bytes: bool = False, transient: bool = False, disable: bool = False) -> Progress:

@@ -119,3 +119,16 @@ def handler() -> ocp.PyTreeCheckpointHandler:
     """Orbax's handler of a checkpoint: a nested dict of arrays."""
     handlers = ((jax.Array, Arrays()), (np.ndarray, NumPyArrays()))
     return ocp.PyTreeCheckpointHandler(type_handler_registry=ocp.type_handlers.create_type_handler_registry(*handlers))
+
+
+def misfits(wanted: dict[str, Any], stored: dict[str, Any]) -> list[str]:
+    """The arrays that a checkpoint lacks, or has in another shape than wanted."""
+    sizes = [
+        {jax.tree_util.keystr(path, simple=True, separator="."): tuple(x.shape) for path, x in leaves}
+        for leaves in map(jax.tree.leaves_with_path, (wanted, stored))
+    ]
+    return sorted(
+        f"{name}: {sizes[1].get(name, 'none')} there, {shape} here"
+        for name, shape in sizes[0].items()
+        if sizes[1].get(name) != shape
+    )

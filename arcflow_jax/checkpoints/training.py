@@ -25,10 +25,11 @@ from flax import nnx
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from arcflow_jax import schema
-from arcflow_jax.checkpoints.arrays import check_name, handler, place
+from arcflow_jax.checkpoints.arrays import check_name, handler, misfits, place
+from arcflow_jax.checkpoints.aside import COMMITTED, move_aside
 from arcflow_jax.checkpoints.model_directory import ComponentDescription
 from arcflow_jax.checkpoints.names import tree_in_memory, tree_on_disk
-from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.errors import NetworkError, UserError, cannot_load, cause_of, first_few, one_line
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.student import AdapterConfig
 from arcflow_jax.schema import SHA256, Guidance
@@ -46,7 +47,6 @@ NEEDED = {
     "distillation": {"nfe", "shift", "final_step_ratio"},
 }
 MOST_BYTES = 2**36  # of a checkpoint's file; Orbax begins a new one after 2 GB
-COMMITTED = "commit_success.txt"  # Orbax's mark of a complete checkpoint in a bucket
 MOST_TRIES = 20  # of a reader, whose checkpoint a run may delete meanwhile
 # Where Orbax logs a failed save's error, with its traceback, before it raises it
 RAISING = ("future.py", "async_checkpointer.py", "checkpoint_manager.py")
@@ -251,19 +251,20 @@ class Checkpoints:
         except Exception as error:
             full = "No space left on device" in str(error)
             reason = "no space left on the device" if full else one_line(error)
+            kind = NetworkError if cause_of(error) == "network" else UserError
             there = [int(path.name) for path in (self.run / "checkpoints").glob("*") if is_complete(path)]
             kept = f"; checkpoint {max(there)} is intact" if there else ""
-            raise UserError(f"cannot write a checkpoint to {self.run}{kept}: {reason}") from error
+            raise kind(f"cannot write a checkpoint to {self.run}{kept}: {reason}") from error
 
     def restore(self, like: dict[str, Any], step: int | None = None) -> dict[str, Any]:
         """The state in a checkpoint, with the shapes and shardings of `like`.
 
         Args:
           like: arrays, or shapes with shardings.
-          step: which checkpoint; newer ones are deleted. By default the newest.
+          step: which checkpoint; newer ones are moved aside (see `aside`). By default the newest.
 
         Raises:
-          UserError: if there is no such checkpoint, or it is damaged.
+          UserError: if there is no such checkpoint, it does not fit, or it cannot be read.
         """
         step = self.latest if step is None else step
         steps = sorted(self.manager.all_steps())
@@ -271,8 +272,10 @@ class Checkpoints:
             raise UserError(f"{self.run} has no checkpoint {step}; there are {', '.join(map(str, steps))}")
         read = self._read(to_dicts(like), step)
         restored = {name: from_dicts(value, read[name]) for name, value in like.items()}
-        for newer in steps[steps.index(step) + 1 :]:  # only now: this checkpoint might have been damaged
-            self.manager.delete(newer)
+        if newer := steps[steps.index(step) + 1 :]:  # only now: this checkpoint might have been damaged
+            with self._writing():
+                move_aside(self.run, newer)
+                self.manager.reload()
         return restored
 
     def restore_adapter(self, abstract: nnx.State, raw: bool = False) -> nnx.State:
@@ -287,7 +290,7 @@ class Checkpoints:
         name = "adapter" if raw else "ema"
 
         def read(step: int) -> nnx.State:
-            if raw and name not in self._names(step):
+            if raw and name not in self._stored(step):
                 raise UserError(f"{self.run} holds EMA weights only: leave --raw out")
             return from_dicts(abstract, self._read({name: to_dicts(abstract)}, step)[name])
 
@@ -310,21 +313,25 @@ class Checkpoints:
 
     def everything(self, step: int) -> dict[str, Any]:
         """All parts of a checkpoint, nested dicts of arrays. Raises UserError if it is damaged."""
-        with self._reading(step):
-            tree = dict(self.manager.item_metadata(step).tree)
+        tree = self._stored(step)
         tree.pop("checksum", None)
         return self._read(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree), step)
 
-    def _names(self, step: int) -> set[str]:
-        """The names of a checkpoint's parts."""
+    def _stored(self, step: int) -> dict[str, Any]:
+        """The shapes of a checkpoint's arrays, by part."""
         with self._reading(step):
-            return set(self.manager.item_metadata(step).tree)
+            return dict(self.manager.item_metadata(step).tree)
 
     def _read(self, like: dict[str, Any], step: int) -> dict[str, Any]:
         """Those parts of a checkpoint that `like` names, with its shapes, dtypes and shardings."""
-        names = self._names(step)
+        stored = self._stored(step)
+        if wrong := misfits(like, stored):
+            raise UserError(
+                f"checkpoint {step} in {self.run} does not fit this model and recipe: {len(wrong)} arrays differ "
+                f"({first_few(wrong)})"
+            )
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(x)), like)
-        if "checksum" in names:  # older ones have none
+        if "checksum" in stored:  # older ones have none
             wanted["checksum"] = dict.fromkeys(like, jax.ShapeDtypeStruct((), jnp.uint32))
         restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
         args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
@@ -345,8 +352,7 @@ class Checkpoints:
             except Exception as error:
                 older = [other for other in self.manager.all_steps() if other < step]
                 hint = f"; arcflow train --step {max(older)} resumes from the one before" if older else ""
-                reason = one_line(error).partition(" See full TensorStore details")[0]
-                raise UserError(f"checkpoint {step} in {self.run} is damaged{hint}: {reason}") from error
+                raise cannot_load(f"checkpoint {step} in {self.run}", error, hint) from error
 
 
 def is_complete(checkpoint: Path) -> bool:

@@ -31,6 +31,6 @@ app.command()(reports.demo)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits: with 0, or with 2 and one line on stderr for bad input."""
+    """Runs the command line and exits: with 0 if all is done, or with `errors.exit_code`."""
     with report_errors():
         app(arguments)

@@ -16,7 +16,9 @@ def train(
     config: Annotated[str, typer.Option(help="The recipe: NAME or FILE.py, and :VARIANT if it has some.")],
     step: Annotated[
         int | None,
-        typer.Option(help="Resume from this checkpoint instead of the newest. Newer ones are deleted."),
+        typer.Option(
+            help="Resume from this checkpoint instead of the newest. Newer ones move to OUT/checkpoints-aside."
+        ),
     ] = None,
     profile: Annotated[
         str | None,
@@ -43,7 +45,7 @@ def train(
 
     Any value of the recipe can be overridden: --config.steps=1000 --config.optimizer.learning_rate=1e-4. If the run's
     directory (--config.out) exists, the run resumes from its last checkpoint. On SIGTERM it writes a checkpoint and
-    ends with exit code 0.
+    ends with exit code 143.
 
     On several machines, run the same command on each. On TPU pods and under SLURM they find one another; elsewhere
     give --coordinator, --processes and --process-id.

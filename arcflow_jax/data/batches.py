@@ -6,7 +6,9 @@ So a run that stopped needs no state of theirs to resume.
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import grain
@@ -58,8 +60,12 @@ class MixedBatches:
     def __init__(self, examples: Sequence[Any], sizes: Sequence[Size], batch: int, seed: int, part: tuple[int, int]):
         self.batches, self.sizes, self.seed = shuffled_batches(examples, batch, seed, part), sizes, seed
 
+    def size(self, step: int) -> Size:
+        """The image size of a step."""
+        return draw_size(self.sizes, self.seed, step)
+
     def __getitem__(self, step: int) -> tuple[list[Any], Size]:
-        return self.batches[step], draw_size(self.sizes, self.seed, step)
+        return self.batches[step], self.size(step)
 
 
 class BucketedBatches:
@@ -82,10 +88,56 @@ class BucketedBatches:
         self.taken: collections.Counter[Size] = collections.Counter()  # batches of each size in the steps so far
         self.places: list[tuple[Size, int]] = []  # of each step so far: its size, and which batch of that size
 
+    def size(self, step: int) -> Size:
+        """The image size of a step."""
+        return draw_size(self.sizes, self.seed, step)
+
     def __getitem__(self, step: int) -> tuple[list[Any], Size]:
         for earlier in range(len(self.places), step + 1):
-            size = draw_size(self.sizes, self.seed, earlier)
+            size = self.size(earlier)
             self.places.append((size, self.taken[size]))
             self.taken[size] += 1
         size, index = self.places[step]
         return self.batches[size][index], size
+
+
+class Ahead:
+    """Results of a function for a range of training steps, in order. A thread is one step ahead of who takes them.
+
+    Attributes:
+      waited: seconds in which the devices had nothing to do because `take` waited.
+    """
+
+    def __init__(self, load: Callable[[int], Any], steps: range):
+        self.load, self.left, self.waited = load, iter(steps), 0.0
+        self.thread = ThreadPoolExecutor(1)
+        self.coming = self._begin()
+
+    def _begin(self) -> Future[Any] | None:
+        step = next(self.left, None)
+        return None if step is None else self.thread.submit(self.load, step)
+
+    def take(self, busy: Callable[[], bool]) -> Any:
+        """The next step's result.
+
+        Args:
+          busy: whether the devices still work on the step before. That time is not counted as waited.
+
+        Raises:
+          Exception: what the function raised for that step.
+        """
+        assert self.coming is not None, "all steps are taken"
+        while not self.coming.done():
+            began = time.monotonic()
+            wait([self.coming], timeout=0.005)
+            if not busy():
+                self.waited += time.monotonic() - began
+        result = self.coming.result()
+        self.coming = self._begin()
+        return result
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.thread.shutdown(cancel_futures=True)

@@ -69,10 +69,12 @@ class Encoder:
         self.graphdef, self.abstract = nnx.split(model.abstract(component, dtype))
         self.tokenizer = load_tokenizer(model.tokenizer(tokenizer))
         self.length = token_length(self.tokenizer, max_tokens)
+        # So that a thread can tokenize the next batch, see `PromptEncoder.prepare`
+        self._ids = functools.lru_cache(maxsize=4)(lambda prompts: tokenize(self.tokenizer, prompts, self.length))
 
     def ids(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:  # [B, T] int32, [B] bool
         """Token ids, and which prompts were too long and were cut."""
-        return tokenize(self.tokenizer, prompts, self.length)
+        return self._ids(tuple(prompts))
 
     def __call__(self, state: nnx.State, ids: np.ndarray, mesh: Mesh) -> Any:
         """The encoder's outputs for token ids [B, T]."""
@@ -94,6 +96,7 @@ class PromptEncoder:
       cut: how many prompts so far had more tokens than the encoder takes, and were cut.
     """
 
+    TEMPLATE: ClassVar[str] = "{}"  # what the encoders read of a prompt
     ENCODERS: ClassVar[dict[str, str]]  # component → folder of its tokenizer
     MAX_TOKENS: ClassVar[int] = 512  # the most that prompts are padded or cut to
 
@@ -125,6 +128,11 @@ class PromptEncoder:
         embedded = self.weights.run(lambda states: [self._embed(states, prompts)[0] for prompts in batches])
         settings = {"guidance": guidance, "rows": rows, "columns": columns}
         return [self.conditioning(self.model, self.mesh, each, **settings) for each in embedded]
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Does for a batch what needs no device, so that the call with the same prompts finds it done."""
+        for encoder in self.encoders.values():
+            encoder.ids([self.TEMPLATE.format(prompt) for prompt in prompts])
 
     def embed(self, prompts: Sequence[str]) -> tuple[dict[str, jax.Array], np.ndarray]:
         """The encoders' outputs for B prompts, each array [B, ...], and which prompts were cut, [B]."""

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from arcflow_jax import schema
 from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.parallel.failure import HEARTBEAT
 from arcflow_jax.parallel.mesh import batched, replicated
 
 
@@ -34,7 +35,7 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
     given = (coordinator, processes, process)
     if given == (None, None, None):
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
         except (ValueError, RuntimeError) as error:
             if not any(reason in str(error) for reason in ("coordinator_address", "must be called before")):
                 raise
@@ -48,7 +49,7 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
     if not 0 <= process < processes:
         raise UserError(f"--process-id is {process}, but of {processes} processes it has to be 0 to {processes - 1}")
     try:
-        jax.distributed.initialize(coordinator, processes, process)
+        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT)
     except RuntimeError as error:
         raise UserError(f"{processes} processes could not connect at {coordinator}: {one_line(error)}") from None
 

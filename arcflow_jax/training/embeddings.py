@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -181,6 +182,7 @@ class CachedPrompts:
         self.rows = {text: divmod(i, description.shard) for i, text in enumerate(texts)}
         self.check(prompts)
         self.cut = 0
+        self._read = functools.lru_cache(maxsize=4)(self._read_rows)
 
     def check(self, prompts: Iterable[str]) -> None:
         """Raises UserError unless the cache has all these prompts."""
@@ -191,11 +193,19 @@ class CachedPrompts:
                 f"{missing[0][:60]!r}: run arcflow embed-prompts on them"
             )
 
-    def __call__(self, prompts: Sequence[str], *, guidance: float, rows: int, columns: int) -> Any:
-        """Conditioning of B prompts for images of rows × columns tokens. Raises UserError if the cache lacks one."""
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Reads the embeddings of a batch, so that the call with the same prompts finds them read."""
+        self._read(tuple(prompts))
+
+    def _read_rows(self, prompts: tuple[str, ...]) -> dict[str, np.ndarray]:
         self.check(prompts)
         found = [checked_row(self.shards[i], row, shard_path(self.folder, i)) for i, row in map(self.rows.get, prompts)]
-        self.cut += sum(int(row.pop("cut")[0]) for row in found)
-        embedded = {name: from_part(np.concatenate([row[name] for row in found]), self.mesh) for name in found[0]}
+        return {name: np.concatenate([row[name] for row in found]) for name in found[0]}
+
+    def __call__(self, prompts: Sequence[str], *, guidance: float, rows: int, columns: int) -> Any:
+        """Conditioning of B prompts for images of rows × columns tokens. Raises UserError if the cache lacks one."""
+        arrays = self._read(tuple(prompts))
+        self.cut += int(arrays["cut"].sum())
+        embedded = {name: from_part(x, self.mesh) for name, x in arrays.items() if name != "cut"}
         conditioning = self.directory.family.prompts.conditioning
         return conditioning(self.directory, self.mesh, embedded, guidance=guidance, rows=rows, columns=columns)

@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -17,7 +19,7 @@ from jax.sharding import Mesh
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.data.images import CaptionedImage, pixels
 from arcflow_jax.families.latents import pack
-from arcflow_jax.parallel.mesh import state_shardings
+from arcflow_jax.parallel.mesh import batched, state_shardings
 from arcflow_jax.parallel.processes import from_part
 
 
@@ -40,8 +42,13 @@ class LatentEncoder:
         self.graphdef, abstract = nnx.split(directory.abstract("vae", dtype))
         self.state = directory.load("vae", abstract, state_shardings(mesh, abstract))
         self.mesh = mesh
+        self.workers = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 
-    def __call__(self, images: Sequence[CaptionedImage], height: int, width: int) -> jax.Array:  # [B, N, 4C] float32
-        """Packed latents of the whole batch; each process gives the images of its part (see `processes.local_part`)."""
-        own = np.stack([pixels(image.file, height, width) for image in images])
-        return _encode(self.graphdef, self.state, from_part(own, self.mesh))
+    def pixels(self, images: Sequence[CaptionedImage], height: int, width: int) -> np.ndarray:  # [B, H, W, 3]
+        """This process's images of a batch, decoded by several threads: Pillow works beside Python."""
+        return np.stack(list(self.workers.map(lambda image: pixels(image.file, height, width), images)))
+
+    def __call__(self, own: np.ndarray) -> jax.Array:  # [B, N, 4C] float32
+        """Packed latents of the whole batch; each process gives the pixels of its part (see `processes.local_part`)."""
+        tokens = _encode(self.graphdef, self.state, from_part(own, self.mesh))
+        return jax.device_put(tokens, batched(self.mesh))  # where the compiled training steps take them

@@ -1,25 +1,27 @@
 """Where a run reports: console, log.jsonl, TensorBoard and, if asked for, Weights & Biases.
 
 RUN/log.jsonl       a JSON object a line: what `train_step` logs, the time, training steps and examples a
-                    second, TFLOP a second of a device and their share of its peak (MFU), device memory
+                    second, the share of that time in which the loop waited for data (data_wait), TFLOP a second of a
+                    device and their share of its peak (MFU), device memory
 RUN/tensorboard/    the same, and the images
 RUN/previews/       images, STEP.png
 RUN/wandb.json      the run's id in Weights & Biases
+RUN/error-N.log     the traceback of the error that ended process N last
 
 A run that resumes from a checkpoint first deletes what was logged after it, because those training steps run again.
-Only the first process logs.
+Only the first process logs, but for errors.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import math
+import socket
 import time
+import traceback
 import types
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,15 +36,16 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import register_writer_factory
 
 from arcflow_jax import schema
-from arcflow_jax.console import duration, progress_bar
+from arcflow_jax.console import duration, optional, progress_bar
 from arcflow_jax.data.output import save_image
-from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.errors import Preempted, UserError
 from arcflow_jax.parallel.processes import is_main
 from arcflow_jax.schema import TrainingSteps
 from arcflow_jax.storage.atomic import append, make_directory, upload, write_file
-from arcflow_jax.storage.files import json_records, parse_json, read_json, read_lines, write_json
+from arcflow_jax.storage.files import json_records, parse_json, read_lines
 from arcflow_jax.storage.paths import as_path, growing
-from arcflow_jax.training.recipe import Recipe
+from arcflow_jax.training.recipe import SETTINGS, Recipe
+from arcflow_jax.training.wandb_log import WandbLog
 from arcflow_jax.training.work import speed
 
 LOG = "log.jsonl"
@@ -65,7 +68,7 @@ class RunLog:
     def __init__(self, run: Path, recipe: Recipe, done: int):
         self.run, self.recipe = run, recipe
         self.writes = is_main()
-        self.last = (done, time.monotonic())  # training step and time of the last line
+        self.last = (done, time.monotonic(), 0.0)  # of the last line: training step, time, and time waited for data
         self.flops = 0  # operations since then, which the loop adds
         self.progress = progress_bar(disable=not self.writes)
         self.task = self.progress.add_task("distilling", total=recipe.steps, completed=done, text="")
@@ -82,7 +85,11 @@ class RunLog:
             self.tensorboard = EventsWriter(str(run / "tensorboard" / "events"), f".{done}")
             # Tells TensorBoard to forget later training steps
             self._event(step=done + 1, session_log=SessionLog(status=SessionLog.START))
-        self.wandb = start_wandb(run, recipe) if recipe.wandb_project else None
+            before = [
+                {"step": line["step"], **flat(line)}
+                for _, line in (json_records(run / LOG) if recipe.wandb_project else ())
+            ]
+        self.wandb = WandbLog(run, recipe, before) if recipe.wandb_project else None
 
     def __enter__(self) -> RunLog:
         self.progress.start()
@@ -103,19 +110,26 @@ class RunLog:
         if self.writes:
             print(text, flush=True)
 
-    def step(self, step: int, values: dict[str, jax.Array]) -> dict[str, Any]:
-        """Logs what training step `step`, counted from 1, returned. Returns the line. This waits for the device."""
+    def step(self, step: int, values: dict[str, Any]) -> dict[str, Any]:
+        """Logs what training step `step`, counted from 1, returned. Returns the line. This waits for the device.
+
+        Args:
+          values: arrays and numbers by name. `waited`, the seconds that the loop has waited for data so far, becomes
+            `data_wait`.
+        """
         line = {"step": step, "time": time.time(), **{name: np.asarray(x).tolist() for name, x in values.items()}}
-        before, then = self.last
-        self.last = (step, time.monotonic())
+        waited = line.pop("waited", 0.0)
+        before, then, waited_then = self.last
+        self.last = (step, time.monotonic(), waited)
         seconds = self.last[1] - then
         rate = (step - before) / seconds
         line |= {
             "steps_per_second": rate,
             "examples_per_second": rate * self.recipe.batch,
+            "data_wait": (waited - waited_then) / seconds,
             **speed(self.flops / seconds),
+            "device_memory": device_memory(),
         }
-        line["device_memory"] = device_memory()
         self.flops = 0
         if not self.writes:
             return line
@@ -142,13 +156,13 @@ class RunLog:
         """Keeps an image drawn after training step `step`."""
         if not self.writes:
             return
-        make_directory(self.run / "previews")
-        save_image(image, self.run / "previews" / f"{step:06d}.png")
-        with self._writing():
+        with optional("the preview was not saved"):
+            make_directory(self.run / "previews")
+            save_image(image, self.run / "previews" / f"{step:06d}.png")
             self._event(step=step, summary=summary.image("preview", np.asarray(image), dataformats="HWC"))
             self.tensorboard.flush()
         if self.wandb is not None:
-            self.wandb.log({"step": step, "preview": importlib.import_module("wandb").Image(image)})
+            self.wandb.image(step, image)
 
     def _event(self, **values: Any) -> None:
         self.tensorboard.write_event(Event(wall_time=time.time(), **values))
@@ -173,6 +187,22 @@ class GrowingFiles:
         """Does nothing: folders do not exist."""
 
 
+@contextlib.contextmanager
+def traceback_in(run: Path) -> Iterator[None]:
+    """Writes the traceback of an error in the `with` block that the user cannot correct to the run's directory."""
+    try:
+        yield
+    except (UserError, Preempted):
+        raise
+    except Exception as error:
+        if (run / SETTINGS).exists():
+            where = f"{time.strftime('%Y-%m-%d %H:%M:%S')}, process {jax.process_index()} on {socket.gethostname()}"
+            text = f"{where}\n{''.join(traceback.format_exception(error))}"
+            with contextlib.suppress(OSError):
+                write_file(run / f"error-{jax.process_index()}.log", text.encode())
+        raise
+
+
 def forget_after(path: Path, step: int) -> None:
     """Deletes the lines of later training steps from a log, and a last line that was cut off.
 
@@ -192,28 +222,6 @@ def read_losses(path: Path) -> list[tuple[int, float]]:
     return [(line.step, line.loss) for line in lines if line.loss is not None]
 
 
-def start_wandb(run: Path, recipe: Recipe) -> Any:
-    """The run in Weights & Biases, resumed there if this run is.
-
-    Everything is drawn over "step", a metric of ours: Weights & Biases' own step never goes back, and drops what is
-    logged to an earlier one, as a resumed run does.
-    """
-    wandb = importlib.import_module("wandb")
-    known = run / "wandb.json"
-    if not known.exists():
-        write_json(known, {"id": uuid.uuid4().hex[:8]})
-    started = wandb.init(
-        project=recipe.wandb_project,
-        name=run.name,
-        id=one_line(read_json(known).get("id")),
-        resume="allow",
-        dir=str(run),
-        config=recipe.resolved(),
-    )
-    started.define_metric("*", step_metric="step")
-    return started
-
-
 def device_memory() -> int | None:
     """Peak memory in bytes of the device of this process that used most; None where the backend does not say."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
@@ -229,6 +237,7 @@ def in_words(line: dict[str, Any]) -> str:
         f"gradient {line['gradient_norm']:.3g}",
         f"rate {line['learning_rate']:.2g}",
         f"teacher {100 * line['teacher_share']:.0f} %",
+        *([f"{100 * line['data_wait']:.0f} % waiting for data"] if line["data_wait"] > 0.02 else []),
         *([f"{line['skipped']} skipped"] if line["skipped"] else []),
         *([f"{line['device_memory'] / 2**30:.2f} GiB"] if line["device_memory"] is not None else []),
     ]

@@ -3,37 +3,43 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
+import numpy as np
 
 from arcflow_jax.checkpoints.training import DESCRIPTION, AdapterDescription, Checkpoints
+from arcflow_jax.data.batches import Ahead, Size
 from arcflow_jax.errors import Preempted, UserError
 from arcflow_jax.generate import random_key
+from arcflow_jax.parallel.failure import ends_together
 from arcflow_jax.parallel.mesh import state_shardings
 from arcflow_jax.parallel.preemption import Preemption
 from arcflow_jax.parallel.processes import is_main, local_part
 from arcflow_jax.storage.lock import one_writer
 from arcflow_jax.storage.paths import as_path
+from arcflow_jax.training.compile import compile_steps, memory_told
 from arcflow_jax.training.embeddings import CachedPrompts
+from arcflow_jax.training.hosts import check_hosts
 from arcflow_jax.training.latents import LatentEncoder
-from arcflow_jax.training.log import RunLog
+from arcflow_jax.training.log import RunLog, traceback_in
 from arcflow_jax.training.plan import Plan, step_settings
-from arcflow_jax.training.preview import Preview
+from arcflow_jax.training.preview import Preview, optional_preview
 from arcflow_jax.training.recipe import Recipe
 from arcflow_jax.training.start import starting_state
-from arcflow_jax.training.state import train_step
 from arcflow_jax.training.trace import Trace
-from arcflow_jax.training.work import Work
+
+# What a training step takes: this process's prompts, the image size, and the pixels of images [B, H, W, 3]
+Loaded = tuple[list[str], Size, np.ndarray | None]
 
 
 def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None) -> Path:
     """Runs a recipe to its end, from where an interrupted run of the same directory stopped; returns the directory.
 
     Args:
-      step: the checkpoint to resume from; by default the newest. Newer ones are deleted.
+      step: the checkpoint to resume from; by default the newest. Newer ones move to checkpoints-aside/.
       profile: "A:B" writes a JAX trace of training steps A to B, counted from 1, to the directory's profile/.
 
     Raises:
@@ -41,12 +47,13 @@ def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None
         newest checkpoint is damaged, too many training steps in a row were not finite, or something could not be
         written.
       Preempted: on SIGTERM, once a checkpoint is written.
+      Exception: anything else. Its traceback is in the directory's error-PROCESS.log. On several processes, all end.
     """
     run = as_path(recipe.out)
     if step is not None and not (run / DESCRIPTION).exists():  # before the directory is made
         raise UserError(f"{run} has no checkpoint {step}: no run was begun there; leave --step out")
     # The processes of one run are one writer
-    with one_writer(run) if is_main() else contextlib.nullcontext():
+    with ends_together(), traceback_in(run), one_writer(run) if is_main() else contextlib.nullcontext():
         return train_alone(recipe, run, step, profile)
 
 
@@ -66,46 +73,63 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
     base = plan.directory.load("transformer", plan.base, state_shardings(mesh, plan.base))
     key = random_key(recipe.seed)
 
-    with Preemption() as preemption, Checkpoints(run, recipe.keep_last, recipe.keep_every) as checkpoints:
+    with (
+        Preemption() as preemption,
+        Checkpoints(run, recipe.keep_last, recipe.keep_every) as checkpoints,
+        ends_together(),  # here as well, because closing the checkpoints waits for all processes
+    ):
         state = starting_state(plan, base, key, checkpoints, step)
         done = int(state.step)
         trace.check(done, recipe.steps)
         settings = step_settings(recipe, plan.graphdef, mesh, plan.remat)
         rows, columns = plan.largest_grid
-        if recipe.preview_every:
-            preview = Preview(recipe, plan.directory, encode, plan.graphdef, base, mesh, rows=rows, columns=columns)
-        negative = latents = None
+        preview = None
+        if recipe.preview_every and done < recipe.steps:
+            with optional_preview():
+                drawing = Preview(recipe, plan.directory, encode, plan.graphdef, base, mesh, rows=rows, columns=columns)
+                drawing.sheet(state)  # compiles its programs, before hours of training
+                preview = drawing
+        negative = latents = values = None
         if recipe.distillation.teacher_guidance == "cfg":
             prompts = [recipe.distillation.negative_prompt] * (recipe.batch // local_part(mesh)[1])
             # Only its text is used, so its image size does not matter
             negative = encode(prompts, guidance=recipe.guidance, rows=rows, columns=columns)
 
-        work = Work()
-        with RunLog(run, recipe, done) as log, trace:
+        def load(i: int) -> Loaded:
+            """What a training step takes from the host's memory and disks, ready for the devices."""
+            examples, size = batches[i]
+            prompts = [image.caption for image in examples] if to_latents is not None else examples
+            encode.prepare(prompts)
+            return prompts, size, to_latents.pixels(examples, *size) if to_latents is not None else None
+
+        data = Ahead(load, range(done, recipe.steps))
+        with RunLog(run, recipe, done) as log, trace, data:
             log.say(str(plan.prompts))
             log.say(plan.header() + (f"; resumes after training step {done}" if done else ""))
             for i in range(done, recipe.steps):
                 trace.before(i + 1)
-                prompts, size = batches[i]
-                if to_latents is not None:
-                    latents = to_latents(prompts, *size)
-                    prompts = [image.caption for image in prompts]
+                prompts, size, images = data.take(functools.partial(is_computing, values))
+                if images is not None:
+                    latents = to_latents(images)
                 rows, columns = plan.grids[size]
                 conditioning = encode(prompts, guidance=recipe.guidance, rows=rows, columns=columns)
-                steady = i >= recipe.distillation.decay
                 arguments = (state, base, conditioning, key, negative, latents)
-                with jax.set_mesh(mesh):  # which fused attention needs to know
-                    log.flops += work.of((steady, size), train_step, *arguments, steady=steady, **settings)
-                    state, values = train_step(*arguments, steady=steady, **settings)
+                if i == done:
+                    programs = compile_steps(plan.programs(batches, done), *arguments, settings, mesh)
+                program = programs[(rows, columns), plan.steady(i)]
+                log.flops += program.flops
+                with memory_told(rows * columns):
+                    state, values = program(*arguments)
                 trace.after(i + 1, values)
                 if due(recipe.log_every, i + 1, recipe):
-                    line = log.step(i + 1, values | {"prompts_cut": encode.cut})
+                    line = log.step(i + 1, values | {"prompts_cut": encode.cut, "waited": data.waited})
                     if line["skipped_in_row"] > recipe.max_skipped:
                         checkpoints.save(int(state.step), state.items())
                         raise UserError(too_many_skipped(line, run))
                     checkpoints.check()
-                if due(recipe.preview_every, i + 1, recipe):
-                    log.image(i + 1, preview.sheet(state))
+                if preview is not None and due(recipe.preview_every, i + 1, recipe):
+                    with optional_preview():
+                        log.image(i + 1, preview.sheet(state))
                 if due(recipe.save_every, i + 1, recipe):
                     checkpoints.save(int(state.step), state.items())
                 if preemption.reached(i + 1) and i + 1 < recipe.steps:
@@ -118,6 +142,11 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
     if encode.cut and is_main():
         print(f"{encode.cut} prompts had more tokens than the text encoder takes, and were cut", flush=True)
     return run
+
+
+def is_computing(values: dict[str, jax.Array] | None) -> bool:
+    """Whether the devices still compute what a training step returns to be logged; None is before the first one."""
+    return values is not None and not values["loss"].is_ready()
 
 
 def due(every: int, done: int, recipe: Recipe) -> bool:
@@ -142,8 +171,7 @@ def begin(run: Path, plan: Plan) -> None:
     recipe.check_same(run)
     describe(run, AdapterDescription(plan.directory.fingerprint, *settings, transformer))
     recipe.write(run)
-    if jax.process_count() > 1:  # until all have looked and the first has written
-        multihost_utils.sync_global_devices("the run's directory")
+    check_hosts(run, plan)  # which waits until all have looked and the first has written
 
 
 def describe(run: Path, description: AdapterDescription) -> None:

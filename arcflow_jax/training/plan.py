@@ -110,6 +110,15 @@ class Plan:
             return BucketedBatches(examples, self.prompts.sizes, recipe.batch, recipe.seed, part)
         return MixedBatches(examples, recipe.resolutions, recipe.batch, recipe.seed, part)
 
+    def steady(self, step: int) -> bool:
+        """Whether a training step, counted from 0, is one of the second phase."""
+        return step >= self.recipe.distillation.decay
+
+    def programs(self, batches: MixedBatches | BucketedBatches, done: int) -> dict[tuple[tuple[int, int], bool], None]:
+        """What the training steps after `done` have compiled: grid of tokens and phase, in the order of first use."""
+        left = range(done, self.recipe.steps)
+        return dict.fromkeys((self.grids[batches.size(i)], self.steady(i)) for i in left)
+
     def header(self) -> str:
         """How much is trained, and on what."""
         size = ", ".join(f"{name} {size}" for name, size in self.mesh.shape.items())

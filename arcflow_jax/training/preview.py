@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,7 +16,9 @@ from flax import nnx
 from PIL import Image
 
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
+from arcflow_jax.console import optional
 from arcflow_jax.data.output import labelled_sheet
+from arcflow_jax.errors import cause_of
 from arcflow_jax.generate import (
     TEACHER_STEPS,
     decode_latents,
@@ -28,6 +32,21 @@ from arcflow_jax.parallel.mesh import replicated, state_shardings
 from arcflow_jax.parallel.processes import from_part, local_part
 from arcflow_jax.training.recipe import Recipe
 from arcflow_jax.training.state import TrainState
+
+
+@contextlib.contextmanager
+def optional_preview() -> Iterator[None]:
+    """Inside the `with` block, an error is a warning: a run does not need previews.
+
+    Several processes draw together. There, only what fails in all of them alike can be left out.
+    """
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() > 1 and cause_of(error) != "memory":
+            raise
+        with optional("no preview"):
+            raise
 
 
 class Preview:

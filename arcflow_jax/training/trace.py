@@ -8,11 +8,14 @@ from typing import Any
 
 import jax
 
+from arcflow_jax.console import optional
 from arcflow_jax.errors import UserError
 
 
 class Trace:
     """Records training steps A to B, counted from 1, both included.
+
+    It is optional: what fails while the run trains is a warning.
 
     Args:
       text: "A:B", or None for no trace.
@@ -41,8 +44,9 @@ class Trace:
     def before(self, step: int) -> None:
         """Call it before each training step."""
         if step == self.first:
-            jax.profiler.start_trace(str(self.folder))
-            self.running = True
+            with optional("the trace was not begun"):
+                jax.profiler.start_trace(str(self.folder))
+                self.running = True
 
     def after(self, step: int, result: Any) -> None:
         """Call it after each training step, with its result."""
@@ -54,7 +58,8 @@ class Trace:
         """Writes the trace, if one is being recorded."""
         if self.running:
             self.running = False
-            jax.profiler.stop_trace()
+            with optional("the trace was not written"):
+                jax.profiler.stop_trace()
 
     def __enter__(self) -> Trace:
         return self

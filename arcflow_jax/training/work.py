@@ -18,22 +18,6 @@ from arcflow_jax.parallel.chips import chip_of
 CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
 
-class Work:
-    """The operations of jitted functions, each counted once for the shapes that it is called with."""
-
-    def __init__(self) -> None:
-        self.known: dict[Any, int] = {}
-
-    def of(self, name: Any, function: Any, *arguments: Any, **keywords: Any) -> int:
-        """The operations of a call, on all devices; `name` tells those of other shapes and static arguments apart.
-
-        Tracing costs nothing if the call itself follows, which uses it again.
-        """
-        if name not in self.known:
-            self.known[name] = flops(function.trace(*arguments, **keywords).jaxpr.jaxpr)
-        return self.known[name]
-
-
 def speed(flops_per_second: float) -> dict[str, float | None]:
     """TFLOP a second of each of all devices, and its share of the chip's peak rate (MFU); None of an unknown chip."""
     rate = flops_per_second / jax.device_count()

@@ -21,7 +21,7 @@ from flax import nnx
 
 from arcflow_jax.checkpoints.model_directory import ComponentDescription
 from arcflow_jax.checkpoints.training import AdapterDescription, Checkpoints
-from arcflow_jax.errors import UserError
+from arcflow_jax.errors import UserError, exit_code
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.layers import Adapter
 from arcflow_jax.networks.student import AdapterConfig
@@ -117,9 +117,53 @@ def test_damaged_checkpoint_is_named_and_the_one_before_taken_when_asked(tmp_pat
         assert checkpoints.latest == 6
         assert_is(restore(checkpoints, like, 3), state(3, size=4000))
         assert checkpoints.latest == 3
+        assert os.listdir(tmp_path / "checkpoints-aside") == ["6"]
+        save(checkpoints, state(6, size=4000))
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_is(restore(checkpoints, like, 3), state(3, size=4000))
+        assert sorted(os.listdir(tmp_path / "checkpoints-aside")) == ["6", "6-2"]
         save(checkpoints, state(6, size=4000))
     with Checkpoints(tmp_path) as checkpoints:
         assert_is(restore(checkpoints, like), state(6, size=4000))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(13, "Permission denied"), "no permission to read checkpoint 6 in "),
+        (ValueError("PERMISSION_DENIED: HTTP response code: 403"), "no permission to read checkpoint 6 in "),
+        (
+            ValueError("UNAVAILABLE: CURL error Could not resolve host"),
+            "checkpoint 6 in .* cannot be reached, try again",
+        ),
+        (ValueError("RESOURCE_EXHAUSTED: Out of memory"), "out of memory while checkpoint 6 in "),
+    ],
+)
+def test_only_a_damaged_checkpoint_advises_another(tmp_path, monkeypatch, error, message):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (3, 6):
+            save(checkpoints, state(step))
+    with Checkpoints(tmp_path) as checkpoints:
+
+        def fail(*args: object, **settings: object) -> None:
+            raise RuntimeError("while reading") from error
+
+        monkeypatch.setattr(checkpoints.manager, "restore", fail)
+        with pytest.raises(UserError, match=f"^{message}") as caught:
+            restore(checkpoints, state(0))
+    assert "--step" not in str(caught.value)
+    assert exit_code(caught.value) == (1 if "UNAVAILABLE" in str(error) else 2)
+
+
+def test_a_checkpoint_of_other_shapes_does_not_fit(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (3, 6):
+            save(checkpoints, state(step, size=4000))
+    with Checkpoints(tmp_path) as checkpoints:
+        message = r"checkpoint 6 in .* does not fit .*: \d+ arrays differ \(.*\(4000,\) there, \(3000,\) here"
+        with pytest.raises(UserError, match=message) as caught:
+            restore(checkpoints, state(0, size=3000))
+    assert "--step" not in str(caught.value)
 
 
 def fill_up(run: Path, size: int, when: str) -> None:

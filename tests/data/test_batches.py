@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+import threading
+import time
 
 import pytest
 
-from arcflow_jax.data.batches import BucketedBatches, MixedBatches, draw_size, shuffled_batches
+from arcflow_jax.data.batches import Ahead, BucketedBatches, MixedBatches, draw_size, shuffled_batches
 from arcflow_jax.errors import UserError
 
 PROMPTS = [f"prompt {i}" for i in range(24)]
@@ -104,3 +106,46 @@ def test_buckets_resume_anywhere_and_split_into_parts():
     left, right = buckets(3, (0, 2)), buckets(3, (1, 2))
     for i in (0, 11, 30):
         assert (left[i][0] + right[i][0], left[i][1], right[i][1]) == (*expected[i], expected[i][1])
+
+
+def idle() -> bool:
+    """Devices that have nothing to do."""
+    return False
+
+
+def test_one_step_is_loaded_while_the_one_before_is_used():
+    begun = [threading.Event() for _ in range(4)]
+
+    def load(step: int) -> int:
+        begun[step].set()
+        return 10 * step
+
+    with Ahead(load, range(1, 4)) as data:
+        assert data.take(idle) == 10
+        assert begun[2].wait(10)  # while step 1 is used
+        assert not begun[3].is_set()
+        assert [data.take(idle), data.take(idle)] == [20, 30]
+
+
+def test_the_time_waited_for_data_is_counted_where_the_devices_are_idle():
+    with Ahead(lambda step: time.sleep(0.2), range(3)) as data:
+        data.take(idle)
+        assert 0.1 < data.waited < 5
+        before = data.waited
+        data.take(lambda: True)
+        assert data.waited == before
+        time.sleep(1)  # a training step, longer than loading
+        data.take(idle)
+        assert data.waited - before < 0.1
+
+
+def test_an_error_of_loading_is_raised_for_its_step():
+    def load(step: int) -> int:
+        if step == 1:
+            raise UserError("no image")
+        return step
+
+    with Ahead(load, range(3)) as data:
+        assert data.take(idle) == 0
+        with pytest.raises(UserError, match="no image"):
+            data.take(idle)

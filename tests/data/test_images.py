@@ -151,7 +151,7 @@ def test_latents_are_those_of_the_vae(tiny_flux, tmp_path):
         Image.fromarray(rng.integers(0, 255, (32, 48, 3), np.uint8)).save(file)
         images.append(CaptionedImage(file, "x"))
     encode = LatentEncoder(directory, "float32", make_mesh((1, 1, 1, 1)))
-    tokens = encode(images, 32, 48)
+    tokens = encode(encode.pixels(images, 32, 48))
     assert tokens.shape == (2, 2 * 3, 16)
     vae = nnx.merge(encode.graphdef, encode.state)
     images = jnp.stack([jnp.asarray(np.asarray(Image.open(p.file)), jnp.float32) / 127.5 - 1 for p in images])

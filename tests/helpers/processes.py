@@ -36,10 +36,10 @@ def start(devices: int, *command: object) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen) -> str:
-    """What a process that `start` has made prints until it ends with exit code 0."""
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    """What a process that `start` has made prints until it ends with this exit code."""
     stdout, stderr = process.communicate()
-    assert process.returncode == 0, stderr
+    assert process.returncode == code, stderr
     return stdout
 
 

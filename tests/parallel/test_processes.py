@@ -114,7 +114,7 @@ def test_everything_at_once_on_two_processes_that_are_killed_and_preempted(tiny_
     with two_processes(tiny_flux, run) as processes:
         wait_for(processes, lambda: len(losses(run)) > max(len(killed), last))
         processes[1].send_signal(signal.SIGTERM)
-        told = [finish(process).splitlines()[-1] for process in processes]
+        told = [finish(process, 143).splitlines()[-1] for process in processes]
     preempted = steps_of(run)
     done = len(preempted)
     assert (

@@ -28,10 +28,11 @@ from arcflow_jax.cli.app import main
 from arcflow_jax.errors import UserError
 from arcflow_jax.families import flux
 from arcflow_jax.pipeline import ArcFlowPipeline
-from arcflow_jax.training import plan, state
+from arcflow_jax.training import compile, plan, state
 from arcflow_jax.training.log import RunLog
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.optimizer import make_optimizer
+from arcflow_jax.training.preview import Preview
 from arcflow_jax.training.recipe import Recipe, read_config
 from tests.helpers.full_disk import disk_for_files_up_to
 from tests.helpers.processes import child
@@ -127,7 +128,7 @@ def test_kill_and_resume_is_bit_identical(model, tmp_path):
         file.write('{"step": 8, "lo')  # as a kill may leave it
     resumed = train(bucketed(model, tmp_path / "killed"))
     assert_same(saved(straight), saved(resumed))
-    timings = ("time", "steps_per_second", "examples_per_second", "tflops_per_device")
+    timings = ("time", "steps_per_second", "examples_per_second", "data_wait", "tflops_per_device")
     lines = [[{name: x for name, x in line.items() if name not in timings} for line in log(run)]
              for run in (straight, resumed)]  # fmt: skip
     assert lines[0] == lines[1]
@@ -144,7 +145,7 @@ def test_kill_and_resume_is_bit_identical(model, tmp_path):
     assert np.any(np.asarray(sampled[0][0]) != np.asarray(sampled[1][0]))
 
 
-def test_preempted_run_saves_and_exits_with_0(model, tmp_path, monkeypatch, capfd):
+def test_preempted_run_saves_and_exits_with_143(model, tmp_path, monkeypatch, capfd):
     log_step = RunLog.step
 
     def preempting(self, step, values):
@@ -156,7 +157,7 @@ def test_preempted_run_saves_and_exits_with_0(model, tmp_path, monkeypatch, capf
     before = signal.getsignal(signal.SIGTERM)
     # The teacher's share reaches zero only after the checkpoint
     arguments = overrides(model, tmp_path / "run", **{"distillation.decay": 3})
-    assert exit_code(["train", "--config", TINY, *arguments]) == 0
+    assert exit_code(["train", "--config", TINY, *arguments]) == 143
     message = f"preempted: checkpoint at step 2 of 4 written to {tmp_path / 'run'}; run the same command to resume\n"
     assert capfd.readouterr().out.endswith(message)
     assert signal.getsignal(signal.SIGTERM) == before
@@ -279,6 +280,7 @@ class FakeWandb(types.ModuleType):
         def __init__(self):
             self.open, self.own_step, self.x = False, 0, {}
             self.drawn: list[tuple[str, int, object]] = []  # metric, where, value
+            self.summary: dict[str, object] = {}  # the last value of each
 
         def define_metric(self, name: str, *, step_metric: str) -> None:
             self.x[name] = step_metric
@@ -288,6 +290,7 @@ class FakeWandb(types.ModuleType):
             if step is not None and step < self.own_step:
                 return  # dropped, with a warning
             self.own_step = self.own_step + 1 if step is None else step
+            self.summary |= data
             for name, value in data.items():
                 over = next((x for pattern, x in self.x.items() if fnmatch.fnmatchcase(name, pattern)), None)
                 if over is None or over in data:
@@ -316,6 +319,93 @@ def test_weights_and_biases_of_a_resumed_run(model, tmp_path, monkeypatch):
     (project,) = wandb.runs.values()
     assert project.steps("loss") == [1, 2, 3, 2, 3, 4]
     assert project.steps("preview") == [3, 4]
+
+
+def test_weights_and_biases_gets_all_lines_though_it_fails(model, tmp_path, monkeypatch, capfd):
+    """While it answers nothing a run trains; what it missed is sent once it answers, or when the run resumes."""
+    monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
+    down, log_now = [], FakeWandb.Run.log
+
+    def log_or_fail(run, data, step=None):
+        if down:
+            raise ConnectionError("no service")
+        log_now(run, data, step)
+
+    monkeypatch.setattr(FakeWandb.Run, "log", log_or_fail)
+    values = {name: jnp.ones(()) for name in ("loss", "gradient_norm", "learning_rate", "teacher_share", "skipped")}
+    values |= {"segment_loss": jnp.ones(2), "skipped_in_row": jnp.zeros(())}
+    run = tmp_path / "run"
+    run.mkdir()
+    logged = recipe(model, run, wandb_project="w")
+    with RunLog(run, logged, 0) as log:
+        for step in (1, 2, 3):
+            down[:] = [1] if step == 2 else []
+            log.step(step, values)
+        down.append(1)
+        log.step(4, values)  # and no more, as if killed
+    assert "warning: Weights & Biases: ConnectionError: no service" in capfd.readouterr().err
+    (project,) = wandb.runs.values()
+    assert project.steps("loss") == [1, 2, 3]
+    down.clear()
+    with RunLog(run, logged, 4) as log:
+        log.step(5, values)
+    assert project.steps("loss") == [1, 2, 3, 4, 5]
+
+
+def test_what_is_optional_never_ends_a_run(model, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
+
+    def fail(*args: object, **settings: object) -> None:
+        raise RuntimeError("not today")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    monkeypatch.setattr(jax.profiler, "start_trace", fail)
+    monkeypatch.setattr(Preview, "sheet", fail)
+    changes = {"preview_every": 2, "preview_prompts": ("a ring",), "wandb_project": "w", "steps": 2}
+    run = train(recipe(model, tmp_path / "run", **changes), profile="1:2")
+    assert [line["step"] for line in log(run)] == [1, 2]
+    warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert warnings == [
+        "warning: no preview: RuntimeError: not today",
+        "warning: Weights & Biases: RuntimeError: not today",
+        "warning: the trace was not begun: RuntimeError: not today",
+    ]
+
+
+@pytest.mark.slow
+def test_all_is_compiled_before_the_first_training_step(model, tmp_path, monkeypatch):
+    """Both sizes, both phases and the preview; no training step compiles."""
+    settings = bucketed(model, tmp_path / "run")
+    settings = dataclasses.replace(settings, steps=8, save_every=8, preview_every=4, preview_prompts=("a ring",))
+    settings = dataclasses.replace(
+        settings,
+        distillation=dataclasses.replace(settings.distillation, decay=4),
+        optimizer=dataclasses.replace(settings.optimizer, learning_rate=3e-3),
+    )
+    compiled, at_step = [], []
+    log_step = RunLog.step
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+
+    def counting(self, step, values):
+        at_step.append(sum("backend_compile" in name for name in compiled))
+        return log_step(self, step, values)
+
+    monkeypatch.setattr(RunLog, "step", counting)
+    run = train(settings)
+    assert at_step[0] >= 4  # the training steps, of a learning rate that no other test has
+    assert at_step == [at_step[0]] * 8, at_step
+    assert len({line["teacher_share"] > 0 for line in log(run)}) == 2
+    assert (run / "previews" / "000008.png").exists()
+
+
+def test_out_of_memory_is_told_before_the_first_training_step(model, tmp_path, monkeypatch):
+    def full(*args: object, **settings: object) -> None:
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
+    monkeypatch.setattr(compile, "train_step", types.SimpleNamespace(lower=full))
+    with pytest.raises(UserError, match=r"^out of memory in a training step of 4 image tokens: try a smaller batch, "):
+        train(recipe(model, tmp_path / "run"))
+    assert not log(tmp_path / "run")
 
 
 @pytest.mark.slow

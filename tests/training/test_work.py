@@ -12,23 +12,8 @@ import pytest
 from arcflow_jax.parallel.chips import CHIPS
 from arcflow_jax.training import work
 from arcflow_jax.training.log import RunLog
-from arcflow_jax.training.work import Work, speed
+from arcflow_jax.training.work import speed
 from tests.helpers.tiny_run import recipe
-
-
-def test_a_function_is_counted_once_for_each_of_its_shapes():
-    traced = []
-
-    @jax.jit
-    def product(x):
-        traced.append(x.shape)
-        return x @ x
-
-    counted = Work()
-    for size in (8, 16, 8):
-        assert counted.of(size, product, jnp.ones((size, size))) == 2 * size**3
-        product(jnp.ones((size, size)))
-    assert traced == [(8, 8), (16, 16)]  # the call uses the same trace
 
 
 def test_the_share_of_the_peak_is_of_known_chips(monkeypatch):
