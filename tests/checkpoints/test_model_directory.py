@@ -316,13 +316,14 @@ for path in sys.argv[1:]:
         print(error)
 """
     state = converted / "vae" / "state"
-    values, index = (
-        max((state / folder).iterdir(), key=lambda file: file.stat().st_size) for folder in ("ocdbt.process_0/d", "d")
-    )
+    # All files of values: one of them may hold only what TensorStore has written anew elsewhere
+    values = list((state / "ocdbt.process_0" / "d").iterdir())
+    index = max((state / "d").iterdir(), key=lambda file: file.stat().st_size)
     damaged = []
-    for file in (values, index, state / "manifest.ocdbt", state / "_METADATA"):
+    for files in (values, [index], [state / "manifest.ocdbt"], [state / "_METADATA"]):
         damaged.append(shutil.copytree(converted, tmp_path / str(len(damaged))))
-        overwrite(damaged[-1] / file.relative_to(converted))
+        for file in files:
+            overwrite(damaged[-1] / file.relative_to(converted))
     done = subprocess.run([sys.executable, "-c", program, *damaged], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()

@@ -119,7 +119,10 @@ def test_an_adapter_samples_on_another_precision_of_its_base(tmp_path):
     difference = np.linalg.norm(images[0] - images[1]) / np.linalg.norm(images[0])
     assert 0 < difference < 0.1  # the base's rounding
 
-    rewrite(half / "model.json", lambda values: values.update(fingerprint="1" * 64))
+    def another(values: dict) -> None:
+        values["fingerprint"] = values["components"]["transformer"]["fingerprint"] = "1" * 64
+
+    rewrite(half / "model.json", another)
     with pytest.raises(UserError, match=r"was trained on base [0-9a-f]{12}…, this model is 111111111111…"):
         ArcFlowPipeline.from_pretrained(half, adapter=run)
 

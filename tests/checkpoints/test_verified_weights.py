@@ -160,7 +160,7 @@ def test_flipped_bits_of_a_model(model, tmp_path):
     outcomes = flip_bits(shutil.copytree(model, tmp_path / "model"), load_model, FLIPS)
     assert outcomes.keys() == {"told", "same"}, outcomes
     # The others are in what is not read: Orbax's timestamps, and what OCDBT has written anew elsewhere
-    assert outcomes["told"] > FLIPS / 4
+    assert outcomes["told"] > FLIPS / 8
 
 
 def test_flipped_bits_of_embeddings(cache, tmp_path):

@@ -65,6 +65,7 @@ CHECKS: dict[str, rules.Check] = {
     "accumulate": rules.whole(1, 10**9),
     "dtype": rules.one_of("bfloat16", "float32", "float16"),
     "mesh": mesh,
+    "remat": rules.one_of("auto", "full", "attention", "none"),
     **{name: rules.whole(1, 10**12) for name in ("log_every", "save_every", "keep_last")},
     **{name: rules.whole(0, 10**12) for name in ("steps", "keep_every", "max_skipped", "preview_every")},
     "preview_prompts": texts,
@@ -200,7 +201,7 @@ def overridden(rng: random.Random, folder: Path) -> Case:
 
 def read_literal(key: str, value: str) -> Any:
     """What an override says: a text as it stands, others in Python's notation."""
-    if CHECKS.get(key) is text or key in ("dtype", "adapter.basis", "distillation.teacher_guidance"):
+    if CHECKS.get(key) is text or key in ("dtype", "remat", "adapter.basis", "distillation.teacher_guidance"):
         return value
     try:
         return ast.literal_eval(value)
@@ -265,6 +266,8 @@ def stored(rng: random.Random, folder: Path) -> Case:
         "embeddings",
         "out",
         "mesh",
+        "accumulate",
+        "remat",
         "steps",
         "log_every",
         "save_every",

@@ -14,7 +14,7 @@ from arcflow_jax.storage.atomic import (
     refuse_used,
     unfinished,
     whole_directory,
-    whole_file,
+    write_file,
 )
 from arcflow_jax.storage.lock import one_writer
 from tests.helpers.full_disk import disk_for_files_up_to
@@ -26,9 +26,7 @@ def content(folder: Path) -> dict[str, str]:
 
 def test_a_file_replaces_the_old_one_at_the_end(tmp_path):
     (tmp_path / "a").write_text("old")
-    with whole_file(tmp_path / "a") as aside:
-        aside.write_text("new")
-        assert (tmp_path / "a").read_text() == "old"
+    write_file(tmp_path / "a", b"new")
     assert content(tmp_path) == {"a": "new"}
 
 
@@ -36,8 +34,8 @@ def test_an_error_leaves_the_old_file(tmp_path):
     (tmp_path / "a").write_text("old")
 
     def write() -> None:
-        with cannot_write("the file"), whole_file(tmp_path / "a") as aside:
-            aside.write_text("x" * 100)
+        with cannot_write("the file"):
+            write_file(tmp_path / "a", b"x" * 100)
 
     with disk_for_files_up_to(10), pytest.raises(UserError, match="cannot write the file: File too large"):
         write()
@@ -53,11 +51,6 @@ def test_a_directory_appears_at_the_end(tmp_path):
 
 
 def test_two_writers_never_share_what_is_unfinished(tmp_path):
-    with whole_file(tmp_path / "a") as one, whole_file(tmp_path / "a") as other:
-        one.write_text("one")
-        other.write_text("other")
-    assert content(tmp_path) == {"a": "one"}  # the outer block ends last
-
     def write_twice() -> None:
         with whole_directory(tmp_path / "out", 0) as one:
             with whole_directory(tmp_path / "out", 0) as other:
@@ -66,7 +59,7 @@ def test_two_writers_never_share_what_is_unfinished(tmp_path):
 
     with pytest.raises(UserError, match=r"cannot write .*/out: Directory not empty"):
         write_twice()
-    assert content(tmp_path) == {"a": "one", "out/b": "other"}
+    assert content(tmp_path) == {"out/b": "other"}
 
 
 def test_what_killed_runs_left_is_removed_by_the_one_writer(tmp_path):
@@ -81,8 +74,7 @@ def test_what_killed_runs_left_is_removed_by_the_one_writer(tmp_path):
     (tmp_path / ".out.backup.tmp").write_text("the user's")
     (tmp_path / ".out.aaaaaaaaaaaaaaaa.incomplete").symlink_to(secret)
     before = sorted(tmp_path.iterdir())
-    with whole_file(tmp_path / "out") as aside:  # without the lock, they may be another's that still writes
-        aside.write_text("")
+    write_file(tmp_path / "out", b"")  # without the lock, they may be another's that still writes
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "out"])
     (tmp_path / "out").unlink()
     with one_writer(tmp_path / "out"), whole_directory(tmp_path / "out", needed=0):
@@ -96,8 +88,7 @@ def test_links_are_not_followed(tmp_path):
     (tmp_path / "secret").write_text("secret")
     for name in ("a", "log", "out", ".cache.incomplete"):
         (tmp_path / name).symlink_to(tmp_path / "secret")
-    with whole_file(tmp_path / "a") as aside:  # replaced
-        aside.write_text("new")
+    write_file(tmp_path / "a", b"new")  # replaced
     assert (tmp_path / "a").read_text() == "new"
     with pytest.raises(OSError, match="symbolic links"):
         append(tmp_path / "log")
@@ -105,7 +96,7 @@ def test_links_are_not_followed(tmp_path):
         if not out.is_symlink():
             out.symlink_to(tmp_path / "nowhere")
         with pytest.raises(UserError, match=rf"{out} is a link: name what it leads to"):
-            refuse_used(out)
+            refuse_used(out, "done.json")
         with pytest.raises(UserError, match="is a link"), one_writer(out):
             pass
     with pytest.raises(UserError, match=r"\.cache\.incomplete is a link, which an unfinished cache does not have"):
@@ -120,15 +111,14 @@ def test_links_are_not_followed(tmp_path):
 
 def test_the_longest_name(tmp_path):
     longest = tmp_path / ("é" * 127)  # 254 bytes
-    with one_writer(longest), whole_file(longest) as aside:
-        aside.write_text("new")
+    with one_writer(longest):
+        write_file(longest, b"new")
     assert content(tmp_path) == {longest.name: "new"}
 
 
 def test_a_file_gets_the_usual_mode(tmp_path):
     (tmp_path / "usual").write_text("")
-    with whole_file(tmp_path / "a") as aside:
-        aside.write_text("")
+    write_file(tmp_path / "a", b"")
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
@@ -147,14 +137,14 @@ def test_an_error_leaves_no_directory(tmp_path):
 
 
 def test_used_directories_are_refused(tmp_path):
-    refuse_used(tmp_path / "new" / "out")
-    refuse_used(tmp_path)  # empty
+    refuse_used(tmp_path / "new" / "out", "done.json")
+    refuse_used(tmp_path, "done.json")  # empty
     (tmp_path / "file").write_text("")
     for used in (tmp_path, tmp_path / "file"):
         with pytest.raises(UserError, match="exists already: name a directory that does not exist"):
-            refuse_used(used)
+            refuse_used(used, "done.json")
     with pytest.raises(UserError, match="file is not a directory"):
-        refuse_used(tmp_path / "file" / "out")
+        refuse_used(tmp_path / "file" / "out", "done.json")
     with pytest.raises(UserError, match=r"cannot write .*/file/out: Not a directory"):
         make_directory(tmp_path / "file" / "out")
 

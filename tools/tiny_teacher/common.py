@@ -10,16 +10,15 @@ from pathlib import Path
 import jax
 import optax
 from flax import nnx
-from safetensors.flax import load_file, save_file
+from safetensors.flax import load_file, save
 
-from arcflow_jax.storage.atomic import whole_file
+from arcflow_jax.storage.atomic import write_file
 
 
 def save_state(path: Path, state: nnx.State) -> None:
     """Writes every array of a state under its dotted path. The file appears whole or not at all."""
     flat = {".".join(map(str, key)): value[...] for key, value in nnx.to_flat_state(state)}
-    with whole_file(path) as aside:
-        save_file(flat, aside)
+    write_file(path, save(flat))
 
 
 def load_state(path: Path, module: nnx.Module) -> nnx.Module:
