@@ -182,7 +182,8 @@ def read_parquet(path: Path, field: str) -> Iterator[Row]:
     file_size(path)
     pa, parquet = library("pyarrow", "Parquet files"), library("pyarrow.parquet", "Parquet files")
     try:
-        with parquet.ParquetFile(path) as file:
+        # Opened here, because of a path in a bucket pyarrow would ask a client of its own
+        with path.open("rb") as opened, parquet.ParquetFile(opened) as file:
             check_field(str(path), "column", field, file.schema_arrow.names)
             kind = file.schema_arrow.field(field).type
             if pa.types.is_dictionary(kind):

@@ -91,7 +91,7 @@ class Statistics:
         """The statistics in a file. Raises UserError if there are none, or they are damaged."""
         file_size(file, LARGEST)
         try:
-            with np.load(file, allow_pickle=False) as arrays:
+            with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
                 if any(part.file_size > LARGEST for part in arrays.zip.infolist()):
                     raise ValueError(f"an array has more than {LARGEST} bytes")
                 stored = dict(arrays)

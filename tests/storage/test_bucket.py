@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import socket
 import time
 
 import msgspec
+import numpy as np
 import pytest
+from PIL import Image
 
+from arcflow_jax.data.images import read_image, read_images
+from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.errors import UserError
 from arcflow_jax.storage import bucket as bucket_module
 from arcflow_jax.storage import lease
@@ -17,6 +22,7 @@ from arcflow_jax.storage.atomic import append, new_output, whole_directory, writ
 from arcflow_jax.storage.files import read_json, read_lines, write_json
 from arcflow_jax.storage.lock import hidden, one_writer
 from arcflow_jax.storage.paths import as_path, file_test, in_bucket, local_copy, remove_tree, sizes_below
+from arcflow_jax.storage.safetensors import read_header, read_metadata, write_tensors
 from tests.helpers.buckets import bucket
 from tests.helpers.processes import child
 
@@ -172,6 +178,41 @@ def test_a_lease_of_another_host(folder, monkeypatch):
             time.sleep(0.05)
         assert lease.read(place).renewed > first.renewed
     assert not place.exists()
+
+
+def test_images_and_prompts(folder):
+    encoded = io.BytesIO()
+    Image.new("RGB", (4, 2), "red").save(encoded, "PNG")
+    for name in ("a", "b"):
+        (folder / "beside" / f"{name}.png").write_bytes(encoded.getvalue())
+        (folder / "beside" / f"{name}.txt").write_text(f"image {name}")
+    assert [image.caption for image in read_images(str(folder / "beside"))] == ["image a", "image b"]
+    (folder / "listed" / "deep" / "c.png").write_bytes(encoded.getvalue())
+    (folder / "listed" / "metadata.jsonl").write_text('{"file_name": "deep/c.png", "text": "image c"}\n')
+    (image,) = read_images(str(folder / "listed"))
+    assert read_image(image.file).size == (4, 2)
+    (folder / "listed" / "deep" / "c.png").unlink()
+    with pytest.raises(UserError, match=r"metadata\.jsonl, line 1: there is no .*/listed/deep/c\.png"):
+        read_images(str(folder / "listed"))
+    (folder / "prompts" / "a.txt").write_text("one\ntwo\n")
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"prompt": ["three"]}), table := io.BytesIO())
+    (folder / "prompts" / "b.parquet").write_bytes(table.getvalue())
+    assert read_prompts(str(folder / "prompts")).texts == ["one", "two", "three"]
+
+
+def test_tensors(folder):
+    tensors = {"a": np.arange(12, dtype=np.float32).reshape(3, 4), "empty": np.zeros((0, 2), np.int8)}
+    write_tensors(folder / "x.safetensors", tensors, {"key": "value"})
+    read = read_header(folder / "x.safetensors")
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(np.asarray(read[name]), tensor)
+    np.testing.assert_array_equal(np.asarray(read["a"][1:2]), tensors["a"][1:2])
+    assert read_metadata(folder / "x.safetensors") == {"key": "value"}
+    cut = (folder / "x.safetensors").read_bytes()[:-4]
+    (folder / "cut.safetensors").write_bytes(cut)
+    with pytest.raises(UserError, match="is truncated or corrupt: it ends before 2 of its tensors"):
+        read_header(folder / "cut.safetensors")
 
 
 @pytest.mark.parametrize(
