@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax._src.mesh import AbstractDevice  # no public name makes one
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from arcflow_jax.compile_report.programs import open_model
 from arcflow_jax.errors import UserError
@@ -180,7 +180,8 @@ def test_a_batch_that_does_not_fit_the_mesh_says_what_does(batch, micro_batches,
 def test_activations_are_pinned_for_the_devices_of_the_mesh(platform, sequence, pinned):
     """Which are not those of this machine, where a program is compiled ahead of time."""
     device = AbstractDevice(device_kind="of no interest", num_cores=1, platform=platform)
-    mesh = AbstractMesh((2, 2, 1, sequence), MESH_AXES, abstract_device=device)
+    automatic = (AxisType.Auto,) * len(MESH_AXES)  # as of a real mesh; an abstract one is explicit from JAX 0.12 on
+    mesh = AbstractMesh((2, 2, 1, sequence), MESH_AXES, axis_types=automatic, abstract_device=device)
     x = jax.ShapeDtypeStruct((8, 16, 4), jnp.float32)
     with jax.sharding.use_abstract_mesh(mesh):
         jaxpr = jax.make_jaxpr(lambda x: constrain(x, "batch", "tokens", None))(x).jaxpr
