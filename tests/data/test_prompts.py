@@ -88,7 +88,7 @@ def test_large_files_are_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", lambda self, *args: opened.append(self) or path_open(self, *args))
     write_parquet(tmp_path / "c.parquet", {"image": [b"0" * 1000], "prompt": ["3"]})
     assert len(read_prompts(tmp_path).texts) == 3
-    assert opened == [tmp_path / "a.txt", tmp_path / "b.jsonl"]
+    assert opened == [tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "c.parquet"]
     assert columns == [["prompt"]]
 
 
