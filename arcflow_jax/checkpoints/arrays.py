@@ -8,7 +8,10 @@ makes files again in a directory that has just been removed. The handlers here w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
+import os
+import re
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,6 +80,10 @@ def settling(info: ocp.type_handlers.ParamInfo) -> ocp.type_handlers.ParamInfo:
 class Arrays(ocp.type_handlers.ArrayHandler):
     """Reads arrays to devices, and writes them from there."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.writing: Sequence[ocp.future.Future] = ()  # of the last save
+
     async def serialize(
         self,
         values: Sequence[jax.Array],
@@ -84,7 +91,14 @@ class Arrays(ocp.type_handlers.ArrayHandler):
         args: Sequence[ocp.SaveArgs] | None = None,
     ) -> Sequence[ocp.future.Future]:
         first, *rest = infos
-        return await super().serialize(values, [settling(first), *rest], args)
+        self.writing = await super().serialize(values, [settling(first), *rest], args)
+        return self.writing
+
+    def settle(self) -> None:
+        """Waits for all writes of the last save. Orbax raises the error of the first, and leaves the others running."""
+        for future in self.writing:
+            with contextlib.suppress(Exception):
+                future.result()
 
     async def deserialize(self, *args: Any) -> Any:
         return await settled(super().deserialize(*args))
@@ -98,6 +112,14 @@ class NumPyArrays(ocp.type_handlers.NumpyHandler):
 
     def metadata(self, *args: Any) -> Any:
         return Lazily(lambda: settled(super(NumPyArrays, self).metadata(*args)))
+
+
+def as_os_error(error: Exception) -> OSError | None:
+    """The OSError that an error is, or that it reports in TensorStore's form; None if there is none."""
+    if isinstance(error, OSError) and error.strerror:
+        return error
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else None
 
 
 def place(path: Path) -> Path:
@@ -115,9 +137,9 @@ def check_name(path: Path) -> None:
         raise UserError(f"cannot write checkpoints to {path}: name a directory without *, ?, [ or \\ in its path")
 
 
-def handler() -> ocp.PyTreeCheckpointHandler:
-    """Orbax's handler of a checkpoint: a nested dict of arrays."""
-    handlers = ((jax.Array, Arrays()), (np.ndarray, NumPyArrays()))
+def handler(arrays: Arrays | None = None) -> ocp.PyTreeCheckpointHandler:
+    """Orbax's handler of a checkpoint: a nested dict of arrays, which `arrays` reads and writes."""
+    handlers = ((jax.Array, arrays or Arrays()), (np.ndarray, NumPyArrays()))
     return ocp.PyTreeCheckpointHandler(type_handler_registry=ocp.type_handlers.create_type_handler_registry(*handlers))
 
 

@@ -25,7 +25,7 @@ from flax import nnx
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from arcflow_jax import schema
-from arcflow_jax.checkpoints.arrays import check_name, handler, misfits, place
+from arcflow_jax.checkpoints.arrays import Arrays, as_os_error, check_name, handler, misfits, place
 from arcflow_jax.checkpoints.aside import COMMITTED, move_aside
 from arcflow_jax.checkpoints.model_directory import ComponentDescription
 from arcflow_jax.checkpoints.names import tree_in_memory, tree_on_disk
@@ -186,7 +186,7 @@ class Checkpoints:
 
     def __init__(self, run: Path, keep_last: int = 2, keep_every: int = 0, read_only: bool = False):
         self.run, self.read_only = run, read_only
-        self._log = contextlib.ExitStack()
+        self._log, self._arrays = contextlib.ExitStack(), Arrays()
         keep = AnyPreservationPolicy([LatestN(keep_last), *([EveryNSteps(keep_every)] if keep_every else [])])
         # Orbax's own read_only would log three warnings; without a save or delete it has no other effect
         options = ocp.CheckpointManagerOptions(
@@ -197,7 +197,9 @@ class Checkpoints:
         if not read_only:
             check_name(directory)
         with self._writing(), without(of_a_reader):
-            self.manager = patiently(lambda: ocp.CheckpointManager(directory, options=options, item_handlers=handler()))
+            self.manager = patiently(
+                lambda: ocp.CheckpointManager(directory, options=options, item_handlers=handler(self._arrays))
+            )
 
     def __enter__(self) -> Checkpoints:
         if not self.read_only:
@@ -212,6 +214,7 @@ class Checkpoints:
             if kind is None:  # otherwise the first error is raised
                 raise
         finally:
+            self._arrays.settle()
             self._log.close()
             if not self.read_only and jax.process_index() == 0:
                 for failed in (self.run / "checkpoints").glob("*.orbax-checkpoint-tmp"):  # they may fill the disk
@@ -249,8 +252,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            full = "No space left on device" in str(error)
-            reason = "no space left on the device" if full else one_line(error)
+            told = as_os_error(error)
+            reason = one_line(error if told is None else told.strerror)
             kind = NetworkError if cause_of(error) == "network" else UserError
             there = [int(path.name) for path in (self.run / "checkpoints").glob("*") if is_complete(path)]
             kept = f"; checkpoint {max(there)} is intact" if there else ""

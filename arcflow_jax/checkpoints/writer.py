@@ -14,8 +14,6 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
-import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from arcflow_jax.checkpoints.arrays import check_name, place
+from arcflow_jax.checkpoints.arrays import as_os_error, check_name, place
 
 CHUNK_BYTES = 2**22  # the unit of reading: small enough for a sharded restore to skip most of what it does not need
 # Each chunk ends with its XXH64 hash, which zstd compares when the chunk is read. (A CRC-32C would cost seven times
@@ -131,10 +129,9 @@ def write_checkpoint(path: Path, streams: Mapping[str, Any]) -> None:
             ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_zarr3=True)
         ) as checkpointer:
             checkpointer.save(place(path), args=ocp.args.PyTreeSave(streams))
-    except ValueError as error:  # TensorStore's form of an OSError
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        if code is None:
+    except ValueError as error:
+        if (told := as_os_error(error)) is None:
             raise
-        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+        raise told from error
     finally:
         handler.settle()

@@ -109,7 +109,10 @@ def read_cache(folder: Path) -> tuple[CacheDescription, list[dict[str, FileTenso
     description = read_description(folder)
     shards, prompts = [], []
     for i in range(-(-description.prompts // description.shard)):
-        shard, texts = read_shard(shard_path(folder, i), description.version)
+        path = shard_path(folder, i)
+        shard, texts = read_shard(path, description.version)
+        if len(texts) != (expected := min(description.shard, description.prompts - len(prompts))):
+            raise UserError(f"{path} is damaged: it has {len(texts)} prompts, but {DESCRIPTION} says {expected}")
         shards.append(shard)
         prompts += texts
     if digest(prompts) != description.list:

@@ -211,8 +211,16 @@ def forget_after(path: Path, step: int) -> None:
     """
     if not path.exists():
         return
-    lines = [(where, line) for where, line in read_lines(path) if line.endswith(b"\n")]
-    kept = [line for where, line in lines if schema.parse(Line, parse_json(line, where), where).step <= step]
+    kept = []
+    for where, line in read_lines(path):
+        try:
+            values = parse_json(line, where)
+        except UserError:
+            if not line.endswith(b"\n"):  # cut off
+                break
+            raise
+        if schema.parse(Line, values, where).step <= step:
+            kept.append(line.rstrip(b"\n") + b"\n")
     write_file(path, b"".join(kept))
 
 

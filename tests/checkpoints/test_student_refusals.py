@@ -168,9 +168,9 @@ def refuse_export(capfd, run: Path, message: str, *options: object) -> None:
 def test_full_disk_under_a_converted_student_leaves_nothing(capfd, base, tmp_path):
     arguments = ("convert", "--adapter", RELEASED, "--base", base, "--out", tmp_path / "ours")
     with disk_for_files_up_to(4096):
-        assert_refused(capfd, tmp_path, *arguments, message="cannot write a checkpoint to .*: ")
+        assert_refused(capfd, tmp_path, *arguments, message="cannot write a checkpoint to .*/ours: File too large")
     with disk_for_files_up_to(512):
-        assert_refused(capfd, tmp_path, *arguments, message="cannot write a checkpoint to .*/ours: ")
+        assert_refused(capfd, tmp_path, *arguments, message="cannot write a checkpoint to .*/ours: File too large")
 
 
 def test_export_refuses_what_is_no_finished_student(capfd, base, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import errno
 import logging
@@ -18,6 +19,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from orbax.checkpoint._src.serialization import jax_array_handlers, serialization
 
 from arcflow_jax.checkpoints.model_directory import ComponentDescription
 from arcflow_jax.checkpoints.training import AdapterDescription, Checkpoints
@@ -197,7 +199,7 @@ def test_full_disk_is_called_by_its_name(tmp_path, monkeypatch):
     with Checkpoints(tmp_path) as checkpoints:
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         monkeypatch.setattr(checkpoints.manager, "save", lambda *a, **k: (_ for _ in ()).throw(full))
-        with pytest.raises(UserError, match=r"; checkpoint 1 is intact: no space left on the device$"):
+        with pytest.raises(UserError, match=r"; checkpoint 1 is intact: No space left on device$"):
             save(checkpoints, state(2))
 
 
@@ -328,6 +330,30 @@ def test_truncated_adapter_json(tmp_path):
     (tmp_path / "adapter.json").write_text(text[: len(text) // 2])
     with pytest.raises(UserError, match=r"/adapter\.json is not valid JSON"):
         AdapterDescription.read(tmp_path)
+
+
+def test_a_failed_save_ends_when_all_its_writes_have_ended(tmp_path, monkeypatch, caplog):
+    """Orbax writes the shardings and the arrays in two threads, and raises the first error at once."""
+
+    async def fail(*args: object, **settings: object) -> None:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    ended: list[bool] = []
+    write = serialization.async_serialize_from_host
+
+    async def write_slowly(*args: object, **settings: object) -> None:
+        await asyncio.sleep(1)
+        await write(*args, **settings)
+        ended.append(True)
+
+    monkeypatch.setattr(jax_array_handlers, "_async_serialize_shardings", fail)
+    monkeypatch.setattr(serialization, "async_serialize_from_host", write_slowly)
+    refused = pytest.raises(UserError, match=r"cannot write a checkpoint to .*: File too large")
+    with refused, Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, state(1))
+    assert ended
+    assert not list((tmp_path / "checkpoints").iterdir())
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_checkpoints_on_s3():

@@ -156,11 +156,12 @@ def flip_bits(folder: Path, load: Load, count: int, seed: int = 0) -> dict[str, 
 
 
 @pytest.mark.slow
-def test_flipped_bits_of_a_model(model, tmp_path):
-    outcomes = flip_bits(shutil.copytree(model, tmp_path / "model"), load_model, FLIPS)
+def test_flipped_bits_of_a_model(tiny_flux, tmp_path):
+    outcomes = flip_bits(shutil.copytree(tiny_flux, tmp_path / "model"), load_model, FLIPS)
     assert outcomes.keys() == {"told", "same"}, outcomes
-    # The others are in what is not read: Orbax's timestamps, and what OCDBT has written anew elsewhere
-    assert outcomes["told"] > FLIPS / 8
+    # The others are in what is not read: Orbax's timestamps, and what OCDBT has written anew elsewhere. That is most
+    # of the smallest models, but not of this one
+    assert outcomes["told"] > FLIPS / 3
 
 
 def test_flipped_bits_of_embeddings(cache, tmp_path):

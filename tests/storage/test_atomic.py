@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,23 @@ def test_a_file_replaces_the_old_one_at_the_end(tmp_path):
     (tmp_path / "a").write_text("old")
     write_file(tmp_path / "a", b"new")
     assert content(tmp_path) == {"a": "new"}
+
+
+def test_two_writers_of_a_file_share_nothing(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("old")
+    replace, seen = os.replace, []
+
+    def replace_after_another(aside: Path, path: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        seen.append((tmp_path / "a").read_text())
+        write_file(path, b"other")
+        seen.append((tmp_path / "a").read_text())
+        replace(aside, path)
+
+    monkeypatch.setattr(os, "replace", replace_after_another)
+    write_file(tmp_path / "a", b"one")
+    assert seen == ["old", "other"]
+    assert content(tmp_path) == {"a": "one"}  # which ended last
 
 
 def test_an_error_leaves_the_old_file(tmp_path):

@@ -24,6 +24,7 @@ from arcflow_jax.parallel.mesh import make_mesh
 from arcflow_jax.training import embeddings, loop, state
 from arcflow_jax.training.embeddings import CachedPrompts, embed_prompts
 from arcflow_jax.training.recipe import Recipe
+from tests.helpers.own_json import rewrite
 from tests.helpers.tiny_run import losses, recipe
 
 LONG = "a ring " * 20  # 41 tokens, of which the bundled T5 takes 16
@@ -191,6 +192,9 @@ def test_the_door(model, cache, tmp_path):
     short = damaged("short")
     shard_path(short, 1).write_bytes(shard_path(cache, 1).read_bytes()[:-100])
     refused(r"shard-00001\.safetensors is truncated or corrupt: it ends before", short)
+    count = damaged("count")
+    rewrite(count / "embeddings.json", lambda values: values.update(shard=values["shard"] + 1))
+    refused(r"shard-00000\.safetensors is damaged: it has 4 prompts, but embeddings\.json says 5", count)
     gone = damaged("gone")
     shard_path(gone, 0).unlink()
     refused(r"shard-00000\.safetensors is missing", gone)
