@@ -97,6 +97,12 @@ def out_of_memory(error: BaseException | None) -> bool:
     return error is not None and ("RESOURCE_EXHAUSTED" in str(error) or out_of_memory(error.__cause__))
 
 
+def of_files(text: str, error: OSError) -> UserError:
+    """The error for a file that cannot be read or written: NetworkError if it is in a bucket that does not answer."""
+    kind = NetworkError if isinstance(error, ConnectionError) else UserError
+    return kind(f"{text}: {one_line(error.strerror or error)}")
+
+
 # How exceptions of Python, XLA, TensorStore and the clients of buckets show their cause
 CAUSES = {
     "memory": ("RESOURCE_EXHAUSTED", "MemoryError", "Cannot allocate memory"),

@@ -62,7 +62,9 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 
 def parse(cls: type[T], values: Any, where: object, *, own: bool = False, prefix: str = "") -> T:
-    """A `cls`, a dataclass, from the values of a JSON object. null stands for an absent value.
+    """A `cls`, a dataclass, from the values of a JSON object.
+
+    null stands for an absent value. In our own formats it is a value, which only some fields may have.
 
     A field that is a dataclass is filled from a nested object. The metadata {"key": …} of a field gives its name in
     the file where that is another. A dataclass may list in `REQUIRED`, name → value, the settings that its network has
@@ -92,7 +94,11 @@ def parse(cls: type[T], values: Any, where: object, *, own: bool = False, prefix
             near = difflib.get_close_matches(unknown[0], fields, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise UserError(f"unknown {prefix}{one_line(unknown[0])}: {hint}known are {', '.join(fields)}")
-        given = {key: field for key, field in fields.items() if values.get(key) is not None}
+        given = {
+            key: field
+            for key, field in fields.items()
+            if key in values and (values[key] is not None or (own and not takes_none(hints[field.name])))
+        }
         if missing := sorted(key for key, field in fields.items() if key not in given and no_default(field)):
             raise UserError(f"missing {', '.join(prefix + key for key in missing)}")
     except UserError as error:
@@ -169,6 +175,11 @@ def converted(hint: Any, value: Any, name: str, *, own: bool = False) -> Any:
     if isinstance(result, int) and result > limits(hint).get("le", result):
         raise UserError(f"{name} is {shown(value)}, but has to be {describe(hint)}")
     return result
+
+
+def takes_none(hint: Any) -> bool:
+    """Whether None is a value of a type."""
+    return types.NoneType in typing.get_args(hint) or hint in (Any, types.NoneType)
 
 
 def limits(hint: Any) -> dict[str, Any]:

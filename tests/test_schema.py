@@ -106,6 +106,14 @@ def test_values_that_are_refused(changes, message):
         schema.parse(Whole, GIVEN | changes, "here")
 
 
+def test_null_in_formats_of_ours():
+    """Elsewhere it stands for an absent value."""
+    assert schema.parse(Whole, GIVEN | {"flag": None, "most": None}, "here") == Whole(Part(3), "x")
+    assert schema.parse(Whole, GIVEN | {"most": None}, "here", own=True) == Whole(Part(3), "x")
+    with pytest.raises(UserError, match=r"^here: flag is None, but has to be true or false$"):
+        schema.parse(Whole, GIVEN | {"flag": None}, "here", own=True)
+
+
 def test_unknown_keys_are_refused_in_formats_of_ours():
     with pytest.raises(UserError, match=r"^here: unknown flagg: did you mean flag"):
         schema.parse(Whole, GIVEN | {"flagg": True}, "here", own=True)

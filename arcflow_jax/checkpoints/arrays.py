@@ -45,7 +45,7 @@ async def settled(read: Coroutine[Any, Any, T]) -> T:
         return await read
     except Exception:
         if others := asyncio.all_tasks() - before:
-            await asyncio.wait(others)
+            await asyncio.gather(*others, return_exceptions=True)
         raise
 
 
@@ -55,7 +55,7 @@ def close_settled(loop: asyncio.AbstractEventLoop) -> None:
 
     def settle_and_close() -> None:
         if others := asyncio.all_tasks(loop):
-            loop.run_until_complete(asyncio.wait(others))
+            loop.run_until_complete(asyncio.gather(*others, return_exceptions=True))
         close()
 
     loop.close = settle_and_close

@@ -23,7 +23,7 @@ from arcflow_jax.networks.student import merged_graphdef, merged_state, split_mo
 from arcflow_jax.parallel.mesh import batched, check_batch, replicated, sharded
 from arcflow_jax.storage.files import read_json
 from arcflow_jax.training.optimizer import make_optimizer
-from arcflow_jax.training.plan import chosen_remat, step_settings
+from arcflow_jax.training.plan import chosen_remat, held_in_training, step_settings
 from arcflow_jax.training.recipe import Recipe
 from arcflow_jax.training.state import TrainState, train_step
 
@@ -111,7 +111,9 @@ def training_step(recipe: Recipe, mesh: Mesh, batch: int, *, steady: bool) -> Pr
     negative = conditioning if settings.teacher_guidance == "cfg" else None
     arguments = (sharded(mesh, state), sharded(mesh, base), conditioning, key, negative)
     recipe = dataclasses.replace(recipe, batch=batch)
-    remat = chosen_remat(recipe, directory, mesh, tokens, graphdef, base, adapter, optimizer)
+    remat = chosen_remat(
+        recipe, directory, mesh, tokens, graphdef, base, adapter, held_in_training(base, adapter, optimizer)
+    )
     # Per segment: the student forward, its recomputation and its gradient, and the teacher's calls
     passes = recipe.accumulate * settings.nfe * (3 + (1 if steady else settings.states))
     return Program(train_step, arguments, step_settings(recipe, graphdef, mesh, remat) | {"steady": steady}, passes)

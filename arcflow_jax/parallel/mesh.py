@@ -127,7 +127,7 @@ def slices(devices: Sequence[jax.Device]) -> int:
     return islands(devices) if devices[0].platform == "tpu" else 1
 
 
-def device_memory() -> float:
+def memory_limit() -> float:
     """Bytes that XLA has on the first process's first device, so that all processes plan alike; ∞ if unknown (CPUs)."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
     return limit if jax.process_count() == 1 else float(multihost_utils.broadcast_one_to_all(np.float32(limit)))

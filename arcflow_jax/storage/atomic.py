@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.errors import UserError, of_files
 from arcflow_jax.storage.lock import check_place, hidden, is_writer, one_writer, unfinished_name
 from arcflow_jax.storage.paths import UNFINISHED, growing, in_bucket, remove_tree
 
@@ -34,7 +34,7 @@ def cannot_write(what: object) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {what}: {error.strerror or one_line(error)}") from error
+        raise of_files(f"cannot write {what}", error) from error
 
 
 def write_file(path: Path, data: bytes) -> None:

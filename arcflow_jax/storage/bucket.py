@@ -65,7 +65,7 @@ class BucketPath(Base):
 
     def info(self) -> dict[str, Any] | None:
         """What the store says about an object or folder; None if there is none."""
-        with told(self), contextlib.suppress(FileNotFoundError):
+        with clear_errors(self), contextlib.suppress(FileNotFoundError):
             return self.store.info(str(self))
         return None
 
@@ -98,7 +98,7 @@ class BucketPath(Base):
         )
 
     def iterdir(self) -> Iterator[BucketPath]:
-        with told(self):
+        with clear_errors(self):
             names = self.store.ls(str(self), detail=False)
         for name in names:
             if (path := self / name.rstrip("/").rpartition("/")[2]) != self:  # not a folder's own empty object
@@ -115,21 +115,21 @@ class BucketPath(Base):
 
     def sizes(self) -> dict[BucketPath, int]:
         """All objects below, and their bytes, with few requests."""
-        with told(self):
+        with clear_errors(self):
             found = self.store.find(str(self), detail=True)
         return {BucketPath(f"{self.scheme}://{name}"): info["size"] for name, info in found.items() if name[-1] != "/"}
 
     def open(self, mode: str = "r", **options: Any) -> IO[Any]:
         """Opens an object to be read."""
         assert mode in ("r", "rb"), "an object is written as a whole"
-        with told(self):
+        with clear_errors(self):
             file = self.store.open(str(self), "rb")
         buffered = io.BufferedReader(file, 2**20)
         return buffered if mode == "rb" else io.TextIOWrapper(buffered, options.get("encoding", "utf-8"))
 
     def read_bytes(self, start: int | None = None, end: int | None = None) -> bytes:
         """The object, or some bytes of it."""
-        with told(self):
+        with clear_errors(self):
             return self.store.cat_file(str(self), start=start, end=end)
 
     def read_text(self, encoding: str = "utf-8") -> str:
@@ -138,7 +138,7 @@ class BucketPath(Base):
     def write_bytes(self, data: bytes, *, new: bool = False) -> None:
         """Writes the object, or replaces it. Raises FileExistsError if it is to be new, and is not."""
         try:
-            with told(self, write=True):
+            with clear_errors(self, write=True):
                 self.store.pipe_file(str(self), data, mode="create" if new else "overwrite")
         except FileNotFoundError as error:
             raise OSError(errno.ENOENT, f"there is no bucket {self.bucket}") from error
@@ -148,12 +148,12 @@ class BucketPath(Base):
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Removes the object. S3 does not say whether there was one."""
-        with told(self, write=True), contextlib.suppress(*([FileNotFoundError] if missing_ok else [])):
+        with clear_errors(self, write=True), contextlib.suppress(*([FileNotFoundError] if missing_ok else [])):
             self.store.rm_file(str(self))
 
     def rmtree(self, missing_ok: bool = True) -> None:
         """Removes all objects below."""
-        with told(self, write=True), contextlib.suppress(*([FileNotFoundError] if missing_ok else [])):
+        with clear_errors(self, write=True), contextlib.suppress(*([FileNotFoundError] if missing_ok else [])):
             self.store.rm(str(self), recursive=True)
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
@@ -192,7 +192,7 @@ class Growing(io.BytesIO):
 
 
 @contextlib.contextmanager
-def told(path: BucketPath, write: bool = False) -> Iterator[None]:
+def clear_errors(path: BucketPath, write: bool = False) -> Iterator[None]:
     """Inside the `with` block, any error of a client becomes an OSError that says what would be right."""
     try:
         yield
@@ -201,16 +201,18 @@ def told(path: BucketPath, write: bool = False) -> Iterator[None]:
     except FileNotFoundError:
         raise FileNotFoundError(errno.ENOENT, "there is no such object", str(path)) from None
     except Exception as error:
-        raise OSError(*reason(error, path, write)) from error
+        raise clear_error(error, path, write) from error
 
 
-def reason(error: Exception, path: BucketPath, write: bool) -> tuple[int, str]:
-    """Error number and text for an error of a client: permission, credentials, or network."""
+def clear_error(error: Exception, path: BucketPath, write: bool) -> OSError:
+    """An error of a client as PermissionError or ConnectionError, with a text that says what would be right."""
     text, name = one_line(error), type(error).__name__
     if isinstance(error, PermissionError) or "Forbidden" in text or getattr(error, "code", None) in (401, 403):
         needed = PERMISSIONS[path.scheme][write]
         doing = "write to" if write else "read"
-        return errno.EACCES, f"this account may not {doing} bucket {path.bucket}: it needs {needed} ({text})"
+        return PermissionError(
+            errno.EACCES, f"this account may not {doing} bucket {path.bucket}: it needs {needed} ({text})"
+        )
     if "Credentials" in name or "RefreshError" in name:
-        return errno.EACCES, f"no credentials for bucket {path.bucket}: {LOGIN[path.scheme]} ({text})"
-    return errno.EIO, f"bucket {path.bucket} does not answer, try again ({name}: {text})"
+        return PermissionError(errno.EACCES, f"no credentials for bucket {path.bucket}: {LOGIN[path.scheme]} ({text})")
+    return ConnectionError(errno.EIO, f"bucket {path.bucket} does not answer, try again ({name}: {text})")

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from arcflow_jax import schema
-from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.errors import UserError, of_files, one_line
 from arcflow_jax.storage.atomic import write_file
 from arcflow_jax.storage.paths import in_bucket
 
@@ -35,8 +35,10 @@ def file_size(path: Path, most: int | None = None) -> int:
         found = path.stat()
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise UserError(f"cannot read {path}: {one_line(getattr(error, 'strerror', None) or error)}") from None
+    except OSError as error:
+        raise of_files(f"cannot read {path}", error) from None
+    except ValueError as error:  # a NUL in the name
+        raise UserError(f"cannot read {path}: {one_line(error)}") from None
     if not stat.S_ISREG(found.st_mode):
         raise UserError(f"{path} is not a regular file")
     if most is not None and found.st_size > most:
@@ -123,7 +125,7 @@ def cannot_read(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or one_line(error)}") from error
+        raise of_files(f"cannot read {path}", error) from error
 
 
 def read_own(cls: type[T], path: Path, name: str, version: int) -> T:

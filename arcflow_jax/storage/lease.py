@@ -38,8 +38,8 @@ class Holder(msgspec.Struct, frozen=True):
         return cls(os.getpid(), socket.gethostname(), time.time(), time.time())
 
     @property
-    def seen(self) -> tuple[int, str, float]:
-        """What a refused writer is told: process id, host, and since when."""
+    def who(self) -> tuple[int, str, float]:
+        """Process id, host, and since when, for the error of a second writer."""
         return self.process, self.host, self.since
 
     @property

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from filelock import SoftFileLock, Timeout
 
-from arcflow_jax.errors import UserError
+from arcflow_jax.errors import UserError, of_files
 from arcflow_jax.storage.paths import in_bucket
 
 if TYPE_CHECKING:
@@ -75,13 +75,13 @@ def holding(out: BucketPath, wait: bool) -> Iterator[None]:
                 release = lease.acquire(place)
                 break
             except lease.Held as error:
-                told = describe(out, place, error.holder.seen if error.holder is not None else None)
+                text = describe(out, place, error.holder.who if error.holder is not None else None)
                 if not wait:
-                    raise UserError(told) from None
-                print(f"waiting: {told}", flush=True)
+                    raise UserError(text) from None
+                print(f"waiting: {text}", flush=True)
                 time.sleep(POLL_SECONDS)
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+        raise of_files(f"cannot write {out}", error) from error
     try:
         yield
     finally:

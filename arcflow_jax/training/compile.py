@@ -61,7 +61,7 @@ def compile_steps(
         tokens = rows * columns
         placed = dataclasses.replace(conditioning, positions=resized(conditioning.positions, 0, tokens))
         images = None if latents is None else resized(latents, 1, tokens)
-        with jax.set_mesh(mesh), memory_told(tokens):
+        with jax.set_mesh(mesh), memory_errors(tokens):
             traced = train_step.trace(state, base, placed, key, negative, images, steady=steady, **settings)
             compiled = traced.lower().compile()
             programs[(rows, columns), steady] = Program(compiled, flops(traced.jaxpr.jaxpr))
@@ -77,7 +77,7 @@ def resized(x: jax.Array, axis: int, size: int) -> jax.ShapeDtypeStruct:
 
 
 @contextlib.contextmanager
-def memory_told(tokens: int) -> Iterator[None]:
+def memory_errors(tokens: int) -> Iterator[None]:
     """Inside the `with` block, a device that runs out of memory raises UserError, with what to try."""
     try:
         yield
@@ -85,6 +85,7 @@ def memory_told(tokens: int) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         raise UserError(
-            f"out of memory in a training step of {tokens} image tokens: try a smaller batch, a larger fsdp, more "
-            f"devices, smaller images, or cached embeddings; arcflow compile-report counts it ({one_line(error)})"
+            f"out of memory in a training step of {tokens} image tokens: try a larger accumulate, remat=full, a larger "
+            f"fsdp, more devices, smaller images, or cached embeddings; arcflow compile-report counts memory "
+            f"({one_line(error)})"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from pathlib import Path
@@ -20,13 +21,8 @@ PATIENCE = 10  # seconds until a file of another host has to be seen
 PLACES = {"model", "prompts", "images", "embeddings", "start_from"}  # of a recipe; each host may have its own copy
 
 
-def check_hosts(run: Path, plan: Plan) -> None:
-    """All processes call it, once the first one has made the run's directory.
-
-    Raises:
-      UserError: in all processes, if one does not see what the first one writes to the run's directory, or has
-        other prompts, another recipe or another model.
-    """
+def check_plan(plan: Plan) -> None:
+    """Raises UserError in all processes if one has other prompts, another recipe or another model than the first."""
     if jax.process_count() == 1:
         return
     recipe = {name: value for name, value in plan.recipe.resolved().items() if name not in PLACES}
@@ -44,13 +40,23 @@ def check_hosts(run: Path, plan: Plan) -> None:
         own = gathered(np.frombuffer(bytes.fromhex(digest(values)), np.uint8))
         if other := [i for i, each in enumerate(own) if (each != own[0]).any()]:
             raise UserError(f"{what} differ on {processes(other)}: all hosts have to start from the same")
-    if blind := [i for i, sees in enumerate(gathered(np.array(sees_the_first(run)))) if not sees]:
+
+
+def check_directory(run: Path) -> None:
+    """Raises UserError in all processes if one does not see what the first one writes to the run's directory.
+
+    All processes call it, once the first one has made the directory.
+    """
+    if jax.process_count() == 1:
+        return
+    blind = [i for i, sees in enumerate(gathered(np.array(sees_the_first(run)))) if not sees]
+    if jax.process_index() == 0:
+        (run / NONCE).unlink(missing_ok=True)
+    if blind:
         raise UserError(
             f"{run} is not the same directory on all hosts: {processes(blind)} cannot see what process 0 writes there; "
             "name a directory on a shared disk or in a bucket as --config.out"
         )
-    if jax.process_index() == 0:
-        (run / NONCE).unlink(missing_ok=True)
 
 
 def sees_the_first(run: Path) -> bool:
@@ -61,11 +67,9 @@ def sees_the_first(run: Path) -> bool:
     expected = np.asarray(multihost_utils.broadcast_one_to_all(nonce)).tobytes()
     end = time.monotonic() + PATIENCE  # a shared disk may show a new file late
     while True:
-        try:
+        with contextlib.suppress(OSError):
             if (run / NONCE).read_bytes() == expected:
                 return True
-        except OSError:
-            pass
         if time.monotonic() > end:
             return False
         time.sleep(0.2)

@@ -20,9 +20,9 @@ from arcflow_jax.parallel.preemption import Preemption
 from arcflow_jax.parallel.processes import is_main, local_part
 from arcflow_jax.storage.lock import one_writer
 from arcflow_jax.storage.paths import as_path
-from arcflow_jax.training.compile import compile_steps, memory_told
+from arcflow_jax.training.compile import compile_steps, memory_errors
 from arcflow_jax.training.embeddings import CachedPrompts
-from arcflow_jax.training.hosts import check_hosts
+from arcflow_jax.training.hosts import check_directory, check_plan
 from arcflow_jax.training.latents import LatentEncoder
 from arcflow_jax.training.log import RunLog, traceback_in
 from arcflow_jax.training.plan import Plan, step_settings
@@ -118,7 +118,7 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
                     programs = compile_steps(plan.programs(batches, done), *arguments, settings, mesh)
                 program = programs[(rows, columns), plan.steady(i)]
                 log.flops += program.flops
-                with memory_told(rows * columns):
+                with memory_errors(rows * columns):
                     state, values = program(*arguments)
                 trace.after(i + 1, values)
                 if due(recipe.log_every, i + 1, recipe):
@@ -168,10 +168,11 @@ def begin(run: Path, plan: Plan) -> None:
     recipe = plan.recipe
     transformer = plan.directory.description.components["transformer"]
     settings = (recipe.adapter, recipe.distillation, recipe.guidance)
+    check_plan(plan)  # before anything is written
     recipe.check_same(run)
     describe(run, AdapterDescription(plan.directory.fingerprint, *settings, transformer))
     recipe.write(run)
-    check_hosts(run, plan)  # which waits until all have looked and the first has written
+    check_directory(run)  # which waits until all have looked and the first has written
 
 
 def describe(run: Path, description: AdapterDescription) -> None:

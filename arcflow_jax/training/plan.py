@@ -29,9 +29,9 @@ from arcflow_jax.parallel.mesh import (
     Sizes,
     auto_sizes,
     check_batch,
-    device_memory,
     islands,
     make_mesh,
+    memory_limit,
     slices,
     state_shardings,
 )
@@ -94,9 +94,8 @@ class Plan:
         sizes = dict.fromkeys(prompts.sizes or recipe.resolutions)
         grids = {size: token_grid(*size, factor) for size in sizes}
         tokens = max(math.prod(grid) for grid in grids.values())
-        parts = (graphdef, base, adapter, optimizer)
-        remat = chosen_remat(recipe, directory, mesh, tokens, *parts, held.get("text encoders", ()))
-        return cls(recipe, directory, mesh, prompts, images, grids, *parts, held, remat)
+        remat = chosen_remat(recipe, directory, mesh, tokens, graphdef, base, adapter, held)
+        return cls(recipe, directory, mesh, prompts, images, grids, graphdef, base, adapter, optimizer, held, remat)
 
     @property
     def largest_grid(self) -> tuple[int, int]:
@@ -135,7 +134,8 @@ class Plan:
 def held_in_training(base: nnx.State, adapter: nnx.State, optimizer: optax.GradientTransformation) -> dict[str, Any]:
     """What devices hold of the backbone all the time, by name, as shapes."""
     moments = jax.eval_shape(optimizer.init, adapter)
-    return {"base": base, "adapter": adapter, "EMA weights": adapter, "optimizer": moments, "gradients": adapter}
+    gradients = (adapter, adapter)  # of a segment, and the sum of those before it
+    return {"base": base, "adapter": adapter, "EMA weights": adapter, "optimizer": moments, "gradients": gradients}
 
 
 def encoders(directory: ModelDirectory, dtype: str) -> list[nnx.State]:
@@ -171,7 +171,7 @@ def training_mesh(
     def bytes_held(sizes: Sizes) -> int:
         return bytes_per_device(AbstractMesh(sizes, MESH_AXES), held)
 
-    memory = FOR_STATE * device_memory()
+    memory = FOR_STATE * memory_limit()
     groups = {"islands": islands(devices), "slices": slices(devices)}
     sizes = auto_sizes(len(devices), recipe.batch // recipe.accumulate, heads, bytes_held, memory=memory, **groups)
     return make_mesh(sizes, devices)
@@ -190,20 +190,17 @@ def chosen_remat(
     graphdef: nnx.GraphDef,
     base: nnx.State,
     adapter: nnx.State,
-    optimizer: optax.GradientTransformation,
-    others: Any = (),
+    held: Mapping[str, Any],
 ) -> Remat:
     """What the backward pass computes again: the recipe's `remat` or, if that is "auto", what fits.
 
     Args:
       tokens: of the largest image.
-      others: what devices hold beside base model and training state, as shapes.
+      held: what devices hold all the time, as shapes.
     """
     conditioning = directory.family.prompts.abstract_conditioning(
         directory, mesh, recipe.batch // recipe.accumulate, tokens, jnp.dtype(recipe.dtype)
     )
-    # The gradient of a segment, and the sum of those before it
-    held = (base, abstract_state(adapter, optimizer), adapter, adapter, others)
     return remat_policy(recipe.remat, graphdef, base, adapter, conditioning, mesh, bytes_per_device(mesh, held))
 
 

@@ -282,16 +282,16 @@ except UserError as error:
 def test_a_store_that_does_not_answer(monkeypatch):
     pytest.importorskip("s3fs")
     script = """
-from arcflow_jax.errors import UserError
+from arcflow_jax.errors import report_errors
 from arcflow_jax.storage.files import read_json
 from arcflow_jax.storage.paths import as_path
-try:
+with report_errors():
     read_json(as_path("s3://bucket/x"))
-except UserError as error:
-    print(error)
 """
     for name, value in {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "k"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
-    said, _ = child(script).communicate(timeout=60)
-    assert "bucket bucket does not answer, try again" in said
+    process = child(script)
+    said, _ = process.communicate(timeout=60)
+    assert "error: cannot read s3://bucket/x: bucket bucket does not answer, try again" in said
+    assert process.returncode == 1  # it is not the user who has to correct this

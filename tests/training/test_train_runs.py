@@ -403,7 +403,9 @@ def test_out_of_memory_is_told_before_the_first_training_step(model, tmp_path, m
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
 
     monkeypatch.setattr(compile, "train_step", types.SimpleNamespace(trace=full))
-    with pytest.raises(UserError, match=r"^out of memory in a training step of 4 image tokens: try a smaller batch, "):
+    with pytest.raises(
+        UserError, match=r"^out of memory in a training step of 4 image tokens: try a larger accumulate, "
+    ):
         train(recipe(model, tmp_path / "run"))
     assert not log(tmp_path / "run")
 
