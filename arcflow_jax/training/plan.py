@@ -123,7 +123,7 @@ class Plan:
         size = ", ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
         trained, whole = parameters(self.adapter), parameters(self.base)
         share = f"{trained / 1e6:.2f} of {whole / 1e6:.2f} million parameters ({100 * trained / whole:.2f} %)"
-        text = f"trains {share} on {self.mesh.size} {self.mesh.devices.flat[0].device_kind} devices: {size}"
+        text = f"trains {share} on {self.mesh.size} × {self.mesh.devices.flat[0].device_kind}: {size}"
         if self.prompts.sizes:
             counts = collections.Counter(self.prompts.sizes).most_common()
             shown = ", ".join(f"{height} × {width} ({count} prompts)" for (height, width), count in counts[:SHOWN])

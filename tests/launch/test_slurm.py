@@ -78,4 +78,4 @@ def test_a_preempted_job_starts_again_and_ends(slurm, tiny_flux, tmp_path, monke
     assert (show()["JobState"], show()["Restarts"], show()["ExitCode"]) == ("COMPLETED", "1", "0:0"), log.read_text()
     assert steps() == list(range(1, STEPS + 1))
     assert f"resumes after training step {done}" in log.read_text()
-    assert log.read_text().count("2 cpu devices: data 1, fsdp 2") == 2  # mesh "auto" of two processes
+    assert log.read_text().count("2 × cpu: data 1, fsdp 2") == 2  # mesh "auto" of two processes
