@@ -48,8 +48,7 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device] | None = None)
     """
     devices = jax.devices() if devices is None else devices
     sizes = list(sizes)
-    if min(sizes) < -1 or 0 in sizes or sizes.count(-1) > 1:
-        raise UserError(f"mesh {named(sizes)}: a size has to be at least 1, and only one may be -1")
+    check_sizes(sizes)
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(1, len(devices) // math.prod(size for size in sizes if size != -1))
     if (wanted := math.prod(sizes)) != len(devices):
@@ -131,6 +130,12 @@ def memory_limit() -> float:
     """Bytes that XLA has on the first process's first device, so that all processes plan alike; ∞ if unknown (CPUs)."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
     return limit if jax.process_count() == 1 else float(multihost_utils.broadcast_one_to_all(np.float32(limit)))
+
+
+def check_sizes(sizes: Sequence[int]) -> None:
+    """Raises UserError unless the sizes are those of a mesh of some number of devices."""
+    if min(sizes) < -1 or 0 in sizes or list(sizes).count(-1) > 1:
+        raise UserError(f"mesh {named(sizes)}: a size has to be at least 1, and only one may be -1")
 
 
 def named(sizes: Sequence[int]) -> str:

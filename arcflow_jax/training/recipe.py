@@ -21,6 +21,7 @@ from arcflow_jax.errors import UserError, first_few, one_line
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.states import nest
 from arcflow_jax.networks.student import AdapterConfig
+from arcflow_jax.parallel.mesh import check_sizes
 from arcflow_jax.parallel.processes import is_main
 from arcflow_jax.schema import (
     AxisSize,
@@ -122,6 +123,8 @@ class Recipe:
 
     def __post_init__(self):
         schema.check(self)
+        if self.mesh != "auto":
+            check_sizes(self.mesh)
         if self.batch % self.accumulate:
             raise UserError(f"batch {self.batch} does not divide into accumulate={self.accumulate} micro-batches")
         if not self.prompts and not self.images:

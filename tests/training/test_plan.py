@@ -60,3 +60,9 @@ def test_a_batch_that_does_not_fit_is_refused():
         training_mesh(recipe, directory, {}, jax.devices() * 4)
     auto = dataclasses.replace(recipe, mesh="auto")
     assert training_mesh(auto, directory, {}, jax.devices() * 4).devices.shape == (1, 2, 2, 1)
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 1, 1), (-1, -1, 1, 1)])
+def test_a_mesh_that_no_devices_fit_is_refused_with_the_recipe(sizes):
+    with pytest.raises(UserError, match=r"mesh .*: a size has to be at least 1, and only one may be -1"):
+        Recipe("m", "o", 1.0, prompts="p", mesh=sizes)
