@@ -18,9 +18,9 @@ def dropout(key: jax.Array, rate: float, x: jax.Array) -> jax.Array:
 def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Random uint32 numbers, each a hash of the key and its own position.
 
-    JAX's threefry takes some hundred operations for a number. A training step of FLUX.1-dev draws 5 · 10⁹ of them for
-    each example, segment and pass, which is a tenth of its time on a GPU. This takes a tenth of that, and fuses with
-    what uses it. Dropout needs no more.
+    JAX's threefry takes some hundred operations for a number, and a training step of FLUX.1-dev draws 5 · 10⁹ numbers
+    for each example, segment and pass. A hash takes about a tenth of that, and XLA fuses it with what uses it. Dropout
+    needs no better numbers.
 
     As with threefry, a number depends neither on the platform nor on how the array is sharded.
     """
