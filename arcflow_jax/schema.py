@@ -166,6 +166,12 @@ def converted(hint: Any, value: Any, name: str, *, own: bool = False) -> Any:
     if kind is dict and isinstance(value, dict):
         _, inner = typing.get_args(hint)
         return {key: converted(inner, each, f"{name}.{one_line(key)}", own=own) for key, each in value.items()}
+    if (
+        kind is tuple
+        and isinstance(value, list | tuple)
+        and dataclasses.is_dataclass(inner := typing.get_args(hint)[0])
+    ):
+        return tuple(converted(inner, each, f"{name}.{i}", own=own) for i, each in enumerate(value))
     if getattr(value, "ndim", None) == 0:  # a number of NumPy or JAX
         value = value.item()
     try:

@@ -110,6 +110,8 @@ class Statistics:
         known = schema.parse(Description, description, where)
         moments = {name: moments_of(stored, name, file) for name in known.metrics if f"{name}_count" in stored}
         counts = {each.count for each in moments.values()}
+        if missing := [name for name in known.metrics if name not in moments]:
+            raise UserError(f"{file} is damaged: it lacks the moments of {', '.join(missing)}")
         others = [name for name in METRICS if f"{name}_count" in stored and name not in moments]
         if others or len(counts) > 1 or max(counts, default=0) > known.images.count:
             raise UserError(f"{file} is damaged: its metrics are not of the same images")

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from msgspec import Meta
@@ -14,6 +15,7 @@ from arcflow_jax.errors import UserError
 Figure = Annotated[float, Meta(ge=-1e30, le=1e30)]
 Square = Annotated[float, Meta(ge=0, le=1e30)]
 Sigma = Annotated[float, Meta(ge=0, le=1)]
+PARTS = {"total", "local", "drift", "cross"}  # of an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,43 +47,40 @@ class Endpoint:
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
-    """The parts of an error."""
+class Curves:
+    """At each σ, the parts of an error, and what belongs to them, by name."""
 
-    total: Figure
-    local: Figure
-    drift: Figure
-    cross: Figure
-
-
-@dataclasses.dataclass(frozen=True)
-class PartsCurves:
-    """The parts of an error at each σ."""
-
-    sigma: tuple[Sigma, ...]
-    total: tuple[Figure, ...]
-    local: tuple[Figure, ...]
-    drift: tuple[Figure, ...]
-    cross: tuple[Figure, ...]
+    velocity: dict[str, tuple[Figure, ...]]
+    state: dict[str, tuple[Figure, ...]]
 
     def __post_init__(self):
-        if len({len(values) for values in dataclasses.astuple(self)}) > 1:
-            raise UserError("sigma, total, local, drift and cross have different lengths")
-
-
-@dataclasses.dataclass(frozen=True)
-class Curves:
-    velocity: PartsCurves
-    state: PartsCurves
+        for name, curves in vars(self).items():
+            check_parts(name, curves, {"sigma"} | PARTS)
+            if len(set(map(len, curves.values()))) > 1:
+                raise UserError(f"{name}: {', '.join(curves)} have different lengths")
+            if not all(0 <= sigma <= 1 for sigma in curves["sigma"]):
+                raise UserError(f"{name}.sigma has a number that is not from 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
+    """Means over a segment, or at its end; see `trajectory_report.figures`."""
+
     sigma: tuple[Sigma, Sigma]
-    velocity: Parts
-    state: Parts
+    velocity: dict[str, Figure]
+    state: dict[str, Figure]
     closed_form: Figure
     curves: Curves
+
+    def __post_init__(self):
+        check_parts("velocity", self.velocity, PARTS)
+        check_parts("state", self.state, PARTS)
+
+
+def check_parts(name: str, found: Mapping[str, Any], needed: set[str]) -> None:
+    """Raises UserError if a part of an error is missing."""
+    if missing := sorted(needed - found.keys()):
+        raise UserError(f"missing {', '.join(f'{name}.{part}' for part in missing)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,8 +105,8 @@ def read_report(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     if "of" in report:  # its name until version 0.1
         report["identity"] = report.pop("of")
     check_identity(path, report, identity)
-    schema.parse(Report, report, path)
-    return report
+    parsed = schema.parse(Report, report, path)
+    return report | {"endpoint": schema.unparse(parsed.endpoint)}  # where null may be absent
 
 
 def read_partial(path: Path, identity: dict[str, Any]) -> Tally:
