@@ -444,7 +444,7 @@ def test_previews_trace_and_weights_and_biases(model, tmp_path, monkeypatch, cap
     assert {"loss", "segment_loss/1", "gradient_norm", "teacher_share", "preview"} <= tags
     assert list((run / "profile").rglob("*.xplane.pb"))
     output = capfd.readouterr().out
-    assert re.search(r"trains 0\.\d+ of \d\.\d+ million parameters \(\d+\.\d+ %\) on 1 \w+ devices", output)
+    assert re.search(r"trains 0\.\d+ of \d\.\d+ million parameters \(\d+\.\d+ %\) on 1 × cpu: data 1, fsdp 1", output)
     assert re.search(
         r"step 2 of 2: loss [\d.]+ \(segments [\d.]+ [\d.]+\), gradient \S+, rate 0.002, teacher 100 %, "
         r"[\d.]+ steps/s, \S+ TFLOP/s a device, 0:00:00 left",
