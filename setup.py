@@ -57,7 +57,7 @@ setup(
         "pillow>=11",
         "rich>=13",
         "safetensors>=0.6",
-        "tensorboardX>=2.6",
+        "tensorboard>=2.17",
         "tensorstore>=0.1.84",
         "tokenizers>=0.22",
         "transformers>=5.0,<6",

@@ -20,14 +20,19 @@ from arcflow_jax.storage.safetensors import read_header
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Writes a PNG with the image's `info`, the settings that it was made with, as text. Raises UserError."""
+    """Writes a PNG. Raises UserError."""
+    with cannot_write(path):
+        write_file(path, png(image))
+
+
+def png(image: Image.Image) -> bytes:
+    """The bytes of a PNG with the image's `info`, the settings that it was made with, as text."""
     text = PngImagePlugin.PngInfo()
     for name, value in image.info.items():
         text.add_itxt(name, str(value))
     encoded = io.BytesIO()
     image.save(encoded, "PNG", pnginfo=text)
-    with cannot_write(path):
-        write_file(path, encoded.getvalue())
+    return encoded.getvalue()
 
 
 def file_name(image: Image.Image) -> str:

@@ -21,7 +21,6 @@ import math
 import socket
 import time
 import traceback
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,20 +29,18 @@ import jax
 import numpy as np
 from msgspec import Meta
 from PIL import Image
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import register_writer_factory
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from arcflow_jax import schema
 from arcflow_jax.console import duration, optional, progress_bar
-from arcflow_jax.data.output import save_image
+from arcflow_jax.data.output import png, save_image
 from arcflow_jax.errors import Preempted, UserError
 from arcflow_jax.parallel.processes import is_main
 from arcflow_jax.schema import TrainingSteps
 from arcflow_jax.storage.atomic import append, make_directory, upload, write_file
 from arcflow_jax.storage.files import json_records, parse_json, read_lines
-from arcflow_jax.storage.paths import as_path, growing
 from arcflow_jax.training.recipe import SETTINGS, Recipe
 from arcflow_jax.training.wandb_log import WandbLog
 from arcflow_jax.training.work import speed
@@ -78,11 +75,11 @@ class RunLog:
             forget_after(run / LOG, done)
             self.lines = append(run / LOG)
             (run / "tensorboard").mkdir(exist_ok=True)
-            for scheme in ("gs", "s3"):  # its own writers want Google's and Amazon's packages
-                register_writer_factory(scheme, GrowingFiles())
-            # tensorboardX's SummaryWriter and FileWriter write in a thread, which a full disk ends unseen. This is the
-            # writer that they call there
-            self.tensorboard = EventsWriter(str(run / "tensorboard" / "events"), f".{done}")
+            # TensorBoard takes files with this word in their name. Its own EventFileWriter writes in a thread, which a
+            # full disk ends unseen
+            name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{done}"
+            self.tensorboard = RecordWriter(append(run / "tensorboard" / name).detach())
+            self._event(file_version="brain.Event:2")
             # Tells TensorBoard to forget later training steps
             self._event(step=done + 1, session_log=SessionLog(status=SessionLog.START))
             before = [
@@ -146,7 +143,7 @@ class RunLog:
             if self.recipe.save_every and step % self.recipe.save_every == 0:
                 upload(self.lines)  # or a run that is killed after this checkpoint would lack lines up to it
             for name, value in scalars.items():
-                self._event(step=step, summary=summary.scalar(name, value))
+                self._event(step=step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]))
             self.tensorboard.flush()
         if self.wandb is not None:
             self.wandb.log({"step": step, **scalars})
@@ -159,13 +156,14 @@ class RunLog:
         with optional("the preview was not saved"):
             make_directory(self.run / "previews")
             save_image(image, self.run / "previews" / f"{step:06d}.png")
-            self._event(step=step, summary=summary.image("preview", np.asarray(image), dataformats="HWC"))
+            drawn = Summary.Image(width=image.width, height=image.height, encoded_image_string=png(image))
+            self._event(step=step, summary=Summary(value=[Summary.Value(tag="preview", image=drawn)]))
             self.tensorboard.flush()
         if self.wandb is not None:
             self.wandb.image(step, image)
 
     def _event(self, **values: Any) -> None:
-        self.tensorboard.write_event(Event(wall_time=time.time(), **values))
+        self.tensorboard.write(Event(wall_time=time.time(), **values).SerializeToString())
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -173,18 +171,6 @@ class RunLog:
             yield
         except OSError as error:
             raise UserError(f"cannot write to {self.run}, its checkpoints are intact: {error.strerror}") from error
-
-
-class GrowingFiles:
-    """How TensorBoard's writer opens a file in a bucket."""
-
-    def open(self, path: str) -> Any:
-        file = growing(as_path(path))
-        # Without `fileno`, which it would call
-        return types.SimpleNamespace(write=file.write, flush=file.flush, close=file.close)
-
-    def directory_check(self, path: str) -> None:
-        """Does nothing: folders do not exist."""
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 import pytest
 from PIL import Image
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from arcflow_jax import families
 from arcflow_jax.checkpoints.training import Checkpoints
