@@ -56,9 +56,8 @@ def both_end(script: str, *arguments: object) -> list[tuple[int, str]]:
     return [(process.returncode, text) for process, text in zip(processes, stderr, strict=True)]
 
 
-@pytest.mark.parametrize("who", [0, 1])
-@pytest.mark.parametrize(("how", "code"), [("error", 1), ("user error", 2)])
-def test_an_exception_in_one_process_ends_both(how, code, who):
+@pytest.mark.parametrize(("how", "who", "code"), [("error", 0, 1), ("user error", 1, 2)])
+def test_an_exception_in_one_process_ends_both(how, who, code):
     ends = both_end(WAITING, f"{how} {who}")
     assert [each for each, _ in ends] == [code, code]
     assert "no more" in ends[who][1]
