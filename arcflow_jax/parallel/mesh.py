@@ -294,3 +294,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batched(mesh: Mesh) -> NamedSharding:
     """The sharding of an array whose leading dimension is sharded over the data axes."""
     return NamedSharding(mesh, PartitionSpec(LOGICAL_AXES["batch"]))
+
+
+def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """The sharding of a batch: split over the data axes, or replicated where the batch is not divisible by them."""
+    return replicated(mesh) if rows % (mesh.shape["data"] * mesh.shape["fsdp"]) else batched(mesh)

@@ -30,7 +30,7 @@ from arcflow_jax.data.embeddings import (
 from arcflow_jax.data.images import captions, read_images
 from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.errors import UserError
-from arcflow_jax.parallel.processes import from_part
+from arcflow_jax.parallel.processes import from_rows
 from arcflow_jax.storage.atomic import cannot_write, check_room, finish, new_output, unfinished
 from arcflow_jax.storage.files import digest, file_digest, read_own, write_own
 from arcflow_jax.storage.paths import UNFINISHED, as_path
@@ -206,6 +206,6 @@ class CachedPrompts:
         """Conditioning of B prompts for images of rows × columns tokens. Raises UserError if the cache lacks one."""
         arrays = self._read(tuple(prompts))
         self.cut += int(arrays["cut"].sum())
-        embedded = {name: from_part(x, self.mesh) for name, x in arrays.items() if name != "cut"}
+        embedded = {name: from_rows(x, self.mesh) for name, x in arrays.items() if name != "cut"}
         conditioning = self.directory.family.prompts.conditioning
         return conditioning(self.directory, self.mesh, embedded, guidance=guidance, rows=rows, columns=columns)

@@ -17,7 +17,7 @@ from arcflow_jax.generate import random_key
 from arcflow_jax.parallel.failure import ends_together
 from arcflow_jax.parallel.mesh import state_shardings
 from arcflow_jax.parallel.preemption import Preemption
-from arcflow_jax.parallel.processes import is_main, local_part
+from arcflow_jax.parallel.processes import is_main
 from arcflow_jax.storage.lock import one_writer
 from arcflow_jax.storage.paths import as_path
 from arcflow_jax.training.compile import compile_steps, memory_errors
@@ -91,7 +91,7 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
                 preview = drawing
         negative = latents = values = None
         if recipe.distillation.teacher_guidance == "cfg":
-            prompts = [recipe.distillation.negative_prompt] * (recipe.batch // local_part(mesh)[1])
+            prompts = [recipe.distillation.negative_prompt] * len(plan.rows)
             # Only its text is used, so its image size does not matter
             negative = encode(prompts, guidance=recipe.guidance, rows=rows, columns=columns)
 

@@ -35,7 +35,7 @@ from arcflow_jax.parallel.mesh import (
     slices,
     state_shardings,
 )
-from arcflow_jax.parallel.processes import local_part
+from arcflow_jax.parallel.processes import local_rows
 from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.recipe import Recipe
 from arcflow_jax.training.remat import remat_policy
@@ -102,12 +102,17 @@ class Plan:
         """Rows and columns of tokens of the largest image size."""
         return max(self.grids.values(), key=math.prod)
 
+    @property
+    def rows(self) -> list[int]:
+        """Which rows of each batch this process loads."""
+        return local_rows(self.mesh, self.recipe.batch)
+
     def batches(self) -> MixedBatches | BucketedBatches:
-        """What each training step takes: this process's part of the batch, and the image size."""
-        recipe, examples, part = self.recipe, self.images or self.prompts.texts, local_part(self.mesh)
+        """What each training step takes: this process's rows of the batch, and the image size."""
+        recipe, examples, rows = self.recipe, self.images or self.prompts.texts, self.rows
         if self.prompts.sizes:
-            return BucketedBatches(examples, self.prompts.sizes, recipe.batch, recipe.seed, part)
-        return MixedBatches(examples, recipe.resolutions, recipe.batch, recipe.seed, part)
+            return BucketedBatches(examples, self.prompts.sizes, recipe.batch, recipe.seed, rows)
+        return MixedBatches(examples, recipe.resolutions, recipe.batch, recipe.seed, rows)
 
     def steady(self, step: int) -> bool:
         """Whether a training step, counted from 0, is one of the second phase."""
