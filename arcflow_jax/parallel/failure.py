@@ -24,8 +24,8 @@ import jax
 from jax._src import distributed  # its key-value store has no public name
 
 from arcflow_jax.errors import Preempted, exit_code, one_line
+from arcflow_jax.parallel.processes import several
 
-HEARTBEAT = 30  # seconds of silence after which JAX takes a process for dead
 GRACE = 10  # seconds in which a process may end by itself after a failure, its own or another's
 FAILED, SEEN = "arcflow_jax/failed", "arcflow_jax/seen"  # keys of the store: the first failure; who has read it
 LOST = "another process of this run was killed or cannot be reached"
@@ -130,7 +130,7 @@ def ends_together() -> Iterator[None]:
     """
     global _run
     failure = _run
-    if jax.process_count() == 1:
+    if not several():
         yield
     elif failure is not None:
         with failure.telling():

@@ -219,7 +219,7 @@ def parse_mesh(text: str) -> Mesh:
       UserError: if the text is not a mesh, or needs more devices than there are.
     """
     sizes = mesh_sizes(text)
-    devices = jax.devices()
+    devices = jax.local_devices()
     wanted = math.prod(sizes)
     return make_mesh(sizes, devices[:wanted] if 0 < wanted < len(devices) else devices)
 

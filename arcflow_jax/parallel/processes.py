@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 
 from arcflow_jax import schema
 from arcflow_jax.errors import UserError, one_line
-from arcflow_jax.parallel.failure import HEARTBEAT
 from arcflow_jax.parallel.mesh import row_sharding
+
+HEARTBEAT = 30  # seconds of silence after which JAX takes a process for dead
 
 
 def initialize(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
@@ -55,9 +56,19 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
         raise UserError(f"{processes} processes could not connect at {coordinator}: {one_line(error)}") from None
 
 
+def several() -> bool:
+    """Whether this run has several processes. To find one only, it does not start JAX's devices."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def process_index() -> int:
+    """The number of this process, from 0; as `several`."""
+    return jax.process_index() if several() else 0
+
+
 def is_main() -> bool:
     """Whether this is the first process, which prints, and writes what is not an array."""
-    return jax.process_index() == 0
+    return process_index() == 0
 
 
 def local_rows(mesh: Mesh, batch: int) -> list[int]:

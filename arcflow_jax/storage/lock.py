@@ -57,9 +57,19 @@ def one_writer(out: Path, *, wait: bool = False) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"cannot write {out}: {error.strerror or error}") from error
         stack.callback(lock.release)
-        _held.append(out)
-        stack.callback(_held.remove, out)
+        stack.enter_context(writing(out))
         yield
+
+
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Inside the `with` block this process writes `out`, whose lock it holds, or the first process of its run."""
+    out = named(out)
+    _held.append(out)
+    try:
+        yield
+    finally:
+        _held.remove(out)
 
 
 @contextlib.contextmanager

@@ -15,12 +15,12 @@ TRAINING = """
     from pathlib import Path
     from arcflow_jax.errors import report_errors
     from arcflow_jax.parallel.processes import initialize
-    from arcflow_jax.training import hosts
+    from arcflow_jax.parallel import together
     from arcflow_jax.training.loop import train
     from tests.helpers.tiny_run import recipe
     address, process, model, host, prompts, seed = sys.argv[1:]
     os.chdir(host)
-    hosts.PATIENCE = 2
+    together.PATIENCE = 2
     with report_errors():
         initialize(address, 2, int(process))
         made = {"prompts": prompts, "mesh": (2, 1, 1, 1), "batch": 2, "seed": int(seed)}
