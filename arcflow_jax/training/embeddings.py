@@ -30,7 +30,7 @@ from arcflow_jax.data.embeddings import (
     shard_path,
     write_shard,
 )
-from arcflow_jax.data.images import captions, read_images
+from arcflow_jax.data.images import captions, read_images_once
 from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.errors import UserError
 from arcflow_jax.parallel.processes import from_rows, is_main, several
@@ -96,7 +96,7 @@ def write_cache(recipe: Recipe, out: Path) -> int:
     held = {"text encoders": encoders(directory, recipe.dtype)}
     mesh = training_mesh(recipe, directory, held, jax.local_devices())
     if recipe.images:
-        found = captions(recipe.images, read_images(recipe.images))
+        found = captions(recipe.images, read_images_once(recipe.images))
     else:
         found = read_prompts(recipe.prompts, recipe.prompts_field)
     if is_main():

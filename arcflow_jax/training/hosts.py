@@ -10,11 +10,10 @@ PLACES = {"model", "prompts", "images", "embeddings", "start_from"}  # of a reci
 
 def check_plan(plan: Plan) -> None:
     """Raises UserError in all processes if one has other prompts, another recipe or another model than the first."""
-    images = [(image.file.name, image.caption) for image in plan.images or ()]
-    count = len(plan.prompts.texts)
+    prompts = plan.prompts
     check_same(
         {
-            f"the prompts, of which the first process has {count},": [plan.prompts.texts, plan.prompts.sizes, images],
+            f"the prompts, of which the first process has {len(prompts.texts)},": [prompts.texts, prompts.sizes],
             "the settings of the recipe": {k: v for k, v in plan.recipe.resolved().items() if k not in PLACES},
             "the weights of the model": plan.directory.fingerprint,
         }

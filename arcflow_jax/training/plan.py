@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh
 from arcflow_jax.checkpoints.model_cache import converted
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.data.batches import BucketedBatches, MixedBatches, Size
-from arcflow_jax.data.images import CaptionedImage, captions, read_images
+from arcflow_jax.data.images import CaptionedImage, captions, read_images_once
 from arcflow_jax.data.prompts import Prompts, read_prompts
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import token_grid
@@ -85,7 +85,7 @@ class Plan:
         if not recipe.embeddings:
             held["text encoders"] = encoders(directory, recipe.dtype)
         mesh = training_mesh(recipe, directory, held)
-        images = read_images(recipe.images) if recipe.images else None
+        images = read_images_once(recipe.images) if recipe.images else None
         if images is None:
             prompts = read_prompts(recipe.prompts, recipe.prompts_field)
         else:
