@@ -25,6 +25,7 @@ from jax._src import distributed  # its key-value store has no public name
 
 from arcflow_jax.errors import Preempted, exit_code, one_line
 from arcflow_jax.parallel.processes import several
+from arcflow_jax.storage.lock import abandon
 
 GRACE = 10  # seconds in which a process may end by itself after a failure, its own or another's
 FAILED, SEEN = "arcflow_jax/failed", "arcflow_jax/seen"  # keys of the store: the first failure; who has read it
@@ -101,6 +102,7 @@ class Failure:
         if not self.own:
             with contextlib.suppress(OSError):
                 os.write(2, f"error: {self.reason or LOST}; process {jax.process_index()} ends, too\n".encode())
+        abandon()
         os._exit(self.code)
 
     def leave(self) -> NoReturn:
