@@ -71,9 +71,6 @@ def evaluate_trajectory(
     from arcflow_jax.storage import cache
 
     check_library()  # not after hours
-    found = read_prompts(prompts, prompts_field)
-    if count is not None and not 1 <= count <= len(found.texts):
-        raise UserError(f"count is {count}, but has to be from 1 to {len(found.texts)}, the prompts that {prompts} has")
     settings = ComparisonSettings(
         steps,
         teacher_steps,
@@ -84,12 +81,15 @@ def evaluate_trajectory(
         student.height,
         student.width,
     )
-    adapter = student.student()
     with hosts.connected():
+        found = read_prompts(prompts, prompts_field).texts
+        if count is not None and not 1 <= count <= len(found):
+            raise UserError(f"count is {count}, but has to be from 1 to {len(found)}, the prompts that {prompts} has")
+        adapter = student.student()
         cache.enable_compilation_cache()
         model = converted(student.model)
         comparison = Comparison(model, adapter, settings, student.batch_size, student.mesh, student.raw)
-        evaluate(comparison, found.texts[:count], out)
+        evaluate(comparison, found[:count], out)
         if is_main():
             print(f"the figures and the plot are in {out}")
 
@@ -157,10 +157,10 @@ def evaluate_metrics(
     if images is not None and (sampling.adapter is not None or sampling.teacher):
         raise UserError("--images are there already: leave --adapter and --teacher out, or name --prompts")
     references = {name: at for name, at in zip(REFERENCES, (real, teacher_images), strict=True) if at is not None}
-    # Before the model, which takes longest to load
-    networks = Networks(METRICS if metric is None else [each.value for each in metric], inception, clip or CLIP)
     judged: Folder | Sampled
     with hosts.connected():
+        # Before the model, which takes longest to load
+        networks = Networks(METRICS if metric is None else [each.value for each in metric], inception, clip or CLIP)
         if prompts is None:
             assert images is not None
             judged = Folder(images)
@@ -200,8 +200,8 @@ def evaluate_export(
     from arcflow_jax.parallel.processes import is_main
 
     sampling.adapter_or_teacher()  # before anything is read
-    items = LAYOUTS[benchmark].read(prompts)  # before the model, which takes longest to load
     with hosts.connected():
+        items = LAYOUTS[benchmark].read(prompts)  # before the model, which takes longest to load
         pipeline = sampling.load()
         with options.progress_bar() as progress:
             settings = sampling.settings()

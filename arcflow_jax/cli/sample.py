@@ -40,31 +40,29 @@ def sample(
 
     Several machines share the images; run the same command on each, as for arcflow train.
     """
-    from arcflow_jax.data.prompts import check_prompts, read_prompts
+    from arcflow_jax.data.prompts import read_prompts
 
-    if prompt is not None and prompts_file is None:
-        prompts = prompt
-    elif prompts_file is not None and prompt is None:
-        prompts = read_prompts(prompts_file).texts
-    else:
+    if (prompt is None) == (prompts_file is None):
         raise UserError("say what the images should show: either with --prompt or with --prompts-file")
-    check_prompts(prompts)
     with hosts.connected():
-        make_images(prompts, images, latents, grid, out, sampling)
+        prompts = prompt if prompts_file is None else read_prompts(prompts_file).texts
+        make_images(prompts or [], images, latents, grid, out, sampling)
 
 
 def make_images(
     prompts: Sequence[str], images: int, latents: Path | None, grid: bool, out: Path, sampling: options.SamplingOptions
 ) -> None:
-    """`sample`, once the prompts are read and the processes connected."""
+    """`sample`, once the processes are connected."""
     from arcflow_jax.data.images import read_image
     from arcflow_jax.data.output import contact_sheet, file_name, read_latents, save_image, unused
+    from arcflow_jax.data.prompts import check_prompts
     from arcflow_jax.parallel.processes import is_main
     from arcflow_jax.parallel.together import check_directory, check_same, gathered, own_share
     from arcflow_jax.sampling_settings import batch_for
     from arcflow_jax.storage.atomic import make_directory
     from arcflow_jax.storage.paths import as_path
 
+    check_prompts(prompts)
     check_same({"the prompts": list(prompts), "the options": [images, sampling.batch_size, sampling.settings()]})
     noise = None if latents is None else read_latents(latents)
     pipeline = sampling.load()

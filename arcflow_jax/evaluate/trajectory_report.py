@@ -16,7 +16,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
@@ -67,9 +67,13 @@ class Tally:
     @classmethod
     def from_json(cls, values: dict[str, Any], where: str) -> Tally:
         """The tally of a batch. Raises UserError, which begins with `where`, if the values are none."""
-        batch = schema.parse(Batch, values, where, own=True)
-        sums = {kind: {name: np.array(x) for name, x in group.items()} for kind, group in batch.sums.items()}
-        return cls(sums, list(batch.student), list(batch.teacher))
+        return cls.of(**vars(schema.parse(Batch, values, where, own=True)))
+
+    @classmethod
+    def of(cls, sums: Mapping[str, Any], student: Sequence[float], teacher: Sequence[float]) -> Tally:
+        """From what `to_json` returns."""
+        arrays = {kind: {name: np.array(x) for name, x in group.items()} for kind, group in sums.items()}
+        return cls(arrays, list(student), list(teacher))
 
     def to_json(self) -> dict[str, Any]:
         return vars(self) | {"sums": jax.tree.map(np.ndarray.tolist, self.sums)}
@@ -174,8 +178,7 @@ def complete_report(
     """The report in `out`, made or completed if need be, and plotted. Raises UserError as `evaluate` does."""
     report = from_first(lambda: read_report(out / REPORT, identity) if (out / REPORT).exists() else None)
     if report is None:
-        begun = from_first(lambda: begin(comparison, prompts, out, identity).to_json())
-        tally = Tally.from_json(begun, str(out / PARTIAL))
+        tally = Tally.of(**from_first(lambda: begin(comparison, prompts, out, identity).to_json()))
         with cannot_write(out), append(out / PARTIAL) if is_main() else contextlib.nullcontext() as partial:
             compare_all(comparison, prompts, tally, partial)
         origin = comparison.origin | {"software": f"arcflow_jax {version('arcflow_jax')}"}
@@ -213,7 +216,7 @@ def compare_all(comparison: Comparison, prompts: Sequence[str], tally: Tally, pa
         while tally.count < total:
             for batch in gathered(compare_batch(comparison, prompts, tally.count + size * process_index())):
                 if batch is not None:
-                    tally.add(Tally.from_json(batch, "a batch"))
+                    tally.add(Tally.of(**batch))
                     if partial is not None:
                         partial.write(json.dumps(batch) + "\n")
             if partial is not None:
