@@ -213,7 +213,7 @@ def mesh_sizes(text: str) -> tuple[int, ...]:
 def parse_mesh(text: str) -> Mesh:
     """The mesh for sampling from a text such as "tensor=4,sequence=2"; "" is a mesh of one device.
 
-    It uses the first devices, as many as it needs; with a size of -1 it uses all devices.
+    It uses the first devices of this process, as many as it needs; with a size of -1 it uses all of them.
 
     Raises:
       UserError: if the text is not a mesh, or needs more devices than there are.
