@@ -41,7 +41,7 @@ from arcflow_jax.networks.conditioning import Conditioning, Guided
 from arcflow_jax.networks.student import merged_graphdef, split_model
 from arcflow_jax.parallel.mesh import partition_spec, sharded, state_shardings
 from arcflow_jax.parallel.offload import Weights
-from arcflow_jax.sampling_settings import SamplingSettings, image_grid, resolve_settings
+from arcflow_jax.sampling_settings import SamplingSettings, batch_for, image_grid, resolve_settings
 from arcflow_jax.schema import Batch
 
 # With `offload`, batches that pass one network before the next one takes its place on the device: enough to make the
@@ -64,13 +64,14 @@ class PipelineOutput:
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """The images that one call makes: one of each prompt, from `latents` or from noises `first` … of the seed."""
+    """The `wanted` ones of these images: one of each prompt, from `latents` or from noises `first` … of the seed."""
 
     prompts: Sequence[str]
     settings: SamplingSettings
     latents: jax.Array | None
     batch_size: int
     first: int
+    wanted: range
     progress: Progress
 
 
@@ -239,6 +240,7 @@ class ArcFlowPipeline:
         latents: np.ndarray | jax.Array | None = None,
         batch_size: int | None = None,
         first: int = 0,
+        wanted: range | None = None,
         progress: Progress = lambda activity, done: None,
         **settings: Any,
     ) -> Iterator[Image.Image]:
@@ -247,6 +249,7 @@ class ArcFlowPipeline:
         Args:
           first: number of the first image, to continue where another call ended: the images start from the noises
             `first`, `first` + 1, … of the seed.
+          wanted: which of the images to make, from the beginning of a batch on; by default all.
           settings: num_inference_steps, guidance_scale, height, width, seed, …, see
             `sampling_settings.resolve_settings`.
 
@@ -254,7 +257,8 @@ class ArcFlowPipeline:
           UserError: as for a call; from the iterator, if the devices run out of memory.
         """
         resolved = self.settings(negative_prompt=negative_prompt, **settings)
-        return self._images(self._job(prompt, resolved, num_images_per_prompt, latents, batch_size, first, progress))
+        job = self._job(prompt, resolved, num_images_per_prompt, latents, batch_size, first, progress)
+        return self._images(job if wanted is None else dataclasses.replace(job, wanted=wanted))
 
     def settings(self, **settings: Any) -> SamplingSettings:
         """The settings of a call, defaults filled in. Arguments and errors as for `resolve_settings`."""
@@ -265,6 +269,10 @@ class ArcFlowPipeline:
         return self._described(self.settings(**settings))
 
     # The parts of a call, for evaluations
+
+    def together(self, batch_size: int | None = None) -> int:
+        """How many images pass each network together. Raises UserError if the batch size does not fit the mesh."""
+        return batch_for(self.mesh, batch_size) * (OFFLOADED_BATCHES if self.offload else 1)
 
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Rows and columns of tokens; by default of the model's own size. Raises UserError if a side does not fit."""
@@ -335,20 +343,15 @@ class ArcFlowPipeline:
     ) -> _Job:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         check_prompts(prompts)
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        batch_size = shards if batch_size is None else schema.converted(Batch, batch_size, "batch_size")
+        batch_size = batch_for(self.mesh, batch_size)
         images_per_prompt = schema.converted(Batch, images_per_prompt, "num_images_per_prompt")
-        if batch_size % shards:
-            raise UserError(
-                f"batch_size is {batch_size}, but has to be a multiple of data × fsdp = {shards} of the mesh"
-            )
         prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
         if latents is not None:
             settings = dataclasses.replace(settings, seed=None)
             size = (settings.rows, settings.columns, self.directory.config("transformer").in_channels)
             with self._running():
                 latents = as_tokens(np.asarray(latents), len(prompts), *size)
-        return _Job(prompts, settings, latents, batch_size, first, progress)
+        return _Job(prompts, settings, latents, batch_size, first, range(len(prompts)), progress)
 
     def _encode(self, batches: Sequence[Sequence[str]], settings: SamplingSettings) -> Sequence[Conditioning | Guided]:
         """The conditioning of each batch of prompts, all of one size."""
@@ -362,9 +365,8 @@ class ArcFlowPipeline:
     def _latents(self, job: _Job) -> Iterator[tuple[int, list[jax.Array]]]:
         """Groups of batches that pass each network together: number of the first image, latent tokens of each batch."""
         settings, count = job.settings, len(job.prompts)
-        together = job.batch_size * (OFFLOADED_BATCHES if self.offload else 1)
-        for start in range(0, count, together):
-            starts = range(start, min(start + together, count), job.batch_size)
+        for start in job.wanted[:: self.together(job.batch_size)]:
+            starts = range(start, min(start + self.together(job.batch_size), job.wanted.stop), job.batch_size)
             # The images of each batch; the last batch is filled up with its last image
             batches = [np.minimum(np.arange(i, i + job.batch_size), count - 1) for i in starts]
             with self._running():
@@ -391,7 +393,7 @@ class ArcFlowPipeline:
             with self._running():
                 job.progress("decoding", start)
                 pixels = self.vae.run(lambda state, tokens=tokens: [self._decode(state, x, *size) for x in tokens])
-            for i, array in zip(range(start, len(job.prompts)), np.concatenate(pixels), strict=False):
+            for i, array in zip(range(start, job.wanted.stop), np.concatenate(pixels), strict=False):
                 image = Image.fromarray(array)
                 image.info = {"prompt": job.prompts[i], "image": job.first + i} | described
                 job.progress("writing", i + 1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from jax.sharding import Mesh
+
 from arcflow_jax import schema
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.training import AdapterDescription
@@ -11,7 +13,7 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.families.family import takes_guidance
 from arcflow_jax.families.latents import token_grid
 from arcflow_jax.generate import TEACHER_STEPS
-from arcflow_jax.schema import NFE, Count, Guidance, Pixels, Ratio, Seed
+from arcflow_jax.schema import NFE, Batch, Count, Guidance, Pixels, Ratio, Seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,3 +122,12 @@ def image_grid(directory: ModelDirectory, height: int | None = None, width: int 
     if vae.sample_size is None and None in (height, width):
         raise UserError(f"{directory.path} does not say how large its images are: name height and width")
     return token_grid(height or vae.sample_size, width or vae.sample_size, vae.factor)
+
+
+def batch_for(mesh: Mesh, batch_size: int | None) -> int:
+    """Images per batch, by default one for each part into which a mesh splits a batch. Raises UserError if odd."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch_size = shards if batch_size is None else schema.converted(Batch, batch_size, "batch_size")
+    if batch_size % shards:
+        raise UserError(f"batch_size is {batch_size}, but has to be a multiple of data × fsdp = {shards} of the mesh")
+    return batch_size

@@ -160,7 +160,7 @@ def test_unknown_arguments(pipe):
 def test_call_and_stream_take_the_same_arguments(pipe):
     """`stream` hands its settings on to `settings`."""
     settings = set(inspect.signature(resolve_settings).parameters) - {"directory", "student"}
-    stream = set(inspect.signature(pipe.stream).parameters) - {"settings", "first"} | settings
+    stream = set(inspect.signature(pipe.stream).parameters) - {"settings", "first", "wanted"} | settings
     assert set(inspect.signature(pipe).parameters) == stream | {"output_type"}
 
 

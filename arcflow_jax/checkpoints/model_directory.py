@@ -222,7 +222,7 @@ class ModelDirectory:
           UserError: if the checkpoint is damaged or does not fit the network.
         """
         if shardings is None:
-            shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         if isinstance(shardings, jax.sharding.Sharding):
             one = shardings
             shardings = jax.tree.map(lambda _: one, abstract_state)

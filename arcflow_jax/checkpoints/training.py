@@ -384,7 +384,7 @@ def refuse_odd_files(checkpoint: Path) -> None:
 
 def sharding_of(x: Any) -> jax.sharding.Sharding:
     """The sharding of an array or shape; by default the first device."""
-    return getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def load_adapter(run: str | Path, fingerprint: str | None = None) -> tuple[AdapterDescription, Checkpoints]:

@@ -53,24 +53,24 @@ def evaluate_trajectory(
     ] = None,
     *,
     student: options.StudentOptions,
+    hosts: options.HostOptions,
 ) -> None:
     """Compares student and teacher along trajectories from the same noises, and shows where the error arises.
 
     Endpoint error; and for each segment the velocity and state errors over the noise level, split into the error from
     the teacher's own state (local), the error inherited from earlier segments (drift), and the closed form against
-    quadrature. Leaves trajectory.json and trajectory.png in OUT. An interrupted evaluation resumes.
+    quadrature. Leaves trajectory.json and trajectory.png in OUT. An interrupted evaluation resumes. Several machines
+    share the prompts; run the same command on each, as for arcflow train.
     """
     from arcflow_jax.checkpoints.model_cache import converted
     from arcflow_jax.data.prompts import read_prompts
     from arcflow_jax.evaluate.comparison import Comparison, ComparisonSettings
     from arcflow_jax.evaluate.trajectory_plot import check_library
     from arcflow_jax.evaluate.trajectory_report import evaluate
+    from arcflow_jax.parallel.processes import is_main
     from arcflow_jax.storage import cache
 
     check_library()  # not after hours
-    found = read_prompts(prompts, prompts_field)
-    if count is not None and not 1 <= count <= len(found.texts):
-        raise UserError(f"count is {count}, but has to be from 1 to {len(found.texts)}, the prompts that {prompts} has")
     settings = ComparisonSettings(
         steps,
         teacher_steps,
@@ -81,12 +81,17 @@ def evaluate_trajectory(
         student.height,
         student.width,
     )
-    cache.enable_compilation_cache()
-    adapter = student.student()
-    model = converted(student.model)
-    comparison = Comparison(model, adapter, settings, student.batch_size, student.mesh, student.raw)
-    evaluate(comparison, found.texts[:count], out)
-    print(f"the figures and the plot are in {out}")
+    with hosts.connected():
+        found = read_prompts(prompts, prompts_field).texts
+        if count is not None and not 1 <= count <= len(found):
+            raise UserError(f"count is {count}, but has to be from 1 to {len(found)}, the prompts that {prompts} has")
+        adapter = student.student()
+        cache.enable_compilation_cache()
+        model = converted(student.model)
+        comparison = Comparison(model, adapter, settings, student.batch_size, student.mesh, student.raw)
+        evaluate(comparison, found[:count], out)
+        if is_main():
+            print(f"the figures and the plot are in {out}")
 
 
 @app.command("metrics")
@@ -132,36 +137,41 @@ def evaluate_metrics(
     ] = None,
     *,
     sampling: options.SamplingOptions,
+    hosts: options.HostOptions,
 ) -> None:
     """FID, pFID and CLIP score of a folder of images, or of a student or teacher directly.
 
     Without a reference, only the images' statistics are computed, for use as a reference later. An interrupted
-    evaluation resumes. Needs PyTorch: pip install arcflow_jax[eval].
+    evaluation resumes. Several machines share the images; run the same command on each, as for arcflow train. Needs
+    PyTorch: pip install arcflow_jax[eval].
     """
     from arcflow_jax.data.prompts import read_prompts
     from arcflow_jax.evaluate.features import CLIP
     from arcflow_jax.evaluate.image_sets import Folder, Sampled
     from arcflow_jax.evaluate.metrics import REFERENCES, evaluate, table
     from arcflow_jax.evaluate.statistics import METRICS, Networks
+    from arcflow_jax.parallel.processes import is_main
 
     if (images is None) == (prompts is None):
         raise UserError("say what to judge: either --images, or what to sample with --prompts")
     if images is not None and (sampling.adapter is not None or sampling.teacher):
         raise UserError("--images are there already: leave --adapter and --teacher out, or name --prompts")
     references = {name: at for name, at in zip(REFERENCES, (real, teacher_images), strict=True) if at is not None}
-    # Before the model, which takes longest to load
-    networks = Networks(METRICS if metric is None else [each.value for each in metric], inception, clip or CLIP)
     judged: Folder | Sampled
-    if prompts is None:
-        assert images is not None
-        judged = Folder(images)
-    else:
-        found = read_prompts(prompts, prompts_field)
-        judged = Sampled(sampling.load(), found, batch_size=sampling.batch_size, **sampling.settings())
-    with options.progress_bar() as progress:
-        report = evaluate(judged, references, out, networks, progress)
-    print(table(report))
-    print(f"the figures are in {out}")
+    with hosts.connected():
+        # Before the model, which takes longest to load
+        networks = Networks(METRICS if metric is None else [each.value for each in metric], inception, clip or CLIP)
+        if prompts is None:
+            assert images is not None
+            judged = Folder(images)
+        else:
+            found = read_prompts(prompts, prompts_field)
+            judged = Sampled(sampling.load(), found, batch_size=sampling.batch_size, **sampling.settings())
+        with options.progress_bar() as progress:
+            report = evaluate(judged, references, out, networks, progress)
+        if is_main():
+            print(table(report))
+            print(f"the figures are in {out}")
 
 
 @app.command("export")
@@ -179,15 +189,22 @@ def evaluate_export(
     images: Annotated[int, typer.Option(help="Number of images per prompt. DPG-Bench takes 4.")] = 4,
     *,
     sampling: options.SamplingOptions,
+    hosts: options.HostOptions,
 ) -> None:
-    """Makes the images of a benchmark, laid out as its own scorer reads them. An interrupted export resumes."""
+    """Makes the images of a benchmark, laid out as its own scorer reads them. An interrupted export resumes.
+
+    Several machines share the prompts; run the same command on each, as for arcflow train.
+    """
     from arcflow_jax.evaluate.benchmarks import LAYOUTS
     from arcflow_jax.evaluate.benchmarks import export as make
+    from arcflow_jax.parallel.processes import is_main
 
     sampling.adapter_or_teacher()  # before anything is read
-    items = LAYOUTS[benchmark].read(prompts)  # before the model, which takes longest to load
-    pipeline = sampling.load()
-    with options.progress_bar() as progress:
-        settings = sampling.settings()
-        made = make(pipeline, benchmark.value, items, out, images, sampling.batch_size, progress, **settings)
-    print(f"{out} has {made} images")
+    with hosts.connected():
+        items = LAYOUTS[benchmark].read(prompts)  # before the model, which takes longest to load
+        pipeline = sampling.load()
+        with options.progress_bar() as progress:
+            settings = sampling.settings()
+            made = make(pipeline, benchmark.value, items, out, images, sampling.batch_size, progress, **settings)
+        if is_main():
+            print(f"{out} has {made} images")

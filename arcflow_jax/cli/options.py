@@ -75,6 +75,27 @@ def options_of(group: Any) -> list[inspect.Parameter]:
 
 
 @dataclasses.dataclass(frozen=True)
+class HostOptions:
+    """How the processes of a command on several machines find one another."""
+
+    coordinator: Annotated[
+        str | None, typer.Option(help="HOST:PORT of the first of several machines, as the others reach it.")
+    ] = None
+    processes: Annotated[int | None, typer.Option(help="How many machines run this command.")] = None
+    process_id: Annotated[int | None, typer.Option(help="The number of this machine, from 0.")] = None
+
+    @contextlib.contextmanager
+    def connected(self) -> Generator[None]:
+        """Inside the `with` block the processes are connected, and end together. Raises UserError if they cannot."""
+        from arcflow_jax.parallel import failure, processes, together
+
+        processes.initialize(self.coordinator, self.processes, self.process_id)
+        with failure.ends_together():
+            yield
+            together.wait_for_all()  # JAX takes for dead whoever ends minutes before the others
+
+
+@dataclasses.dataclass(frozen=True)
 class StudentOptions:
     """Which model and student, on which devices; what every command that samples has."""
 
@@ -206,7 +227,8 @@ def which_student(model: Path, adapter: str | None, otherwise: str = "") -> str:
 def progress_bar() -> Generator[Callable[[str, int, int | None], None]]:
     """A bar on stderr, if that is a terminal; call it with the activity, how many images are done, and of how many."""
     from arcflow_jax import console
+    from arcflow_jax.parallel.processes import is_main
 
-    with console.progress_bar(transient=True) as bar:
+    with console.progress_bar(transient=True, disable=not is_main()) as bar:
         task = bar.add_task("starting", total=None, text="")
         yield lambda activity, done, total: bar.update(task, description=activity, completed=done, total=total)

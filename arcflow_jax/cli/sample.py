@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -33,41 +34,61 @@ def sample(
     out: Annotated[Path, path_option(help="Directory for the images.")] = Path("images"),
     *,
     sampling: options.SamplingOptions,
+    hosts: options.HostOptions,
 ) -> None:
-    """Makes images from prompts: one PNG each, with its settings in the metadata."""
-    from arcflow_jax.data.output import contact_sheet, file_name, read_latents, save_image, unused
-    from arcflow_jax.data.prompts import check_prompts, read_prompts
-    from arcflow_jax.storage.atomic import make_directory
+    """Makes images from prompts: one PNG each, with its settings in the metadata.
 
-    if prompt is not None and prompts_file is None:
-        prompts = prompt
-    elif prompts_file is not None and prompt is None:
-        prompts = read_prompts(prompts_file).texts
-    else:
+    Several machines share the images; run the same command on each, as for arcflow train.
+    """
+    from arcflow_jax.data.prompts import read_prompts
+
+    if (prompt is None) == (prompts_file is None):
         raise UserError("say what the images should show: either with --prompt or with --prompts-file")
+    with hosts.connected():
+        prompts = prompt if prompts_file is None else read_prompts(prompts_file).texts
+        make_images(prompts or [], images, latents, grid, out, sampling)
+
+
+def make_images(
+    prompts: Sequence[str], images: int, latents: Path | None, grid: bool, out: Path, sampling: options.SamplingOptions
+) -> None:
+    """`sample`, once the processes are connected."""
+    from arcflow_jax.data.images import read_image
+    from arcflow_jax.data.output import contact_sheet, file_name, read_latents, save_image, unused
+    from arcflow_jax.data.prompts import check_prompts
+    from arcflow_jax.parallel.processes import is_main
+    from arcflow_jax.parallel.together import check_directory, check_same, gathered, own_share
+    from arcflow_jax.sampling_settings import batch_for
+    from arcflow_jax.storage.atomic import make_directory
+    from arcflow_jax.storage.paths import as_path
+
     check_prompts(prompts)
+    check_same({"the prompts": list(prompts), "the options": [images, sampling.batch_size, sampling.settings()]})
     noise = None if latents is None else read_latents(latents)
     pipeline = sampling.load()
-
+    wanted = own_share(len(prompts) * images, batch_for(pipeline.mesh, sampling.batch_size))
     with options.progress_bar() as progress:
         stream = pipeline.stream(
             prompts,
             num_images_per_prompt=images,
             latents=noise,
             batch_size=sampling.batch_size,
-            progress=lambda activity, done: progress(activity, done, len(prompts) * images),
+            wanted=wanted,
+            progress=lambda activity, done: progress(activity, done - wanted.start, len(wanted)),
             **sampling.settings(),
         )
-        make_directory(out)
-        for_grid = []
+        if is_main():
+            make_directory(out)
+        check_directory(out)
+        paths = []
         for image in stream:
             if latents is not None:
                 image.info["latents"] = latents
             save_image(image, path := unused(out / file_name(image)))
             print(path)
-            if grid:
-                for_grid.append(image)
-        if grid:
-            sheet = contact_sheet(for_grid, columns=images if images > 1 else None)
+            paths.append(str(path))
+        paths = [path for each in gathered(paths) for path in each]
+        if grid and is_main():
+            sheet = contact_sheet([read_image(as_path(path)) for path in paths], columns=images if images > 1 else None)
             save_image(sheet, path := unused(out / "grid.png"))
             print(path)

@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
+from arcflow_jax.cli import options
 from arcflow_jax.cli.options import path_option
 
 
+@options.expand_options
 def train(
     context: typer.Context,
     config: Annotated[str, typer.Option(help="The recipe: NAME or FILE.py, and :VARIANT if it has some.")],
@@ -28,11 +30,6 @@ def train(
         bool,
         typer.Option("--dry-run", help="Only check the inputs, and print the recipe, sizes, memory and the mesh."),
     ] = False,
-    coordinator: Annotated[
-        str | None, typer.Option(help="HOST:PORT of the first of several machines, as the others reach it.")
-    ] = None,
-    processes: Annotated[int | None, typer.Option(help="How many machines run this command.")] = None,
-    process_id: Annotated[int | None, typer.Option(help="The number of this machine, from 0.")] = None,
     xla_preset: Annotated[
         str | None,
         typer.Option(
@@ -40,6 +37,8 @@ def train(
             "already have stay as they are."
         ),
     ] = None,
+    *,
+    hosts: options.HostOptions,
 ) -> None:
     """Distils a converted teacher into a few-step student.
 
@@ -54,36 +53,45 @@ def train(
 
     if xla_preset is not None:  # before JAX starts
         os.environ.update(xla_presets.variables(xla_preset, os.environ))
-    from arcflow_jax.parallel.processes import initialize, is_main
+    from arcflow_jax.parallel.processes import is_main
     from arcflow_jax.storage import cache
     from arcflow_jax.training.dry_run import report
     from arcflow_jax.training.loop import train as run
     from arcflow_jax.training.recipe import Recipe, read_config
 
     recipe = Recipe.from_config(read_config(config, context.args))
-    initialize(coordinator, processes, process_id)
-    if dry_run:
-        print(report(recipe))
-        return
-    cache.enable_compilation_cache()
-    out = run(recipe, step=step, profile=profile)
-    if is_main():
-        print(f"the student is in {out}")
+    with hosts.connected():
+        if dry_run:
+            print(report(recipe))
+            return
+        cache.enable_compilation_cache()
+        out = run(recipe, step=step, profile=profile)
+        if is_main():
+            print(f"the student is in {out}")
 
 
+@options.expand_options
 def embed_prompts(
     context: typer.Context,
     config: Annotated[str, typer.Option(help="The recipe: NAME or FILE.py, and :VARIANT if it has some.")],
     out: Annotated[Path, path_option(help="The directory to write. It must not exist yet, or be empty.")],
+    *,
+    hosts: options.HostOptions,
 ) -> None:
     """Writes the text embeddings of a recipe's prompts, for training where the encoders do not fit.
 
     arcflow train then reads them, with the same recipe and --config.embeddings=OUT. Where the encoders fit, train
     without them: embeddings take 4.2 MB per prompt for FLUX.1, 3.7 MB for Qwen-Image. An interrupted run resumes.
+    Several machines share the prompts; run the same command on each, as for arcflow train.
     """
+    from arcflow_jax.parallel.processes import is_main
     from arcflow_jax.storage import cache
     from arcflow_jax.training.embeddings import embed_prompts as embed
     from arcflow_jax.training.recipe import Recipe, read_config
 
-    cache.enable_compilation_cache()
-    print(f"the embeddings are in {embed(Recipe.from_config(read_config(config, context.args)), out)}")
+    recipe = Recipe.from_config(read_config(config, context.args))
+    with hosts.connected():
+        cache.enable_compilation_cache()
+        embed(recipe, out)
+        if is_main():
+            print(f"the embeddings are in {out}")

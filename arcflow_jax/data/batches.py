@@ -14,33 +14,22 @@ from typing import Any
 import grain
 import numpy as np
 
-from arcflow_jax.errors import UserError
-
 Size = tuple[int, int]  # (height, width) in pixels
+Rows = Sequence[int] | None  # of a batch, that a process loads (see `processes.local_rows`); None for all
 
 
-def shuffled_batches(
-    examples: Sequence[Any], batch: int, seed: int, part: tuple[int, int] = (0, 1)
-) -> grain.MapDataset:
-    """Batches of examples, shuffled anew in each epoch, without end: item i is one process's part of batch i.
-
-    The whole batch does not depend on the number of parts.
+def shuffled_batches(examples: Sequence[Any], batch: int, seed: int, rows: Rows = None) -> grain.MapDataset:
+    """Batches of examples, shuffled anew in each epoch, without end: item i is one process's rows of batch i.
 
     Args:
       examples: prompts, or others.
-      batch: examples in a batch, of all parts together.
-      part: (index, count): rows index · batch / count up to (index + 1) · batch / count of each batch.
-
-    Raises:
-      UserError: if the batch is not divisible by the number of parts.
+      batch: examples in a batch, of all processes together.
+      rows: which of them to take.
     """
-    index, count = part
-    if batch % count:
-        raise UserError(f"batch {batch} does not divide by the {count} parts that processes load")
-    rows = slice(index * batch // count, (index + 1) * batch // count)
+    rows = range(batch) if rows is None else rows
     # Every process has all prompts in memory anyway; what costs is encoding them
     shuffled = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
-    return shuffled.batch(batch, batch_fn=lambda texts: list(texts[rows]))
+    return shuffled.batch(batch, batch_fn=lambda texts: [texts[row] for row in rows])
 
 
 def draw_size(sizes: Sequence[Size], seed: int, step: int) -> Size:
@@ -53,12 +42,12 @@ def draw_size(sizes: Sequence[Size], seed: int, step: int) -> Size:
 class MixedBatches:
     """Batches whose size does not depend on the examples.
 
-    Item i is what training step i, counted from 0, takes: this process's part of the batch, and the image size.
+    Item i is what training step i, counted from 0, takes: this process's rows of the batch, and the image size.
     Arguments as in `shuffled_batches` and `draw_size`.
     """
 
-    def __init__(self, examples: Sequence[Any], sizes: Sequence[Size], batch: int, seed: int, part: tuple[int, int]):
-        self.batches, self.sizes, self.seed = shuffled_batches(examples, batch, seed, part), sizes, seed
+    def __init__(self, examples: Sequence[Any], sizes: Sequence[Size], batch: int, seed: int, rows: Rows = None):
+        self.batches, self.sizes, self.seed = shuffled_batches(examples, batch, seed, rows), sizes, seed
 
     def size(self, step: int) -> Size:
         """The image size of a step."""
@@ -76,15 +65,15 @@ class BucketedBatches:
     Args:
       examples: prompts, or others.
       sizes: of each example.
-      batch, seed, part: as in `shuffled_batches`.
+      batch, seed, rows: as in `shuffled_batches`.
     """
 
-    def __init__(self, examples: Sequence[Any], sizes: Sequence[Size], batch: int, seed: int, part: tuple[int, int]):
+    def __init__(self, examples: Sequence[Any], sizes: Sequence[Size], batch: int, seed: int, rows: Rows = None):
         self.sizes, self.seed = sizes, seed
         buckets = collections.defaultdict(list)
         for example, size in zip(examples, sizes, strict=True):
             buckets[size].append(example)
-        self.batches = {size: shuffled_batches(bucket, batch, seed, part) for size, bucket in buckets.items()}
+        self.batches = {size: shuffled_batches(bucket, batch, seed, rows) for size, bucket in buckets.items()}
         self.taken: collections.Counter[Size] = collections.Counter()  # batches of each size in the steps so far
         self.places: list[tuple[Size, int]] = []  # of each step so far: its size, and which batch of that size
 

@@ -14,6 +14,8 @@ from PIL import Image, ImageOps
 
 from arcflow_jax.data.prompts import Prompts
 from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.parallel.processes import several
+from arcflow_jax.parallel.together import from_first
 from arcflow_jax.storage.files import cannot_read, file_size, is_inside, json_records
 from arcflow_jax.storage.paths import as_path, file_test
 
@@ -52,6 +54,20 @@ def read_images(folder: str | Path) -> list[CaptionedImage]:
         if not image.caption:
             raise UserError(f"the caption of {image.file} is empty")
     return images
+
+
+def read_images_once(folder: str | Path) -> list[CaptionedImage]:
+    """`read_images`, of which the first process alone lists the folder and tells the others, who need not share it.
+
+    An image that one of them lacks is missed when it is opened.
+    """
+    if not several():
+        return read_images(folder)
+    folder = as_path(folder)
+    if not folder.is_dir():
+        raise UserError(f"folder of images {folder} does not exist")
+    found = from_first(lambda: [(x.file.relative_to(folder).as_posix(), x.caption) for x in read_images(folder)])
+    return [CaptionedImage(folder / name, caption) for name, caption in found]
 
 
 def captions(folder: str, images: Sequence[CaptionedImage]) -> Prompts:

@@ -9,7 +9,8 @@ DPG-Bench (Hu et al. 2024), `dist_eval.sh OUT SIDE`, where SIDE is the size of o
 
     OUT/NAME.png                   four images in two rows, for each NAME.txt of the benchmark's prompts
 
-All images of a prompt appear together, so an interrupted export resumes with the prompts that have none. OUT.json,
+All images of a prompt appear together, so an interrupted export resumes with the prompts that have none. Several
+processes share these prompts. OUT.json,
 beside the folder that the scorer reads, records how the images were made.
 """
 
@@ -28,11 +29,11 @@ from arcflow_jax import schema
 from arcflow_jax.data.output import contact_sheet, save_image
 from arcflow_jax.data.prompts import read_prompts, text_of
 from arcflow_jax.errors import UserError
+from arcflow_jax.parallel.together import check_directory, check_same, from_first, own_share, writing_together
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.schema import Batch
 from arcflow_jax.storage.atomic import cannot_write, make_directory, whole_directory
 from arcflow_jax.storage.files import digest, json_records, read_json, write_json
-from arcflow_jax.storage.lock import one_writer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,15 +154,21 @@ def export(
         "images": images,
         **made_with,
     }
-    with one_writer(out):
-        make_directory(out)
-        begin(out, description)
-        make_missing(layout, pipeline, items, out, images, batch_size, progress, settings)
+    check_same({"the prompts, the weights or the options": description})
+    with writing_together(out):
+        missing = from_first(lambda: begin(layout, items, out, description))
+        check_directory(out)
+        own = [missing[i] for i in own_share(len(missing))]
+        make_images(layout, pipeline, items, own, out, images, batch_size, progress, settings)
     return len(items) * images
 
 
-def begin(out: Path, description: dict[str, Any]) -> None:
-    """Records beside `out` how its images are made. Raises UserError if those that are there were made otherwise."""
+def begin(layout: Layout, items: Sequence[Item], out: Path, description: dict[str, Any]) -> list[int]:
+    """Makes `out`, and records beside it how its images are made. Returns the numbers of the prompts that have none.
+
+    Raises UserError if images that are there were made otherwise.
+    """
+    make_directory(out)
     record = out.with_name(f"{out.name}.json")
     found = read_json(record) if record.is_file() else {} if any(out.iterdir()) else description
     if found != description:
@@ -172,22 +179,23 @@ def begin(out: Path, description: dict[str, Any]) -> None:
         )
     with cannot_write(record):
         write_json(record, description)
+    return [i for i, item in enumerate(items) if not layout.path(out, item).exists()]
 
 
-def make_missing(
+def make_images(
     layout: Layout,
     pipeline: ArcFlowPipeline,
     items: Sequence[Item],
+    numbers: Sequence[int],
     out: Path,
     images: int,
     batch_size: int | None,
     progress: Callable[[str, int, int], None],
     settings: dict[str, Any],
 ) -> None:
-    """Makes the images of those prompts that have none (see `export`)."""
-    missing = [i for i, item in enumerate(items) if not layout.path(out, item).exists()]
+    """Makes the images of the prompts with these numbers (see `export`)."""
     # Consecutive prompts share a stream; usually all the missing ones are consecutive
-    for _, run in itertools.groupby(enumerate(missing), lambda pair: pair[1] - pair[0]):
+    for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
         wanted = [i for _, i in run]
         stream = pipeline.stream(
             [items[i].prompt for i in wanted],

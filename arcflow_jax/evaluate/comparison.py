@@ -35,7 +35,8 @@ from arcflow_jax.generate import TEACHER_STEPS, default_dtype, memory_watched, s
 from arcflow_jax.networks.conditioning import Conditioning, Guided
 from arcflow_jax.networks.student import split_model
 from arcflow_jax.parallel.mesh import parse_mesh, partition_spec, sharded, state_shardings
-from arcflow_jax.schema import NFE, Batch, Guidance, Pixels, Seed
+from arcflow_jax.sampling_settings import batch_for
+from arcflow_jax.schema import NFE, Guidance, Pixels, Seed
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
@@ -152,10 +153,7 @@ class Comparison:
         raw: bool = False,
     ):
         directory, self.mesh = ModelDirectory.open(model), parse_mesh(mesh)
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        self.batch_size = shards if batch_size is None else schema.converted(Batch, batch_size, "batch_size")
-        if self.batch_size % shards:
-            raise UserError(f"batch_size is {batch_size}, but must be a positive multiple of data × fsdp = {shards}")
+        self.batch_size = batch_for(self.mesh, batch_size)
         student, restore = open_student(adapter, directory)
         vae = directory.config("vae")
         self.settings = settings = settings.resolved(student, vae, directory.family.cfg_guidance)

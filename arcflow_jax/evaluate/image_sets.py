@@ -22,13 +22,15 @@ class ImageSet(Protocol):
     Attributes:
       count: number of images.
       identity: tells this set from others: `count`, and where the images come from; JSON.
+      together: how many images are made at a time.
     """
 
     count: int
     identity: dict[str, Any]
+    together: int
 
-    def stream(self, first: int) -> Iterator[Image.Image]:
-        """The images from number `first` on, in RGB. Raises UserError if one cannot be read or made."""
+    def stream(self, first: int, end: int | None = None) -> Iterator[Image.Image]:
+        """The images from number `first` up to `end`, in RGB. Raises UserError if one cannot be read or made."""
 
     def prompt(self, image: Image.Image) -> str:
         """The prompt of an image that `stream` yielded. Raises UserError if it is not known."""
@@ -44,6 +46,8 @@ class Folder:
       UserError: if there are none.
     """
 
+    together = 1
+
     def __init__(self, folder: Path):
         if not folder.is_dir():
             raise UserError(f"image folder {folder} does not exist")
@@ -57,8 +61,8 @@ class Folder:
         states = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
         self.identity = {"folder": str(folder), "count": self.count, "files_sha256": digest(states)}
 
-    def stream(self, first: int) -> Iterator[Image.Image]:
-        for file in self.files[first:]:
+    def stream(self, first: int, end: int | None = None) -> Iterator[Image.Image]:
+        for file in self.files[first:end]:
             image = read_image(file)
             image.info["file"] = file
             yield image
@@ -90,6 +94,7 @@ class Sampled:
     ):
         self.pipeline, self.prompts, self.batch_size, self.settings = pipeline, prompts.texts, batch_size, settings
         self.count = len(prompts.texts)
+        self.together = pipeline.together(batch_size)
         self.identity = {
             "prompts": prompts.source,
             "count": self.count,
@@ -97,8 +102,8 @@ class Sampled:
             **pipeline.described(**settings),
         }
 
-    def stream(self, first: int) -> Iterator[Image.Image]:
-        prompts = self.prompts[first:]
+    def stream(self, first: int, end: int | None = None) -> Iterator[Image.Image]:
+        prompts = self.prompts[first:end]
         yield from self.pipeline.stream(prompts, first=first, batch_size=self.batch_size, **self.settings)
 
     def prompt(self, image: Image.Image) -> str:

@@ -24,9 +24,10 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.evaluate.frechet import frechet_distance
 from arcflow_jax.evaluate.image_sets import ImageSet
 from arcflow_jax.evaluate.statistics import DISTANCES, Networks, Progress, Statistics, gather, reference
+from arcflow_jax.parallel.processes import is_main
+from arcflow_jax.parallel.together import from_first, writing_together
 from arcflow_jax.storage.atomic import cannot_write
 from arcflow_jax.storage.files import write_json
-from arcflow_jax.storage.lock import one_writer
 
 REFERENCES = ("real", "teacher")
 
@@ -56,22 +57,27 @@ def evaluate(
     distances = [metric for metric in DISTANCES if metric in networks.metrics]
     if references and not distances:
         raise UserError("a reference needs fid or pfid among the metrics, or leave it out")
-    with one_writer(out):
-        report = figures(images, references, out, networks, distances, progress)
-        with cannot_write(out):
-            write_json(out, report)
+    with writing_together(out):
+        statistics, known = measured(images, references, out, networks, distances, progress)
+        report = from_first(lambda: figures(images, statistics, known, networks, distances, progress))
+        if is_main():
+            with cannot_write(out):
+                write_json(out, report)
     return report
 
 
-def figures(
+def measured(
     images: ImageSet,
     references: Mapping[str, Path],
     out: Path,
     networks: Networks,
     distances: Sequence[str],
     progress: Progress,
-) -> dict[str, Any]:
-    """What `evaluate` writes to `out`; `distances` are the wanted metrics that have a reference."""
+) -> tuple[Statistics, dict[str, Statistics]]:
+    """The statistics of the images, and of each reference; `distances` are the wanted metrics that have a reference.
+
+    Several processes share the images. Only the first one gets the statistics.
+    """
     known = {
         name: reference(
             source,
@@ -82,7 +88,18 @@ def figures(
         )
         for name, source in references.items()
     }
-    statistics = gather(images, networks.metrics, networks, out.with_suffix(".npz"), progress)
+    return gather(images, networks.metrics, networks, out.with_suffix(".npz"), progress), known
+
+
+def figures(
+    images: ImageSet,
+    statistics: Statistics,
+    known: Mapping[str, Statistics],
+    networks: Networks,
+    distances: Sequence[str],
+    progress: Progress,
+) -> dict[str, Any]:
+    """What `evaluate` writes, from what `measured` has returned."""
     report: dict[str, Any] = {
         "images": images.identity,
         "references": {name: each.description["images"] for name, each in known.items()},

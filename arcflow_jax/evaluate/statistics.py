@@ -8,6 +8,7 @@ import dataclasses
 import io
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,10 +22,11 @@ from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.evaluate.features import CLIP, Clip, Inception, centre, resized
 from arcflow_jax.evaluate.frechet import Moments
 from arcflow_jax.evaluate.image_sets import Folder, ImageSet
+from arcflow_jax.parallel.processes import is_main, process_index
+from arcflow_jax.parallel.together import check_same, from_first, gathered, writing_together
 from arcflow_jax.schema import SHA256, Count
 from arcflow_jax.storage.atomic import cannot_write, write_file
 from arcflow_jax.storage.files import file_size, parse_json
-from arcflow_jax.storage.lock import one_writer
 
 METRICS = ("fid", "pfid", "clip")
 DISTANCES = METRICS[:2]
@@ -73,6 +75,12 @@ class Statistics:
     @property
     def complete(self) -> bool:
         return self.count == self.description["images"]["count"]
+
+    def add(self, count: int, features: Mapping[str, bytes]) -> None:
+        """Adds so many images; `features` has each metric's features of them, [B, F] float32."""
+        rows = {metric: np.frombuffer(data, np.float32).reshape(count, -1) for metric, data in features.items()}
+        new, before = {metric: Moments.from_features(x) for metric, x in rows.items()}, self.moments
+        self.moments = {metric: before[metric] + x for metric, x in new.items()} if before else new
 
     def write(self, file: Path) -> None:
         """Writes a file, which appears whole or not at all. Raises UserError if it cannot be written."""
@@ -168,40 +176,60 @@ def gather(images: ImageSet, metrics: Sequence[str], networks: Networks, file: P
       UserError: if the file holds statistics of other images, metrics or networks, another process writes it, or an
         image cannot be measured.
     """
-    with one_writer(file):
+    with writing_together(file):
         return complete(images, metrics, networks, file, progress)
 
 
 def complete(
     images: ImageSet, metrics: Sequence[str], networks: Networks, file: Path, progress: Progress
 ) -> Statistics:
-    """`gather`, by the one writer of `file`."""
+    """`gather`, by the one writer of `file`. Of several processes, only the first gets all statistics."""
     description = {**networks.description(metrics), "images": images.identity}
+    size = math.lcm(BATCH, images.together)  # of what a process measures at a time
+    check_same({"the images, the networks or the options": [description, size]})
+    statistics = begun(description, file) if is_main() else Statistics(description, {})
+    first, saved, saved_count = from_first(lambda: statistics.count), time.monotonic(), statistics.count
+    try:
+        while first < images.count:
+            own = range(first, images.count)[size * process_index() :][:size]
+            for count, features in itertools.chain(*gathered(measured(images, own, metrics, networks, progress))):
+                first += count
+                if is_main():
+                    statistics.add(count, features)
+            if is_main() and time.monotonic() - saved > SAVE_SECONDS:
+                statistics.write(file)
+                saved, saved_count = time.monotonic(), statistics.count
+    finally:
+        if is_main() and statistics.count > saved_count:
+            statistics.write(file)
+    return statistics
+
+
+def begun(description: dict[str, Any], file: Path) -> Statistics:
+    """What a file already holds of the statistics with this description. Raises UserError if it holds others."""
     statistics = Statistics.read(file) if file.is_file() else Statistics(description, {})
     if statistics.description != description:
         found = {**statistics.description, **statistics.description["images"]}
-        wanted = {**description, **images.identity}
+        wanted = {**description, **description["images"]}
         names = {**found, **wanted}.keys() - {"images"}
         differing = sorted(name for name in names if found.get(name) != wanted.get(name))
         raise UserError(
             f"{file} has other statistics, with different {', '.join(differing)}: delete it or choose another --out"
         )
-    stream = images.stream(statistics.count)
-    saved, saved_count = time.monotonic(), statistics.count
-    try:
-        while not statistics.complete:
-            progress("measuring", statistics.count, images.count)
-            batch = list(itertools.islice(stream, BATCH))
-            new = {metric: Moments.from_features(networks.features(metric, batch, images)) for metric in metrics}
-            before = statistics.moments
-            statistics.moments = {metric: before[metric] + new[metric] for metric in metrics} if before else new
-            if time.monotonic() - saved > SAVE_SECONDS:
-                statistics.write(file)
-                saved, saved_count = time.monotonic(), statistics.count
-    finally:
-        if statistics.count > saved_count:
-            statistics.write(file)
     return statistics
+
+
+def measured(
+    images: ImageSet, numbers: range, metrics: Sequence[str], networks: Networks, progress: Progress
+) -> list[tuple[int, dict[str, bytes]]]:
+    """What the metrics measure on some images, in batches: their number, and each metric's features, float32."""
+    stream, found = images.stream(numbers.start, numbers.stop), []
+    for first in numbers[::BATCH]:
+        progress("measuring", first, images.count)
+        batch = list(itertools.islice(stream, BATCH))
+        features = {metric: networks.features(metric, batch, images) for metric in metrics}
+        found.append((len(batch), {metric: x.astype(np.float32).tobytes() for metric, x in features.items()}))
+    return found
 
 
 def reference(source: Path, metrics: Sequence[str], networks: Networks, file: Path, progress: Progress) -> Statistics:

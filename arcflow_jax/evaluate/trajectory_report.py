@@ -11,11 +11,12 @@ For each prompt the report keeps two numbers, its endpoint errors; of everything
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
@@ -32,9 +33,10 @@ from arcflow_jax.evaluate.comparison import Comparison
 from arcflow_jax.evaluate.trajectory import Grid
 from arcflow_jax.evaluate.trajectory_files import Batch, Report
 from arcflow_jax.evaluate.trajectory_plot import plot
+from arcflow_jax.parallel.processes import is_main, process_index
+from arcflow_jax.parallel.together import check_same, from_first, gathered, writing_together
 from arcflow_jax.storage.atomic import append, cannot_write, make_directory, write_file
 from arcflow_jax.storage.files import digest, parse_json, read_json, read_lines, write_json
-from arcflow_jax.storage.lock import one_writer
 
 REPORT, PARTIAL, PLOT = "trajectory.json", "trajectory.partial.jsonl", "trajectory.png"
 FORMAT = "arcflow_jax trajectory report"
@@ -65,9 +67,13 @@ class Tally:
     @classmethod
     def from_json(cls, values: dict[str, Any], where: str) -> Tally:
         """The tally of a batch. Raises UserError, which begins with `where`, if the values are none."""
-        batch = schema.parse(Batch, values, where, own=True)
-        sums = {kind: {name: np.array(x) for name, x in group.items()} for kind, group in batch.sums.items()}
-        return cls(sums, list(batch.student), list(batch.teacher))
+        return cls.of(**vars(schema.parse(Batch, values, where, own=True)))
+
+    @classmethod
+    def of(cls, sums: Mapping[str, Any], student: Sequence[float], teacher: Sequence[float]) -> Tally:
+        """From what `to_json` returns."""
+        arrays = {kind: {name: np.array(x) for name, x in group.items()} for kind, group in sums.items()}
+        return cls(arrays, list(student), list(teacher))
 
     def to_json(self) -> dict[str, Any]:
         return vars(self) | {"sums": jax.tree.map(np.ndarray.tolist, self.sums)}
@@ -144,7 +150,8 @@ def shapes(tally: Tally) -> dict[str, dict[str, tuple[int, ...]]]:
 def evaluate(comparison: Comparison, prompts: Sequence[str], out: Path) -> dict[str, Any]:
     """Compares student and teacher on all prompts, prints the figures, and returns what it writes to trajectory.json.
 
-    Resumes an interrupted evaluation, with any batch size. A complete one is only shown and plotted again.
+    Resumes an interrupted evaluation, with any batch size. A complete one is only shown and plotted again. Several
+    processes compare a batch each at a time; the first one alone reads and writes `out`.
 
     Args:
       prompts: prompt i starts from noise i of the comparison's seed.
@@ -154,12 +161,14 @@ def evaluate(comparison: Comparison, prompts: Sequence[str], out: Path) -> dict[
       UserError: if `out` cannot be written or holds another evaluation, or matplotlib is not installed.
     """
     identity = {**comparison.identity, "prompts": len(prompts), "prompts_sha256": digest(prompts)}
-    with one_writer(out):
-        make_directory(out)
+    with writing_together(out):
+        check_same({"the prompts, the weights or the options": [identity, comparison.batch_size]})
         report = complete_report(comparison, prompts, out, identity)
-    show(report)
-    if comparison.encode.cut:
-        print(f"{comparison.encode.cut} prompts were cut: they had more tokens than the encoder takes", flush=True)
+    cut = sum(gathered(comparison.encode.cut))
+    if is_main():
+        show(report)
+        if cut:
+            print(f"{cut} prompts were cut: they had more tokens than the encoder takes", flush=True)
     return report
 
 
@@ -167,40 +176,51 @@ def complete_report(
     comparison: Comparison, prompts: Sequence[str], out: Path, identity: dict[str, Any]
 ) -> dict[str, Any]:
     """The report in `out`, made or completed if need be, and plotted. Raises UserError as `evaluate` does."""
-    if (out / REPORT).exists():
-        report = read_report(out / REPORT, identity)
-    else:
-        with cannot_write(out):
-            tally = read_partial(out / PARTIAL, identity)
-            points = {x.shape for group in tally.sums.values() for x in group.values()}
-            if tally.count > len(prompts) or points - {comparison.grid.sigma.shape}:
-                raise UserError(f"{out / PARTIAL} is damaged: remove it to start again")
-            with append(out / PARTIAL) as partial:
-                compare_all(comparison, prompts, tally, partial)
+    report = from_first(lambda: read_report(out / REPORT, identity) if (out / REPORT).exists() else None)
+    if report is None:
+        tally = Tally.of(**from_first(lambda: begin(comparison, prompts, out, identity).to_json()))
+        with cannot_write(out), append(out / PARTIAL) if is_main() else contextlib.nullcontext() as partial:
+            compare_all(comparison, prompts, tally, partial)
         origin = comparison.origin | {"software": f"arcflow_jax {version('arcflow_jax')}"}
         report = {"format": FORMAT, "version": VERSION, "identity": identity, "origin": origin}
         report |= figures(tally, comparison.grid)
-    with cannot_write(out):
-        plot(report, out / PLOT)
-        write_json(out / REPORT, report)
-        (out / PARTIAL).unlink(missing_ok=True)
+    if is_main():
+        with cannot_write(out):
+            plot(report, out / PLOT)
+            write_json(out / REPORT, report)
+            (out / PARTIAL).unlink(missing_ok=True)
     return report
 
 
-def compare_all(comparison: Comparison, prompts: Sequence[str], tally: Tally, partial: TextIO) -> None:
-    """Adds the missing prompts to the tally, and writes a line to `partial` after each batch."""
+def begin(comparison: Comparison, prompts: Sequence[str], out: Path, identity: dict[str, Any]) -> Tally:
+    """Makes `out`, and returns the prompts of an interrupted report there. Raises UserError as `evaluate` does."""
+    make_directory(out)
+    with cannot_write(out):
+        tally = read_partial(out / PARTIAL, identity)
+    points = {x.shape for group in tally.sums.values() for x in group.values()}
+    if tally.count > len(prompts) or points - {comparison.grid.sigma.shape}:
+        raise UserError(f"{out / PARTIAL} is damaged: remove it to start again")
+    return tally
+
+
+def compare_all(comparison: Comparison, prompts: Sequence[str], tally: Tally, partial: TextIO | None) -> None:
+    """Adds the missing prompts to the tally, a batch in each process at a time; the first writes a line for each batch.
+
+    Args:
+      partial: what the first process writes to.
+    """
     size, total = comparison.batch_size, len(prompts)
-    with progress_bar(transient=True) as bar:
+    with progress_bar(transient=True, disable=not is_main()) as bar:
         task = bar.add_task("comparing", total=total, completed=tally.count, text="compiling")
         started = printed = None  # started: prompts and time after the first batch, which compiles
         while tally.count < total:
-            first = tally.count
-            # The last batch repeats its last prompt, so that all batches run the same compiled program
-            indices = np.minimum(np.arange(first, first + size), total - 1)
-            batch = Tally.from_batch(*comparison([prompts[i] for i in indices], first), min(size, total - first))
-            tally.add(batch)
-            partial.write(json.dumps(batch.to_json()) + "\n")
-            partial.flush()
+            for batch in gathered(compare_batch(comparison, prompts, tally.count + size * process_index())):
+                if batch is not None:
+                    tally.add(Tally.of(**batch))
+                    if partial is not None:
+                        partial.write(json.dumps(batch) + "\n")
+            if partial is not None:
+                partial.flush()
             text, now = "", time.monotonic()
             if started is None:
                 started = tally.count, now
@@ -208,9 +228,19 @@ def compare_all(comparison: Comparison, prompts: Sequence[str], tally: Tally, pa
                 rate = (tally.count - started[0]) / (now - started[1])
                 text = f"{rate:.3g} prompts/s, {duration((total - tally.count) / rate)} left"
             bar.update(task, completed=tally.count, text=text)
-            if bar.disable and (printed is None or now - printed > PRINT_SECONDS or tally.count == total):
+            if is_main() and bar.disable and (printed is None or now - printed > PRINT_SECONDS or tally.count == total):
                 print(", ".join(filter(None, [f"compared {tally.count} of {total} prompts", text])), flush=True)
                 printed = now
+
+
+def compare_batch(comparison: Comparison, prompts: Sequence[str], first: int) -> dict[str, Any] | None:
+    """The tally, JSON, of a batch that begins with prompt `first`; None if there is none."""
+    size, total = comparison.batch_size, len(prompts)
+    if first >= total:
+        return None
+    # The last batch repeats its last prompt, so that all batches run the same compiled program
+    indices = np.minimum(np.arange(first, first + size), total - 1)
+    return Tally.from_batch(*comparison([prompts[i] for i in indices], first), min(size, total - first)).to_json()
 
 
 def figures(tally: Tally, grid: Grid) -> dict[str, Any]:

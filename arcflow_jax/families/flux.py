@@ -18,13 +18,13 @@ from arcflow_jax.convert import clip, flux, flux_original, t5, vae_kl
 from arcflow_jax.data.tokenizers import max_length
 from arcflow_jax.families.family import Family, Network, takes_guidance
 from arcflow_jax.families.latents import position_ids
-from arcflow_jax.families.text import Model, PromptEncoder, row_sharding
+from arcflow_jax.families.text import Model, PromptEncoder
 from arcflow_jax.networks.flux import Flux, FluxConditioning, FluxConfig
 from arcflow_jax.networks.student import ArcModel
 from arcflow_jax.networks.text.clip import CLIPTextConfig, CLIPTextEncoder
 from arcflow_jax.networks.text.t5 import T5Config, T5Encoder
 from arcflow_jax.networks.vaes.kl import AutoencoderKL, AutoencoderKLConfig
-from arcflow_jax.parallel.mesh import batched, replicated
+from arcflow_jax.parallel.mesh import batched, replicated, row_sharding
 
 
 def teacher(config: FluxConfig, dtype: Any, rngs: nnx.Rngs) -> ArcModel:

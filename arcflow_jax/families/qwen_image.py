@@ -25,7 +25,7 @@ from arcflow_jax.networks.student import ArcModel
 from arcflow_jax.networks.text.qwen2_5_vl import Qwen2_5VLConfig, Qwen2_5VLText
 from arcflow_jax.networks.vaes.qwen import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
 from arcflow_jax.parallel.mesh import batched, replicated
-from arcflow_jax.parallel.processes import from_part
+from arcflow_jax.parallel.processes import from_rows
 
 
 def teacher(config: QwenImageConfig, dtype: Any, rngs: nnx.Rngs) -> ArcModel:
@@ -84,7 +84,7 @@ class QwenPrompts(PromptEncoder):
         lengths = ids.shape[1] - self.BEFORE - np.argmin(padding, axis=1)
         text = encoder(states["text_encoder"], ids, self.mesh)[:, self.BEFORE :]
         self.cut += int(cut.sum())
-        return {"text": text, "lengths": from_part(lengths.astype(np.int32), self.mesh)}, cut
+        return {"text": text, "lengths": from_rows(lengths.astype(np.int32), self.mesh)}, cut
 
     @staticmethod
     def conditioning(

@@ -12,13 +12,13 @@ from typing import Any, ClassVar, Protocol
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from arcflow_jax.data.tokenizers import load_tokenizer, token_length, tokenize
 from arcflow_jax.networks.conditioning import Conditioning
-from arcflow_jax.parallel.mesh import batched, replicated, state_shardings
+from arcflow_jax.parallel.mesh import state_shardings
 from arcflow_jax.parallel.offload import Weights
-from arcflow_jax.parallel.processes import from_part
+from arcflow_jax.parallel.processes import from_rows
 
 
 class Model(Protocol):
@@ -50,11 +50,6 @@ def apply_encoder(graphdef: nnx.GraphDef, state: nnx.State, ids: jax.Array) -> A
     return nnx.merge(graphdef, state)(ids)
 
 
-def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
-    """The sharding of a batch: split over the data axes, or replicated where the batch is not divisible by them."""
-    return replicated(mesh) if rows % (mesh.shape["data"] * mesh.shape["fsdp"]) else batched(mesh)
-
-
 class Encoder:
     """A frozen text encoder with its tokenizer, without the weights.
 
@@ -78,7 +73,7 @@ class Encoder:
 
     def __call__(self, state: nnx.State, ids: np.ndarray, mesh: Mesh) -> Any:
         """The encoder's outputs for token ids [B, T]."""
-        return apply_encoder(self.graphdef, state, from_part(ids, mesh))
+        return apply_encoder(self.graphdef, state, from_rows(ids, mesh))
 
 
 class PromptEncoder:
@@ -116,7 +111,7 @@ class PromptEncoder:
         """Conditioning of B prompts for images of rows × columns tokens.
 
         Args:
-          prompts: on several processes, this process's own (see `processes.local_part`); B counts all.
+          prompts: on several processes, this process's own (see `processes.local_rows`); B counts all.
           guidance: input of the guidance embedding; ignored by a transformer without one.
         """
         return self.batches([prompts], guidance=guidance, rows=rows, columns=columns)[0]

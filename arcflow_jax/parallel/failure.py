@@ -24,8 +24,9 @@ import jax
 from jax._src import distributed  # its key-value store has no public name
 
 from arcflow_jax.errors import Preempted, exit_code, one_line
+from arcflow_jax.parallel.processes import several
+from arcflow_jax.storage.lock import abandon
 
-HEARTBEAT = 30  # seconds of silence after which JAX takes a process for dead
 GRACE = 10  # seconds in which a process may end by itself after a failure, its own or another's
 FAILED, SEEN = "arcflow_jax/failed", "arcflow_jax/seen"  # keys of the store: the first failure; who has read it
 LOST = "another process of this run was killed or cannot be reached"
@@ -101,6 +102,7 @@ class Failure:
         if not self.own:
             with contextlib.suppress(OSError):
                 os.write(2, f"error: {self.reason or LOST}; process {jax.process_index()} ends, too\n".encode())
+        abandon()
         os._exit(self.code)
 
     def leave(self) -> NoReturn:
@@ -130,7 +132,7 @@ def ends_together() -> Iterator[None]:
     """
     global _run
     failure = _run
-    if jax.process_count() == 1:
+    if not several():
         yield
     elif failure is not None:
         with failure.telling():

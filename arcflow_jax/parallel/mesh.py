@@ -213,13 +213,13 @@ def mesh_sizes(text: str) -> tuple[int, ...]:
 def parse_mesh(text: str) -> Mesh:
     """The mesh for sampling from a text such as "tensor=4,sequence=2"; "" is a mesh of one device.
 
-    It uses the first devices, as many as it needs; with a size of -1 it uses all devices.
+    It uses the first devices of this process, as many as it needs; with a size of -1 it uses all of them.
 
     Raises:
       UserError: if the text is not a mesh, or needs more devices than there are.
     """
     sizes = mesh_sizes(text)
-    devices = jax.devices()
+    devices = jax.local_devices()
     wanted = math.prod(sizes)
     return make_mesh(sizes, devices[:wanted] if 0 < wanted < len(devices) else devices)
 
@@ -294,3 +294,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batched(mesh: Mesh) -> NamedSharding:
     """The sharding of an array whose leading dimension is sharded over the data axes."""
     return NamedSharding(mesh, PartitionSpec(LOGICAL_AXES["batch"]))
+
+
+def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """The sharding of a batch: split over the data axes, or replicated where the batch is not divisible by them."""
+    return replicated(mesh) if rows % (mesh.shape["data"] * mesh.shape["fsdp"]) else batched(mesh)

@@ -1,7 +1,8 @@
 """A run on several hosts, with one process per host (or per GPU).
 
 Every process runs the same program on arrays that are sharded over the devices of all processes. Only two things
-differ: each process loads its own slice of a batch, and only the first process writes what is not an array.
+differ: each process loads the rows of a batch that its devices hold, and only the first process writes what is not an
+array.
 """
 
 # B batch
@@ -14,8 +15,9 @@ from jax.sharding import Mesh
 
 from arcflow_jax import schema
 from arcflow_jax.errors import UserError, one_line
-from arcflow_jax.parallel.failure import HEARTBEAT
-from arcflow_jax.parallel.mesh import batched, replicated
+from arcflow_jax.parallel.mesh import row_sharding
+
+HEARTBEAT = 30  # seconds of silence after which JAX takes a process for dead
 
 
 def initialize(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
@@ -54,37 +56,42 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
         raise UserError(f"{processes} processes could not connect at {coordinator}: {one_line(error)}") from None
 
 
+def several() -> bool:
+    """Whether this run has several processes. To find one only, it does not start JAX's devices."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def process_index() -> int:
+    """The number of this process, from 0; as `several`."""
+    return jax.process_index() if several() else 0
+
+
 def is_main() -> bool:
     """Whether this is the first process, which prints, and writes what is not an array."""
-    return jax.process_index() == 0
+    return process_index() == 0
 
 
-def local_part(mesh: Mesh) -> tuple[int, int]:
-    """Which slice of the global batch this process must load, as (index, number of slices).
+def local_rows(mesh: Mesh, batch: int) -> list[int]:
+    """Which rows of a global batch this process's devices hold, in order. It loads these, and no others.
 
-    Slices are equal. Processes may load the same one: if the mesh has all devices on `tensor`, each process loads the
-    whole batch, (0, 1).
+    They need not be neighbours. Two processes hold the same row if `tensor` or `sequence` spans both.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    held = batched(mesh).addressable_devices_indices_map((shards,)).values()
-    rows = [row for (index,) in held for row in range(*index.indices(shards))]
-    first, last = min(rows), max(rows)
-    counts = (count for count in range(shards, 0, -1) if shards % count == 0)
-    return next((first * n // shards, n) for n in counts if first * n // shards == last * n // shards)
+    held = row_sharding(mesh, batch).addressable_devices_indices_map((batch,)).values()
+    return sorted({row for (index,) in held for row in range(batch)[index]})
 
 
-def from_part(part: np.ndarray, mesh: Mesh) -> jax.Array:
-    """The global batch [B, …], sharded over the mesh, from the slice that each process has loaded (`local_part`).
+def from_rows(own: np.ndarray, mesh: Mesh) -> jax.Array:
+    """The global batch [B, …], sharded over the mesh, from the rows that each process has loaded (`local_rows`).
 
     If B is not divisible by the data axes of the mesh, the batch is replicated. That works with one process only.
     """
-    index, count = local_part(mesh)
-    batch, first = len(part) * count, len(part) * index
-    divides = batch % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
-    sharding = batched(mesh) if divides else replicated(mesh)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch = len(own) * shards // len(local_rows(mesh, shards))
+    rows = local_rows(mesh, batch)
 
-    def rows(held: tuple[slice, ...]) -> np.ndarray:
-        start, stop, _ = held[0].indices(batch)
-        return part[start - first : stop - first]
+    def of_device(index: tuple[slice, ...]) -> np.ndarray:
+        held = range(batch)[index[0]]  # neighbours
+        first = rows.index(held[0])
+        return own[first : first + len(held)]
 
-    return jax.make_array_from_callback((batch, *part.shape[1:]), sharding, rows)
+    return jax.make_array_from_callback((batch, *own.shape[1:]), row_sharding(mesh, batch), of_device)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 NAME_BYTES = 200  # of an output's name in a hidden name: 255 are allowed, and endings have room in the rest
 POLL_SECONDS = 0.5  # of a writer that waits
 _held: list[Path] = []  # what this process writes
+_locks: list[Path] = []  # lock files of this process
 
 
 @contextlib.contextmanager
@@ -57,9 +58,21 @@ def one_writer(out: Path, *, wait: bool = False) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"cannot write {out}: {error.strerror or error}") from error
         stack.callback(lock.release)
-        _held.append(out)
-        stack.callback(_held.remove, out)
+        _locks.append(file := Path(lock.lock_file))
+        stack.callback(_locks.remove, file)
+        stack.enter_context(writing(out))
         yield
+
+
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Inside the `with` block this process writes `out`, whose lock it holds, or the first process of its run."""
+    out = named(out)
+    _held.append(out)
+    try:
+        yield
+    finally:
+        _held.remove(out)
 
 
 @contextlib.contextmanager
@@ -86,6 +99,13 @@ def holding(out: BucketPath, wait: bool) -> Iterator[None]:
         yield
     finally:
         release()
+
+
+def abandon() -> None:
+    """Removes the lock files of this process, which ends at once, with no `with` block left. A lease expires."""
+    for file in _locks:
+        with contextlib.suppress(OSError):
+            file.unlink()
 
 
 def is_writer(path: Path) -> bool:

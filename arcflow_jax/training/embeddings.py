@@ -4,15 +4,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from arcflow_jax import schema
 from arcflow_jax.checkpoints.model_cache import converted
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.console import progress_bar
@@ -27,11 +30,19 @@ from arcflow_jax.data.embeddings import (
     shard_path,
     write_shard,
 )
-from arcflow_jax.data.images import captions, read_images
+from arcflow_jax.data.images import captions, read_images_once
 from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.errors import UserError
-from arcflow_jax.parallel.processes import from_part
-from arcflow_jax.storage.atomic import cannot_write, check_room, finish, new_output, unfinished
+from arcflow_jax.parallel.processes import from_rows, is_main, several
+from arcflow_jax.parallel.together import (
+    check_directory,
+    check_same,
+    from_first,
+    own_share,
+    wait_for_all,
+    writing_together,
+)
+from arcflow_jax.storage.atomic import cannot_write, check_room, finish, unfinished
 from arcflow_jax.storage.files import digest, file_digest, read_own, write_own
 from arcflow_jax.storage.paths import UNFINISHED, as_path
 from arcflow_jax.storage.safetensors import read_header
@@ -63,16 +74,16 @@ def embed_prompts(recipe: Recipe, out: Path) -> Path:
     """Writes the embeddings of all prompts that a recipe's run encodes, each once, to the directory `out`.
 
     An interrupted call leaves what it has written in a directory beside `out`, and the next call resumes from it. `out`
-    appears at the end, complete, or not at all.
+    appears at the end, complete, or not at all. Several processes share the shards.
 
     Raises:
       UserError: if the prompts or the model do not fit the recipe, `out` exists or cannot be written, or an
         unfinished cache beside it is of other prompts or text encoders.
     """
     out = as_path(out).absolute()
-    with new_output(out, DESCRIPTION):
+    with writing_together(out, DESCRIPTION):
         cut = write_cache(recipe, out)
-    if cut:
+    if cut and is_main():
         print(f"{cut} prompts had more tokens than the text encoder takes, and were cut", flush=True)
     return out
 
@@ -80,26 +91,40 @@ def embed_prompts(recipe: Recipe, out: Path) -> Path:
 def write_cache(recipe: Recipe, out: Path) -> int:
     """`embed_prompts`, by the one writer of `out`. Returns how many prompts were cut."""
     directory = ModelDirectory.open(converted(recipe.model))
-    mesh = training_mesh(recipe, directory, {"text encoders": encoders(directory, recipe.dtype)})
+    if several():  # the recipe's mesh is one of all devices, but here each process has its own
+        recipe = dataclasses.replace(recipe, mesh="auto")
+    held = {"text encoders": encoders(directory, recipe.dtype)}
+    mesh = training_mesh(recipe, directory, held, jax.local_devices())
     if recipe.images:
-        found = captions(recipe.images, read_images(recipe.images))
+        found = captions(recipe.images, read_images_once(recipe.images))
     else:
         found = read_prompts(recipe.prompts, recipe.prompts_field)
-    print(found, flush=True)
+    if is_main():
+        print(found, flush=True)
     prompts = list(dict.fromkeys([*found.texts, *recipe.other_prompts]))
     description = CacheDescription(encoders_fingerprint(directory), recipe.dtype, len(prompts), SHARD, digest(prompts))
+    check_same({"the prompts or the model": schema.unparse(description)})
     shards = [prompts[i : i + SHARD] for i in range(0, len(prompts), SHARD)]
     aside = unfinished(out)
     paths = [shard_path(aside, i) for i in range(len(shards))]
     with cannot_write(out):
-        begin_cache(aside, description)
-        missing = {path: shard for path, shard in zip(paths, shards, strict=True) if not path.exists()}
+        if is_main():
+            begin_cache(aside, description)
+        check_directory(aside)
+        missing = from_first(lambda: [i for i, path in enumerate(paths) if not path.exists()])
         if missing:
             encode = directory.family.prompts(directory, recipe.dtype, mesh)
-            write_shards(missing, encode, recipe.batch, total=len(prompts))
-        cut = sum(int(np.asarray(read_header(path)["cut"]).sum()) for path in paths)
-        write_own(aside / DESCRIPTION, description, FORMAT, VERSION)
-        finish(out)
+            own = [missing[i] for i in own_share(len(missing))]
+            write_shards({paths[i]: shards[i] for i in own}, encode, recipe.batch)
+        wait_for_all()
+        return from_first(lambda: end_cache(out, paths, description))
+
+
+def end_cache(out: Path, paths: Sequence[Path], description: CacheDescription) -> int:
+    """Makes `out` of its shards. Returns how many prompts were cut."""
+    cut = sum(int(np.asarray(read_header(path)["cut"]).sum()) for path in paths)
+    write_own(unfinished(out) / DESCRIPTION, description, FORMAT, VERSION)
+    finish(out)
     return cut
 
 
@@ -116,15 +141,15 @@ def begin_cache(aside: Path, description: CacheDescription) -> None:
     write_own(begun, description, FORMAT, VERSION)
 
 
-def write_shards(shards: Mapping[Path, Sequence[str]], encode: Any, batch: int, total: int) -> None:
-    """Writes the shards of these prompts, out of `total` prompts, one after the other.
+def write_shards(shards: Mapping[Path, Sequence[str]], encode: Any, batch: int) -> None:
+    """Writes this process's shards of prompts, one after the other.
 
     Raises:
       UserError: before the first is written, if the disk has no room for all.
     """
-    done = total - sum(map(len, shards.values()))
-    with progress_bar() as progress:
-        task = progress.add_task("embedding", total=total, completed=done, text="")
+    done, total = 0, sum(map(len, shards.values()))
+    with progress_bar(disable=not is_main()) as progress:
+        task = progress.add_task("embedding", total=total, text="")
         for i, (path, prompts) in enumerate(shards.items()):
             arrays = embed_shard(encode, prompts, batch)
             if i == 0:
@@ -132,7 +157,7 @@ def write_shards(shards: Mapping[Path, Sequence[str]], encode: Any, batch: int, 
             write_shard(path, arrays)
             done += len(prompts)
             progress.update(task, completed=done)
-            if not progress.console.is_terminal:  # a log file, CI
+            if is_main() and not progress.console.is_terminal:  # a log file, CI
                 print(f"embedded {done} of {total} prompts", flush=True)
 
 
@@ -206,6 +231,6 @@ class CachedPrompts:
         """Conditioning of B prompts for images of rows × columns tokens. Raises UserError if the cache lacks one."""
         arrays = self._read(tuple(prompts))
         self.cut += int(arrays["cut"].sum())
-        embedded = {name: from_part(x, self.mesh) for name, x in arrays.items() if name != "cut"}
+        embedded = {name: from_rows(x, self.mesh) for name, x in arrays.items() if name != "cut"}
         conditioning = self.directory.family.prompts.conditioning
         return conditioning(self.directory, self.mesh, embedded, guidance=guidance, rows=rows, columns=columns)

@@ -20,7 +20,7 @@ from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.data.images import CaptionedImage, pixels
 from arcflow_jax.families.latents import pack
 from arcflow_jax.parallel.mesh import batched, state_shardings
-from arcflow_jax.parallel.processes import from_part
+from arcflow_jax.parallel.processes import from_rows
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
@@ -49,6 +49,6 @@ class LatentEncoder:
         return np.stack(list(self.workers.map(lambda image: pixels(image.file, height, width), images)))
 
     def __call__(self, own: np.ndarray) -> jax.Array:  # [B, N, 4C] float32
-        """Packed latents of the whole batch; each process gives the pixels of its part (see `processes.local_part`)."""
-        tokens = _encode(self.graphdef, self.state, from_part(own, self.mesh))
+        """Packed latents of the whole batch; each process gives the pixels of its rows (see `processes.local_rows`)."""
+        tokens = _encode(self.graphdef, self.state, from_rows(own, self.mesh))
         return jax.device_put(tokens, batched(self.mesh))  # where the compiled training steps take them

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ from arcflow_jax.generate import random_key
 from arcflow_jax.parallel.failure import ends_together
 from arcflow_jax.parallel.mesh import state_shardings
 from arcflow_jax.parallel.preemption import Preemption
-from arcflow_jax.parallel.processes import is_main, local_part
-from arcflow_jax.storage.lock import one_writer
+from arcflow_jax.parallel.processes import is_main
+from arcflow_jax.parallel.together import check_directory, writing_together
 from arcflow_jax.storage.paths import as_path
 from arcflow_jax.training.compile import compile_steps, memory_errors
 from arcflow_jax.training.embeddings import CachedPrompts
-from arcflow_jax.training.hosts import check_directory, check_plan
+from arcflow_jax.training.hosts import check_plan
 from arcflow_jax.training.latents import LatentEncoder
 from arcflow_jax.training.log import RunLog, traceback_in
 from arcflow_jax.training.plan import Plan, step_settings
@@ -52,8 +51,7 @@ def train(recipe: Recipe, *, step: int | None = None, profile: str | None = None
     run = as_path(recipe.out)
     if step is not None and not (run / DESCRIPTION).exists():  # before the directory is made
         raise UserError(f"{run} has no checkpoint {step}: no run was begun there; leave --step out")
-    # The processes of one run are one writer
-    with ends_together(), traceback_in(run), one_writer(run) if is_main() else contextlib.nullcontext():
+    with ends_together(), traceback_in(run), writing_together(run):
         return train_alone(recipe, run, step, profile)
 
 
@@ -91,7 +89,7 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
                 preview = drawing
         negative = latents = values = None
         if recipe.distillation.teacher_guidance == "cfg":
-            prompts = [recipe.distillation.negative_prompt] * (recipe.batch // local_part(mesh)[1])
+            prompts = [recipe.distillation.negative_prompt] * len(plan.rows)
             # Only its text is used, so its image size does not matter
             negative = encode(prompts, guidance=recipe.guidance, rows=rows, columns=columns)
 

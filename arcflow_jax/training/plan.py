@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh
 from arcflow_jax.checkpoints.model_cache import converted
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.data.batches import BucketedBatches, MixedBatches, Size
-from arcflow_jax.data.images import CaptionedImage, captions, read_images
+from arcflow_jax.data.images import CaptionedImage, captions, read_images_once
 from arcflow_jax.data.prompts import Prompts, read_prompts
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import token_grid
@@ -35,7 +35,7 @@ from arcflow_jax.parallel.mesh import (
     slices,
     state_shardings,
 )
-from arcflow_jax.parallel.processes import local_part
+from arcflow_jax.parallel.processes import local_rows
 from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.recipe import Recipe
 from arcflow_jax.training.remat import remat_policy
@@ -85,7 +85,7 @@ class Plan:
         if not recipe.embeddings:
             held["text encoders"] = encoders(directory, recipe.dtype)
         mesh = training_mesh(recipe, directory, held)
-        images = read_images(recipe.images) if recipe.images else None
+        images = read_images_once(recipe.images) if recipe.images else None
         if images is None:
             prompts = read_prompts(recipe.prompts, recipe.prompts_field)
         else:
@@ -102,12 +102,17 @@ class Plan:
         """Rows and columns of tokens of the largest image size."""
         return max(self.grids.values(), key=math.prod)
 
+    @property
+    def rows(self) -> list[int]:
+        """Which rows of each batch this process loads."""
+        return local_rows(self.mesh, self.recipe.batch)
+
     def batches(self) -> MixedBatches | BucketedBatches:
-        """What each training step takes: this process's part of the batch, and the image size."""
-        recipe, examples, part = self.recipe, self.images or self.prompts.texts, local_part(self.mesh)
+        """What each training step takes: this process's rows of the batch, and the image size."""
+        recipe, examples, rows = self.recipe, self.images or self.prompts.texts, self.rows
         if self.prompts.sizes:
-            return BucketedBatches(examples, self.prompts.sizes, recipe.batch, recipe.seed, part)
-        return MixedBatches(examples, recipe.resolutions, recipe.batch, recipe.seed, part)
+            return BucketedBatches(examples, self.prompts.sizes, recipe.batch, recipe.seed, rows)
+        return MixedBatches(examples, recipe.resolutions, recipe.batch, recipe.seed, rows)
 
     def steady(self, step: int) -> bool:
         """Whether a training step, counted from 0, is one of the second phase."""

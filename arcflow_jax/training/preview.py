@@ -29,7 +29,7 @@ from arcflow_jax.generate import (
 )
 from arcflow_jax.networks.conditioning import Guided
 from arcflow_jax.parallel.mesh import replicated, state_shardings
-from arcflow_jax.parallel.processes import from_part, local_part
+from arcflow_jax.parallel.processes import from_rows, local_rows
 from arcflow_jax.training.recipe import Recipe
 from arcflow_jax.training.state import TrainState
 
@@ -75,16 +75,15 @@ class Preview:
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         # Padded with the last one, so that the devices divide them evenly
         prompts = [*self.prompts, *self.prompts[-1:] * (-len(self.prompts) % shards)]
-        index, count = local_part(mesh)
-        own = slice(index * len(prompts) // count, (index + 1) * len(prompts) // count)
+        own = local_rows(mesh, len(prompts))
         text = functools.partial(encode, guidance=recipe.guidance, rows=rows, columns=columns)
-        self.conditioning = self.teachers = text(prompts[own])
+        self.conditioning = self.teachers = text([prompts[row] for row in own])
         if recipe.distillation.teacher_guidance == "cfg":
-            negative = text([recipe.distillation.negative_prompt] * len(prompts[own]))
+            negative = text([recipe.distillation.negative_prompt] * len(own))
             self.teachers = Guided(self.conditioning, negative, jnp.float32(recipe.guidance), norm_preserving=False)
         channels = directory.config("transformer").in_channels
         drawn = seeded_noise(recipe.seed, len(prompts), rows * columns, channels)
-        self.noise = from_part(np.asarray(drawn)[own], mesh)
+        self.noise = from_rows(np.asarray(drawn)[own], mesh)
         self.grid = teacher_grid(directory.scheduler, rows * columns)
         self.vae_graphdef, decoder = nnx.split(directory.abstract("vae", recipe.dtype).decoder_alone())
         self.vae = directory.load("vae", decoder, state_shardings(mesh, decoder), part="decoder")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import threading
 import time
+from collections.abc import Sequence
 
 import pytest
 
@@ -30,23 +31,16 @@ def test_a_batch_does_not_depend_on_those_read_before():
     assert [other[i] for i in range(4)] != [first[i] for i in range(4)]
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 8])
-def test_parts_make_the_batch_of_one_process(count):
-    whole = shuffled_batches(PROMPTS, 16, seed=3)
-    parts = [shuffled_batches(PROMPTS, 16, seed=3, part=(index, count)) for index in range(count)]
+@pytest.mark.parametrize("rows", [[0], [4, 5, 6, 7], [0, 1, 8, 9], range(16)])
+def test_a_process_takes_its_rows_of_the_whole_batch(rows):
+    whole, own = shuffled_batches(PROMPTS, 16, seed=3), shuffled_batches(PROMPTS, 16, 3, rows)
     for i in (0, 1, 17):
-        assert [len(part[i]) for part in parts] == [16 // count] * count
-        assert [prompt for part in parts for prompt in part[i]] == whole[i]
+        assert own[i] == [whole[i][row] for row in rows]
 
 
 def test_batches_larger_than_the_list_repeat_it():
     batch = shuffled_batches(PROMPTS[:3], 8, seed=0)[0]
     assert sorted(batch[:3]) == sorted(batch[3:6]) == PROMPTS[:3]
-
-
-def test_parts_that_do_not_divide_the_batch():
-    with pytest.raises(UserError, match="batch 6 does not divide by the 4 parts"):
-        shuffled_batches(PROMPTS, 6, seed=0, part=(0, 4))
 
 
 def test_sizes_are_drawn_from_seed_and_step():
@@ -64,13 +58,13 @@ def test_sizes_are_drawn_from_seed_and_step():
 
 
 def test_mixed_batches_pair_the_streams_of_prompts_and_sizes():
-    mixed, prompts = MixedBatches(PROMPTS, SIZES, 4, 5, (1, 2)), shuffled_batches(PROMPTS, 4, 5, (1, 2))
+    mixed, prompts = MixedBatches(PROMPTS, SIZES, 4, 5, [1, 3]), shuffled_batches(PROMPTS, 4, 5, [1, 3])
     assert [mixed[i] for i in (7, 0)] == [(prompts[i], draw_size(SIZES, 5, i)) for i in (7, 0)]
 
 
-def buckets(seed: int = 0, part: tuple[int, int] = (0, 1)) -> BucketedBatches:
+def buckets(seed: int = 0, rows: Sequence[int] | None = None) -> BucketedBatches:
     """Eighteen wide prompts and six tall ones, in batches of six."""
-    return BucketedBatches(PROMPTS, [TALL if i % 4 == 0 else WIDE for i in range(24)], 6, seed, part)
+    return BucketedBatches(PROMPTS, [TALL if i % 4 == 0 else WIDE for i in range(24)], 6, seed, rows)
 
 
 def test_each_batch_has_one_size_that_of_its_prompts():
@@ -98,12 +92,12 @@ def test_every_prompt_of_a_size_is_seen_once_in_an_epoch_of_that_size():
     assert all(len(set(batch)) == 6 for batch in of_size[TALL])
 
 
-def test_buckets_resume_anywhere_and_split_into_parts():
+def test_buckets_resume_anywhere_and_split_into_rows():
     straight, resumed, other = buckets(3), buckets(3), buckets(4)
     expected = [straight[i] for i in range(50)]
     assert [resumed[i] for i in (40, 3, 49)] == [expected[i] for i in (40, 3, 49)]
     assert [other[i] for i in range(50)] != expected
-    left, right = buckets(3, (0, 2)), buckets(3, (1, 2))
+    left, right = buckets(3, range(3)), buckets(3, range(3, 6))
     for i in (0, 11, 30):
         assert (left[i][0] + right[i][0], left[i][1], right[i][1]) == (*expected[i], expected[i][1])
 

@@ -219,9 +219,9 @@ def test_an_interrupted_evaluation_resumes(folders, tmp_path, inception, clip, m
     whole = evaluate(Folder(folders / "mine"), references, tmp_path / "whole.json", **settings)
 
     class Breaking(Folder):
-        def stream(self, first):
+        def stream(self, first, end):
             started.append(first)
-            for i, image in enumerate(super().stream(first), first):
+            for i, image in enumerate(super().stream(first, end), first):
                 if i == breaks_at:
                     raise KeyboardInterrupt
                 yield image
@@ -237,7 +237,7 @@ def test_an_interrupted_evaluation_resumes(folders, tmp_path, inception, clip, m
     breaks_at = None
     monkeypatch.setattr(statistics, "SAVE_SECONDS", -1)  # after every batch
     assert evaluate(Breaking(folders / "mine"), references, tmp_path / "a.json", **settings) == whole
-    assert started == [0, 16]
+    assert started == [0, 8, 16, 16, 24, 32]
     # Complete statistics are not gathered again
     monkeypatch.setattr(statistics.Networks, "features", None)
     assert evaluate(Breaking(folders / "mine"), references, tmp_path / "a.json", **settings) == whole

@@ -41,7 +41,7 @@ from arcflow_jax.networks.layers import TEACHER, LayerNorm, Linear, Mode, RMSNor
 from arcflow_jax.networks.states import flatten
 from arcflow_jax.networks.student import ArcModel, split_model
 from arcflow_jax.parallel.mesh import batched, replicated
-from arcflow_jax.parallel.processes import from_part
+from arcflow_jax.parallel.processes import from_rows
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe, read_config
@@ -158,7 +158,7 @@ class ToyPrompts(PromptEncoder):
         self.cut += int(cut.sum())
         lengths = (ids != encoder.tokenizer.pad_token_id).sum(1).astype(np.int32)
         text = encoder(states["text_encoder"], ids, self.mesh)
-        return {"text": text, "lengths": from_part(lengths, self.mesh)}, cut
+        return {"text": text, "lengths": from_rows(lengths, self.mesh)}, cut
 
     @staticmethod
     def conditioning(

@@ -24,7 +24,7 @@ from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.flux import FluxConditioning, FluxConfig
 from arcflow_jax.networks.student import AdapterConfig, split_model
 from arcflow_jax.parallel.mesh import make_mesh, state_shardings
-from arcflow_jax.parallel.processes import from_part, initialize, local_part
+from arcflow_jax.parallel.processes import from_rows, initialize, local_rows
 from arcflow_jax.training.optimizer import OptimizerConfig, make_optimizer
 from arcflow_jax.training.plan import initial_state
 from arcflow_jax.training.state import EmaConfig, TrainState, train_step
@@ -47,14 +47,13 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup=0, clip_from=0)
 
 
 def conditioning(mesh: Mesh, dtype: Any) -> FluxConditioning:
-    """Conditioning of a batch, of which this process makes its own part."""
-    index, count = local_part(mesh)
+    """Conditioning of a batch, of which this process makes its own rows."""
     rng = np.random.default_rng(0)
     text = rng.standard_normal((BATCH, TEXT, FLUX_CONFIG.joint_attention_dim)).astype(np.float32)
     pooled = rng.standard_normal((BATCH, FLUX_CONFIG.pooled_projection_dim)).astype(np.float32)
-    mine = slice(index * BATCH // count, (index + 1) * BATCH // count)
+    mine = local_rows(mesh, BATCH)
     arrays = [text.astype(dtype), pooled.astype(dtype), np.linspace(1, 4, BATCH, dtype=np.float32)]
-    arrays = (from_part(x[mine], mesh) for x in arrays)
+    arrays = (from_rows(x[mine], mesh) for x in arrays)
     return FluxConditioning(*arrays, jnp.asarray(position_ids(ROWS, ROWS)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import signal
 import subprocess
@@ -12,12 +13,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from PIL import Image
 
 from arcflow_jax.errors import UserError
 from arcflow_jax.parallel import processes as distributed
+from arcflow_jax.parallel.mesh import MESH_AXES
 from arcflow_jax.training.embeddings import embed_prompts
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe
@@ -129,11 +133,58 @@ def test_everything_at_once_on_two_processes_that_are_killed_and_preempted(tiny_
     np.testing.assert_allclose(*sheets, atol=2)
 
 
-PARTS = """
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    """One of many devices, of several processes."""
+
+    id: int
+    process_index: int
+    client: object
+    platform = device_kind = "fake"
+
+
+def rows_of(owners: np.ndarray, process: int, batch: int) -> list[int]:
+    """The rows that a process loads, on a mesh data × fsdp × tensor × sequence of devices of these processes."""
+    # JAX takes this process for process 0
+    numbers = np.where(owners == process, 0, owners + 1).ravel()
+    client = jax.devices()[0].client
+    devices = [FakeDevice(i, int(number), client) for i, number in enumerate(numbers)]
+    return distributed.local_rows(Mesh(np.array(devices).reshape(owners.shape), MESH_AXES), batch)
+
+
+def hosts(*sizes: int, of: tuple[int, ...]) -> np.ndarray:
+    """The process of each device in a mesh of these sizes, where a process has blocks of size `of`."""
+    blocks = [size // each for size, each in zip(sizes, of, strict=True)]
+    numbers = np.arange(np.prod(blocks)).reshape(blocks)
+    return np.kron(numbers, np.ones(of, int))
+
+
+@pytest.mark.parametrize("owners", [hosts(16, 16, 1, 1, of=(2, 4, 1, 1)), hosts(2, 4, 2, 1, of=(1, 1, 2, 1))])
+@pytest.mark.parametrize("each", [1, 4])
+def test_each_row_is_loaded_by_the_one_process_that_holds_it(owners, each):
+    """On a slice of 16 × 16 TPUs, a host has 2 × 4 of them."""
+    count, batch = owners.max() + 1, each * owners.shape[0] * owners.shape[1]
+    loaded = [rows_of(owners, process, batch) for process in range(count)]
+    assert [len(rows) for rows in loaded] == [batch // count] * count
+    assert sorted(itertools.chain(*loaded)) == list(range(batch))
+
+
+def test_rows_that_are_not_neighbours():
+    owners = hosts(2, 4, 1, 1, of=(2, 2, 1, 1))  # shard data · 4 + fsdp
+    assert rows_of(owners, 0, 16) == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert rows_of(owners, 1, 16) == [4, 5, 6, 7, 12, 13, 14, 15]
+
+
+def test_processes_that_tensor_spans_load_the_same_rows():
+    owners = hosts(2, 2, 2, 2, of=(1, 2, 1, 1))
+    assert [rows_of(owners, process, 4) for process in range(8)] == [[0, 1]] * 4 + [[2, 3]] * 4
+
+
+ROWS = """
     import sys
     import jax, numpy as np
     from jax.sharding import Mesh
-    from arcflow_jax.parallel.processes import from_part, initialize, is_main, local_part
+    from arcflow_jax.parallel.processes import from_rows, initialize, is_main, local_rows
     from arcflow_jax.parallel.mesh import MESH_AXES
     initialize(sys.argv[1], 2, int(sys.argv[2]))
     assert is_main() == (sys.argv[2] == "0")
@@ -146,24 +197,25 @@ PARTS = """
         (jax.devices(), (1, 4, 1, 2)),
         (jax.devices(), (1, 1, 8, 1)),
         (shuffled, (8, 1, 1, 1)),
+        (shuffled, (1, 4, 2, 1)),
     ]:
         mesh = Mesh(np.array(devices).reshape(mesh), MESH_AXES)
-        index, count = local_part(mesh)
-        batch = from_part(whole[index * 8 // count:(index + 1) * 8 // count], mesh)
+        rows = local_rows(mesh, 8)
+        batch = from_rows(whole[rows], mesh)
         assert batch.shape == whole.shape
         for shard in batch.addressable_shards:
             np.testing.assert_array_equal(shard.data, whole[shard.index])
-        found.append((index, count))
+        found.append(rows)
     print(found)
 """
 
 
-def test_each_process_loads_its_slice_of_a_batch():
-    address = free_address()
-    processes = [start(4, "-c", textwrap.dedent(PARTS), address, i) for i in (0, 1)]
-    first, second = (finish(process).strip() for process in processes)
-    assert first == "[(0, 2), (0, 2), (0, 2), (0, 1), (0, 1)]"
-    assert second == "[(1, 2), (1, 2), (1, 2), (0, 1), (0, 1)]"
+def test_the_batch_of_the_rows_that_each_process_has_loaded():
+    address, everything = free_address(), list(range(8))
+    processes = [start(4, "-c", textwrap.dedent(ROWS), address, i) for i in (0, 1)]
+    first, second = (json.loads(finish(process)) for process in processes)
+    assert first == [[0, 1, 2, 3]] * 3 + [everything, [0, 2, 4, 6], everything]
+    assert second == [[4, 5, 6, 7]] * 3 + [everything, [1, 3, 5, 7], everything]
 
 
 @pytest.mark.parametrize(

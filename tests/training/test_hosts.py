@@ -6,8 +6,9 @@ import textwrap
 import time
 
 import pytest
+from PIL import Image
 
-from tests.helpers.processes import free_address, start
+from tests.helpers.processes import finish, free_address, start
 from tests.helpers.tiny_run import PROMPTS
 
 TRAINING = """
@@ -15,17 +16,56 @@ TRAINING = """
     from pathlib import Path
     from arcflow_jax.errors import report_errors
     from arcflow_jax.parallel.processes import initialize
-    from arcflow_jax.training import hosts
+    from arcflow_jax.parallel import together
     from arcflow_jax.training.loop import train
     from tests.helpers.tiny_run import recipe
     address, process, model, host, prompts, seed = sys.argv[1:]
     os.chdir(host)
-    hosts.PATIENCE = 2
+    together.PATIENCE = 2
     with report_errors():
         initialize(address, 2, int(process))
         made = {"prompts": prompts, "mesh": (2, 1, 1, 1), "batch": 2, "seed": int(seed)}
         train(recipe(Path(model), Path("run"), **made))
 """
+
+LISTING = """
+    import os, sys
+    from pathlib import Path
+    from arcflow_jax.data import images
+    from arcflow_jax.errors import UserError
+    from arcflow_jax.parallel.processes import initialize
+    from arcflow_jax.training.plan import Plan
+    from tests.helpers.tiny_run import recipe
+    address, process, model, host = sys.argv[1:]
+    os.chdir(host)
+    listed, list_folder = [], images.from_text_files
+    images.from_text_files = lambda folder: listed.append(folder) or list_folder(folder)
+    initialize(address, 2, int(process))
+    plan = Plan.make(recipe(Path(model), Path("run"), images="images", mesh=(2, 1, 1, 1), batch=2))
+    print("listed", len(listed), [(str(image.file), image.caption) for image in plan.images])
+    for image in plan.images:
+        try:
+            images.pixels(image.file, 8, 8)
+        except UserError as error:
+            print("error:", error)
+"""
+
+
+def test_a_folder_of_images_is_listed_by_the_first_process_alone(tiny_flux, tmp_path):
+    """The second has images of its own, without captions; it lacks one."""
+    address, running = free_address(), []
+    for i in (0, 1):
+        host = tmp_path / f"host-{i}"
+        (host / "images").mkdir(parents=True)
+        for number, prompt in enumerate(PROMPTS[: 4 - i]):
+            Image.new("RGB", (8, 8)).save(host / "images" / f"{number}.png")
+            if i == 0:
+                (host / "images" / f"{number}.txt").write_text(prompt)
+        running.append(start(1, "-c", textwrap.dedent(LISTING), address, i, tiny_flux, host))
+    first, second = ([line for line in finish(x).splitlines() if line[:5] in ("liste", "error")] for x in running)
+    images = [(f"images/{number}.png", prompt) for number, prompt in enumerate(PROMPTS)]
+    assert first == [f"listed 1 {images}"]
+    assert second == [f"listed 0 {images}", "error: images/3.png is missing"]
 
 
 @pytest.mark.parametrize(
