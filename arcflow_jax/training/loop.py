@@ -63,7 +63,7 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
     plan = Plan.make(recipe)
     recipe, mesh = plan.recipe, plan.mesh
     batches = plan.batches()
-    to_latents = LatentEncoder(plan.directory, recipe.dtype, mesh) if plan.images else None
+    to_latents = LatentEncoder(plan.directory, recipe.dtype, mesh, recipe.accumulate) if plan.images else None
     if recipe.embeddings:
         needed = [*plan.prompts.texts, *recipe.other_prompts]
         encode = CachedPrompts(recipe.embeddings, plan.directory, recipe.dtype, mesh, needed)
