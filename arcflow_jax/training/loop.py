@@ -16,6 +16,7 @@ from arcflow_jax.errors import Preempted, UserError
 from arcflow_jax.generate import random_key
 from arcflow_jax.parallel.failure import ends_together
 from arcflow_jax.parallel.mesh import state_shardings
+from arcflow_jax.parallel.offload import to_host
 from arcflow_jax.parallel.preemption import Preemption
 from arcflow_jax.parallel.processes import is_main, local_part
 from arcflow_jax.storage.lock import one_writer
@@ -79,6 +80,8 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
         ends_together(),  # here as well, because closing the checkpoints waits for all processes
     ):
         state = starting_state(plan, base, key, checkpoints, step)
+        if recipe.offload_optimizer:
+            state = state.moved(to_host)
         done = int(state.step)
         trace.check(done, recipe.steps)
         settings = step_settings(recipe, plan.graphdef, mesh, plan.remat)
@@ -115,7 +118,8 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
                 conditioning = encode(prompts, guidance=recipe.guidance, rows=rows, columns=columns)
                 arguments = (state, base, conditioning, key, negative, latents)
                 if i == done:
-                    programs = compile_steps(plan.programs(batches, done), *arguments, settings, mesh)
+                    wanted, offload = plan.programs(batches, done), recipe.offload_optimizer
+                    programs = compile_steps(wanted, *arguments, settings, mesh, offload)
                 program = programs[(rows, columns), plan.steady(i)]
                 log.flops += program.flops
                 with memory_errors(rows * columns):
