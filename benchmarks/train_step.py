@@ -127,7 +127,7 @@ def ours(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
     optimizer_config = OptimizerConfig(LEARNING_RATE, 0, 0, *BETAS, 0.0, 50.0, 0, ())
     optimizer = make_optimizer(optimizer_config, adapter)
     step = functools.partial(
-        train_step,
+        train_step.lower,
         graphdef=graphdef,
         settings=settings,
         guidance=3.5,
@@ -137,11 +137,12 @@ def ours(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
         mesh=(mesh := make_mesh((1, 1, 1, 1), jax.devices()[:1])),
     )
     state = TrainState.create(adapter, optimizer)
-    state = jax.device_put(state, state_shardings(mesh, state))  # sharded as a step leaves it: compiles once
+    state = jax.device_put(state, state_shardings(mesh, state))  # sharded as a step leaves it
     del model, adapter
     with jax.set_mesh(mesh):
+        program = step(state, base, conditioning, key).compile()
         for _ in range(steps):
-            state, log = step(state, base, conditioning, key)
+            state, log = program(state, base, conditioning, key)
             yield float(jax.block_until_ready((state, log))[1]["loss"])
 
 
@@ -314,6 +315,8 @@ def memory(what: str) -> int:
 def work(side: str, size: Size, decay: int, steps: int, folder: Path) -> None:
     """Runs a training step for each line on stdin, and prints seconds, loss and peak memory so far, as JSON."""
     if side == "ours":
+        import jax
+
         import arcflow_jax.training.state  # noqa: F401
     else:
         import diffusers.models.transformers.transformer_flux  # noqa: F401
@@ -324,7 +327,9 @@ def work(side: str, size: Size, decay: int, steps: int, folder: Path) -> None:
         start = time.perf_counter()
         loss = next(losses)
         print(json.dumps([time.perf_counter() - start, loss, memory("VmHWM") - before]), flush=True)
-        if not warm:  # returns the compiler's memory, which the step does not use
+        if not warm:  # returns the memory of compiler and set-up, which the step does not use
+            if side == "ours":
+                jax.clear_caches()  # programs that built the model, operation by operation; a run loads its model
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
             warm = True

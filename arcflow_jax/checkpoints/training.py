@@ -32,6 +32,7 @@ from arcflow_jax.checkpoints.names import tree_in_memory, tree_on_disk
 from arcflow_jax.errors import NetworkError, UserError, cannot_load, cause_of, first_few, one_line
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.student import AdapterConfig
+from arcflow_jax.parallel.offload import to_device
 from arcflow_jax.schema import SHA256, Guidance
 from arcflow_jax.storage.files import file_size, read_own, write_own
 from arcflow_jax.storage.paths import as_path, in_bucket, remove_tree
@@ -243,7 +244,7 @@ class Checkpoints:
     def _write(self, step: int, tree: dict[str, Any]) -> None:
         tree = to_dicts(tree)
         with self._writing():
-            sums = {name: checksum(value) for name, value in tree.items()}
+            sums = {name: checksum(to_device(value)) for name, value in tree.items()}
             self.manager.save(step, args=ocp.args.PyTreeSave({**tree, "checksum": sums}))
 
     @contextlib.contextmanager

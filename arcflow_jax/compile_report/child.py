@@ -7,9 +7,11 @@ and may crash.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import time
+from collections import Counter
 from typing import Any
 
 import jax
@@ -33,7 +35,26 @@ def build(
 
 
 def compile_program(mesh: Mesh, program: Program) -> dict[str, Any]:
-    """Compiles a program for a mesh: bytes per device, operations on all devices together, and communication."""
+    """Compiles a program for a mesh: bytes per device, operations on all devices together, and communication.
+
+    Of what runs after it, time, operations, communication and peak are counted too.
+    """
+    answer = compile_alone(mesh, program)
+    if program.then is None or answer["status"] != "compiled":
+        return answer
+    then = compile_program(mesh, program.then)
+    if then["status"] != "compiled":
+        return then
+    first, second = ({kind: Counter(t) for kind, t in each["collectives"].items()} for each in (answer, then))
+    answer["collectives"] = {kind: first.get(kind, Counter()) + second.get(kind, Counter()) for kind in first | second}
+    return answer | {
+        **{name: answer[name] + then[name] for name in ("seconds", "flops")},
+        "peak": max(answer["peak"], then["peak"]),
+    }
+
+
+def compile_alone(mesh: Mesh, program: Program) -> dict[str, Any]:
+    """Compiles a program, without what runs after it."""
     start = time.monotonic()
     with jax.set_mesh(mesh):
         traced = program.function.trace(*program.arguments, **program.keywords)
@@ -56,7 +77,8 @@ def compile_program(mesh: Mesh, program: Program) -> dict[str, Any]:
         "peak": memory.argument_size_in_bytes
         + memory.temp_size_in_bytes
         + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes,
+        - memory.alias_size_in_bytes
+        + sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(program.beside)),
         "collectives": {kind: {"count": t.count, "bytes": t.bytes} for kind, t in traffic.items()},
     }
 

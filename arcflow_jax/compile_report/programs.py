@@ -22,10 +22,11 @@ from arcflow_jax.generate import sample_student
 from arcflow_jax.networks.student import merged_graphdef, merged_state, split_model
 from arcflow_jax.parallel.mesh import batched, check_batch, replicated, sharded
 from arcflow_jax.storage.files import read_json
+from arcflow_jax.training.compile import parts
 from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.plan import chosen_remat, held_in_training, step_settings
 from arcflow_jax.training.recipe import Recipe
-from arcflow_jax.training.state import TrainState, train_step
+from arcflow_jax.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +37,16 @@ class Program:
       function: a jitted function.
       arguments, keywords: its arguments, as ShapeDtypeStructs with shardings.
       passes: the least number of times that it reads all its weights.
+      then: a program that runs after it.
+      beside: what devices hold beside its arguments, as ShapeDtypeStructs with shardings.
     """
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
     passes: int
+    then: Program | None = None
+    beside: Any = ()
 
 
 def open_model(path: str | Path) -> ModelDirectory:
@@ -109,14 +114,17 @@ def training_step(recipe: Recipe, mesh: Mesh, batch: int, *, steady: bool) -> Pr
     key = ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
     settings = recipe.distillation
     negative = conditioning if settings.teacher_guidance == "cfg" else None
-    arguments = (sharded(mesh, state), sharded(mesh, base), conditioning, key, negative)
+    others = (sharded(mesh, base), conditioning, key, negative)
     recipe = dataclasses.replace(recipe, batch=batch)
     remat = chosen_remat(
         recipe, directory, mesh, tokens, graphdef, base, adapter, held_in_training(base, adapter, optimizer)
     )
     # Per segment: the student forward, its recomputation and its gradient, and the teacher's calls
     passes = recipe.accumulate * settings.nfe * (3 + (1 if steady else settings.states))
-    return Program(train_step, arguments, step_settings(recipe, graphdef, mesh, remat) | {"steady": steady}, passes)
+    settings = step_settings(recipe, graphdef, mesh, remat) | {"steady": steady}
+    first, *second = parts(sharded(mesh, state), others, settings, mesh, recipe.offload_optimizer)
+    then = Program(*second[0], passes=1, beside=others) if second else None
+    return Program(*first, passes, then)
 
 
 PROGRAMS: dict[str, Callable[[Recipe, Mesh, int], Program]] = {

@@ -1,4 +1,4 @@
-"""Several networks on one accelerator: weights that are not in use can be kept in host memory."""
+"""What an accelerator does not use for a while can be kept in host memory: networks, EMA weights, optimizer state."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ class Weights:
         self.shardings = None
         if offload:
             self.shardings = jax.tree.map(lambda x: x.sharding, state)
-            # Blocks, because the device keeps its copy until the transfer is done
-            self.state = jax.block_until_ready(to_host(state))
+            self.state = to_host(state)
 
     def run(self, function: Callable[[Any], T]) -> T:
         """function(weights). Offloaded weights leave the device when the result is ready, or if the function raises."""
@@ -42,8 +41,18 @@ class Weights:
 def to_host(state: Any) -> Any:
     """A copy in pinned host memory; in NumPy arrays on a backend that has none."""
     if any(HOST in memory_kinds(array) for array in jax.tree.leaves(state)):
-        return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(HOST)), state)
+        moved = jax.device_put(state, jax.tree.map(lambda x: x.sharding.with_memory_kind(HOST), state))
+        return jax.block_until_ready(moved)  # because the device keeps its copy until the transfer is done
     return jax.device_get(state)
+
+
+def to_device(state: Any) -> Any:
+    """The inverse of `to_host`, but for NumPy arrays, which stay. Arrays on the device stay there."""
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("device")) if on_host(x) else x, state)
+
+
+def on_host(x: Any) -> bool:
+    return isinstance(x, jax.Array) and x.sharding.memory_kind == HOST
 
 
 def memory_kinds(array: jax.Array) -> set[str]:

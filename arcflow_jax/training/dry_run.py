@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from arcflow_jax.errors import first_few
-from arcflow_jax.training.plan import Plan, bytes_per_device, parameters
+from arcflow_jax.training.plan import OFFLOADED, Plan, bytes_per_device, parameters
 from arcflow_jax.training.recipe import Recipe
 
 
@@ -21,6 +21,9 @@ def report(recipe: Recipe) -> str:
     sizes = {name: bytes_per_device(plan.mesh, state) for name, state in plan.held.items()}
     tokens = first_few([f"{rows} × {columns}" for rows, columns in plan.grids.values()])
     memory = [*sizes.items(), ("total", sum(sizes.values()))]
+    if recipe.offload_optimizer:
+        away = sum(sizes[name] for name in OFFLOADED)
+        memory.append(("of that, in host memory but for the update", away))
     return "\n".join(
         [
             json.dumps(recipe.resolved(), indent=2),

@@ -21,12 +21,16 @@ from arcflow_jax.data.images import CaptionedImage, pixels
 from arcflow_jax.families.latents import pack
 from arcflow_jax.parallel.mesh import batched, state_shardings
 from arcflow_jax.parallel.processes import from_rows
+from arcflow_jax.training.state import in_parts
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
-def _encode(graphdef: nnx.GraphDef, state: nnx.State, images: jax.Array) -> jax.Array:
-    vae = nnx.merge(graphdef, state)
-    return pack(vae.encode(images.astype(jax.tree.leaves(state)[0].dtype))).astype(jnp.float32)
+@functools.partial(jax.jit, static_argnames=("graphdef", "parts"))
+def _encode(graphdef: nnx.GraphDef, state: nnx.State, images: jax.Array, parts: int) -> jax.Array:
+    def encode(images: jax.Array) -> jax.Array:
+        vae = nnx.merge(graphdef, state)
+        return pack(vae.encode(images.astype(jax.tree.leaves(state)[0].dtype))).astype(jnp.float32)
+
+    return in_parts(encode, parts, len(images) // parts, images)
 
 
 class LatentEncoder:
@@ -36,12 +40,13 @@ class LatentEncoder:
       directory: a converted model.
       dtype: of the arithmetic.
       mesh: that the batch is sharded over.
+      accumulate: micro-batches that the batch is encoded in, one after another.
     """
 
-    def __init__(self, directory: ModelDirectory, dtype: Any, mesh: Mesh):
+    def __init__(self, directory: ModelDirectory, dtype: Any, mesh: Mesh, accumulate: int = 1):
         self.graphdef, abstract = nnx.split(directory.abstract("vae", dtype))
         self.state = directory.load("vae", abstract, state_shardings(mesh, abstract))
-        self.mesh = mesh
+        self.mesh, self.accumulate = mesh, accumulate
         self.workers = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 
     def pixels(self, images: Sequence[CaptionedImage], height: int, width: int) -> np.ndarray:  # [B, H, W, 3]
@@ -50,5 +55,5 @@ class LatentEncoder:
 
     def __call__(self, own: np.ndarray) -> jax.Array:  # [B, N, 4C] float32
         """Packed latents of the whole batch; each process gives the pixels of its rows (see `processes.local_rows`)."""
-        tokens = _encode(self.graphdef, self.state, from_rows(own, self.mesh))
+        tokens = _encode(self.graphdef, self.state, from_rows(own, self.mesh), self.accumulate)
         return jax.device_put(tokens, batched(self.mesh))  # where the compiled training steps take them

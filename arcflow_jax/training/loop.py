@@ -15,6 +15,7 @@ from arcflow_jax.errors import Preempted, UserError
 from arcflow_jax.generate import random_key
 from arcflow_jax.parallel.failure import ends_together
 from arcflow_jax.parallel.mesh import state_shardings
+from arcflow_jax.parallel.offload import to_host
 from arcflow_jax.parallel.preemption import Preemption
 from arcflow_jax.parallel.processes import is_main
 from arcflow_jax.parallel.together import check_directory, writing_together
@@ -61,7 +62,7 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
     plan = Plan.make(recipe)
     recipe, mesh = plan.recipe, plan.mesh
     batches = plan.batches()
-    to_latents = LatentEncoder(plan.directory, recipe.dtype, mesh) if plan.images else None
+    to_latents = LatentEncoder(plan.directory, recipe.dtype, mesh, recipe.accumulate) if plan.images else None
     if recipe.embeddings:
         needed = [*plan.prompts.texts, *recipe.other_prompts]
         encode = CachedPrompts(recipe.embeddings, plan.directory, recipe.dtype, mesh, needed)
@@ -77,6 +78,8 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
         ends_together(),  # here as well, because closing the checkpoints waits for all processes
     ):
         state = starting_state(plan, base, key, checkpoints, step)
+        if recipe.offload_optimizer:
+            state = state.moved(to_host)
         done = int(state.step)
         trace.check(done, recipe.steps)
         settings = step_settings(recipe, plan.graphdef, mesh, plan.remat)
@@ -113,7 +116,8 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
                 conditioning = encode(prompts, guidance=recipe.guidance, rows=rows, columns=columns)
                 arguments = (state, base, conditioning, key, negative, latents)
                 if i == done:
-                    programs = compile_steps(plan.programs(batches, done), *arguments, settings, mesh)
+                    wanted, offload = plan.programs(batches, done), recipe.offload_optimizer
+                    programs = compile_steps(wanted, *arguments, settings, mesh, offload)
                 program = programs[(rows, columns), plan.steady(i)]
                 log.flops += program.flops
                 with memory_errors(rows * columns):

@@ -55,7 +55,7 @@ def parsed(cls: type, key: str, text: str) -> Any:
     if kind is str or typing.get_origin(kind) is typing.Literal:
         return checked(cls, key, text)
     try:
-        value = ast.literal_eval(text)
+        value = ast.literal_eval(text.capitalize() if kind is bool else text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = text
     return checked(cls, key, value)

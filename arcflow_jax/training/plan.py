@@ -41,6 +41,7 @@ from arcflow_jax.training.recipe import Recipe
 from arcflow_jax.training.remat import remat_policy
 from arcflow_jax.training.state import TrainState
 
+OFFLOADED = {"EMA weights", "optimizer"}  # what `offload_optimizer` keeps in host memory, but for the update
 SHOWN = 8  # image sizes that the header lists
 FOR_STATE = 2 / 3  # of a device's memory; activations take the rest
 
@@ -206,7 +207,8 @@ def chosen_remat(
     conditioning = directory.family.prompts.abstract_conditioning(
         directory, mesh, recipe.batch // recipe.accumulate, tokens, jnp.dtype(recipe.dtype)
     )
-    return remat_policy(recipe.remat, graphdef, base, adapter, conditioning, mesh, bytes_per_device(mesh, held))
+    kept = {name: x for name, x in held.items() if not (recipe.offload_optimizer and name in OFFLOADED)}
+    return remat_policy(recipe.remat, graphdef, base, adapter, conditioning, mesh, bytes_per_device(mesh, kept))
 
 
 def step_settings(recipe: Recipe, graphdef: nnx.GraphDef, mesh: Mesh, remat: Remat = "full") -> dict[str, Any]:

@@ -29,6 +29,7 @@ from arcflow_jax.generate import (
 )
 from arcflow_jax.networks.conditioning import Guided
 from arcflow_jax.parallel.mesh import replicated, state_shardings
+from arcflow_jax.parallel.offload import to_device
 from arcflow_jax.parallel.processes import from_rows, local_rows
 from arcflow_jax.training.recipe import Recipe
 from arcflow_jax.training.state import TrainState
@@ -96,7 +97,7 @@ class Preview:
         columns = {
             f"teacher, {TEACHER_STEPS} steps": self.teacher,
             f"student, {self.settings.nfe} steps": self._images(state.adapter),
-            f"EMA weights, {self.settings.nfe} steps": self._images(state.ema),
+            f"EMA weights, {self.settings.nfe} steps": self._images(to_device(state.ema)),
         }
         return labelled_sheet(columns, self.prompts)
 

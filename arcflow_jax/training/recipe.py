@@ -49,7 +49,8 @@ Sizes = Annotated[
 SETTINGS = "config.json"  # in the run's directory: the recipe with all overrides
 # What may differ when a run is resumed: where things are, for how long and how often. The rest decides its numbers.
 CHANGEABLE = {
-    *("model", "prompts", "prompts_field", "embeddings", "out", "mesh", "accumulate", "remat", "steps"),
+    *("model", "prompts", "prompts_field", "embeddings", "out", "steps"),
+    *("mesh", "accumulate", "offload_optimizer", "remat"),
     *("log_every", "save_every", "keep_last", "keep_every", "max_skipped"),
     *("preview_every", "preview_prompts", "wandb_project"),
 }
@@ -76,6 +77,8 @@ class Recipe:
         height and width) do not use it.
       batch, steps: examples in a training step, and number of training steps.
       accumulate: micro-batches of a training step, which are computed one after another to save memory.
+      offload_optimizer: whether EMA weights and optimizer state are in host memory while the gradient is computed. It
+        saves three times the adapter's size, and costs the transfer there and back in each training step.
       dtype: of the networks' arithmetic.
       mesh: sizes of the axes data, fsdp, tensor, sequence, where -1 takes what is left; or "auto", which fits devices
         and batch (see `parallel.mesh.auto_sizes`).
@@ -104,6 +107,7 @@ class Recipe:
     resolutions: Sizes = ((1024, 1024),)
     batch: Batch = 16
     accumulate: Batch = 1
+    offload_optimizer: bool = False
     steps: TrainingSteps = 10_000
     dtype: Precision = "bfloat16"
     mesh: Literal["auto"] | tuple[AxisSize, AxisSize, AxisSize, AxisSize] = "auto"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from arcflow_jax.networks.layers import Remat
 from arcflow_jax.parallel.mesh import batched, replicated, state_shardings
 from arcflow_jax.schema import Power, TrainingSteps
 from arcflow_jax.training.optimizer import OptimizerConfig, ema_decay, learning_rate_schedule, make_optimizer
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,10 @@ class TrainState:
     opt_state: optax.OptState
     skipped: Skipped
 
+    def moved(self, move: Callable[[Any], Any]) -> TrainState:
+        """The same, with EMA weights and optimizer state moved, which only the update needs."""
+        return dataclasses.replace(self, ema=move(self.ema), opt_state=move(self.opt_state))
+
     @classmethod
     def create(cls, adapter: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
         """The state before the first training step."""
@@ -88,12 +94,14 @@ class TrainState:
         return self.step - self.skipped.total
 
 
-STATIC = ("graphdef", "settings", "guidance", "optimizer", "ema", "steady", "mesh", "accumulate", "remat")
+OF_GRADIENT = ("graphdef", "settings", "guidance", "steady", "mesh", "accumulate", "remat")
+OF_UPDATE = ("optimizer", "ema", "mesh")
 
 
-@functools.partial(jax.jit, static_argnames=STATIC, donate_argnames="state")
-def train_step(
-    state: TrainState,
+@functools.partial(jax.jit, static_argnames=OF_GRADIENT)
+def gradient(
+    step: jax.Array,
+    adapter: nnx.State,
     base: nnx.State,
     conditioning: Conditioning,
     key: jax.Array,
@@ -103,12 +111,120 @@ def train_step(
     graphdef: nnx.GraphDef,
     settings: Distillation,
     guidance: float,
-    optimizer: OptimizerConfig,
-    ema: EmaConfig,
     steady: bool,
     mesh: Mesh,
     accumulate: int = 1,
     remat: Remat = "full",
+) -> tuple[nnx.State, dict[str, jax.Array]]:
+    """The first part of `train_step`: the gradient of training step `step`, and a log of it."""
+    noise_key, loss_key = jax.random.split(jax.random.fold_in(key, step))
+    batch, tokens = conditioning.batch_size, conditioning.positions.shape[0]
+    share = None if steady else teacher_share(step, settings.decay)
+    shardings = state_shardings(mesh, adapter)
+    model = nnx.merge(graphdef, base, adapter)
+    noise = jax.random.normal(noise_key, (batch, tokens, model.backbone.config.in_channels))
+    noise = jax.lax.with_sharding_constraint(noise, batched(mesh))
+
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def add_gradient(total: nnx.State | None, index: jax.Array | int) -> tuple[nnx.State, Any]:
+        """The total with a micro-batch's gradient; and the micro-batch's loss and log."""
+
+        def rows(x: jax.Array) -> jax.Array:
+            if accumulate == 1 or x is conditioning.positions or (negative is not None and x is negative.positions):
+                return x
+            return jax.lax.with_sharding_constraint(part_of(x, index, accumulate), batched(mesh))
+
+        prompts, negatives, start, images = jax.tree.map(rows, (conditioning, negative, noise, latents))
+        teachers = prompts if negatives is None else Guided(prompts, negatives, guidance)
+
+        def student(adapter, x, sigma, dropout_key):
+            # So that the gradient is sharded as the adapter is, where it arises
+            adapter = jax.lax.with_sharding_constraint(adapter, shardings)
+            return nnx.merge(graphdef, base, adapter).student_curve(x, sigma, prompts, dropout_key, remat)
+
+        def teacher(x, sigma):
+            times = len(x) // len(start)
+            calls = teacher_calls(times, len(start) // shards)
+            repeated = teachers.repeat(times // calls)
+            return in_parts(lambda x, sigma: model.teacher_velocity(x, sigma, repeated), calls, len(start), x, sigma)
+
+        options = {"settings": settings, "teacher_share": share, "latents": images}
+        loss, total, log = distil(
+            student, adapter, teacher, start, loss_key, part=(index, accumulate), total=total, **options
+        )
+        return total, (loss, log)
+
+    if accumulate == 1:
+        grads, (loss, log) = add_gradient(None, 0)
+    else:
+        zeros = jax.tree.map(jnp.zeros_like, adapter)
+        total, logs = jax.lax.scan(add_gradient, zeros, jnp.arange(accumulate))
+        grads = jax.tree.map(lambda x: x / accumulate, total)
+        loss, log = jax.tree.map(lambda x: x.mean(0), logs)
+    share = jnp.zeros(()) if steady else share
+    log = {**log, "segment_loss": log["loss"], "loss": loss, "teacher_share": share}
+    return on_mesh(mesh, grads, log)
+
+
+@functools.partial(jax.jit, static_argnames=OF_UPDATE, donate_argnames="state")
+def update(
+    state: TrainState,
+    grads: nnx.State,
+    log: dict[str, jax.Array],
+    *,
+    optimizer: OptimizerConfig,
+    ema: EmaConfig,
+    mesh: Mesh,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The second part of `train_step`: the state after the step, and the whole log. `state` is donated."""
+
+    def updated(state: TrainState, grads: nnx.State) -> tuple[nnx.State, optax.OptState]:
+        updates, opt_state = make_optimizer(optimizer, state.adapter).update(grads, state.opt_state, state.adapter)
+        return optax.apply_updates(state.adapter, updates), opt_state
+
+    norm = optax.global_norm(grads)
+    finite = all_finite((log["loss"], norm, updated(state, grads)))
+    # Computed again: to hold the update until all of it is known to be finite would take its memory
+    state, grads, finite = jax.lax.optimization_barrier((state, grads, finite))
+    adapter, opt_state = updated(state, grads)
+    decay = ema_decay(state.updates, ema.start, ema.power)
+    average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, adapter)
+    adapter, average, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (adapter, average, opt_state),
+        (state.adapter, state.ema, state.opt_state),
+    )
+    skipped = state.skipped.after(finite)
+    log = {
+        **log,
+        "gradient_norm": norm,
+        "learning_rate": learning_rate_schedule(optimizer)(state.updates),
+        "skipped": skipped.total,
+        "skipped_in_row": skipped.in_row,
+    }
+    return on_mesh(mesh, TrainState(state.step + 1, adapter, average, opt_state, skipped), log)
+
+
+def on_mesh(mesh: Mesh, state: T, log: dict[str, jax.Array]) -> tuple[T, dict[str, jax.Array]]:
+    """What a step returns, where it belongs: every process reads the log."""
+    whole = jax.tree.map(lambda _: replicated(mesh), log)
+    return jax.lax.with_sharding_constraint((state, log), (state_shardings(mesh, state), whole))
+
+
+@functools.partial(jax.jit, static_argnames=sorted({*OF_GRADIENT, *OF_UPDATE}), donate_argnames="state")
+def train_step(
+    state: TrainState,
+    base: nnx.State,
+    conditioning: Conditioning,
+    key: jax.Array,
+    negative: Conditioning | None = None,
+    latents: jax.Array | None = None,
+    *,
+    optimizer: OptimizerConfig,
+    ema: EmaConfig,
+    mesh: Mesh,
+    **of_gradient: Any,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One training step of distillation on the prompts of `conditioning`, batch first.
 
@@ -133,77 +249,9 @@ def train_step(
       The next state, and what to log: loss, loss and velocity error of each segment, gradient norm, learning rate,
       teacher share, and how many training steps were skipped: in all, and in a row up to this one.
     """
-    noise_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
-    batch, tokens = conditioning.batch_size, conditioning.positions.shape[0]
-    share = None if steady else teacher_share(state.step, settings.decay)
-    shardings = state_shardings(mesh, state)
-    model = nnx.merge(graphdef, base, state.adapter)
-    noise = jax.random.normal(noise_key, (batch, tokens, model.backbone.config.in_channels))
-    noise = jax.lax.with_sharding_constraint(noise, batched(mesh))
-
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-
-    def add_gradient(total: nnx.State | None, index: jax.Array | int) -> tuple[nnx.State, Any]:
-        """The total with a micro-batch's gradient; and the micro-batch's loss and log."""
-
-        def rows(x: jax.Array) -> jax.Array:
-            if accumulate == 1 or x is conditioning.positions or (negative is not None and x is negative.positions):
-                return x
-            return jax.lax.with_sharding_constraint(part_of(x, index, accumulate), batched(mesh))
-
-        prompts, negatives, start, images = jax.tree.map(rows, (conditioning, negative, noise, latents))
-        teachers = prompts if negatives is None else Guided(prompts, negatives, guidance)
-
-        def student(adapter, x, sigma, dropout_key):
-            # So that the gradient is sharded as the adapter is, where it arises
-            adapter = jax.lax.with_sharding_constraint(adapter, shardings.adapter)
-            return nnx.merge(graphdef, base, adapter).student_curve(x, sigma, prompts, dropout_key, remat)
-
-        def teacher(x, sigma):
-            times = len(x) // len(start)
-            calls = teacher_calls(times, len(start) // shards)
-            repeated = teachers.repeat(times // calls)
-            return in_parts(lambda x, sigma: model.teacher_velocity(x, sigma, repeated), calls, len(start), x, sigma)
-
-        options = {"settings": settings, "teacher_share": share, "latents": images}
-        loss, total, log = distil(
-            student, state.adapter, teacher, start, loss_key, part=(index, accumulate), total=total, **options
-        )
-        return total, (loss, log)
-
-    if accumulate == 1:
-        grads, (loss, log) = add_gradient(None, 0)
-    else:
-        zeros = jax.tree.map(jnp.zeros_like, state.adapter)
-        total, logs = jax.lax.scan(add_gradient, zeros, jnp.arange(accumulate))
-        grads = jax.tree.map(lambda x: x / accumulate, total)
-        loss, log = jax.tree.map(lambda x: x.mean(0), logs)
-
-    norm = optax.global_norm(grads)
-    updates, opt_state = make_optimizer(optimizer, state.adapter).update(grads, state.opt_state, state.adapter)
-    adapter = optax.apply_updates(state.adapter, updates)
-    finite = all_finite((loss, norm, adapter, opt_state))
-    decay = ema_decay(state.updates, ema.start, ema.power)
-    average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, adapter)
-    adapter, average, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (adapter, average, opt_state),
-        (state.adapter, state.ema, state.opt_state),
-    )
-    skipped = state.skipped.after(finite)
-    log = {
-        **log,
-        "segment_loss": log["loss"],
-        "loss": loss,
-        "gradient_norm": norm,
-        "learning_rate": learning_rate_schedule(optimizer)(state.updates),
-        "teacher_share": jnp.zeros(()) if steady else share,
-        "skipped": skipped.total,
-        "skipped_in_row": skipped.in_row,
-    }
-    state = TrainState(state.step + 1, adapter, average, opt_state, skipped)
-    # Every process reads the log
-    return jax.lax.with_sharding_constraint((state, log), (shardings, jax.tree.map(lambda _: replicated(mesh), log)))
+    inputs = (state.step, state.adapter, base, conditioning, key, negative, latents)
+    grads, log = gradient(*inputs, mesh=mesh, **of_gradient)
+    return update(state, grads, log, optimizer=optimizer, ema=ema, mesh=mesh)
 
 
 def teacher_calls(states: int, examples: int) -> int:

@@ -18,13 +18,13 @@ from jax.sharding import Mesh
 
 from arcflow_jax.cli.app import main
 from arcflow_jax.compile_report import report, topology
-from arcflow_jax.compile_report.child import needed
+from arcflow_jax.compile_report.child import compile_program, needed
 from arcflow_jax.compile_report.collectives import Traffic, collectives
-from arcflow_jax.compile_report.programs import sampler, training_step
+from arcflow_jax.compile_report.programs import Program, sampler, training_step
 from arcflow_jax.compile_report.topology import environment
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.attention import attention, attention_kernel
-from arcflow_jax.parallel.mesh import MESH_AXES
+from arcflow_jax.parallel.mesh import MESH_AXES, make_mesh, replicated
 from arcflow_jax.training.recipe import Recipe, read_config
 from arcflow_jax.training.work import flops
 from tests.helpers.processes import with_devices
@@ -199,6 +199,22 @@ def test_collectives_of_a_tpu_program():
         "all-reduce": Traffic(1, 8 * 4 + 3),
         "all-gather": Traffic(19, 19 * 16 * 8 * 2),
     }
+
+
+def test_a_program_in_two_parts():
+    """What the second part has beside it counts; the larger peak is the peak of both."""
+    mesh = make_mesh((1, 1, 1, 1), jax.devices()[:1])
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=replicated(mesh))
+    first = Program(jax.jit(lambda x: x @ x), (x,), {}, passes=1)
+    second = Program(jax.jit(lambda x: x @ x @ x), (x,), {}, passes=1)
+    beside = dataclasses.replace(second, beside=(x, x, x))
+    alone, then, beside, both = (
+        compile_program(mesh, each) for each in (first, second, beside, dataclasses.replace(first, then=beside))
+    )
+    assert beside["peak"] == then["peak"] + 3 * 64 * 64 * 4
+    assert both["peak"] == beside["peak"] > alone["peak"] == 2 * 64 * 64 * 4
+    assert both["arguments"] == alone["arguments"]
+    assert both["flops"] == 3 * 2 * 64**3
 
 
 def test_needed_memory_is_read_from_the_message():

@@ -16,7 +16,7 @@ from arcflow_jax.data.images import CaptionedImage, pixels, read_image, read_ima
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import pack
 from arcflow_jax.parallel.mesh import make_mesh
-from arcflow_jax.training.latents import LatentEncoder
+from arcflow_jax.training.latents import LatentEncoder, _encode
 
 
 def save(file, size=(8, 8), color=(255, 0, 0)):
@@ -150,9 +150,12 @@ def test_latents_are_those_of_the_vae(tiny_flux, tmp_path):
         file = tmp_path / f"{i}.png"
         Image.fromarray(rng.integers(0, 255, (32, 48, 3), np.uint8)).save(file)
         images.append(CaptionedImage(file, "x"))
-    encode = LatentEncoder(directory, "float32", make_mesh((1, 1, 1, 1)))
-    tokens = encode(encode.pixels(images, 32, 48))
+    encode = LatentEncoder(directory, "float32", make_mesh((1, 1, 1, 1)), accumulate=2)
+    pixels = encode.pixels(images, 32, 48)
+    tokens = encode(pixels)
     assert tokens.shape == (2, 2 * 3, 16)
+    one, two = (_encode.lower(encode.graphdef, encode.state, pixels, parts).compile() for parts in (1, 2))
+    assert two.memory_analysis().temp_size_in_bytes < 0.7 * one.memory_analysis().temp_size_in_bytes
     vae = nnx.merge(encode.graphdef, encode.state)
     images = jnp.stack([jnp.asarray(np.asarray(Image.open(p.file)), jnp.float32) / 127.5 - 1 for p in images])
     np.testing.assert_allclose(tokens, pack(vae.encode(images)), atol=1e-4)

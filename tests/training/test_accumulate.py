@@ -43,6 +43,7 @@ def step():
     def arguments():  # anew, because the state is donated
         base, adapter = jax.tree.map(jnp.copy, weights)
         state = TrainState.create(adapter, make_optimizer(recipe.optimizer, abstract))
+        state = dataclasses.replace(state, step=jnp.int32(1))  # the teacher's share is 3/4
         return state, base, prompts, jax.random.key(2), negative
 
     return keywords, arguments, latents
@@ -59,10 +60,11 @@ def distance(ours: object, theirs: object) -> float:
     return float(optax.global_norm(jax.tree.map(jnp.subtract, ours, theirs)) / optax.global_norm(theirs))
 
 
-@pytest.mark.parametrize(("steady", "data"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(("steady", "data"), [(False, False), (False, True), (True, False), (True, True)])
 def test_micro_batches_give_what_the_batch_gives(steady, data):
     whole, log = after(1, steady=steady, data=data)
     parts, log_of_parts = after(4, steady=steady, data=data)
+    assert log["teacher_share"] == (0 if steady else 0.75)
     for name in log.keys() - {"velocity_error"}:
         np.testing.assert_allclose(log_of_parts[name], log[name], rtol=1e-4, err_msg=name)
     assert log["velocity_error"].shape == log_of_parts["velocity_error"].shape
