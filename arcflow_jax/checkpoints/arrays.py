@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from arcflow_jax.checkpoints.replicas import read_once
 from arcflow_jax.errors import UserError
 
 T = TypeVar("T")
@@ -100,8 +101,11 @@ class Arrays(ocp.type_handlers.ArrayHandler):
             with contextlib.suppress(Exception):
                 future.result()
 
-    async def deserialize(self, *args: Any) -> Any:
-        return await settled(super().deserialize(*args))
+    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[jax.Array]:
+        def read(infos: Sequence[Any], args: Sequence[Any] | None) -> Coroutine[Any, Any, Sequence[jax.Array]]:
+            return settled(super(Arrays, self).deserialize(infos, args))
+
+        return await (read(infos, args) if jax.process_count() == 1 else read_once(read, infos, args))
 
     def metadata(self, *args: Any) -> Any:
         return Lazily(lambda: settled(super(Arrays, self).metadata(*args)))

@@ -2,7 +2,7 @@
 
 For gs:// it is gcp-storage-emulator, with what it lacks: conditional requests, and the generation of what is read. For
 s3:// it is moto. Both have one bucket, `bucket`. A busy one answers every third request with 503, one that denies
-answers all with 403.
+answers all with 403. That for gs:// counts what it serves: /served has the bytes of each object.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Any
@@ -45,8 +46,8 @@ def generation(request: Any, storage: Any) -> str:
         return "0"
 
 
-def mended(handler: Callable, faults: Faults) -> Callable:
-    """A handler of the emulator, with faults, conditions and generations."""
+def mended(handler: Callable, faults: Faults, served: Counter[str]) -> Callable:
+    """A handler of the emulator, with faults, conditions, generations, and a count of the bytes served."""
 
     def handle(request: Any, response: Any, storage: Any) -> None:
         body = request.data  # read in any case, or the client cannot send it
@@ -66,6 +67,7 @@ def mended(handler: Callable, faults: Faults) -> Callable:
         handler(request, response, storage)
         if there is not None and request.query.get("alt") == ["media"]:
             response["x-goog-generation"] = there
+            served[request.params["object_id"]] += len(response._content)
 
     return handle
 
@@ -73,9 +75,13 @@ def mended(handler: Callable, faults: Faults) -> Callable:
 def serve_gs(port: int, faults: Faults) -> None:
     from gcp_storage_emulator import server
 
-    server.HANDLERS = tuple(
-        (path, {method: mended(handler, faults) for method, handler in handlers.items()})
-        for path, handlers in server.HANDLERS
+    served: Counter[str] = Counter()
+    server.HANDLERS = (
+        ("^/served$", {"GET": lambda request, response, storage: response.json(served)}),
+        *(
+            (path, {method: mended(handler, faults, served) for method, handler in handlers.items()})
+            for path, handlers in server.HANDLERS
+        ),
     )
     server.create_server(HOST, port, in_memory=True, default_bucket=BUCKET).start()
 

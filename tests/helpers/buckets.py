@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 
 import fsspec
@@ -43,6 +45,13 @@ def bucket(scheme: str, faults: str = "") -> Iterator[str]:
             server.kill()
             server.communicate()
             forget_clients()
+
+
+def served(below: str) -> int:
+    """Bytes that the emulator for gs:// has served of the objects below a path."""
+    with urllib.request.urlopen(os.environ["STORAGE_EMULATOR_HOST"] + "/served") as answer:
+        found = json.load(answer)
+    return sum(size for name, size in found.items() if f"gs://{BUCKET}/{name}".startswith(f"{below}/"))
 
 
 def forget_clients() -> None:
