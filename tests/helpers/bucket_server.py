@@ -8,6 +8,7 @@ answers all with 403. That for gs:// counts what it serves: /served has the byte
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from collections import Counter
@@ -83,7 +84,8 @@ def serve_gs(port: int, faults: Faults) -> None:
             for path, handlers in server.HANDLERS
         ),
     )
-    server.create_server(HOST, port, in_memory=True, default_bucket=BUCKET).start()
+    in_memory = "STORAGE_BASE" not in os.environ  # the emulator's own name of a folder for the objects
+    server.create_server(HOST, port, in_memory=in_memory, default_bucket=BUCKET).start()
 
 
 def serve_s3(port: int, faults: Faults) -> None:

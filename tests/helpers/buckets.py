@@ -9,6 +9,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -18,8 +19,12 @@ from tests.helpers.processes import ROOT, free_address
 
 
 @contextlib.contextmanager
-def bucket(scheme: str, faults: str = "") -> Iterator[str]:
-    """A bucket's URL, gs://bucket or s3://bucket. See `bucket_server` for the faults."""
+def bucket(scheme: str, faults: str = "", folder: Path | None = None) -> Iterator[str]:
+    """A bucket's URL, gs://bucket or s3://bucket. See `bucket_server` for the faults.
+
+    Args:
+      folder: where gs:// keeps its objects, instead of in memory.
+    """
     port = free_address().rpartition(":")[2]
     command = [sys.executable, "-m", "tests.helpers.bucket_server", scheme, port, *([faults] if faults else [])]
     here = f"http://{HOST}:{port}"
@@ -32,7 +37,7 @@ def bucket(scheme: str, faults: str = "") -> Iterator[str]:
         server = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), **({"STORAGE_BASE": str(folder)} if folder else {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
