@@ -28,7 +28,8 @@ MODEL, RUN, PROMPTS = f"{place}/model", f"{place}/run", f"{place}/prompts.txt"
 values = dict(model=MODEL, prompts=PROMPTS, out=RUN, resolutions=((32, 32),), batch=2, steps=4, save_every=2)
 values |= {"log_every": 1, "mesh": (1, 1, 1, 1), "preview_every": 4}
 values |= {"adapter.modes": 2, "adapter.rank": 2, "distillation.states": 2}
-train = ["train", "--config", "tiny", *(f"--config.{name}={value}" for name, value in values.items())]
+settings = [f"--config.{name}={value}" for name, value in values.items()]
+train = ["train", "--config", "tiny", "--profile", "4:4", *settings]
 
 def command(*arguments):
     app(list(arguments), standalone_mode=False)
@@ -71,7 +72,7 @@ def run(place: object, which: str, script: str = WAY) -> tuple[int, str]:
     as_path(f"{place}/prompts.txt").parent.mkdir(parents=True, exist_ok=True)
     as_path(f"{place}/prompts.txt").write_text("\n".join(PROMPTS))
     process = child(script, place, source, which)
-    said, _ = process.communicate(timeout=240)
+    said, _ = process.communicate(timeout=900)
     return process.returncode, said
 
 
@@ -85,11 +86,19 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["gs", pytest.param("s3", marks=pytest.mark.long)])
-def test_the_whole_way(scheme, undisturbed, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("scheme", "faults"),
+    [
+        ("gs", ""),
+        pytest.param("s3", "", marks=pytest.mark.long),
+        pytest.param("gs", "busy", marks=pytest.mark.long),  # every third request fails
+        pytest.param("s3", "busy", marks=pytest.mark.long),
+    ],
+)
+def test_the_whole_way(scheme, faults, undisturbed, tmp_path, monkeypatch):
     pytest.importorskip({"gs": "gcp_storage_emulator", "s3": "moto"}[scheme])
     monkeypatch.chdir(tmp_path)
-    with bucket(scheme) as url:
+    with bucket(scheme, faults) as url:
         code, said = run(f"{url}/way", "first")
         assert code == -9, said
         code, said = run(f"{url}/way", "second")
@@ -102,6 +111,7 @@ def test_the_whole_way(scheme, undisturbed, tmp_path, monkeypatch):
         for expected in ("model/model.json", "run/adapter.json", "run/previews/000004.png", "export/config.json"):
             assert expected in names
         assert [name for name in names if "tensorboard/events" in name]
+        assert [name for name in names if name.startswith("run/profile/") and name.endswith(".xplane.pb")]
         lines = (way / "run" / "log.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
         resumed, expected = weights(way / "run", 4), weights(undisturbed / "run", 4)

@@ -1,8 +1,10 @@
-"""Emulators of the two object stores on 127.0.0.1: `python -m tests.helpers.bucket_server gs|s3 PORT [busy|denied]`.
+"""Emulators of the two object stores on 127.0.0.1: `python -m tests.helpers.bucket_server gs|s3 PORT [FAULTS]`.
 
-For gs:// it is gcp-storage-emulator, with what it lacks: conditional requests, and the generation of what is read. For
-s3:// it is moto. Both have one bucket, `bucket`. A busy one answers every third request with 503, one that denies
-answers all with 403. That for gs:// counts what it serves: /served has the bytes of each object.
+For gs:// it is gcp-storage-emulator, with what it lacks: conditional requests, the generation of what is read, and
+/served, the bytes that it has served of each object. For s3:// it is moto. Both have one bucket, `bucket`.
+
+FAULTS is "busy": every third request is answered with 503; "denied": all with 403; "sealed", gs:// only: TensorStore's
+writes with 403.
 """
 
 from __future__ import annotations
@@ -28,10 +30,12 @@ class Faults:
     def __init__(self, kind: str):
         self.kind, self.requests = kind, 0
 
-    def __call__(self) -> int:
+    def __call__(self, request: str = "") -> int:
         """The status of a failure, 0 for none."""
         self.requests += 1
-        return {"denied": 403, "busy": 503 if self.requests % 3 == 0 else 0}.get(self.kind, 0)
+        sealed = request.startswith("POST") and "ocdbt" in request
+        failures = {"denied": 403, "busy": 503 * (self.requests % 3 == 0), "sealed": 403 * sealed}
+        return failures.get(self.kind, 0)
 
 
 def generation(request: Any, storage: Any) -> str:
@@ -52,7 +56,7 @@ def mended(handler: Callable, faults: Faults, served: Counter[str]) -> Callable:
 
     def handle(request: Any, response: Any, storage: Any) -> None:
         body = request.data  # read in any case, or the client cannot send it
-        if status := faults():
+        if status := faults(f"{request.method} {request.full_url}"):
             response.status = HTTPStatus(status)
             response.json(DENIED if status == 403 else BUSY)
             return
