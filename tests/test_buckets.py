@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 
 from arcflow_jax.checkpoints.training import Checkpoints
 from arcflow_jax.storage.paths import as_path
+from arcflow_jax.training.trace import Trace
 from tests.helpers.buckets import bucket
 from tests.helpers.processes import child
 from tests.helpers.tiny_run import PROMPTS
@@ -28,8 +30,7 @@ MODEL, RUN, PROMPTS = f"{place}/model", f"{place}/run", f"{place}/prompts.txt"
 values = dict(model=MODEL, prompts=PROMPTS, out=RUN, resolutions=((32, 32),), batch=2, steps=4, save_every=2)
 values |= {"log_every": 1, "mesh": (1, 1, 1, 1), "preview_every": 4}
 values |= {"adapter.modes": 2, "adapter.rank": 2, "distillation.states": 2}
-settings = [f"--config.{name}={value}" for name, value in values.items()]
-train = ["train", "--config", "tiny", "--profile", "4:4", *settings]
+train = ["train", "--config", "tiny", *(f"--config.{name}={value}" for name, value in values.items())]
 
 def command(*arguments):
     app(list(arguments), standalone_mode=False)
@@ -72,7 +73,7 @@ def run(place: object, which: str, script: str = WAY) -> tuple[int, str]:
     as_path(f"{place}/prompts.txt").parent.mkdir(parents=True, exist_ok=True)
     as_path(f"{place}/prompts.txt").write_text("\n".join(PROMPTS))
     process = child(script, place, source, which)
-    said, _ = process.communicate(timeout=900)
+    said, _ = process.communicate(timeout=240)
     return process.returncode, said
 
 
@@ -86,19 +87,11 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("scheme", "faults"),
-    [
-        ("gs", ""),
-        pytest.param("s3", "", marks=pytest.mark.long),
-        pytest.param("gs", "busy", marks=pytest.mark.long),  # every third request fails
-        pytest.param("s3", "busy", marks=pytest.mark.long),
-    ],
-)
-def test_the_whole_way(scheme, faults, undisturbed, tmp_path, monkeypatch):
+@pytest.mark.parametrize("scheme", ["gs", pytest.param("s3", marks=pytest.mark.long)])
+def test_the_whole_way(scheme, undisturbed, tmp_path, monkeypatch):
     pytest.importorskip({"gs": "gcp_storage_emulator", "s3": "moto"}[scheme])
     monkeypatch.chdir(tmp_path)
-    with bucket(scheme, faults) as url:
+    with bucket(scheme) as url:
         code, said = run(f"{url}/way", "first")
         assert code == -9, said
         code, said = run(f"{url}/way", "second")
@@ -111,7 +104,6 @@ def test_the_whole_way(scheme, faults, undisturbed, tmp_path, monkeypatch):
         for expected in ("model/model.json", "run/adapter.json", "run/previews/000004.png", "export/config.json"):
             assert expected in names
         assert [name for name in names if "tensorboard/events" in name]
-        assert [name for name in names if name.startswith("run/profile/") and name.endswith(".xplane.pb")]
         lines = (way / "run" / "log.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
         resumed, expected = weights(way / "run", 4), weights(undisturbed / "run", 4)
@@ -120,3 +112,17 @@ def test_the_whole_way(scheme, faults, undisturbed, tmp_path, monkeypatch):
     for name in expected:
         np.testing.assert_array_equal(resumed[name], expected[name], err_msg=name)
     assert exported == (undisturbed / "export" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("faults", ["", "denied"])
+def test_a_trace_is_uploaded_and_never_ends_a_run(faults, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("gcp_storage_emulator")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with bucket("gs", faults) as url, Trace("1:1", as_path(f"{url}/profile")) as trace:
+        trace.before(1)
+        trace.after(1, jax.numpy.ones(2) + 1)
+        if not faults:
+            assert [path for path in as_path(f"{url}/profile").rglob("*") if path.name.endswith(".xplane.pb")]
+    warned = "warning: the trace was not written: PermissionError: " in capfd.readouterr().err
+    assert warned == bool(faults)
+    assert not os.listdir(tmp_path)

@@ -397,6 +397,19 @@ def test_newer_checkpoints_move_aside_in_a_bucket(scheme, monkeypatch):
             assert_is(restore(checkpoints, like), state(3))
 
 
+@pytest.mark.long
+def test_checkpoints_in_a_store_that_refuses_every_third_request():
+    pytest.importorskip("gcp_storage_emulator")
+    with bucket("gs", "busy") as url:
+        run = as_path(f"{url}/run")
+        with Checkpoints(run) as checkpoints:
+            save(checkpoints, state(1))
+            save(checkpoints, state(2))
+        with Checkpoints(run) as checkpoints:
+            assert_is(restore(checkpoints, state(0), 1), state(1))
+        assert [path.name for path in (run / "checkpoints-aside").iterdir()] == ["2"]
+
+
 def test_a_bucket_that_takes_no_weights_is_named_with_the_permission():
     """TensorStore has a client and an account of its own."""
     pytest.importorskip("gcp_storage_emulator")
