@@ -2,16 +2,19 @@
 
     python -m benchmarks.convert_full_size --model configs/flux.1-dev --folder /tmp/flux-size
     python -m benchmarks.convert_full_size --model configs/qwen-image --folder /tmp/qwen-size --as-it-goes
+    python -m benchmarks.convert_full_size --model configs/flux.1-dev --folder /tmp/flux-size --as-it-goes --in-bucket
 
 Writes a diffusers folder in bfloat16 with the exact sizes of a folder of config files (`--set` changes them, e.g.
 `--set text_encoder_2.num_layers=2`), converts it in a child process, prints that process's peak resident memory and
 speed, and removes everything. This needs twice the model's size on the disk. With `--as-it-goes` it needs the size
-only once: each tensor is written just before it is read, and its disk space is freed right after.
+only once: each tensor is written just before it is read, and its disk space is freed right after. With `--in-bucket`
+the result goes to gs://, to an emulator in a process of its own, which keeps the objects in FOLDER.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
@@ -38,7 +41,9 @@ from arcflow_jax.convert.engine import fills
 from arcflow_jax.families import Network
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.storage.files import read_json
+from arcflow_jax.storage.paths import as_path, sizes_below
 from arcflow_jax.storage.safetensors import FileTensor, read_header
+from tests.helpers.buckets import bucket
 
 POOL = 2**24 - 3  # random numbers, reused because they are slow to draw
 
@@ -131,6 +136,7 @@ def make_source(folder: Path, options: argparse.Namespace) -> list[str]:
         )
     for name in families.of_pipeline(pipeline, pipeline).tokenizers:
         (folder / name).mkdir()
+        (folder / name / "tokenizer_config.json").write_text("{}")  # a bucket has no empty folders
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text("{}")
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -175,15 +181,12 @@ def provide(child: Connection, values: Values) -> tuple[float, resource.struct_r
     return seconds, message
 
 
-def size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def run(options: argparse.Namespace) -> None:
-    """Makes the source, converts it and prints the cost."""
-    source, out = options.folder / "source", options.folder / "converted"
+def run(options: argparse.Namespace, url: str | None = None) -> None:
+    """Makes the source, converts it, in the bucket `url` if there is one, and prints the cost."""
+    source = options.folder / "source"
+    out = as_path(f"{url}/converted") if url else options.folder / "converted"
     arguments = ["--source", str(source), "--out", str(out), *make_source(source, options)]
-    size, values = size_of(source), Values()
+    size, values = sum(sizes_below(source).values()), Values()
     start = time.perf_counter()
     if not options.as_it_goes:
         for path in sorted(source.rglob("*.safetensors")):
@@ -202,9 +205,11 @@ def run(options: argparse.Namespace) -> None:
     if process.exitcode:
         sys.exit(f"arcflow convert failed with status {process.exitcode}")
     print(f"wrote {size / 1e9:.2f} GB in {writing + waiting:.0f} s")
-    print(f"converted to {size_of(out) / 1e9:.2f} GB in {seconds:.0f} s, {size / 1e6 / seconds:.0f} MB/s")
+    written = sum(sizes_below(out).values())
+    print(f"converted to {written / 1e9:.2f} GB in {seconds:.0f} s, {size / 1e6 / seconds:.0f} MB/s")
     print(f"processor time {usage.ru_utime:.0f} s in user code, {usage.ru_stime:.0f} s in the system")
     print(f"peak resident memory {usage.ru_maxrss * 1024 / 1e9:.2f} GB")  # Linux counts in KiB
+    print(f"the process itself wrote {usage.ru_oublock * 512 / 1e9:.2f} GB to disks")
 
 
 def main() -> None:
@@ -215,11 +220,13 @@ def main() -> None:
     parser.add_argument("--shard-gb", type=float, default=10, help="size of the largest shard")
     parser.add_argument("--original", action="store_true", help="write the authors' single files, not diffusers'")
     parser.add_argument("--as-it-goes", action="store_true", help="write each tensor just before it is read")
+    parser.add_argument("--in-bucket", action="store_true", help="convert to an emulated bucket")
     parser.add_argument("--keep", action="store_true", help="keep the folder")
     options = parser.parse_args()
     options.folder.mkdir(parents=True)
     try:
-        run(options)
+        with bucket("gs", folder=options.folder / "bucket") if options.in_bucket else contextlib.nullcontext() as url:
+            run(options, url)
     finally:
         if not options.keep:
             shutil.rmtree(options.folder)

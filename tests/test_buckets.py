@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 
 from arcflow_jax.checkpoints.training import Checkpoints
 from arcflow_jax.storage.paths import as_path
+from arcflow_jax.training.trace import Trace
 from tests.helpers.buckets import bucket
 from tests.helpers.processes import child
 from tests.helpers.tiny_run import PROMPTS
@@ -110,3 +112,17 @@ def test_the_whole_way(scheme, undisturbed, tmp_path, monkeypatch):
     for name in expected:
         np.testing.assert_array_equal(resumed[name], expected[name], err_msg=name)
     assert exported == (undisturbed / "export" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("faults", ["", "denied"])
+def test_a_trace_is_uploaded_and_never_ends_a_run(faults, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("gcp_storage_emulator")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with bucket("gs", faults) as url, Trace("1:1", as_path(f"{url}/profile")) as trace:
+        trace.before(1)
+        trace.after(1, jax.numpy.ones(2) + 1)
+        if not faults:
+            assert [path for path in as_path(f"{url}/profile").rglob("*") if path.name.endswith(".xplane.pb")]
+    warned = "warning: the trace was not written: PermissionError: " in capfd.readouterr().err
+    assert warned == bool(faults)
+    assert not os.listdir(tmp_path)

@@ -20,7 +20,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from arcflow_jax.errors import UserError
+from arcflow_jax.checkpoints.replicas import read_once
+from arcflow_jax.errors import UserError, cause_of
+from arcflow_jax.storage.paths import in_bucket
 
 T = TypeVar("T")
 
@@ -100,8 +102,11 @@ class Arrays(ocp.type_handlers.ArrayHandler):
             with contextlib.suppress(Exception):
                 future.result()
 
-    async def deserialize(self, *args: Any) -> Any:
-        return await settled(super().deserialize(*args))
+    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[jax.Array]:
+        def read(infos: Sequence[Any], args: Sequence[Any] | None) -> Coroutine[Any, Any, Sequence[jax.Array]]:
+            return settled(super(Arrays, self).deserialize(infos, args))
+
+        return await (read(infos, args) if jax.process_count() == 1 else read_once(read, infos, args))
 
     def metadata(self, *args: Any) -> Any:
         return Lazily(lambda: settled(super(Arrays, self).metadata(*args)))
@@ -114,12 +119,21 @@ class NumPyArrays(ocp.type_handlers.NumpyHandler):
         return Lazily(lambda: settled(super(NumPyArrays, self).metadata(*args)))
 
 
-def as_os_error(error: Exception) -> OSError | None:
-    """The OSError that an error is, or that it reports in TensorStore's form; None if there is none."""
+def as_os_error(error: Exception, path: Path) -> OSError | None:
+    """The OSError that a failed write to `path` is, or that it reports in TensorStore's form; None if there is none."""
     if isinstance(error, OSError) and error.strerror:
         return error
+    if in_bucket(path) and cause_of(error) in ("permission", "network"):
+        return path.clear_error(error, write=True)
     code = re.search(r"os_error_code='(\d+)'", str(error))
     return OSError(int(code[1]), os.strerror(int(code[1]))) if code else None
+
+
+def clear_cause(error: Exception, path: Path) -> Exception:
+    """The error of a failed read of `path`; of a bucket that denies access, one that names bucket and permission."""
+    if not (in_bucket(path) and cause_of(error) == "permission"):
+        return error
+    return PermissionError(path.clear_error(error).strerror)
 
 
 def place(path: Path) -> Path:

@@ -37,7 +37,7 @@ def move(checkpoint: Path, to: Path) -> None:
     mark = checkpoint / COMMITTED
     for path in checkpoint.sizes():
         if path != mark:
-            (to / str(path.relative_to(checkpoint))).write_bytes(path.read_bytes())
-    (to / COMMITTED).write_bytes(mark.read_bytes())
+            path.copy_to(to / str(path.relative_to(checkpoint)))
+    mark.copy_to(to / COMMITTED)
     mark.unlink()
     checkpoint.rmtree()

@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from arcflow_jax import families, schema
-from arcflow_jax.checkpoints.arrays import handler, place
+from arcflow_jax.checkpoints.arrays import clear_cause, handler, place
 from arcflow_jax.checkpoints.names import in_memory, on_disk
 from arcflow_jax.errors import UserError, cannot_load, cause_of, first_few, one_line, out_of_memory
 from arcflow_jax.families import Family, Network
@@ -248,7 +248,7 @@ class ModelDirectory:
             if out_of_memory(error):
                 raise
             if cause_of(error) is not None:
-                raise cannot_load(str(self.path / component), error) from error
+                raise cannot_load(str(self.path / component), clear_cause(error, self.path)) from error
             detail = one_line(error.__cause__ or error)
             raise UserError(f"{self.path / component} is damaged: {detail}; convert the model again") from error
         raise UserError(f"{self.path / component} does not fit the network: {len(wrong)} differ ({first_few(wrong)})")

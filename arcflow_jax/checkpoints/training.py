@@ -25,7 +25,7 @@ from flax import nnx
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from arcflow_jax import schema
-from arcflow_jax.checkpoints.arrays import Arrays, as_os_error, check_name, handler, misfits, place
+from arcflow_jax.checkpoints.arrays import Arrays, as_os_error, check_name, clear_cause, handler, misfits, place
 from arcflow_jax.checkpoints.aside import COMMITTED, move_aside
 from arcflow_jax.checkpoints.model_directory import ComponentDescription
 from arcflow_jax.checkpoints.names import tree_in_memory, tree_on_disk
@@ -253,7 +253,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            told = as_os_error(error)
+            told = as_os_error(error, self.run)
             reason = one_line(error if told is None else told.strerror)
             kind = NetworkError if cause_of(error) == "network" else UserError
             there = [int(path.name) for path in (self.run / "checkpoints").glob("*") if is_complete(path)]
@@ -356,7 +356,8 @@ class Checkpoints:
             except Exception as error:
                 older = [other for other in self.manager.all_steps() if other < step]
                 hint = f"; arcflow train --step {max(older)} resumes from the one before" if older else ""
-                raise cannot_load(f"checkpoint {step} in {self.run}", error, hint) from error
+                cause = clear_cause(error, self.run)
+                raise cannot_load(f"checkpoint {step} in {self.run}", cause, hint) from error
 
 
 def is_complete(checkpoint: Path) -> bool:

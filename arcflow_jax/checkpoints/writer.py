@@ -129,8 +129,8 @@ def write_checkpoint(path: Path, streams: Mapping[str, Any]) -> None:
             ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_zarr3=True)
         ) as checkpointer:
             checkpointer.save(place(path), args=ocp.args.PyTreeSave(streams))
-    except ValueError as error:
-        if (told := as_os_error(error)) is None:
+    except Exception as error:
+        if (told := as_os_error(error, path)) in (None, error):
             raise
         raise told from error
     finally:

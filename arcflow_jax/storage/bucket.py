@@ -14,13 +14,14 @@ import stat
 import time
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import fsspec
 import fsspec.config
 from etils.epath.gpath import PosixGPath
 
-from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.errors import UserError, cause_of, one_line
 
 SCHEMES = {"gs": "gcs", "s3": "s3"}  # scheme → extra of setup.py that installs its client
 # What an account needs, for errors: to read, and to write
@@ -65,7 +66,7 @@ class BucketPath(Base):
 
     def info(self) -> dict[str, Any] | None:
         """What the store says about an object or folder; None if there is none."""
-        with clear_errors(self), contextlib.suppress(FileNotFoundError):
+        with self.clear_errors(), contextlib.suppress(FileNotFoundError):
             return self.store.info(str(self))
         return None
 
@@ -98,7 +99,7 @@ class BucketPath(Base):
         )
 
     def iterdir(self) -> Iterator[BucketPath]:
-        with clear_errors(self):
+        with self.clear_errors():
             names = self.store.ls(str(self), detail=False)
         for name in names:
             if (path := self / name.rstrip("/").rpartition("/")[2]) != self:  # not a folder's own empty object
@@ -115,21 +116,21 @@ class BucketPath(Base):
 
     def sizes(self) -> dict[BucketPath, int]:
         """All objects below, and their bytes, with few requests."""
-        with clear_errors(self):
+        with self.clear_errors():
             found = self.store.find(str(self), detail=True)
         return {BucketPath(f"{self.scheme}://{name}"): info["size"] for name, info in found.items() if name[-1] != "/"}
 
     def open(self, mode: str = "r", **options: Any) -> IO[Any]:
         """Opens an object to be read."""
         assert mode in ("r", "rb"), "an object is written as a whole"
-        with clear_errors(self):
+        with self.clear_errors():
             file = self.store.open(str(self), "rb")
         buffered = io.BufferedReader(file, 2**20)
         return buffered if mode == "rb" else io.TextIOWrapper(buffered, options.get("encoding", "utf-8"))
 
     def read_bytes(self, start: int | None = None, end: int | None = None) -> bytes:
         """The object, or some bytes of it."""
-        with clear_errors(self):
+        with self.clear_errors():
             return self.store.cat_file(str(self), start=start, end=end)
 
     def read_text(self, encoding: str = "utf-8") -> str:
@@ -138,7 +139,7 @@ class BucketPath(Base):
     def write_bytes(self, data: bytes, *, new: bool = False) -> None:
         """Writes the object, or replaces it. Raises FileExistsError if it is to be new, and is not."""
         try:
-            with clear_errors(self, write=True):
+            with self.clear_errors(write=True):
                 self.store.pipe_file(str(self), data, mode="create" if new else "overwrite")
         except FileNotFoundError as error:
             raise OSError(errno.ENOENT, f"there is no bucket {self.bucket}") from error
@@ -148,12 +149,12 @@ class BucketPath(Base):
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Removes the object. S3 does not say whether there was one."""
-        with clear_errors(self, write=True), contextlib.suppress(*([FileNotFoundError] if missing_ok else [])):
+        with self.clear_errors(write=True), contextlib.suppress(*([FileNotFoundError] if missing_ok else [])):
             self.store.rm_file(str(self))
 
     def rmtree(self, missing_ok: bool = True) -> None:
         """Removes all objects below."""
-        with clear_errors(self, write=True), contextlib.suppress(*([FileNotFoundError] if missing_ok else [])):
+        with self.clear_errors(write=True), contextlib.suppress(*([FileNotFoundError] if missing_ok else [])):
             self.store.rm(str(self), recursive=True)
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
@@ -161,6 +162,43 @@ class BucketPath(Base):
 
     def rmdir(self) -> None:
         """Does nothing: folders do not exist."""
+
+    def copy_to(self, to: BucketPath) -> None:
+        """Copies the object inside the store: nothing of it comes here."""
+        with self.clear_errors(write=True):
+            self.store.cp_file(str(self), str(to))
+
+    def upload(self, file: Path) -> None:
+        """Writes the object from a local file, in parts."""
+        with self.clear_errors(write=True):
+            self.store.put_file(str(file), str(self))
+
+    @contextlib.contextmanager
+    def clear_errors(self, write: bool = False) -> Iterator[None]:
+        """Inside the `with` block, any error of a client becomes an OSError that says what would be right."""
+        try:
+            yield
+        except (FileExistsError, UserError):
+            raise
+        except FileNotFoundError:
+            raise FileNotFoundError(errno.ENOENT, "there is no such object", str(self)) from None
+        except Exception as error:
+            raise self.clear_error(error, write) from error
+
+    def clear_error(self, error: Exception, write: bool = False) -> OSError:
+        """An error of a client as PermissionError or ConnectionError, with a text that says what would be right."""
+        text, name = one_line(error), type(error).__name__
+        if cause_of(error) == "permission" or getattr(error, "code", None) in (401, 403):
+            needed = PERMISSIONS[self.scheme][write]
+            doing = "write to" if write else "read"
+            return PermissionError(
+                errno.EACCES, f"this account may not {doing} bucket {self.bucket}: it needs {needed} ({text})"
+            )
+        if "Credentials" in name or "RefreshError" in name:
+            return PermissionError(
+                errno.EACCES, f"no credentials for bucket {self.bucket}: {LOGIN[self.scheme]} ({text})"
+            )
+        return ConnectionError(errno.EIO, f"bucket {self.bucket} does not answer, try again ({name}: {text})")
 
 
 class Growing(io.BytesIO):
@@ -189,30 +227,3 @@ class Growing(io.BytesIO):
         if not self.closed:
             self.upload()
         super().close()
-
-
-@contextlib.contextmanager
-def clear_errors(path: BucketPath, write: bool = False) -> Iterator[None]:
-    """Inside the `with` block, any error of a client becomes an OSError that says what would be right."""
-    try:
-        yield
-    except (FileExistsError, UserError):
-        raise
-    except FileNotFoundError:
-        raise FileNotFoundError(errno.ENOENT, "there is no such object", str(path)) from None
-    except Exception as error:
-        raise clear_error(error, path, write) from error
-
-
-def clear_error(error: Exception, path: BucketPath, write: bool) -> OSError:
-    """An error of a client as PermissionError or ConnectionError, with a text that says what would be right."""
-    text, name = one_line(error), type(error).__name__
-    if isinstance(error, PermissionError) or "Forbidden" in text or getattr(error, "code", None) in (401, 403):
-        needed = PERMISSIONS[path.scheme][write]
-        doing = "write to" if write else "read"
-        return PermissionError(
-            errno.EACCES, f"this account may not {doing} bucket {path.bucket}: it needs {needed} ({text})"
-        )
-    if "Credentials" in name or "RefreshError" in name:
-        return PermissionError(errno.EACCES, f"no credentials for bucket {path.bucket}: {LOGIN[path.scheme]} ({text})")
-    return ConnectionError(errno.EIO, f"bucket {path.bucket} does not answer, try again ({name}: {text})")

@@ -97,3 +97,16 @@ def local_copy(folder: Path) -> Iterator[Path]:
         for path in folder.iterdir():
             (Path(local) / path.name).write_bytes(path.read_bytes())
         yield Path(local)
+
+
+@contextlib.contextmanager
+def written_locally(folder: Path) -> Iterator[Path]:
+    """A folder on this machine for a library that knows no buckets: what it writes goes to `folder` at the end."""
+    if not in_bucket(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as local:
+        yield Path(local)
+        for path in Path(local).rglob("*"):
+            if path.is_file():
+                (folder / path.relative_to(local)).upload(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 
 from arcflow_jax.console import optional
 from arcflow_jax.errors import UserError
+from arcflow_jax.storage.paths import written_locally
 
 
 class Trace:
@@ -26,7 +28,7 @@ class Trace:
     """
 
     def __init__(self, text: str | None, folder: Path):
-        self.folder, self.running = folder, False
+        self.folder, self.running, self.files = folder, False, contextlib.ExitStack()
         self.first = self.last = 0
         if text is not None:
             found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
@@ -44,9 +46,9 @@ class Trace:
     def before(self, step: int) -> None:
         """Call it before each training step."""
         if step == self.first:
-            with optional("the trace was not begun"):
-                jax.profiler.start_trace(str(self.folder))
-                self.running = True
+            with optional("the trace was not begun"), contextlib.ExitStack() as files:
+                jax.profiler.start_trace(str(files.enter_context(written_locally(self.folder))))
+                self.files, self.running = files.pop_all(), True
 
     def after(self, step: int, result: Any) -> None:
         """Call it after each training step, with its result."""
@@ -58,7 +60,7 @@ class Trace:
         """Writes the trace, if one is being recorded."""
         if self.running:
             self.running = False
-            with optional("the trace was not written"):
+            with optional("the trace was not written"), self.files:
                 jax.profiler.stop_trace()
 
     def __enter__(self) -> Trace:

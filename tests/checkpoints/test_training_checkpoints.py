@@ -21,8 +21,10 @@ import pytest
 from flax import nnx
 from orbax.checkpoint._src.serialization import jax_array_handlers, serialization
 
+from arcflow_jax.checkpoints.arrays import clear_cause
 from arcflow_jax.checkpoints.model_directory import ComponentDescription
 from arcflow_jax.checkpoints.training import AdapterDescription, Checkpoints
+from arcflow_jax.checkpoints.writer import Stream, write_checkpoint
 from arcflow_jax.errors import UserError, exit_code
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.layers import Adapter
@@ -370,6 +372,58 @@ def test_checkpoints_on_s3():
             assert checkpoints.latest == 2
             assert_is(restore(checkpoints, state(0)), state(2))
         assert [path.name for path in (run / "checkpoints").iterdir()] == ["2"]
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_newer_checkpoints_move_aside_in_a_bucket(scheme, monkeypatch):
+    pytest.importorskip({"gs": "gcp_storage_emulator", "s3": "moto"}[scheme])
+    with bucket(scheme) as url:
+        run = as_path(f"{url}/run")
+        with Checkpoints(run, keep_last=3) as checkpoints:
+            for step in (1, 2, 3):
+                save(checkpoints, state(step))
+        with monkeypatch.context() as patched, Checkpoints(run, keep_last=3) as checkpoints:
+            like = state(0)
+            for name in ("read_bytes", "write_bytes"):  # the store copies, not this machine
+                patched.delattr(type(run), name)
+            assert_is(restore(checkpoints, like, 1), state(1))
+            assert checkpoints.latest == 1
+        assert [path.name for path in (run / "checkpoints").iterdir()] == ["1"]
+        assert [path.name for path in (run / "checkpoints-aside").iterdir()] == ["2", "3"]
+        for step in ("2", "3"):  # by hand, as a user would
+            for path in (run / "checkpoints-aside" / step).rglob("*"):
+                path.copy_to(run / "checkpoints" / step / str(path.relative_to(run / "checkpoints-aside" / step)))
+        with Checkpoints(run) as checkpoints:
+            assert_is(restore(checkpoints, like), state(3))
+
+
+@pytest.mark.long
+def test_checkpoints_in_a_store_that_refuses_every_third_request():
+    pytest.importorskip("gcp_storage_emulator")
+    with bucket("gs", "busy") as url:
+        run = as_path(f"{url}/run")
+        with Checkpoints(run) as checkpoints:
+            save(checkpoints, state(1))
+            save(checkpoints, state(2))
+        with Checkpoints(run) as checkpoints:
+            assert_is(restore(checkpoints, state(0), 1), state(1))
+        assert [path.name for path in (run / "checkpoints-aside").iterdir()] == ["2"]
+
+
+def test_a_bucket_that_takes_no_weights_is_named_with_the_permission():
+    """TensorStore has a client and an account of its own."""
+    pytest.importorskip("gcp_storage_emulator")
+    denied = "this account may not write to bucket bucket: it needs storage.objects.create and storage.objects.delete"
+    with bucket("gs", "sealed") as url:
+        refused = pytest.raises(UserError, match=rf"^cannot write a checkpoint to {url}/run: {denied} \(")
+        with refused as caught, Checkpoints(as_path(f"{url}/run")) as checkpoints:
+            save(checkpoints, state(1))
+        assert exit_code(caught.value) == 2
+        stream = Stream((2,), np.dtype(np.float32), False, lambda: iter([np.ones(2, np.float32)]))
+        with pytest.raises(PermissionError, match=denied):
+            write_checkpoint(as_path(f"{url}/model/state"), {"a": stream})
+    told = clear_cause(ValueError("PERMISSION_DENIED: HTTP response code: 403"), as_path("s3://b/run"))
+    assert str(told).startswith("this account may not read bucket b: it needs s3:GetObject and s3:ListBucket (")
 
 
 def test_a_file_that_no_memory_holds_is_refused(tmp_path):

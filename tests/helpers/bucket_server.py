@@ -1,15 +1,19 @@
-"""Emulators of the two object stores on 127.0.0.1: `python -m tests.helpers.bucket_server gs|s3 PORT [busy|denied]`.
+"""Emulators of the two object stores on 127.0.0.1: `python -m tests.helpers.bucket_server gs|s3 PORT [FAULTS]`.
 
-For gs:// it is gcp-storage-emulator, with what it lacks: conditional requests, and the generation of what is read. For
-s3:// it is moto. Both have one bucket, `bucket`. A busy one answers every third request with 503, one that denies
-answers all with 403.
+For gs:// it is gcp-storage-emulator, with what it lacks: conditional requests, the generation of what is read, and
+/served, the bytes that it has served of each object. For s3:// it is moto. Both have one bucket, `bucket`.
+
+FAULTS is "busy": every third request is answered with 503; "denied": all with 403; "sealed", gs:// only: TensorStore's
+writes with 403.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Any
@@ -26,10 +30,12 @@ class Faults:
     def __init__(self, kind: str):
         self.kind, self.requests = kind, 0
 
-    def __call__(self) -> int:
+    def __call__(self, request: str = "") -> int:
         """The status of a failure, 0 for none."""
         self.requests += 1
-        return {"denied": 403, "busy": 503 if self.requests % 3 == 0 else 0}.get(self.kind, 0)
+        sealed = request.startswith("POST") and "ocdbt" in request
+        failures = {"denied": 403, "busy": 503 * (self.requests % 3 == 0), "sealed": 403 * sealed}
+        return failures.get(self.kind, 0)
 
 
 def generation(request: Any, storage: Any) -> str:
@@ -45,12 +51,12 @@ def generation(request: Any, storage: Any) -> str:
         return "0"
 
 
-def mended(handler: Callable, faults: Faults) -> Callable:
-    """A handler of the emulator, with faults, conditions and generations."""
+def mended(handler: Callable, faults: Faults, served: Counter[str]) -> Callable:
+    """A handler of the emulator, with faults, conditions, generations, and a count of the bytes served."""
 
     def handle(request: Any, response: Any, storage: Any) -> None:
         body = request.data  # read in any case, or the client cannot send it
-        if status := faults():
+        if status := faults(f"{request.method} {request.full_url}"):
             response.status = HTTPStatus(status)
             response.json(DENIED if status == 403 else BUSY)
             return
@@ -66,6 +72,7 @@ def mended(handler: Callable, faults: Faults) -> Callable:
         handler(request, response, storage)
         if there is not None and request.query.get("alt") == ["media"]:
             response["x-goog-generation"] = there
+            served[request.params["object_id"]] += len(response._content)
 
     return handle
 
@@ -73,11 +80,16 @@ def mended(handler: Callable, faults: Faults) -> Callable:
 def serve_gs(port: int, faults: Faults) -> None:
     from gcp_storage_emulator import server
 
-    server.HANDLERS = tuple(
-        (path, {method: mended(handler, faults) for method, handler in handlers.items()})
-        for path, handlers in server.HANDLERS
+    served: Counter[str] = Counter()
+    server.HANDLERS = (
+        ("^/served$", {"GET": lambda request, response, storage: response.json(served)}),
+        *(
+            (path, {method: mended(handler, faults, served) for method, handler in handlers.items()})
+            for path, handlers in server.HANDLERS
+        ),
     )
-    server.create_server(HOST, port, in_memory=True, default_bucket=BUCKET).start()
+    in_memory = "STORAGE_BASE" not in os.environ  # the emulator's own name of a folder for the objects
+    server.create_server(HOST, port, in_memory=in_memory, default_bucket=BUCKET).start()
 
 
 def serve_s3(port: int, faults: Faults) -> None:

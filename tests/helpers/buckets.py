@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -16,8 +19,12 @@ from tests.helpers.processes import ROOT, free_address
 
 
 @contextlib.contextmanager
-def bucket(scheme: str, faults: str = "") -> Iterator[str]:
-    """A bucket's URL, gs://bucket or s3://bucket. See `bucket_server` for the faults."""
+def bucket(scheme: str, faults: str = "", folder: Path | None = None) -> Iterator[str]:
+    """A bucket's URL, gs://bucket or s3://bucket. See `bucket_server` for the faults.
+
+    Args:
+      folder: where gs:// keeps its objects, instead of in memory.
+    """
     port = free_address().rpartition(":")[2]
     command = [sys.executable, "-m", "tests.helpers.bucket_server", scheme, port, *([faults] if faults else [])]
     here = f"http://{HOST}:{port}"
@@ -30,7 +37,7 @@ def bucket(scheme: str, faults: str = "") -> Iterator[str]:
         server = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), **({"STORAGE_BASE": str(folder)} if folder else {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -43,6 +50,13 @@ def bucket(scheme: str, faults: str = "") -> Iterator[str]:
             server.kill()
             server.communicate()
             forget_clients()
+
+
+def served(below: str) -> int:
+    """Bytes that the emulator for gs:// has served of the objects below a path."""
+    with urllib.request.urlopen(os.environ["STORAGE_EMULATOR_HOST"] + "/served") as answer:
+        found = json.load(answer)
+    return sum(size for name, size in found.items() if f"gs://{BUCKET}/{name}".startswith(f"{below}/"))
 
 
 def forget_clients() -> None:
