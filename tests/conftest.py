@@ -10,7 +10,7 @@ import pytest
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.02")
 # Most of the suite's time is compiling. Unoptimized programs compile faster, and give the same to rounding
-FAST_TO_COMPILE = "--xla_backend_optimization_level=0"
+FAST_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_disable_hlo_passes=tree_reduction_rewriter"
 if version("jaxlib") < "0.11":  # later ones have no such choice, and XLA ends the process at an unknown flag
     FAST_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", FAST_TO_COMPILE)

@@ -307,6 +307,7 @@ def size(state) -> int:
     return sum(array.nbytes for array in jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["pinned_host", "a backend has no such memory"])
 def test_offload(pipe, model, student, monkeypatch, host):
     monkeypatch.setattr(offload, "HOST", host)

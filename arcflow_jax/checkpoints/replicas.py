@@ -2,6 +2,7 @@
 
 An array that is not sharded over all axes of a mesh lies there several times: its replicas. Each array is read by the
 processes of one of its replicas; the replicas take turns. The others begin with zeros, and get the array by a sum.
+Small arrays are read by all: reading them costs less than compiling and waiting for a sum.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, Sharding
 
+SMALL = 1 << 20  # bytes
 Read = Callable[[Sequence[Any], Sequence[Any]], Awaitable[Sequence[jax.Array]]]
 
 
@@ -30,7 +32,9 @@ async def read_once(read: Read, infos: Sequence[Any], wanted: Sequence[ocp.Array
     """
     by_size = sorted(range(len(wanted)), key=lambda i: -size(wanted[i]))  # so that each reads about as much
     turns = dict(zip(by_size, range(len(by_size)), strict=True))
-    readers = [reader(each.sharding, turns[i]) for i, each in enumerate(wanted)]
+    readers = [
+        each.sharding if size(each) < SMALL else reader(each.sharding, turns[i]) for i, each in enumerate(wanted)
+    ]
     ours = [i for i, at in enumerate(readers) if at.addressable_devices]
     arguments = [copy.copy(wanted[i]) for i in ours]
     for argument, i in zip(arguments, ours, strict=True):

@@ -53,11 +53,13 @@ MESHES = [(4, 1, 1, 1), (2, 2, 1, 1)]
 PROCESS = """
     import sys
     import jax, numpy as np
+    from arcflow_jax.checkpoints import replicas
     from arcflow_jax.parallel.processes import initialize
     from arcflow_jax.storage.paths import as_path
     from tests.checkpoints.test_replicas import MESHES, read_both
     place, expected, address, process = sys.argv[1:]
     initialize(address, 2, int(process))
+    replicas.SMALL = 0
     expected = np.load(expected)
     for sizes in MESHES:
         found = read_both(as_path(place), sizes)

@@ -95,7 +95,8 @@ TRAINING = """
     processes.HEARTBEAT = 5
     with report_errors():
         processes.initialize(address, 2, int(process))
-        train(recipe(Path(model), Path(out), mesh=(2, 1, 1, 1), batch=2, steps=1000))
+        one_phase = {"decay": 0}  # one program to compile
+        train(recipe(Path(model), Path(out), mesh=(2, 1, 1, 1), batch=2, steps=1000, distillation=one_phase))
 """
 
 

@@ -1,14 +1,13 @@
-"""Two processes that do not see the same: both are told in the first seconds."""
+"""Two processes that do not see the same: both are told before anything is trained."""
 
 from __future__ import annotations
 
 import textwrap
-import time
+from pathlib import Path
 
-import pytest
 from PIL import Image
 
-from tests.helpers.processes import finish, free_address, start
+from tests.helpers.processes import free_address, start
 from tests.helpers.tiny_run import PROMPTS
 
 TRAINING = """
@@ -19,75 +18,81 @@ TRAINING = """
     from arcflow_jax.parallel import together
     from arcflow_jax.training.loop import train
     from tests.helpers.tiny_run import recipe
-    address, process, model, host, prompts, seed = sys.argv[1:]
+    address, process, model, host = sys.argv[1:]
     os.chdir(host)
     together.PATIENCE = 2
     with report_errors():
         initialize(address, 2, int(process))
-        made = {"prompts": prompts, "mesh": (2, 1, 1, 1), "batch": 2, "seed": int(seed)}
-        train(recipe(Path(model), Path("run"), **made))
+        train(recipe(Path(model), Path("run"), mesh=(2, 1, 1, 1), batch=2))
 """
 
-LISTING = """
+PLANNING = """
     import os, sys
     from pathlib import Path
     from arcflow_jax.data import images
     from arcflow_jax.errors import UserError
     from arcflow_jax.parallel.processes import initialize
+    from arcflow_jax.training.hosts import check_plan
     from arcflow_jax.training.plan import Plan
-    from tests.helpers.tiny_run import recipe
+    from tests.helpers.tiny_run import PROMPTS, recipe
     address, process, model, host = sys.argv[1:]
     os.chdir(host)
+    def plan(**changes):
+        return Plan.make(recipe(Path(model), Path("run"), mesh=(2, 1, 1, 1), batch=2, **changes))
+    def told(function, *arguments):
+        try:
+            function(*arguments)
+        except UserError as error:
+            print("error:", error)
     listed, list_folder = [], images.from_text_files
     images.from_text_files = lambda folder: listed.append(folder) or list_folder(folder)
     initialize(address, 2, int(process))
-    plan = Plan.make(recipe(Path(model), Path("run"), images="images", mesh=(2, 1, 1, 1), batch=2))
-    print("listed", len(listed), [(str(image.file), image.caption) for image in plan.images])
-    for image in plan.images:
-        try:
-            images.pixels(image.file, 8, 8)
-        except UserError as error:
-            print("error:", error)
+    with_images = plan(images="images")
+    print("listed", len(listed), [(str(image.file), image.caption) for image in with_images.images])
+    for image in with_images.images:
+        told(images.pixels, image.file, 8, 8)
+    check_plan(plan())
+    Path("other.txt").write_text("\\n".join(PROMPTS[::-1] if process == "1" else PROMPTS))
+    told(check_plan, plan(prompts="other.txt"))
+    told(check_plan, plan(seed=int(process)))
 """
 
 
-def test_a_folder_of_images_is_listed_by_the_first_process_alone(tiny_flux, tmp_path):
-    """The second has images of its own, without captions; it lacks one."""
-    address, running = free_address(), []
+def on_two_hosts(script: str, code: int, model: Path, folder: Path) -> list[list[str]]:
+    """What two processes print, or say on stderr, that have directories of their own; by lines."""
+    address = free_address()
+    running = [start(1, "-c", textwrap.dedent(script), address, i, model, folder / f"host-{i}") for i in (0, 1)]
+    found = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [code] * 2, found
+    return [[*out.splitlines(), *err.splitlines()] for out, err in found]
+
+
+def test_what_two_hosts_plan(tiny_flux, tmp_path):
+    """The first alone lists the images; the second has a folder of its own, which lacks one. Both see a difference."""
     for i in (0, 1):
-        host = tmp_path / f"host-{i}"
-        (host / "images").mkdir(parents=True)
+        folder = tmp_path / f"host-{i}" / "images"
+        folder.mkdir(parents=True)
         for number, prompt in enumerate(PROMPTS[: 4 - i]):
-            Image.new("RGB", (8, 8)).save(host / "images" / f"{number}.png")
+            Image.new("RGB", (8, 8)).save(folder / f"{number}.png")
             if i == 0:
-                (host / "images" / f"{number}.txt").write_text(prompt)
-        running.append(start(1, "-c", textwrap.dedent(LISTING), address, i, tiny_flux, host))
-    first, second = ([line for line in finish(x).splitlines() if line[:5] in ("liste", "error")] for x in running)
+                (folder / f"{number}.txt").write_text(prompt)
+    lines = on_two_hosts(PLANNING, 0, tiny_flux, tmp_path)
+    first, second = ([line for line in each if line.startswith(("listed", "error:"))] for each in lines)
     images = [(f"images/{number}.png", prompt) for number, prompt in enumerate(PROMPTS)]
-    assert first == [f"listed 1 {images}"]
-    assert second == [f"listed 0 {images}", "error: images/3.png is missing"]
+    differences = [
+        f"error: {what} on process 1: all hosts have to start from the same"
+        for what in ("the prompts, of which the first process has 4, differ", "the settings of the recipe differ")
+    ]
+    assert first == [f"listed 1 {images}", *differences]
+    assert second == [f"listed 0 {images}", "error: images/3.png is missing", *differences]
 
 
-@pytest.mark.parametrize(
-    ("differs", "message"),
-    [
-        ("disk", "is not the same directory on all hosts: process 1 cannot see what process 0 writes there; name a"),
-        ("prompts", "the prompts, of which the first process has 4, differ on process 1: all hosts have to start"),
-        ("seed", "the settings of the recipe differ on process 1: all hosts have to start from the same"),
-    ],
-)
-def test_hosts_that_see_other_things_are_refused(tiny_flux, tmp_path, differs, message):
-    for i, prompts in enumerate((PROMPTS, PROMPTS[::-1])):
-        (tmp_path / f"{i}.txt").write_text("\n".join(prompts))
-    address, began, running = free_address(), time.monotonic(), []
+def test_a_directory_that_is_not_shared_is_refused(tiny_flux, tmp_path):
     for i in (0, 1):
-        host = tmp_path / (f"host-{i}" if differs == "disk" else "shared")  # where both have the path "run"
-        host.mkdir(exist_ok=True)
-        prompts = tmp_path / f"{i if differs == 'prompts' else 0}.txt"
-        seed = i if differs == "seed" else 0
-        running.append(start(1, "-c", textwrap.dedent(TRAINING), address, i, tiny_flux, host, prompts, seed))
-    for process in running:
-        error = process.communicate(timeout=60)[1]
-        assert process.returncode == 2, error
-        assert message in error
-    assert time.monotonic() - began < 60
+        (tmp_path / f"host-{i}").mkdir()
+    told = (
+        "error: run is not the same directory on all hosts: process 1 cannot see what process 0 writes there; name a "
+        "directory on a shared disk or in a bucket"
+    )
+    for lines in on_two_hosts(TRAINING, 2, tiny_flux, tmp_path):
+        assert any(line.startswith(told) for line in lines), lines
