@@ -22,10 +22,10 @@ demo: .venv/demo.installed
 test: check $(if $(PYTHON3.12),.venv-3.12/test.installed) $(if $(PYTHON3.13),.venv-3.13/smoke.installed)
 	.venv/bin/python $(PYTEST)
 ifneq ($(PYTHON3.12),)
-	.venv-3.12/bin/python $(PYTEST) -m "not slow"
+	.venv-3.12/bin/python $(PYTEST) -m "not slow and not long"
 endif
 ifneq ($(PYTHON3.13),)
-	.venv-3.13/bin/python -m pytest tests/flow tests/convert tests/data tests/test_public_api.py -m "not slow"
+	.venv-3.13/bin/python -m pytest tests/flow tests/convert tests/data tests/test_public_api.py -m "not slow and not long"
 endif
 
 check: .venv/test.installed

@@ -36,7 +36,7 @@ from arcflow_jax.flow.schedule import Scheduler
 from arcflow_jax.networks.states import flatten, nest, unflatten, unnest
 from arcflow_jax.networks.student import AdapterConfig, ArcModel
 from arcflow_jax.schema import SHA256, Precision, Size
-from arcflow_jax.storage.files import file_digest, is_inside, read_own
+from arcflow_jax.storage.files import cannot_read, file_digest, is_inside, read_own
 from arcflow_jax.storage.paths import as_path
 
 DESCRIPTION = "model.json"
@@ -262,13 +262,16 @@ class ModelDirectory:
         return self.path / name
 
     def check_files(self, component: str) -> None:
-        """Raises UserError if a file of a component is missing, has another size than when it was written, or is not
-        one of those that were written."""
-        for name, size in self.description.files.items():
-            file = self.path / name
-            if name.startswith(f"{component}/") and not (file.is_file() and file.stat().st_size == size):
-                fault = "truncated" if file.is_file() else "missing"
-                raise UserError(f"{self.path / component} is damaged: {name} is {fault}; convert the model again")
-        for file in (self.path / component).rglob("*"):
-            if not file.is_dir() and file.relative_to(self.path).as_posix() not in self.description.files:
-                raise UserError(f"{self.path / component} is damaged: {file.name} is not a file of it; convert again")
+        """Raises UserError if a file of a component is missing, cannot be read, has another size than when it was
+        written, or is not one of those that were written."""
+        with cannot_read(self.path / component):
+            for name, size in self.description.files.items():
+                file = self.path / name
+                if name.startswith(f"{component}/") and not (file.is_file() and file.stat().st_size == size):
+                    fault = "truncated" if file.is_file() else "missing"
+                    raise UserError(f"{self.path / component} is damaged: {name} is {fault}; convert the model again")
+            for file in (self.path / component).rglob("*"):
+                if not file.is_dir() and file.relative_to(self.path).as_posix() not in self.description.files:
+                    raise UserError(
+                        f"{self.path / component} is damaged: {file.name} is not a file of it; convert again"
+                    )

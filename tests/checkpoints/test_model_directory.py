@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -84,6 +85,17 @@ def test_a_part_comes_back_alone(converted):
         directory.load("vae", decoder)  # unless it is asked for, nothing is left out
     with pytest.raises(UserError, match=r"/vae does not fit the network: .* differ \(decoder"):
         directory.load("vae", decoder, part="encoder")
+
+
+def test_a_folder_that_must_not_be_read(converted, monkeypatch):
+    directory = ModelDirectory.open(converted)
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)  # tests may run as root, whom no mode of a folder stops
+    with pytest.raises(UserError, match=r"^cannot read .*/vae: Permission denied$"):
+        load(directory, "vae")
 
 
 def test_a_network_runs_on_loaded_weights(converted):
