@@ -124,9 +124,15 @@ def write_checkpoint(path: Path, streams: Mapping[str, Any]) -> None:
         (Stream, handler),
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # for no array, but Orbax warns if it is missing
     )
+    # Of several processes, one converts: it must not wait for the others
+    process = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process-{process}"
+    )
     try:
         with ocp.Checkpointer(
-            ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_zarr3=True)
+            ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_zarr3=True, multiprocessing_options=alone),
+            multiprocessing_options=alone,
         ) as checkpointer:
             checkpointer.save(place(path), args=ocp.args.PyTreeSave(streams))
     except Exception as error:

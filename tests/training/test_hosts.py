@@ -35,6 +35,8 @@ PLANNING = """
     from arcflow_jax.training.hosts import check_plan
     from arcflow_jax.training.plan import Plan
     from tests.helpers.tiny_run import PROMPTS, recipe
+    from arcflow_jax.checkpoints.model_cache import converted
+    from arcflow_jax.demo import ASSETS
     address, process, model, host = sys.argv[1:]
     os.chdir(host)
     def plan(**changes):
@@ -55,6 +57,8 @@ PLANNING = """
     Path("other.txt").write_text("\\n".join(PROMPTS[::-1] if process == "1" else PROMPTS))
     told(check_plan, plan(prompts="other.txt"))
     told(check_plan, plan(seed=int(process)))
+    os.environ["ARCFLOW_CACHE"] = str(Path.cwd().parent / "cache")  # which both share
+    print("converted", converted(ASSETS / "tiny-flux"))
 """
 
 
@@ -68,7 +72,10 @@ def on_two_hosts(script: str, code: int, model: Path, folder: Path) -> list[list
 
 
 def test_what_two_hosts_plan(tiny_flux, tmp_path):
-    """The first alone lists the images; the second has a folder of its own, which lacks one. Both see a difference."""
+    """The first alone lists the images; the second has a folder of its own, which lacks one. Both see a difference.
+
+    One converts a model into the cache, and both use it.
+    """
     for i in (0, 1):
         folder = tmp_path / f"host-{i}" / "images"
         folder.mkdir(parents=True)
@@ -77,14 +84,16 @@ def test_what_two_hosts_plan(tiny_flux, tmp_path):
             if i == 0:
                 (folder / f"{number}.txt").write_text(prompt)
     lines = on_two_hosts(PLANNING, 0, tiny_flux, tmp_path)
-    first, second = ([line for line in each if line.startswith(("listed", "error:"))] for each in lines)
+    first, second = ([line for line in each if line.startswith(("listed", "error:", "converted"))] for each in lines)
     images = [(f"images/{number}.png", prompt) for number, prompt in enumerate(PROMPTS)]
     differences = [
         f"error: {what} on process 1: all hosts have to start from the same"
         for what in ("the prompts, of which the first process has 4, differ", "the settings of the recipe differ")
     ]
-    assert first == [f"listed 1 {images}", *differences]
-    assert second == [f"listed 0 {images}", "error: images/3.png is missing", *differences]
+    (model,) = (tmp_path / "cache" / "models").glob("*/model.json")
+    ends = [*differences, f"converted {model.parent}"]
+    assert first == [f"listed 1 {images}", *ends]
+    assert second == [f"listed 0 {images}", "error: images/3.png is missing", *ends]
 
 
 def test_a_directory_that_is_not_shared_is_refused(tiny_flux, tmp_path):
