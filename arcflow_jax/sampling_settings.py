@@ -125,7 +125,7 @@ def image_grid(directory: ModelDirectory, height: int | None = None, width: int 
 
 
 def batch_for(mesh: Mesh, batch_size: int | None) -> int:
-    """Images per batch, by default one for each part into which a mesh splits a batch. Raises UserError if odd."""
+    """Images per batch: by default data × fsdp of the mesh, which has to divide it. Raises UserError if it does not."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     batch_size = shards if batch_size is None else schema.converted(Batch, batch_size, "batch_size")
     if batch_size % shards:

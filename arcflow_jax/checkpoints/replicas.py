@@ -1,8 +1,8 @@
 """Reads every array once, however many processes hold it, and passes it on over the network of the devices.
 
-An array that is not sharded over all axes of a mesh lies there several times: its replicas. Each array is read by the
-processes of one of its replicas; the replicas take turns. The others begin with zeros, and get the array by a sum.
-Small arrays are read by all: reading them costs less than compiling and waiting for a sum.
+An array that is not sharded over every axis of its mesh has several replicas there. The processes of one replica read
+the array; the replicas take turns. The other processes start from zeros, and receive the array as a sum over replicas.
+All processes read small arrays themselves, because compiling a sum and waiting for it would cost more.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class HostOptions:
         processes.initialize(self.coordinator, self.processes, self.process_id)
         with failure.ends_together():
             yield
-            together.wait_for_all()  # JAX takes for dead whoever ends minutes before the others
+            together.wait_for_all()  # JAX treats a process that ends minutes early as dead
 
 
 @dataclasses.dataclass(frozen=True)

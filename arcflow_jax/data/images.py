@@ -57,9 +57,9 @@ def read_images(folder: str | Path) -> list[CaptionedImage]:
 
 
 def read_images_once(folder: str | Path) -> list[CaptionedImage]:
-    """`read_images`, of which the first process alone lists the folder and tells the others, who need not share it.
+    """As `read_images`, but only the first process lists the folder, and tells the others.
 
-    An image that one of them lacks is missed when it is opened.
+    Each process may have its own copy of the folder. If it lacks an image, the error comes when it opens the image.
     """
     if not several():
         return read_images(folder)

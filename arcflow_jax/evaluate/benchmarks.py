@@ -10,8 +10,7 @@ DPG-Bench (Hu et al. 2024), `dist_eval.sh OUT SIDE`, where SIDE is the size of o
     OUT/NAME.png                   four images in two rows, for each NAME.txt of the benchmark's prompts
 
 All images of a prompt appear together, so an interrupted export resumes with the prompts that have none. Several
-processes share these prompts. OUT.json,
-beside the folder that the scorer reads, records how the images were made.
+processes share these prompts. OUT.json, beside the folder that the scorer reads, records how the images were made.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 NONCE = ".shared"  # in a directory that all processes have to see
 PATIENCE = 10  # seconds until a file of another host has to be seen
-LONGEST = 10**9  # milliseconds that a process waits for the others, eleven days: the death of one ends all anyway
+LONGEST = 10**9  # milliseconds to wait for the others: eleven days. If one dies, all end anyway
 _waits = itertools.count()
 
 

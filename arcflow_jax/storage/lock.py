@@ -102,7 +102,7 @@ def holding(out: BucketPath, wait: bool) -> Iterator[None]:
 
 
 def abandon() -> None:
-    """Removes the lock files of this process, which ends at once, with no `with` block left. A lease expires."""
+    """Removes this process's lock files, if it ends without leaving its `with` blocks. A lease expires by itself."""
     for file in _locks:
         with contextlib.suppress(OSError):
             file.unlink()

@@ -23,7 +23,7 @@ def report(recipe: Recipe) -> str:
     memory = [*sizes.items(), ("total", sum(sizes.values()))]
     if recipe.offload_optimizer:
         away = sum(sizes[name] for name in OFFLOADED)
-        memory.append(("of that, in host memory but for the update", away))
+        memory.append(("of that, in host memory except during the update", away))
     return "\n".join(
         [
             json.dumps(recipe.resolved(), indent=2),

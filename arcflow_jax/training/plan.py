@@ -41,7 +41,7 @@ from arcflow_jax.training.recipe import Recipe
 from arcflow_jax.training.remat import remat_policy
 from arcflow_jax.training.state import TrainState
 
-OFFLOADED = {"EMA weights", "optimizer"}  # what `offload_optimizer` keeps in host memory, but for the update
+OFFLOADED = {"EMA weights", "optimizer"}  # what `offload_optimizer` keeps in host memory, except during the update
 SHOWN = 8  # image sizes that the header lists
 FOR_STATE = 2 / 3  # of a device's memory; activations take the rest
 

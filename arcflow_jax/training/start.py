@@ -6,13 +6,12 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
 
 from arcflow_jax.checkpoints.student_formats import open_student
 from arcflow_jax.checkpoints.training import Checkpoints, to_dicts
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.student import AdapterConfig, split_model
-from arcflow_jax.parallel.mesh import state_shardings
+from arcflow_jax.parallel.mesh import sharded, state_shardings
 from arcflow_jax.training.plan import Plan, abstract_state, initial_state
 from arcflow_jax.training.state import TrainState
 
@@ -39,7 +38,7 @@ def starting_state(
 
 def resume(plan: Plan, checkpoints: Checkpoints, step: int | None) -> TrainState:
     """The state of a checkpoint. Raises UserError as `starting_state` does."""
-    like = placed(plan.mesh, abstract_state(plan.adapter, plan.optimizer)).items()
+    like = sharded(plan.mesh, abstract_state(plan.adapter, plan.optimizer)).items()
     try:
         return TrainState.from_items(checkpoints.restore(like, step))
     except UserError as error:
@@ -50,12 +49,6 @@ def resume(plan: Plan, checkpoints: Checkpoints, step: int | None) -> TrainState
                 f"run from its EMA weights with --config.start_from={run} and a new --config.out"
             ) from error
         raise
-
-
-def placed(mesh: Mesh, abstract: Any) -> Any:
-    """Shapes with the shardings that their arrays have on a mesh."""
-    shardings = state_shardings(mesh, abstract)
-    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), abstract, shardings)
 
 
 def other_optimizer(checkpoints: Checkpoints, ours: Any, step: int | None) -> bool:
@@ -83,7 +76,7 @@ def from_student(plan: Plan) -> TrainState:
     check_adapter(plan, description.adapter)
     shardings = state_shardings(plan.mesh, abstract_state(plan.adapter, plan.optimizer))
     start = jax.jit(lambda adapter: TrainState.create(adapter, plan.optimizer), out_shardings=shardings)
-    return start(read(placed(plan.mesh, plan.adapter), False))
+    return start(read(sharded(plan.mesh, plan.adapter), False))
 
 
 def check_adapter(plan: Plan, theirs: AdapterConfig) -> None:
