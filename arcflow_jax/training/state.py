@@ -113,8 +113,8 @@ def gradient(
     guidance: float,
     steady: bool,
     mesh: Mesh,
-    accumulate: int = 1,
-    remat: Remat = "full",
+    accumulate: int,
+    remat: Remat,
 ) -> tuple[nnx.State, dict[str, jax.Array]]:
     """The first part of `train_step`: the gradient of training step `step`, and a log of it."""
     noise_key, loss_key = jax.random.split(jax.random.fold_in(key, step))
@@ -221,10 +221,15 @@ def train_step(
     negative: Conditioning | None = None,
     latents: jax.Array | None = None,
     *,
+    graphdef: nnx.GraphDef,
+    settings: Distillation,
+    guidance: float,
     optimizer: OptimizerConfig,
     ema: EmaConfig,
+    steady: bool,
     mesh: Mesh,
-    **of_gradient: Any,
+    accumulate: int = 1,
+    remat: Remat = "full",
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One training step of distillation on the prompts of `conditioning`, batch first.
 
@@ -250,7 +255,8 @@ def train_step(
       teacher share, and how many training steps were skipped: in all, and in a row up to this one.
     """
     inputs = (state.step, state.adapter, base, conditioning, key, negative, latents)
-    grads, log = gradient(*inputs, mesh=mesh, **of_gradient)
+    network = {"graphdef": graphdef, "settings": settings, "guidance": guidance, "remat": remat}
+    grads, log = gradient(*inputs, **network, steady=steady, mesh=mesh, accumulate=accumulate)
     return update(state, grads, log, optimizer=optimizer, ema=ema, mesh=mesh)
 
 
