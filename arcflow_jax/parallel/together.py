@@ -127,7 +127,7 @@ def named(numbers: list[int]) -> str:
 def writing_together(out: Path, description: str | None = None) -> Iterator[None]:
     """Inside the `with` block the processes of this run are the one writer of `out`, whose lock the first one holds.
 
-    It begins and ends in all of them at the same time, and an error in one ends all.
+    It begins and ends in all of them at the same time, then the first one releases the lock. An error in one ends all.
 
     Args:
       description: of a directory that must not have content yet, see `atomic.new_output`.
