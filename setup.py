@@ -55,6 +55,7 @@ setup(
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=11",
+        "qwix>=0.1.8,<0.2",
         "rich>=13",
         "safetensors>=0.6",
         "tensorboard>=2.17",

@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from arcflow_jax import schema
+from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.errors import UserError, one_line, out_of_memory
 from arcflow_jax.families.latents import unpack
 from arcflow_jax.flow import sampler
@@ -105,6 +106,14 @@ def merge_student(graphdef: nnx.GraphDef, base: nnx.State, trained: nnx.State, m
     """
     merged = merged_state(graphdef, base, trained)
     return jax.lax.with_sharding_constraint(merged, state_shardings(mesh, merged))
+
+
+def merges(directory: ModelDirectory, merge: bool | None) -> bool:
+    """Whether LoRA is merged: by default unless the base model is quantized. Raises UserError if it cannot be."""
+    quantization = directory.quantization("transformer")
+    if merge and quantization is not None:
+        raise UserError(f"LoRA cannot be merged into {quantization.format} weights: leave merge out")
+    return quantization is None if merge is None else merge
 
 
 def random_key(seed: int) -> jax.Array:

@@ -7,8 +7,9 @@ model's authors (flux1-dev.safetensors, ae.safetensors). The component's config.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from flax import nnx
 from rich.progress import Progress
 
 from arcflow_jax import families, schema
+from arcflow_jax.checkpoints.kernels import Formats, digested, formats_of, quantized_streams
 from arcflow_jax.checkpoints.model_directory import (
     CHECKPOINT,
     DESCRIPTION,
     FORMAT,
     VERSION,
-    ArrayDigest,
     ComponentDescription,
     ModelDescription,
     fingerprint,
@@ -36,6 +37,8 @@ from arcflow_jax.data.tokenizers import FILES, copy_tokenizer
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.families import Family, Network
 from arcflow_jax.flow.schedule import Scheduler
+from arcflow_jax.networks.kernel import Format
+from arcflow_jax.networks.quantization import Quantization
 from arcflow_jax.networks.states import nest, shapes_of
 from arcflow_jax.schema import Layers
 from arcflow_jax.storage import hub
@@ -58,8 +61,8 @@ class Component:
       weights: the folder or file that they come from.
       source_dtype: of the source's weights; if the source mixes several, one that holds all of them exactly.
       dtype: of the converted weights.
+      quantization: which kernels are quantized.
       fills: each target array with its source tensors.
-      bytes: size of the converted weights.
     """
 
     name: str
@@ -68,11 +71,13 @@ class Component:
     weights: Path
     source_dtype: np.dtype
     dtype: np.dtype
+    quantization: Quantization | None
     fills: list[tuple[Fill, list[Tensor]]]
-    bytes: int
 
 
-def inspect_component(source: Path, name: str, network: Network, dtype: Any, file: Path | None) -> Component:
+def inspect_component(
+    source: Path, name: str, network: Network, dtype: Any, format: Format | None, file: Path | None
+) -> Component:
     """Checks a component's config, tensor names, shapes and dtypes, and reads no weights. Raises UserError."""
     weights = file or source / name
     tensors = read_file(file) if file else read_folder(weights)
@@ -98,8 +103,8 @@ def inspect_component(source: Path, name: str, network: Network, dtype: Any, fil
     used = [tensor for _, group in fills for tensor in group]
     source_dtype = np.dtype(jnp.result_type(*{tensor.dtype for tensor in used}))
     dtype = np.dtype(dtype or source_dtype)
-    size = sum(math.prod(tensor.shape) for tensor in used) * dtype.itemsize
-    return Component(name, network, config, weights, source_dtype, dtype, fills, size)
+    quantization = network.quantization(dimensions, format)
+    return Component(name, network, config, weights, source_dtype, dtype, quantization, fills)
 
 
 def read_index(source: Path) -> Family:
@@ -136,6 +141,7 @@ def convert_model(
     dtype: Any = None,
     revision: str | None = None,
     files: Mapping[str, str | Path] | None = None,
+    quantize: Formats | None = None,
 ) -> Path:
     """Converts the diffusers folder `source` to the model directory `out`, and returns `out`.
 
@@ -149,6 +155,8 @@ def convert_model(
       revision: of a hub id: branch, tag or commit; by default the main branch.
       files: component → a safetensors file to take its weights from, instead of from its folder. The file may be in
         the layout of the model's authors. The config.json in the folder applies.
+      quantize: "int8", "fp8" or "int4": the format of the kernels of the transformer and the text encoders (see
+        `networks.kernel`); or component → format. By default none are quantized.
 
     Raises:
       UserError: if the source is incomplete or wrong, or `out` cannot be written.
@@ -163,11 +171,17 @@ def convert_model(
             folder = fetch_model(str(source), revision, files)
         else:
             raise UserError(f"source folder {hub.not_found(source)}")
-        convert_folder(folder, out, dtype, files)
+        convert_folder(folder, out, dtype, files, quantize)
     return out
 
 
-def convert_folder(folder: Path, out: Path, dtype: Any, files: Mapping[str, Path]) -> None:
+def convert_folder(
+    folder: Path,
+    out: Path,
+    dtype: Any,
+    files: Mapping[str, Path],
+    quantize: Formats | None,
+) -> None:
     """Does what `convert_model` says for a local folder, while this process is the only writer of `out`."""
     family = read_index(folder)
     if unknown := sorted(files.keys() - family.networks):
@@ -177,64 +191,87 @@ def convert_folder(folder: Path, out: Path, dtype: Any, files: Mapping[str, Path
             raise UserError(f"component folder {folder / name} is missing")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     schema.parse(Scheduler, scheduler, folder / "scheduler" / "scheduler_config.json")
+    formats = formats_of(family, quantize)
     components = [
-        inspect_component(folder, name, network, dtype, files.get(name)) for name, network in family.networks.items()
+        inspect_component(folder, name, network, dtype, formats.get(name), files.get(name))
+        for name, network in family.networks.items()
     ]
-    needed = sum(component.bytes for component in components)
-    with whole_directory(out, needed) as aside, progress_bar(of_bytes=True) as progress:
+    writers = [ComponentWriter(component) for component in components]
+    with (
+        whole_directory(out, sum(writer.bytes for writer in writers)) as aside,
+        progress_bar(of_bytes=True) as progress,
+    ):
         for name in family.tokenizers:
             copy_tokenizer(folder / name, aside / name, folder)
         files = [file for name in family.tokenizers for file in sorted((aside / name).iterdir())]
         tokenizers = {file.relative_to(aside).as_posix(): file_digest(file) for file in files}
-        fingerprints = {component.name: convert_component(component, aside, progress) for component in components}
+        entries = {writer.component.name: writer.write(aside, progress) for writer in writers}
         description = ModelDescription(
             pipeline=family.pipeline,
-            components={
-                component.name: ComponentDescription(
-                    class_name=component.network.class_name,
-                    config=component.config,
-                    dtype=component.dtype.name,
-                    source_dtype=component.source_dtype.name,
-                    fingerprint=fingerprints[component.name][0],
-                    stored=fingerprints[component.name][1],
-                )
-                for component in components
-            },
+            components=entries,
             scheduler=scheduler,
-            fingerprint=fingerprints["transformer"][0],
+            fingerprint=entries["transformer"].fingerprint,
             tokenizers=tokenizers,
             files=sizes_below(aside),
         )
         write_own(aside / DESCRIPTION, description, FORMAT, VERSION)
 
 
-def convert_component(component: Component, out: Path, progress: Progress) -> tuple[str, str]:
-    """Writes one component's checkpoint under `out`, and returns two fingerprints.
+class ComponentWriter:
+    """Writes a component's checkpoint.
 
-    The first is of the source's values, in the source's dtype, whatever the dtype of the converted model is.
-    The second is of the values as they are stored.
+    Attributes:
+      component: what is written.
+      streams: the arrays to be written, by their paths on disk.
     """
-    task = progress.add_task(component.name, total=component.bytes, text="")
-    digests, stored = [], []
-    same = component.dtype == component.source_dtype
 
-    def stream(fill: Fill, tensors: list[Tensor]) -> Stream:
+    def __init__(self, component: Component):
+        self.component = component
+        self.advance: Callable[[int], None] = lambda size: None  # is told how many bytes of the source were read
+        self.digests: list[tuple[str, bytes]] = []  # of the source's values, in the source's dtype
+        self.stored: list[tuple[str, bytes]] = []  # of the values as they are stored, where those are others
+        streams = [self.streams_of(fill, tensors) for fill, tensors in component.fills]
+        self.streams = {path: stream for each in streams for path, stream in each.items()}
+
+    def streams_of(self, fill: Fill, tensors: list[Tensor]) -> dict[str, Stream]:
+        """The streams of one target."""
+        component = self.component
+        format = component.quantization and component.quantization.of_kernel(fill.target)
+        dtype = component.source_dtype if format else component.dtype
+
         def read() -> Iterator[np.ndarray]:
-            digest = ArrayDigest(fill.target, fill.shape, component.source_dtype)
-            cast_digest = ArrayDigest(fill.target, fill.shape, component.dtype)
             found = layers(fill, tensors, component.source_dtype, str(component.weights))
+            found = digested(fill.target, fill.shape, component.source_dtype, found, self.digests)
             for name, layer in zip(fill.names, found, strict=True):
-                digest.update(layer)
-                converted = cast(layer, component.dtype, f"{component.weights}: {name}")
-                if not same:
-                    cast_digest.update(converted)
-                yield converted
-                progress.advance(task, converted.nbytes)
-            digests.append(digest.finish())
-            stored.append((digest if same else cast_digest).finish())
+                yield cast(layer, dtype, f"{component.weights}: {name}")
+                self.advance(layer.nbytes)
 
-        return Stream(fill.shape, component.dtype, fill.stacked, read)
+        if format:
+            return quantized_streams(fill.target, fill.shape, format, read, self.stored)
+        same = dtype == component.source_dtype
+        stored = read if same else lambda: digested(fill.target, fill.shape, dtype, read(), self.stored)
+        return {on_disk(fill.target): Stream(fill.shape, dtype, fill.stacked, stored)}
 
-    streams = {on_disk(fill.target): stream(fill, tensors) for fill, tensors in component.fills}
-    write_checkpoint(out / component.name / CHECKPOINT, nest(streams))
-    return fingerprint(digests), fingerprint(stored)
+    @property
+    def bytes(self) -> int:
+        """Size of what is written."""
+        return sum(stream.bytes for stream in self.streams.values())
+
+    def write(self, out: Path, progress: Progress) -> ComponentDescription:
+        """Writes the checkpoint under `out`, and returns the component's entry in model.json."""
+        component = self.component
+        total = sum(math.prod(tensor.shape) for _, group in component.fills for tensor in group)
+        task = progress.add_task(component.name, total=total * component.source_dtype.itemsize, text="")
+        self.advance = functools.partial(progress.advance, task)
+        write_checkpoint(out / component.name / CHECKPOINT, nest(self.streams))
+        changed = {path for path, _ in self.stored}
+        as_source = [digest for digest in self.digests if digest[0] in self.streams and digest[0] not in changed]
+        return ComponentDescription(
+            class_name=component.network.class_name,
+            config=component.config,
+            dtype=component.dtype.name,
+            source_dtype=component.source_dtype.name,
+            fingerprint=fingerprint(self.digests),
+            stored=fingerprint(self.stored + as_source),
+            quantization=component.quantization,
+        )

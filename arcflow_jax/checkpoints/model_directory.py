@@ -33,6 +33,7 @@ from arcflow_jax.checkpoints.names import in_memory, on_disk
 from arcflow_jax.errors import UserError, cannot_load, cause_of, first_few, one_line, out_of_memory
 from arcflow_jax.families import Family, Network
 from arcflow_jax.flow.schedule import Scheduler
+from arcflow_jax.networks.quantization import Quantization
 from arcflow_jax.networks.states import flatten, nest, unflatten, unnest
 from arcflow_jax.networks.student import AdapterConfig, ArcModel
 from arcflow_jax.schema import SHA256, Precision, Size
@@ -77,6 +78,7 @@ class ComponentDescription:
       dtype, source_dtype: of its weights, and of the source's.
       fingerprint: of its weights, as the source has them.
       stored: SHA-256 of its weights as they are stored; None in models of format version 1.
+      quantization: which of its kernels are quantized; `dtype` is that of all other weights.
     """
 
     class_name: str = dataclasses.field(metadata={"key": "class"})
@@ -85,6 +87,7 @@ class ComponentDescription:
     source_dtype: Precision | None = None  # None in models of early versions, as is the fingerprint
     fingerprint: SHA256 | None = None
     stored: SHA256 | None = None
+    quantization: Quantization | None = None
 
     def __post_init__(self):
         if self.stored is not None and None in (self.dtype, self.source_dtype, self.fingerprint):
@@ -195,12 +198,18 @@ class ModelDirectory:
 
     def abstract(self, component: str, dtype: Any = None) -> nnx.Module:
         """The component's network with shapes in place of arrays, by default in the dtype of its weights."""
-        return self.networks[component].abstract(self.config(component), dtype or self.dtype(component))
+        dtype = dtype or self.dtype(component)
+        return self.networks[component].abstract(self.config(component), dtype, self.quantization(component))
 
     def student(self, adapter: AdapterConfig, dtype: Any) -> ArcModel:
         """The transformer with a student's head and LoRA, shapes in place of arrays."""
         adapter = adapter.with_targets(self.family.lora_targets)
-        return self.networks["transformer"].student(self.config("transformer"), adapter, dtype)
+        quantization = self.quantization("transformer")
+        return self.networks["transformer"].student(self.config("transformer"), adapter, dtype, quantization)
+
+    def quantization(self, component: str) -> Quantization | None:
+        """Which of a component's kernels are quantized; None if none are."""
+        return self.description.components[component].quantization
 
     def load(
         self,

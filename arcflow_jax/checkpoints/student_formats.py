@@ -30,7 +30,7 @@ from arcflow_jax.convert.adapter import AdapterTable
 from arcflow_jax.convert.engine import Tensor, export_tensors, import_tensors
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.flow.distill import Distillation
-from arcflow_jax.networks.lora import linear_layers
+from arcflow_jax.networks.layers import linear_layers
 from arcflow_jax.networks.student import AdapterConfig, split_model
 from arcflow_jax.schema import NFE, Guidance, Ratio, Shift
 from arcflow_jax.storage import hub

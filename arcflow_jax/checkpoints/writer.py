@@ -14,6 +14,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,11 @@ class Stream:
     dtype: np.dtype
     stacked: bool
     read: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the array."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 async def create(stream: Stream, info: ocp.type_handlers.ParamInfo) -> ts.TensorStore:

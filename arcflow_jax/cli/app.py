@@ -20,6 +20,7 @@ app = typer.Typer(
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app.command()(exchange.convert)
+app.command()(exchange.quantize)
 app.command(context_settings=OVERRIDES)(train.train)
 app.command(context_settings=OVERRIDES)(train.embed_prompts)
 app.command()(sample.sample)

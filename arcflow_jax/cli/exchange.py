@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +16,12 @@ from arcflow_jax.errors import UserError
 class Precision(enum.StrEnum):
     bfloat16 = enum.auto()
     float32 = enum.auto()
+
+
+QUANTIZE_HELP = (
+    "Quantize the kernels of transformer and text encoders to int8, fp8 or int4; or of some of them, e.g. "
+    "transformer=int4,text_encoder_2=int8."
+)
 
 
 class ExportPrecision(enum.StrEnum):
@@ -51,6 +57,7 @@ def convert(
         Precision | None,
         typer.Option(help="Precision of the weights. By default each component keeps its own."),
     ] = None,
+    quantize: Annotated[str | None, typer.Option(help=f"{QUANTIZE_HELP} By default none.")] = None,
     adapter: Annotated[
         str | None,
         typer.Option(
@@ -83,7 +90,7 @@ def convert(
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no arithmetic here: leave an accelerator, if any, to others
     sampling = {"steps": steps, "shift": shift, "final_step_ratio": final_step_ratio, "guidance": guidance}
     if adapter is not None:
-        if base is None or any(value is not None for value in (source, transformer, vae, dtype)):
+        if base is None or any(value is not None for value in (source, transformer, vae, dtype, quantize)):
             raise UserError("a released student, --adapter, is converted with --base, and without a model's options")
         from arcflow_jax.checkpoints.student_formats import import_adapter
 
@@ -96,7 +103,33 @@ def convert(
     from arcflow_jax.checkpoints.conversion import convert_model
 
     files = {name: file for name, file in {"transformer": transformer, "vae": vae}.items() if file is not None}
-    print(f"converted {source} to {convert_model(source, out, dtype and dtype.value, revision, files)}")
+    formats = None if quantize is None else parse_formats(quantize)
+    print(f"converted {source} to {convert_model(source, out, dtype and dtype.value, revision, files, formats)}")
+
+
+def parse_formats(text: str) -> Any:
+    """What --quantize says, as `conversion.convert_model` takes it. Raises UserError."""
+    if "=" not in text:
+        return text
+    parts = [part.partition("=") for part in text.split(",")]
+    if not all(name and format for name, _, format in parts):
+        raise UserError(f"--quantize {text}: give a format, or COMPONENT=FORMAT, separated by commas")
+    return {name: format for name, _, format in parts}
+
+
+def quantize(
+    model: Annotated[Path, path_option(help="A directory that arcflow convert wrote, which is not quantized.")],
+    out: Annotated[Path, path_option(help="The directory to write. It must not exist yet, or be empty.")],
+    formats: Annotated[str, typer.Option("--quantize", help=QUANTIZE_HELP)] = "int8",
+) -> None:
+    """Writes a model directory again with quantized kernels, for devices that cannot hold the whole model.
+
+    Adapters fit both, because both are of the same source.
+    """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # leave an accelerator, if any, to others
+    from arcflow_jax.checkpoints.quantize import quantize_model
+
+    print(f"quantized {model} to {quantize_model(model, out, parse_formats(formats))}")
 
 
 def verify(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import functools
 import inspect
 from collections.abc import Callable, Generator
@@ -17,6 +18,12 @@ from arcflow_jax.storage.paths import as_path
 
 if TYPE_CHECKING:
     from arcflow_jax.pipeline import ArcFlowPipeline
+
+
+class EightBits(enum.StrEnum):
+    int8 = enum.auto()
+    fp8 = enum.auto()
+
 
 DEMO = Path("runs/demo")
 
@@ -164,13 +171,20 @@ class SamplingOptions(StudentOptions):
         ),
     ] = None
     merge: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--merge/--no-merge",
             help="Add LoRA to the base model's weights, or compute it beside them, which is slower but does not round "
-            "the sums to bfloat16.",
+            "the sums to bfloat16. By default added, unless the base model is quantized.",
         ),
-    ] = True
+    ] = None
+    compute: Annotated[
+        EightBits | None,
+        typer.Option(
+            help="Multiply activations in 8 bits as well, of a model with int8 or fp8 weights: faster on chips that "
+            "have such products."
+        ),
+    ] = None
     offload: Annotated[
         bool,
         typer.Option(
@@ -210,7 +224,13 @@ class SamplingOptions(StudentOptions):
         with progress_bar() as progress:
             progress("loading", 0, None)
             return ArcFlowPipeline.from_pretrained(
-                model, adapter, mesh=self.mesh, offload=self.offload, raw=self.raw, merge=self.merge
+                model,
+                adapter,
+                mesh=self.mesh,
+                offload=self.offload,
+                raw=self.raw,
+                merge=self.merge,
+                compute=None if self.compute is None else self.compute.value,
             )
 
 

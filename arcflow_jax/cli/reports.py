@@ -18,6 +18,12 @@ class Teacher(enum.StrEnum):
     tiny_qwen = "tiny-qwen"
 
 
+class KernelFormat(enum.StrEnum):
+    int8 = enum.auto()
+    fp8 = enum.auto()
+    int4 = enum.auto()
+
+
 class Program(enum.StrEnum):
     sampler = "sampler"
     train = "train"
@@ -49,6 +55,9 @@ def compile_report(
         int | None, typer.Option(help="Height in pixels, with --width. By default the recipe's largest resolution.")
     ] = None,
     width: Annotated[int | None, typer.Option(help="Width in pixels, with --height.")] = None,
+    quantize: Annotated[
+        KernelFormat | None, typer.Option(help="Format of the transformer's kernels, of a model that is not converted.")
+    ] = None,
     limit: Annotated[float, typer.Option(help="Time limit of one compilation, in seconds.")] = 1800,
     out: Annotated[Path | None, path_option(help="JSON file for the figures.")] = None,
 ) -> None:
@@ -64,7 +73,15 @@ def compile_report(
         raise UserError("--height and --width go together")
     overrides = [*context.args, *([] if height is None else [f"--config.resolutions=(({height}, {width}),)"])]
     cases = [
-        Case(program.value, config, tuple(overrides), name, mesh_sizes(grid), batch)
+        Case(
+            program.value,
+            config,
+            tuple(overrides),
+            name,
+            mesh_sizes(grid),
+            batch,
+            None if quantize is None else quantize.value,
+        )
         for name in topology
         for grid in mesh
     ]

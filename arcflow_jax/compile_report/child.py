@@ -21,17 +21,24 @@ from arcflow_jax.compile_report.collectives import collectives
 from arcflow_jax.compile_report.programs import PROGRAMS, Program
 from arcflow_jax.compile_report.topology import describe
 from arcflow_jax.errors import UserError, one_line, out_of_memory
+from arcflow_jax.networks.kernel import Format
 from arcflow_jax.parallel.mesh import make_mesh
 from arcflow_jax.training.recipe import Recipe, read_config
 from arcflow_jax.training.work import flops
 
 
 def build(
-    program: str, config: str, overrides: list[str], topology: str, mesh: list[int], batch: int
+    program: str,
+    config: str,
+    overrides: list[str],
+    topology: str,
+    mesh: list[int],
+    batch: int,
+    quantize: Format | None = None,
 ) -> tuple[Mesh, Program]:
     """The mesh and program of a case. Raises UserError if recipe, model, topology, mesh or batch do not fit."""
     grid = make_mesh(mesh, describe(topology))
-    return grid, PROGRAMS[program](Recipe.from_config(read_config(config, overrides)), grid, batch)
+    return grid, PROGRAMS[program](Recipe.from_config(read_config(config, overrides)), grid, batch, quantize)
 
 
 def compile_program(mesh: Mesh, program: Program) -> dict[str, Any]:

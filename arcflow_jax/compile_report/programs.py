@@ -12,13 +12,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import ShapeDtypeStruct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from arcflow_jax import families
 from arcflow_jax.checkpoints.model_directory import DESCRIPTION, ComponentDescription, ModelDescription, ModelDirectory
+from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import token_grid
-from arcflow_jax.generate import sample_student
+from arcflow_jax.generate import merges, sample_student
+from arcflow_jax.networks.kernel import Format
 from arcflow_jax.networks.student import merged_graphdef, merged_state, split_model
 from arcflow_jax.parallel.mesh import batched, check_batch, replicated, sharded
 from arcflow_jax.storage.files import read_json
@@ -49,62 +52,76 @@ class Program:
     beside: Any = ()
 
 
-def open_model(path: str | Path) -> ModelDirectory:
-    """A converted model, or a diffusers folder, which needs only its config files. Raises UserError."""
+def open_model(path: str | Path, quantize: Format | None = None) -> ModelDirectory:
+    """A converted model, or a diffusers folder, which needs only its config files. Raises UserError.
+
+    Args:
+      quantize: of a folder: the format of the transformer's kernels.
+    """
     path = Path(path)
     if (path / DESCRIPTION).is_file() or not (path / "model_index.json").is_file():
+        if quantize is not None:
+            raise UserError(f"{path} is a converted model, whose kernels are as they are: leave --quantize out")
         return ModelDirectory.open(path)
     family = families.of_pipeline(read_json(path / "model_index.json").get("_class_name"), path)
     components = {
         name: ComponentDescription(family.networks[name].class_name, read_json(path / name / "config.json"))
         for name in ("transformer", "vae")
     }
-    return ModelDirectory(path, ModelDescription(family.pipeline, components, scheduler={}, fingerprint="", files={}))
+    directory = ModelDirectory(path, ModelDescription(family.pipeline, components, {}, fingerprint="", files={}))
+    quantization = directory.networks["transformer"].quantization(directory.config("transformer"), quantize)
+    components["transformer"] = dataclasses.replace(components["transformer"], quantization=quantization)
+    return directory
 
 
-def open_for(recipe: Recipe, mesh: Mesh, batch: int, micro_batches: int = 1) -> tuple[ModelDirectory, int]:
+def open_for(
+    recipe: Recipe, mesh: Mesh, batch: int, quantize: Format | None, micro_batches: int = 1
+) -> tuple[ModelDirectory, int]:
     """The recipe's model, and its number of image tokens. Raises UserError if model, size or batch do not fit."""
-    directory = open_model(recipe.model)
+    directory = open_model(recipe.model, quantize)
     rows, columns = token_grid(*recipe.largest, directory.config("vae").factor)
     check_batch(batch, mesh, directory.config("transformer").num_attention_heads, micro_batches)
     return directory, rows * columns
 
 
-def sampler(recipe: Recipe, mesh: Mesh, batch: int) -> Program:
-    """The few-step sampler of a recipe's student with merged LoRA, from noise to latents.
+def sampler(recipe: Recipe, mesh: Mesh, batch: int, quantize: Format | None = None) -> Program:
+    """The few-step sampler of a recipe's student, from noise to latents.
+
+    Args:
+      quantize: see `open_model`.
 
     Raises:
       UserError: if model, size or batch do not fit.
     """
-    directory, tokens = open_for(recipe, mesh, batch)
+    directory, tokens = open_for(recipe, mesh, batch, quantize)
     dtype = jnp.dtype(recipe.dtype)
 
     graphdef, base, adapter = split_model(directory.student(recipe.adapter, dtype))
-    merged = jax.eval_shape(functools.partial(merged_state, graphdef), base, adapter)
+    if merges(directory, None):
+        state = jax.eval_shape(functools.partial(merged_state, graphdef), base, adapter)
+        graphdef = merged_graphdef(graphdef, base, adapter)
+    else:
+        state = nnx.merge_state(base, jax.tree.map(lambda x: ShapeDtypeStruct(x.shape, dtype), adapter))
     channels = directory.config("transformer").in_channels
     sharding = NamedSharding(mesh, PartitionSpec(*batched(mesh).spec, "sequence"))
     latents = ShapeDtypeStruct((batch, tokens, channels), jnp.float32, sharding=sharding)
     conditioning = directory.family.prompts.abstract_conditioning(directory, mesh, batch, tokens, dtype)
     scalar = ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     steps = recipe.distillation.nfe
-    arguments = (
-        merged_graphdef(graphdef, base, adapter),
-        sharded(mesh, merged),
-        latents,
-        conditioning,
-        scalar,
-        scalar,
-    )
+    arguments = (graphdef, sharded(mesh, state), latents, conditioning, scalar, scalar)
     return Program(sample_student, arguments, {"steps": steps}, passes=steps)
 
 
-def training_step(recipe: Recipe, mesh: Mesh, batch: int, *, steady: bool) -> Program:
+def training_step(recipe: Recipe, mesh: Mesh, batch: int, quantize: Format | None = None, *, steady: bool) -> Program:
     """One training step of a recipe's distillation; `steady` is the phase after the teacher's share reached zero.
+
+    Args:
+      quantize: see `open_model`.
 
     Raises:
       UserError: if model, size or batch do not fit.
     """
-    directory, tokens = open_for(recipe, mesh, batch, recipe.accumulate)
+    directory, tokens = open_for(recipe, mesh, batch, quantize, recipe.accumulate)
     dtype = jnp.dtype(recipe.dtype)
     graphdef, base, adapter = split_model(directory.student(recipe.adapter, dtype))
     optimizer = make_optimizer(recipe.optimizer, adapter)
@@ -127,7 +144,7 @@ def training_step(recipe: Recipe, mesh: Mesh, batch: int, *, steady: bool) -> Pr
     return Program(*first, passes, then)
 
 
-PROGRAMS: dict[str, Callable[[Recipe, Mesh, int], Program]] = {
+PROGRAMS: dict[str, Callable[[Recipe, Mesh, int, Format | None], Program]] = {
     "sampler": sampler,
     "train": functools.partial(training_step, steady=False),
     "train-steady": functools.partial(training_step, steady=True),

@@ -17,6 +17,7 @@ from rich.table import Table
 from arcflow_jax import schema
 from arcflow_jax.compile_report.topology import chip, environment
 from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.networks.kernel import Format
 from arcflow_jax.parallel.chips import GIB
 from arcflow_jax.parallel.mesh import MESH_AXES
 from arcflow_jax.schema import AxisSize, Batch
@@ -36,6 +37,7 @@ class Case:
       topology: e.g. "v5p:2x2x1", "v5p:2x2x1*2" for two such slices, or "h100:8".
       mesh: sizes of the axes data, fsdp, tensor, sequence; -1 stands for the remaining devices.
       batch: images on all devices together.
+      quantize: format of the transformer's kernels; None for the recipe's dtype, or as a converted model has them.
     """
 
     program: str
@@ -44,6 +46,7 @@ class Case:
     topology: str
     mesh: tuple[AxisSize, ...]
     batch: Batch
+    quantize: Format | None = None
 
     def __post_init__(self):
         schema.check(self)

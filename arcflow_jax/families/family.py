@@ -11,6 +11,8 @@ from flax import nnx
 
 from arcflow_jax.families.text import PromptEncoder
 from arcflow_jax.networks import layers
+from arcflow_jax.networks.kernel import Format
+from arcflow_jax.networks.quantization import Quantization, chosen_layers, quantize_layers
 from arcflow_jax.networks.student import AdapterConfig, ArcModel
 
 
@@ -24,6 +26,7 @@ class Network:
       build: makes the network from (config, dtype, rngs).
       table: the rules of its checkpoints (see `convert.rules`).
       original: makes, from a config, the rules of the layout of the model's authors, if that is another.
+      kept: the linear layers that quantization leaves as they are, as shell-style patterns.
     """
 
     class_name: str
@@ -31,23 +34,32 @@ class Network:
     build: Callable[[Any, Any, nnx.Rngs], nnx.Module]
     table: Any
     original: Callable[[Any], Any] | None = None
+    kept: tuple[str, ...] = ()
 
     def tables(self, config: Any) -> list[Any]:
         """The rules of all layouts of its checkpoints."""
         return [self.table] if self.original is None else [self.table, self.original(config)]
 
-    def abstract(self, config: Any, dtype: Any = jnp.float32) -> nnx.Module:
-        """The network with shapes in place of arrays."""
-        return layers.abstract(lambda: self.build(config, dtype, nnx.Rngs(0)))
+    def abstract(self, config: Any, dtype: Any = jnp.float32, quantization: Quantization | None = None) -> nnx.Module:
+        """The network with shapes in place of arrays. Raises UserError if the quantization does not fit."""
+        return layers.abstract(lambda: self._quantized(config, dtype, quantization))
 
-    def student(self, config: Any, adapter: AdapterConfig, dtype: Any) -> ArcModel:
-        """A transformer with a student's head and LoRA, with shapes in place of arrays."""
+    def student(
+        self, config: Any, adapter: AdapterConfig, dtype: Any, quantization: Quantization | None = None
+    ) -> ArcModel:
+        """A transformer with a student's head and LoRA, with shapes in place of arrays. Errors as for `abstract`."""
+        return layers.abstract(
+            lambda: self._quantized(config, jnp.dtype(dtype), quantization).attach_student(adapter, nnx.Rngs(0))
+        )
 
-        def build() -> ArcModel:
-            rngs = nnx.Rngs(0)
-            return self.build(config, jnp.dtype(dtype), rngs).attach_student(adapter, rngs)
+    def _quantized(self, config: Any, dtype: Any, quantization: Quantization | None) -> Any:
+        network = self.build(config, dtype, nnx.Rngs(0))
+        quantize_layers(network, quantization)
+        return network
 
-        return layers.abstract(build)
+    def quantization(self, config: Any, format: Format | None) -> Quantization | None:
+        """What quantization to a format changes; None for None."""
+        return None if format is None else chosen_layers(self.abstract(config), format, self.kept)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,14 @@ def teacher(config: FluxConfig, dtype: Any, rngs: nnx.Rngs) -> ArcModel:
     return ArcModel(Flux(config, dtype=dtype, param_dtype=dtype, rngs=rngs), param_dtype=dtype, rngs=rngs)
 
 
-FLUX = Network("FluxTransformer2DModel", FluxConfig, teacher, flux, original=lambda config: flux_original)
+FLUX = Network(
+    "FluxTransformer2DModel",
+    FluxConfig,
+    teacher,
+    flux,
+    original=lambda config: flux_original,
+    kept=("backbone.x_embedder", "backbone.context_embedder", "backbone.time_text_embed.*", "output.*"),
+)
 CLIP = Network(
     "CLIPTextModel", CLIPTextConfig, lambda config, dtype, rngs: CLIPTextEncoder(config, dtype=dtype, rngs=rngs), clip
 )

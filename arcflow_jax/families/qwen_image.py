@@ -33,7 +33,13 @@ def teacher(config: QwenImageConfig, dtype: Any, rngs: nnx.Rngs) -> ArcModel:
     return ArcModel(QwenImage(config, dtype=dtype, param_dtype=dtype, rngs=rngs), param_dtype=dtype, rngs=rngs)
 
 
-QWEN_IMAGE = Network("QwenImageTransformer2DModel", QwenImageConfig, teacher, qwen_image)
+QWEN_IMAGE = Network(
+    "QwenImageTransformer2DModel",
+    QwenImageConfig,
+    teacher,
+    qwen_image,
+    kept=("backbone.img_in", "backbone.txt_in", "backbone.time_text_embed.*", "output.*"),
+)
 QWEN2_5_VL = Network(
     "Qwen2_5_VLForConditionalGeneration",
     Qwen2_5VLConfig,

@@ -25,6 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 
 from arcflow_jax.networks.dropout import dropout
+from arcflow_jax.networks.kernel import QuantizedKernel
 
 Axes = tuple[str | None, ...]
 
@@ -95,6 +96,8 @@ def fan_in_normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: Any) -> jax.Arr
 class Linear(nnx.Module):
     """x @ kernel + bias, plus a LoRA update if one is attached and the mode applies it.
 
+    The kernel of a frozen layer may be quantized (see `quantization.quantize_layers`).
+
     Args:
       d_in, d_out: widths. kernel is [d_in, d_out].
       axes: logical names of the two dimensions of kernel.
@@ -112,12 +115,13 @@ class Linear(nnx.Module):
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.kernel = kind(fan_in_normal(rngs, (d_in, d_out), dtype), axes=axes)
+        self.kernel: nnx.Variable | QuantizedKernel = kind(fan_in_normal(rngs, (d_in, d_out), dtype), axes=axes)
         self.bias = kind(jnp.zeros((d_out,), dtype), axes=axes[-1:]) if bias else None
         self.lora: LoRA | None = nnx.data(None)
 
     def __call__(self, x: jax.Array, mode: Mode = TEACHER) -> jax.Array:  # [..., d_in] -> [..., d_out]
-        y = x @ self.kernel[...].astype(x.dtype)
+        quantized = isinstance(self.kernel, QuantizedKernel)
+        y = self.kernel.multiply(x) if quantized else x @ self.kernel[...].astype(x.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if self.lora is not None and mode.adapters:
@@ -132,7 +136,7 @@ class LoRA(nnx.Module):
     `initialize`.
     """
 
-    def __init__(self, kernel: nnx.Variable, rank: int, *, alpha: float, dropout: float, salt: int):
+    def __init__(self, kernel: nnx.Variable | QuantizedKernel, rank: int, *, alpha: float, dropout: float, salt: int):
         *lead, d_in, d_out = kernel.shape
         in_axis, out_axis = kernel.axes
         self.a = Adapter(jnp.zeros((*lead, d_in, rank)), axes=(in_axis, "rank"))
@@ -251,6 +255,12 @@ class Conv(nnx.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         return y + self.bias[...].astype(x.dtype)
+
+
+def linear_layers(module: nnx.Module) -> dict[str, Linear]:
+    """The linear layers of a network, including stacked ones, by dotted path."""
+    found = {".".join(map(str, path)): node for path, node in nnx.iter_modules(module) if isinstance(node, Linear)}
+    return dict(sorted(found.items()))
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:

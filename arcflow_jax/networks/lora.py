@@ -11,13 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from arcflow_jax.errors import UserError
-from arcflow_jax.networks.layers import Linear, LoRA
-
-
-def linear_layers(module: nnx.Module) -> dict[str, Linear]:
-    """The linear layers of a network, including stacked ones, by dotted path."""
-    found = {".".join(map(str, path)): node for path, node in nnx.iter_modules(module) if isinstance(node, Linear)}
-    return dict(sorted(found.items()))
+from arcflow_jax.networks.layers import LoRA, linear_layers
 
 
 def attach_lora(module: nnx.Module, targets: Sequence[str], *, rank: int, alpha: float, dropout: float) -> list[str]:

@@ -15,8 +15,8 @@ from arcflow_jax import schema
 from arcflow_jax.flow.curve import Curve
 from arcflow_jax.networks.conditioning import Conditioning, Guided
 from arcflow_jax.networks.head import CurveHead, LegendreHead, MomentumHead, OutputLayer
-from arcflow_jax.networks.layers import TEACHER, Adapter, Base, Mode, Remat
-from arcflow_jax.networks.lora import attach_lora, linear_layers, merge_lora
+from arcflow_jax.networks.layers import TEACHER, Adapter, Base, Mode, Remat, linear_layers
+from arcflow_jax.networks.lora import attach_lora, merge_lora
 from arcflow_jax.schema import Modes, Momentum, Rank, Scale, Share
 
 

@@ -61,8 +61,10 @@ def encoders_fingerprint(directory: ModelDirectory) -> str:
         stored = directory.description.components[component]
         if stored.fingerprint is None:
             raise UserError(f"{directory.path} keeps no fingerprint of its {component}: convert the model again")
-        # The fingerprint is of the source's values. Weights stored in another dtype give slightly other embeddings
+        # The fingerprint is of the source's values. Weights stored in another dtype, or quantized, give slightly other
+        # embeddings
         rounded = f" {stored.dtype}" if stored.source_dtype not in (None, stored.dtype) else ""
+        rounded += f" {stored.quantization.format}" if stored.quantization else ""
         sha.update(f"{component} {stored.fingerprint}{rounded}\n".encode())
         for file in sorted((directory.path / tokenizer).iterdir()):
             if file.is_file():

@@ -1,0 +1,155 @@
+"""Quantized model directories: converted so, or quantized later; adapters that fit, and students on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from arcflow_jax.checkpoints.conversion import convert_model
+from arcflow_jax.checkpoints.model_directory import ModelDirectory
+from arcflow_jax.checkpoints.quantize import quantize_model
+from arcflow_jax.checkpoints.verify import verify
+from arcflow_jax.demo import ASSETS
+from arcflow_jax.errors import UserError
+from arcflow_jax.networks.kernel import quantize, unpack
+from arcflow_jax.networks.layers import linear_layers
+from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.training.embeddings import encoders_fingerprint
+from arcflow_jax.training.loop import train
+from tests.helpers.command_line import assert_refused, run
+from tests.helpers.random_student import write_adapter
+from tests.helpers.tiny_run import losses, recipe, saved
+
+FORMATS = ("int8", "fp8", "int4")
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_flux, tmp_path_factory) -> dict[str, Path]:
+    """The bundled FLUX.1, quantized after its conversion."""
+    folder = tmp_path_factory.mktemp("quantized")
+    return {format: quantize_model(tiny_flux, folder / format, format) for format in FORMATS}
+
+
+@pytest.fixture(scope="module")
+def student(tiny_flux, tmp_path_factory) -> Path:
+    return write_adapter(tiny_flux, tmp_path_factory.mktemp("student") / "run", seed=0)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_quantizing_later_is_quantizing_at_once(tiny_flux, quantized, tmp_path, format):
+    at_once = ModelDirectory.open(convert_model(ASSETS / "tiny-flux", tmp_path / "model", quantize=format))
+    later, plain = ModelDirectory.open(quantized[format]), ModelDirectory.open(tiny_flux)
+    assert later.description.components == at_once.description.components
+    assert later.description.tokenizers == at_once.description.tokenizers
+    assert later.fingerprint == plain.fingerprint
+    assert verify(quantized[format]) == verify(tmp_path / "model") == 6
+    for name, entry in later.description.components.items():
+        assert (entry.quantization is None) == (name == "vae")
+    assert later.description.components["vae"] == plain.description.components["vae"]
+
+
+def dequantized(weights: jax.Array, format: str) -> jax.Array:
+    codes, scale = quantize(weights, format)
+    codes = unpack(codes) if format == "int4" else codes
+    return codes.astype(jnp.float32) * jnp.repeat(scale.astype(jnp.float32), len(weights) // len(scale), axis=0)
+
+
+def endpoint(pipe: ArcFlowPipeline) -> np.ndarray:
+    noise = pipe.noise(0, 1, 2, 2)
+    conditioning = pipe.encode(["a red circle"], guidance=2.0, rows=2, columns=2)
+    return np.asarray(pipe.denoise(noise, conditioning, 2))
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_a_student_on_a_quantized_base(tiny_flux, quantized, student, format):
+    """It samples as on the dequantized base, and has the LoRA of the base that it was trained on."""
+    pipe = ArcFlowPipeline.from_pretrained(quantized[format], student)
+    assert pipe.origin["lora"] == "apart"
+    plain = ArcFlowPipeline.from_pretrained(tiny_flux, student, merge=False)
+    directory = ModelDirectory.open(quantized[format])
+    exact = endpoint(plain)
+    model = nnx.merge(plain.graphdef, plain.transformer.state)
+    for path in directory.quantization("transformer").layers:
+        kernel = linear_layers(model)[path].kernel
+        kernel[...] = jnp.stack([dequantized(each, format) for each in kernel[...]]).astype(kernel.dtype)
+    plain.transformer.state, plain.prompt_encoder = nnx.state(model), pipe.prompt_encoder
+    np.testing.assert_allclose(endpoint(pipe), endpoint(plain), rtol=1e-4, atol=1e-4)
+    assert np.linalg.norm(endpoint(pipe) - exact) > 1e-3 * np.linalg.norm(exact)
+
+
+def test_training_on_a_quantized_base(quantized, tmp_path):
+    """It trains, is the same after a resume, and its student samples; the codes are never trained."""
+    plan = recipe(quantized["int4"], tmp_path / "whole", optimizer={"learning_rate": 1e-2, "warmup": 0})
+    train(plan)
+    assert np.isfinite(losses(tmp_path / "whole")).all()
+    assert not [name for name in saved(tmp_path / "whole") if "codes" in name]
+    train(dataclasses.replace(plan, out=str(tmp_path / "parts"), steps=2))
+    train(dataclasses.replace(plan, out=str(tmp_path / "parts")))
+    whole, parts = saved(tmp_path / "whole"), saved(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    for name, array in whole.items():
+        np.testing.assert_array_equal(array, parts[name], err_msg=name)
+    assert np.isfinite(endpoint(ArcFlowPipeline.from_pretrained(quantized["int4"], tmp_path / "whole"))).all()
+
+
+def test_only_some_components(tiny_flux, quantized, tmp_path):
+    some = ModelDirectory.open(quantize_model(tiny_flux, tmp_path / "some", {"text_encoder_2": "int8"}))
+    assert some.quantization("transformer") is some.quantization("text_encoder") is None
+    more = ModelDirectory.open(quantize_model(some.path, tmp_path / "more", {"transformer": "int4"}))
+    found = {name: more.quantization(name) for name in more.networks}
+    formats = {name: each.format for name, each in found.items() if each is not None}
+    assert formats == {"transformer": "int4", "text_encoder_2": "int8"}
+    verify(more.path)
+    models = (tiny_flux, some.path, quantized["int4"])
+    assert (
+        len({encoders_fingerprint(ModelDirectory.open(each)) for each in models}) == 3
+    )  # an embedding cache of one does not fit another
+
+
+def test_refusals(tiny_flux, quantized, student, tmp_path, capfd):
+    out = tmp_path / "out"
+
+    def refused(*arguments: object, message: str) -> None:
+        assert_refused(capfd, tmp_path, *arguments, message=message)
+
+    refused("quantize", "--model", quantized["int8"], "--out", out, message="transformer is quantized to int8 already")
+    refused("quantize", "--model", tiny_flux, "--out", out, "--quantize", "int3", message="'int3': use int8, fp8, int4")
+    refused(
+        "quantize", "--model", tiny_flux, "--out", out, "--quantize", "vae=int8", message="cannot quantize vae, only"
+    )
+    refused("quantize", "--model", tiny_flux, "--out", out, "--quantize", "transformer=", message="COMPONENT=FORMAT")
+    refused("quantize", "--model", tmp_path / "none", "--out", out, message="does not exist")
+    options = ("--model", quantized["int8"], "--adapter", student, "--prompt", "a", "--out", out)
+    refused("sample", *options, "--merge", message="cannot be merged into int8 weights")
+    refused("sample", *options, "--compute", "fp8", message="need fp8 weights, but those of this model are int8")
+
+
+def test_a_damaged_source_is_told(tiny_flux, tmp_path):
+    model = shutil.copytree(tiny_flux, tmp_path / "model")
+    description = json.loads((model / "model.json").read_text())
+    sizes = {name: size for name, size in description["files"].items() if name.startswith("transformer/")}
+    largest = max(sizes, key=sizes.get)
+    data = bytearray((model / largest).read_bytes())
+    data[len(data) // 2] ^= 16
+    (model / largest).write_bytes(data)
+    with pytest.raises(UserError, match="transformer is damaged"):
+        quantize_model(model, tmp_path / "out", "int8")
+    assert sorted(tmp_path.iterdir()) == [model]
+
+
+def test_the_command_line(tiny_flux, student, tmp_path, capfd):
+    """The commands of the documents: quantize, then sample with products in 8 bits."""
+    code, _, stderr = run(capfd, "quantize", "--model", tiny_flux, "--out", tmp_path / "int8")
+    assert code == 0, stderr
+    options = ("--adapter", student, "--prompt", "a red circle", "--compute", "int8", "--out", tmp_path / "images")
+    code, _, stderr = run(capfd, "sample", "--model", tmp_path / "int8", *options)
+    assert code == 0, stderr
+    assert len(list((tmp_path / "images").glob("*.png"))) == 1
