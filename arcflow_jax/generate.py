@@ -27,6 +27,7 @@ from arcflow_jax.flow.schedule import Scheduler
 from arcflow_jax.networks.conditioning import Conditioning, Guided
 from arcflow_jax.networks.student import merged_state
 from arcflow_jax.parallel.mesh import MESH_AXES, constrain, parse_mesh, state_shardings
+from arcflow_jax.parallel.offload import Offload
 
 TEACHER_STEPS = 50  # the default for the teacher
 
@@ -108,12 +109,13 @@ def merge_student(graphdef: nnx.GraphDef, base: nnx.State, trained: nnx.State, m
     return jax.lax.with_sharding_constraint(merged, state_shardings(mesh, merged))
 
 
-def merges(directory: ModelDirectory, merge: bool | None) -> bool:
-    """Whether LoRA is merged: by default unless the base model is quantized. Raises UserError if it cannot be."""
+def merges(directory: ModelDirectory, merge: bool | None, offload: Offload | None = None) -> bool:
+    """Whether LoRA is merged: by default if it can be. Raises UserError if it is to be, and cannot be."""
     quantization = directory.quantization("transformer")
-    if merge and quantization is not None:
-        raise UserError(f"LoRA cannot be merged into {quantization.format} weights: leave merge out")
-    return quantization is None if merge is None else merge
+    where = "blocks in host memory" if offload == "blocks" else f"{quantization.format} weights" if quantization else ""
+    if merge and where:
+        raise UserError(f"LoRA cannot be merged into {where}: leave merge out")
+    return not where if merge is None else merge
 
 
 def random_key(seed: int) -> jax.Array:

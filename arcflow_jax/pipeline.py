@@ -42,8 +42,8 @@ from arcflow_jax.networks.conditioning import Conditioning, Guided
 from arcflow_jax.networks.kernel import Compute
 from arcflow_jax.networks.quantization import compute_in
 from arcflow_jax.networks.student import merged_graphdef, split_model
-from arcflow_jax.parallel.mesh import partition_spec, sharded, state_shardings
-from arcflow_jax.parallel.offload import Weights
+from arcflow_jax.parallel.mesh import partition_spec, sharded
+from arcflow_jax.parallel.offload import Offload, Weights, running_shardings
 from arcflow_jax.sampling_settings import SamplingSettings, batch_for, image_grid, resolve_settings
 from arcflow_jax.schema import Batch
 
@@ -102,12 +102,12 @@ class ArcFlowPipeline:
         dtype: Any,
         mesh: Mesh,
         *,
-        offload: bool = False,
+        offload: Offload | None = None,
         raw: bool = False,
         merge: bool | None = None,
         compute: Compute | None = None,
     ):
-        self.directory, self.mesh, self.offload = directory, mesh, offload
+        self.directory, self.mesh, self.offload = directory, mesh, offload is not None
         self.student: AdapterDescription | None = None
         self.origin = {
             "model": str(directory.path),
@@ -116,24 +116,24 @@ class ArcFlowPipeline:
         }
 
         def load(component: str, abstract: nnx.State, part: str = "") -> nnx.State:
-            return directory.load(component, abstract, state_shardings(mesh, abstract), part)
+            return directory.load(component, abstract, running_shardings(mesh, abstract, offload), part)
 
         # One after the other, so that an offloaded network has left the device before the next one is loaded
         self.prompt_encoder = directory.family.prompts(directory, dtype, mesh, offload)
         vae: Any = directory.abstract("vae", dtype)
         self.vae_graphdef, decoder = nnx.split(vae.decoder_alone())
-        self.vae = Weights(load("vae", decoder, part="decoder"), offload)
+        self.vae = Weights(load("vae", decoder, part="decoder"), self.offload)
         if adapter is None:
             network = directory.abstract("transformer", dtype)
             compute_in(network, compute)
             self.graphdef, base = nnx.split(network)
-            self.transformer = Weights(load("transformer", base), offload)
+            self.transformer = Weights(load("transformer", base), self.offload)
             return
         self.student, restore = open_student(adapter, directory)
         network = directory.student(self.student.adapter, dtype)
         compute_in(network, compute)
         self.graphdef, base, trained = split_model(network)
-        merge = merges(directory, merge)
+        merge = merges(directory, merge, offload)
         merged = merged_graphdef(self.graphdef, base, trained) if merge else None
         trained = restore(sharded(mesh, trained), raw)
         self.origin |= {"adapter": str(adapter), "weights": "raw" if raw else "EMA"}
@@ -141,10 +141,11 @@ class ArcFlowPipeline:
         state = load("transformer", base)
         if merged is None:
             # In the precision in which they are multiplied, which changes no result, and takes half the memory
-            state = nnx.merge_state(state, jax.tree.map(lambda x: x.astype(dtype), trained))
+            trained = jax.tree.map(lambda x: x.astype(dtype), trained)
+            state = nnx.merge_state(state, jax.device_put(trained, running_shardings(mesh, trained, offload)))
         else:
             state, self.graphdef = merge_student(self.graphdef, state, trained, mesh), merged
-        self.transformer = Weights(state, offload)
+        self.transformer = Weights(state, self.offload)
 
     @classmethod
     def from_pretrained(
@@ -154,7 +155,7 @@ class ArcFlowPipeline:
         *,
         dtype: Any = None,
         mesh: str | Mesh = "",
-        offload: bool = False,
+        offload: bool | Offload | None = None,
         raw: bool = False,
         merge: bool | None = None,
         compute: Compute | None = None,
@@ -170,11 +171,13 @@ class ArcFlowPipeline:
           mesh: how to use several devices, e.g. "tensor=4" (splits attention heads and MLPs) or
             "tensor=2,sequence=4" (image tokens as well), see `parallel.mesh.parse_mesh`; by default one device. Or a
             `jax.sharding.Mesh`, see `generate.sampling_mesh`.
-          offload: keeps text encoders, transformer and VAE decoder in host memory, each on the device only while it
-            runs: for a device that can hold the transformer, but not all of them.
+          offload: "networks" or True keeps text encoders, transformer and VAE decoder in host memory, each on the
+            device only while it runs: for a device that can hold the transformer, but not all of them. "blocks" also
+            keeps their blocks there while they run, and copies each to the device just before its turn: for a device
+            that cannot hold the transformer.
           raw: takes the weights of the last training step instead of the EMA weights.
           merge: adds LoRA to the base model's weights, see `merge_student`; False computes it beside them. By default
-            True, unless the base model is quantized.
+            True, unless the base model is quantized, or its blocks are in host memory.
           compute: "int8" or "fp8" multiplies activations in 8 bits as well, of a model with such weights: faster on
             chips that have such products.
 
@@ -184,7 +187,8 @@ class ArcFlowPipeline:
         """
         directory = ModelDirectory.open(converted(path_or_id))
         mesh = sampling_mesh(mesh)
-        with memory_watched(offload), jax.set_mesh(mesh):
+        offload = "networks" if offload is True else offload or None
+        with memory_watched(offload is not None), jax.set_mesh(mesh):
             dtype = default_dtype() if dtype is None else dtype
             return cls(directory, adapter, dtype, mesh, offload=offload, raw=raw, merge=merge, compute=compute)
 

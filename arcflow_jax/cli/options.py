@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -18,6 +19,11 @@ from arcflow_jax.storage.paths import as_path
 
 if TYPE_CHECKING:
     from arcflow_jax.pipeline import ArcFlowPipeline
+
+
+class Offload(enum.StrEnum):
+    networks = enum.auto()
+    blocks = enum.auto()
 
 
 class EightBits(enum.StrEnum):
@@ -186,11 +192,12 @@ class SamplingOptions(StudentOptions):
         ),
     ] = None
     offload: Annotated[
-        bool,
+        Offload | None,
         typer.Option(
-            "--offload", help="Keep what is not running in host memory: text encoders, transformer or VAE decoder."
+            help="Keep in host memory the networks that are not running (text encoders, transformer, VAE decoder); or "
+            "also the blocks of the running one, which are copied to the device one after another."
         ),
-    ] = False
+    ] = None
 
     def settings(self) -> dict[str, Any]:
         """The arguments of `ArcFlowPipeline.settings`."""
@@ -214,12 +221,19 @@ class SamplingOptions(StudentOptions):
 
     def load(self) -> ArcFlowPipeline:
         """The pipeline; a PyTorch model is converted first. Raises UserError."""
+        import jax
+
         from arcflow_jax.checkpoints.model_cache import converted
         from arcflow_jax.pipeline import ArcFlowPipeline
         from arcflow_jax.storage import cache
 
         cache.enable_compilation_cache()
-        adapter = self.adapter_or_teacher()
+        adapter, offload = self.adapter_or_teacher(), self.offload
+        if offload is not None and jax.default_backend() == "cpu":
+            print(
+                f"warning: --offload {offload.value} has no effect: a CPU has no memory but the host's", file=sys.stderr
+            )
+            offload = None
         model = converted(self.model)  # which has a progress bar of its own
         with progress_bar() as progress:
             progress("loading", 0, None)
@@ -227,7 +241,7 @@ class SamplingOptions(StudentOptions):
                 model,
                 adapter,
                 mesh=self.mesh,
-                offload=self.offload,
+                offload=None if offload is None else offload.value,
                 raw=self.raw,
                 merge=self.merge,
                 compute=None if self.compute is None else self.compute.value,

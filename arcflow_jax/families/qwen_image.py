@@ -25,6 +25,7 @@ from arcflow_jax.networks.student import ArcModel
 from arcflow_jax.networks.text.qwen2_5_vl import Qwen2_5VLConfig, Qwen2_5VLText
 from arcflow_jax.networks.vaes.qwen import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
 from arcflow_jax.parallel.mesh import batched, replicated
+from arcflow_jax.parallel.offload import Offload
 from arcflow_jax.parallel.processes import from_rows
 
 
@@ -72,7 +73,7 @@ class QwenPrompts(PromptEncoder):
     ENCODERS: ClassVar = {"text_encoder": "tokenizer"}
     MAX_TOKENS = BEFORE + TOKENS
 
-    def __init__(self, model: Model, dtype: Any, mesh: Mesh, offload: bool = False):
+    def __init__(self, model: Model, dtype: Any, mesh: Mesh, offload: Offload | None = None):
         length = max_length(model.path / "tokenizer", self.MAX_TOKENS)
         if length <= self.BEFORE:
             raise UserError(

@@ -16,8 +16,7 @@ from jax.sharding import Mesh
 
 from arcflow_jax.data.tokenizers import load_tokenizer, token_length, tokenize
 from arcflow_jax.networks.conditioning import Conditioning
-from arcflow_jax.parallel.mesh import state_shardings
-from arcflow_jax.parallel.offload import Weights
+from arcflow_jax.parallel.offload import Offload, Weights, running_shardings
 from arcflow_jax.parallel.processes import from_rows
 
 
@@ -85,7 +84,7 @@ class PromptEncoder:
       model: the converted model.
       dtype: of the encoders' computation.
       mesh: over which weights and batch are split.
-      offload: whether the weights stay in host memory while nothing is encoded (see `offload.Weights`).
+      offload: what stays in host memory (see `offload.Offload`).
 
     Attributes:
       cut: how many prompts so far had more tokens than the encoder takes, and were cut.
@@ -95,17 +94,17 @@ class PromptEncoder:
     ENCODERS: ClassVar[dict[str, str]]  # component → folder of its tokenizer
     MAX_TOKENS: ClassVar[int] = 512  # the most that prompts are padded or cut to
 
-    def __init__(self, model: Model, dtype: Any, mesh: Mesh, offload: bool = False):
+    def __init__(self, model: Model, dtype: Any, mesh: Mesh, offload: Offload | None = None):
         self.model, self.mesh, self.cut = model, mesh, 0
         self.encoders = {
             component: Encoder(model, component, tokenizer, dtype, self.MAX_TOKENS)
             for component, tokenizer in self.ENCODERS.items()
         }
         states = {
-            component: model.load(component, encoder.abstract, state_shardings(mesh, encoder.abstract))
+            component: model.load(component, encoder.abstract, running_shardings(mesh, encoder.abstract, offload))
             for component, encoder in self.encoders.items()
         }
-        self.weights = Weights(states, offload)
+        self.weights = Weights(states, offload is not None)
 
     def __call__(self, prompts: Sequence[str], *, guidance: float, rows: int, columns: int) -> Conditioning:
         """Conditioning of B prompts for images of rows × columns tokens.

@@ -26,6 +26,7 @@ from jax.extend.core import Primitive
 
 from arcflow_jax.networks.dropout import dropout
 from arcflow_jax.networks.kernel import QuantizedKernel
+from arcflow_jax.parallel.offload import on_host
 
 Axes = tuple[str | None, ...]
 
@@ -277,6 +278,8 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
 def scan_blocks(blocks: nnx.Module, carry: Any, call: Callable[[Any, Any, Mode], Any], mode: Mode) -> Any:
     """Runs a stack of blocks in order: carry = call(block, carry, mode of that block).
 
+    Weights may wait in host memory. Then each block is copied to the device while the block before it computes.
+
     The loop is a `lax.scan`, so compile time does not grow with depth. The backward pass rematerialises each block as
     `mode.remat` says; with "full", only the carry of each layer is kept.
     """
@@ -287,9 +290,28 @@ def scan_blocks(blocks: nnx.Module, carry: Any, call: Callable[[Any, Any, Mode],
         index, weights = layer
         return call(nnx.merge(graphdef, weights), carry, mode.fold(index)), None
 
+    if on_host(state):
+        return scan_streamed(step, carry, layers, state)
     # The body of a loop is compiled apart from that of its backward pass: XLA cannot merge the recomputation with it
     step = jax.checkpoint(step, policy=KEPT[mode.remat], prevent_cse=False)
     carry, _ = jax.lax.scan(step, carry, (jnp.arange(layers), state))
+    return carry
+
+
+def scan_streamed(step: Callable[..., Any], carry: Any, layers: int, state: Any) -> Any:
+    """The loop of `scan_blocks` over weights in host memory: the device holds those of two blocks. Has no gradient."""
+
+    def fetch(index: jax.Array | int) -> Any:
+        parts = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), state)
+        return jax.device_put(parts, jax.memory.Space.Device)
+
+    def streamed(loop, index):
+        carry, weights = loop
+        following = fetch(jnp.minimum(index + 1, layers - 1))  # does not wait for this block, nor this block for it
+        carry, _ = step(carry, (index, weights))
+        return (carry, following), None
+
+    (carry, _), _ = jax.lax.scan(streamed, (carry, fetch(0)), jnp.arange(layers))
     return carry
 
 
