@@ -24,7 +24,12 @@ class KernelFormat(enum.StrEnum):
     int4 = enum.auto()
 
 
+class Blocks(enum.StrEnum):
+    blocks = enum.auto()
+
+
 class Program(enum.StrEnum):
+    text_encoder = "text-encoder"
     sampler = "sampler"
     train = "train"
     train_steady = "train-steady"
@@ -47,7 +52,8 @@ def compile_report(
     program: Annotated[
         Program,
         typer.Option(
-            help="The few-step sampler, or a training step: the first ones (train), or later ones (train-steady)."
+            help="The largest text encoder, the few-step sampler, or a training step: the first ones (train), or later "
+            "ones (train-steady)."
         ),
     ] = Program.sampler,
     batch: Annotated[int, typer.Option(help="Batch size, of all devices together.")] = 1,
@@ -56,7 +62,10 @@ def compile_report(
     ] = None,
     width: Annotated[int | None, typer.Option(help="Width in pixels, with --height.")] = None,
     quantize: Annotated[
-        KernelFormat | None, typer.Option(help="Format of the transformer's kernels, of a model that is not converted.")
+        KernelFormat | None, typer.Option(help="Format of the kernels, of a model that is not converted.")
+    ] = None,
+    offload: Annotated[
+        Blocks | None, typer.Option(help="Keep the blocks in host memory, as arcflow sample --offload blocks does.")
     ] = None,
     limit: Annotated[float, typer.Option(help="Time limit of one compilation, in seconds.")] = 1800,
     out: Annotated[Path | None, path_option(help="JSON file for the figures.")] = None,
@@ -72,16 +81,9 @@ def compile_report(
     if (height is None) != (width is None):
         raise UserError("--height and --width go together")
     overrides = [*context.args, *([] if height is None else [f"--config.resolutions=(({height}, {width}),)"])]
+    weights = (None if quantize is None else quantize.value, None if offload is None else offload.value)
     cases = [
-        Case(
-            program.value,
-            config,
-            tuple(overrides),
-            name,
-            mesh_sizes(grid),
-            batch,
-            None if quantize is None else quantize.value,
-        )
+        Case(program.value, config, tuple(overrides), name, mesh_sizes(grid), batch, *weights)
         for name in topology
         for grid in mesh
     ]

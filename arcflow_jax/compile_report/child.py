@@ -12,13 +12,13 @@ import re
 import sys
 import time
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
 
 from arcflow_jax.compile_report.collectives import collectives
-from arcflow_jax.compile_report.programs import PROGRAMS, Program
+from arcflow_jax.compile_report.programs import PROGRAMS, Program, Weights
 from arcflow_jax.compile_report.topology import describe
 from arcflow_jax.errors import UserError, one_line, out_of_memory
 from arcflow_jax.networks.kernel import Format
@@ -34,11 +34,14 @@ def build(
     topology: str,
     mesh: list[int],
     batch: int,
-    quantize: Format | None = None,
+    quantize: Format | None,
+    offload: Literal["blocks"] | None,
 ) -> tuple[Mesh, Program]:
     """The mesh and program of a case. Raises UserError if recipe, model, topology, mesh or batch do not fit."""
     grid = make_mesh(mesh, describe(topology))
-    return grid, PROGRAMS[program](Recipe.from_config(read_config(config, overrides)), grid, batch, quantize)
+    return grid, PROGRAMS[program](
+        Recipe.from_config(read_config(config, overrides)), grid, batch, Weights(quantize, offload)
+    )
 
 
 def compile_program(mesh: Mesh, program: Program) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +17,22 @@ from jax import ShapeDtypeStruct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from arcflow_jax import families
+from arcflow_jax.checkpoints.kernels import formats_of
 from arcflow_jax.checkpoints.model_directory import DESCRIPTION, ComponentDescription, ModelDescription, ModelDirectory
+from arcflow_jax.compile_report.topology import HostSharding
+from arcflow_jax.data.tokenizers import max_length
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import token_grid
+from arcflow_jax.families.text import apply_encoder
 from arcflow_jax.generate import merges, sample_student
 from arcflow_jax.networks.kernel import Format
 from arcflow_jax.networks.student import merged_graphdef, merged_state, split_model
-from arcflow_jax.parallel.mesh import batched, check_batch, replicated, sharded
+from arcflow_jax.parallel.mesh import batched, check_batch, replicated, sharded, with_shardings
+from arcflow_jax.parallel.offload import block_shardings
 from arcflow_jax.storage.files import read_json
 from arcflow_jax.training.compile import parts
 from arcflow_jax.training.optimizer import make_optimizer
-from arcflow_jax.training.plan import chosen_remat, held_in_training, step_settings
+from arcflow_jax.training.plan import chosen_remat, held_in_training, parameters, step_settings
 from arcflow_jax.training.recipe import Recipe
 from arcflow_jax.training.state import TrainState
 
@@ -52,11 +57,34 @@ class Program:
     beside: Any = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """How the weights of a network are held.
+
+    Attributes:
+      quantize: format of the kernels, of a model that is not converted; None for the recipe's dtype.
+      offload: "blocks" if its blocks wait in host memory.
+    """
+
+    quantize: Format | None = None
+    offload: Literal["blocks"] | None = None
+
+    def place(self, mesh: Mesh, state: nnx.State) -> nnx.State:
+        """A state as shapes with shardings."""
+        if self.offload is None:
+            return sharded(mesh, state)
+        shardings = block_shardings(mesh, state, lambda sharding: HostSharding(sharding.mesh, sharding.spec))
+        return with_shardings(state, shardings)
+
+
+PLAIN = Weights()
+
+
 def open_model(path: str | Path, quantize: Format | None = None) -> ModelDirectory:
     """A converted model, or a diffusers folder, which needs only its config files. Raises UserError.
 
     Args:
-      quantize: of a folder: the format of the transformer's kernels.
+      quantize: of a folder: the format of the kernels of its transformer and text encoders.
     """
     path = Path(path)
     if (path / DESCRIPTION).is_file() or not (path / "model_index.json").is_file():
@@ -65,39 +93,53 @@ def open_model(path: str | Path, quantize: Format | None = None) -> ModelDirecto
         return ModelDirectory.open(path)
     family = families.of_pipeline(read_json(path / "model_index.json").get("_class_name"), path)
     components = {
-        name: ComponentDescription(family.networks[name].class_name, read_json(path / name / "config.json"))
-        for name in ("transformer", "vae")
+        name: ComponentDescription(network.class_name, read_json(path / name / "config.json"))
+        for name, network in family.networks.items()
     }
     directory = ModelDirectory(path, ModelDescription(family.pipeline, components, {}, fingerprint="", files={}))
-    quantization = directory.networks["transformer"].quantization(directory.config("transformer"), quantize)
-    components["transformer"] = dataclasses.replace(components["transformer"], quantization=quantization)
+    for name in formats_of(family, quantize):
+        quantization = family.networks[name].quantization(directory.config(name), quantize)
+        components[name] = dataclasses.replace(components[name], quantization=quantization)
     return directory
 
 
 def open_for(
-    recipe: Recipe, mesh: Mesh, batch: int, quantize: Format | None, micro_batches: int = 1
+    recipe: Recipe, mesh: Mesh, batch: int, weights: Weights, micro_batches: int = 1
 ) -> tuple[ModelDirectory, int]:
     """The recipe's model, and its number of image tokens. Raises UserError if model, size or batch do not fit."""
-    directory = open_model(recipe.model, quantize)
+    directory = open_model(recipe.model, weights.quantize)
     rows, columns = token_grid(*recipe.largest, directory.config("vae").factor)
     check_batch(batch, mesh, directory.config("transformer").num_attention_heads, micro_batches)
     return directory, rows * columns
 
 
-def sampler(recipe: Recipe, mesh: Mesh, batch: int, quantize: Format | None = None) -> Program:
-    """The few-step sampler of a recipe's student, from noise to latents.
-
-    Args:
-      quantize: see `open_model`.
+def text_encoder(recipe: Recipe, mesh: Mesh, batch: int, weights: Weights = PLAIN) -> Program:
+    """The largest text encoder of a recipe's model, from token ids to hidden states.
 
     Raises:
       UserError: if model, size or batch do not fit.
     """
-    directory, tokens = open_for(recipe, mesh, batch, quantize)
+    directory, _ = open_for(recipe, mesh, batch, weights)
+    prompts = directory.family.prompts
+    networks = {name: directory.abstract(name, jnp.dtype(recipe.dtype)) for name in prompts.ENCODERS}
+    name = max(networks, key=lambda name: parameters(nnx.state(networks[name])))
+    length = max_length(directory.path / prompts.ENCODERS[name], prompts.MAX_TOKENS)
+    graphdef, state = nnx.split(networks[name])
+    ids = ShapeDtypeStruct((batch, length), jnp.int32, sharding=batched(mesh))
+    return Program(apply_encoder, (graphdef, weights.place(mesh, state), ids), {}, passes=1)
+
+
+def sampler(recipe: Recipe, mesh: Mesh, batch: int, weights: Weights = PLAIN) -> Program:
+    """The few-step sampler of a recipe's student, from noise to latents.
+
+    Raises:
+      UserError: if model, size or batch do not fit.
+    """
+    directory, tokens = open_for(recipe, mesh, batch, weights)
     dtype = jnp.dtype(recipe.dtype)
 
     graphdef, base, adapter = split_model(directory.student(recipe.adapter, dtype))
-    if merges(directory, None):
+    if merges(directory, None, weights.offload):
         state = jax.eval_shape(functools.partial(merged_state, graphdef), base, adapter)
         graphdef = merged_graphdef(graphdef, base, adapter)
     else:
@@ -108,20 +150,19 @@ def sampler(recipe: Recipe, mesh: Mesh, batch: int, quantize: Format | None = No
     conditioning = directory.family.prompts.abstract_conditioning(directory, mesh, batch, tokens, dtype)
     scalar = ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     steps = recipe.distillation.nfe
-    arguments = (graphdef, sharded(mesh, state), latents, conditioning, scalar, scalar)
+    arguments = (graphdef, weights.place(mesh, state), latents, conditioning, scalar, scalar)
     return Program(sample_student, arguments, {"steps": steps}, passes=steps)
 
 
-def training_step(recipe: Recipe, mesh: Mesh, batch: int, quantize: Format | None = None, *, steady: bool) -> Program:
+def training_step(recipe: Recipe, mesh: Mesh, batch: int, weights: Weights = PLAIN, *, steady: bool) -> Program:
     """One training step of a recipe's distillation; `steady` is the phase after the teacher's share reached zero.
-
-    Args:
-      quantize: see `open_model`.
 
     Raises:
       UserError: if model, size or batch do not fit.
     """
-    directory, tokens = open_for(recipe, mesh, batch, quantize, recipe.accumulate)
+    if weights.offload is not None:
+        raise UserError("a training step needs all blocks on the device: leave --offload out")
+    directory, tokens = open_for(recipe, mesh, batch, weights, recipe.accumulate)
     dtype = jnp.dtype(recipe.dtype)
     graphdef, base, adapter = split_model(directory.student(recipe.adapter, dtype))
     optimizer = make_optimizer(recipe.optimizer, adapter)
@@ -144,7 +185,8 @@ def training_step(recipe: Recipe, mesh: Mesh, batch: int, quantize: Format | Non
     return Program(*first, passes, then)
 
 
-PROGRAMS: dict[str, Callable[[Recipe, Mesh, int, Format | None], Program]] = {
+PROGRAMS: dict[str, Callable[[Recipe, Mesh, int, Weights], Program]] = {
+    "text-encoder": text_encoder,
     "sampler": sampler,
     "train": functools.partial(training_step, steady=False),
     "train-steady": functools.partial(training_step, steady=True),

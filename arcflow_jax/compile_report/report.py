@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 from rich.console import Console
@@ -37,7 +37,7 @@ class Case:
       topology: e.g. "v5p:2x2x1", "v5p:2x2x1*2" for two such slices, or "h100:8".
       mesh: sizes of the axes data, fsdp, tensor, sequence; -1 stands for the remaining devices.
       batch: images on all devices together.
-      quantize: format of the transformer's kernels; None for the recipe's dtype, or as a converted model has them.
+      quantize, offload: see `programs.Weights`.
     """
 
     program: str
@@ -47,6 +47,7 @@ class Case:
     mesh: tuple[AxisSize, ...]
     batch: Batch
     quantize: Format | None = None
+    offload: Literal["blocks"] | None = None
 
     def __post_init__(self):
         schema.check(self)

@@ -12,13 +12,23 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.sharding import NamedSharding
 
 import arcflow_jax
 from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.parallel import offload
 from arcflow_jax.parallel.chips import CHIPS, Chip
 
 HOST = 8  # GPUs of a host, where there are more
 TPUS, GPUS = ([name for name, chip in CHIPS.items() if bool(chip.gpu) == gpu] for gpu in (False, True))
+
+
+class HostSharding(NamedSharding):
+    """In pinned host memory: `NamedSharding` drops the kind of memory of devices that are not attached."""
+
+    @property
+    def memory_kind(self) -> str:
+        return offload.HOST
 
 
 def chip(topology: str) -> Chip:

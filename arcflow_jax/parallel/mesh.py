@@ -254,10 +254,13 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 
 def sharded(mesh: Mesh, abstract: Any) -> Any:
     """An abstract state with shardings, into which a checkpoint can be restored."""
+    return with_shardings(abstract, state_shardings(mesh, abstract))
+
+
+def with_shardings(abstract: Any, shardings: Any) -> Any:
+    """An abstract state with these shardings."""
     return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        abstract,
-        state_shardings(mesh, abstract),
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract, shardings
     )
 
 

@@ -127,7 +127,8 @@ class Plan:
     def header(self) -> str:
         """How much is trained, and on what."""
         size = ", ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
-        trained, whole = parameters(self.adapter), parameters(self.base)
+        teacher = self.directory.networks["transformer"].abstract(self.directory.config("transformer"))  # not quantized
+        trained, whole = parameters(self.adapter), parameters(nnx.state(teacher))
         share = f"{trained / 1e6:.2f} of {whole / 1e6:.2f} million parameters ({100 * trained / whole:.2f} %)"
         text = f"trains {share} on {self.mesh.size} × {self.mesh.devices.flat[0].device_kind}: {size}"
         if self.prompts.sizes:
