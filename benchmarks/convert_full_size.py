@@ -161,6 +161,26 @@ def convert(arguments: Sequence[str], parent: Connection, as_it_goes: bool) -> N
         parent.send(resource.getrusage(resource.RUSAGE_SELF))
 
 
+def convert_apart(
+    arguments: Sequence[str], values: Values, as_it_goes: bool
+) -> tuple[float, float, resource.struct_rusage]:
+    """Runs `arcflow convert` in a process of its own.
+
+    Returns its seconds without those for writing the source, the seconds for that, and its resource usage.
+    """
+    context = multiprocessing.get_context("spawn")
+    connection, childs = context.Pipe()
+    process = context.Process(target=convert, args=(arguments, childs, as_it_goes))
+    start = time.perf_counter()
+    process.start()
+    waiting, usage = provide(connection, values)
+    process.join()
+    seconds = time.perf_counter() - start - waiting
+    if process.exitcode:
+        sys.exit(f"arcflow convert failed with status {process.exitcode}")
+    return seconds, waiting, usage
+
+
 def give_back(tensor: FileTensor) -> None:
     """Turns a tensor into a hole again."""
     place = ["--offset", str(tensor.offset), "--length", str(nbytes(tensor.shape))]
@@ -194,16 +214,7 @@ def run(options: argparse.Namespace, url: str | None = None) -> None:
                 values.write(tensor)
     writing = time.perf_counter() - start
 
-    context = multiprocessing.get_context("spawn")
-    connection, childs = context.Pipe()
-    process = context.Process(target=convert, args=(arguments, childs, options.as_it_goes))
-    start = time.perf_counter()
-    process.start()
-    waiting, usage = provide(connection, values)
-    process.join()
-    seconds = time.perf_counter() - start - waiting
-    if process.exitcode:
-        sys.exit(f"arcflow convert failed with status {process.exitcode}")
+    seconds, waiting, usage = convert_apart(arguments, values, options.as_it_goes)
     print(f"wrote {size / 1e9:.2f} GB in {writing + waiting:.0f} s")
     written = sum(sizes_below(out).values())
     print(f"converted to {written / 1e9:.2f} GB in {seconds:.0f} s, {size / 1e6 / seconds:.0f} MB/s")

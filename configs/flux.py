@@ -5,13 +5,18 @@
 
 Variants: the default trains rank 224, 4.8 % of the teacher; `flux:published` is the paper's, rank 256 and 5.5 %;
 `flux:legendre` has Legendre polynomials in place of the momentum mixture, and has not been tried at this size.
+`flux:single` is for one card of 24 GB, or of 16 GB with int4: rank 64, one example at a time, on a quantized base:
+
+    arcflow convert --source PATH/TO/FLUX.1-dev --out checkpoints/flux-int8 --quantize int8
+    arcflow embed-prompts --config flux:single --config.prompts=prompts.txt --out embeddings/flux
+    arcflow train --config flux:single --config.prompts=prompts.txt
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config(arg: str = "default") -> ConfigDict:
-    ranks = {"default": 224, "published": 256, "legendre": 224}
+    ranks = {"default": 224, "published": 256, "legendre": 224, "single": 64}
     if arg not in ranks:
         raise ValueError(f"known variants are {', '.join(ranks)}")
     preview = (
@@ -25,6 +30,9 @@ def get_config(arg: str = "default") -> ConfigDict:
     config.adapter = {"rank": ranks[arg]}
     config.distillation = {"decay": 2000}
     config.optimizer = {"groups": (("head.proj_out_loggamma.*", 0.1),)}  # log-momenta learn slowly
+    if arg == "single":
+        config.update(model="checkpoints/flux-int8", embeddings="embeddings/flux", preview_every=0)
+        config.update(accumulate=16, remat="full", offload_optimizer=True)
     if arg == "legendre":
         config.adapter.update(basis="legendre", modes=4)
         config.distillation.mode_dropout = 0.0

@@ -23,8 +23,8 @@ from arcflow_jax.training.recipe import SETTINGS, Recipe, bundled, read_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LARGE = {
-    "flux": ("FluxPipeline", "flux.1-dev", ("default", "published", "legendre")),
-    "qwen": ("QwenImagePipeline", "qwen-image", ("published", "compact", "legendre")),
+    "flux": ("FluxPipeline", "flux.1-dev", ("default", "published", "legendre", "single")),
+    "qwen": ("QwenImagePipeline", "qwen-image", ("published", "compact", "legendre", "single")),
 }
 VARIANTS = {name: variants for name, (*_, variants) in LARGE.items()}
 VARIANTS |= dict.fromkeys(("tiny", "tiny_qwen", "tiny_ablation"), ("arcflow", "linear", "legendre"))
@@ -77,7 +77,7 @@ def test_recipes_are_small(name):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("flux:curved", "recipe flux:curved: known variants are default, published, legendre"),
+        ("flux:curved", "recipe flux:curved: known variants are default, published, legendre, single"),
         ("tiny_ablation:arcflow+faster", "recipe .*: no change is called faster; known are nfe-1, "),
         ("fluks", "no recipe is called 'fluks': known are flux, qwen, tiny, tiny_ablation, tiny_qwen; a file's name"),
         ("nowhere/mine.py", "recipe nowhere/mine.py does not exist"),
