@@ -151,10 +151,18 @@ def check_name(path: Path) -> None:
         raise UserError(f"cannot write checkpoints to {path}: name a directory without *, ?, [ or \\ in its path")
 
 
-def handler(arrays: Arrays | None = None) -> ocp.PyTreeCheckpointHandler:
-    """Orbax's handler of a checkpoint: a nested dict of arrays, which `arrays` reads and writes."""
+def handler(arrays: Arrays | None = None, at_once: int | None = None) -> ocp.PyTreeCheckpointHandler:
+    """Orbax's handler of a checkpoint: a nested dict of arrays, which `arrays` reads and writes.
+
+    Args:
+      at_once: about the most bytes that are read at a time, at least those of the largest array. While it is read, host
+        memory holds an array beside its copy on the device.
+    """
     handlers = ((jax.Array, arrays or Arrays()), (np.ndarray, NumPyArrays()))
-    return ocp.PyTreeCheckpointHandler(type_handler_registry=ocp.type_handlers.create_type_handler_registry(*handlers))
+    return ocp.PyTreeCheckpointHandler(
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry(*handlers),
+        restore_concurrent_gb=None if at_once is None else at_once // 10**9 + 1,  # Orbax wants more than that
+    )
 
 
 def misfits(wanted: dict[str, Any], stored: dict[str, Any]) -> list[str]:

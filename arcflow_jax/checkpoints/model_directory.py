@@ -17,7 +17,9 @@ version 1 have neither these nor any SHA-256. They are still read.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,8 @@ FORMAT = "arcflow_jax model"
 VERSION = 2
 # Where a component's folder has its checkpoint
 CHECKPOINT = "state"
+AT_ONCE = 2 * 10**9  # bytes that are read at a time: enough to keep a disk or a bucket busy
+LARGE = 10**8  # bytes of an array
 
 
 class ArrayDigest:
@@ -250,8 +254,11 @@ class ModelDirectory:
                 targets = nest(wanted)
                 restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
                 args = ocp.args.PyTreeRestore(targets, restore_args=restore_args, partial_restore=bool(part))
-                with ocp.Checkpointer(handler()) as checkpointer:
+                largest = max(math.prod(x.shape) * x.dtype.itemsize for x in wanted.values())
+                with ocp.Checkpointer(handler(at_once=max(largest, AT_ONCE))) as checkpointer:
                     restored = unnest(checkpointer.restore(checkpoint, args=args))
+                if largest > LARGE:
+                    gc.collect()  # Orbax leaves gigabytes in reference cycles
                 return unflatten(abstract_state, {in_memory(path): array for path, array in restored.items()})
         except Exception as error:  # Orbax and TensorStore raise all kinds of errors, down to the bare Exception
             if out_of_memory(error):

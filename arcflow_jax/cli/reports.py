@@ -95,6 +95,7 @@ def demo(
     teacher: Annotated[
         Teacher, typer.Option(help="The bundled teacher, a FLUX.1 or a Qwen-Image.")
     ] = Teacher.tiny_flux,
+    quantize: Annotated[KernelFormat | None, typer.Option(help="Format of the teacher's kernels.")] = None,
 ) -> None:
     """Converts a bundled teacher, distils it, and compares 2 steps with 50, in about ten minutes on two cores.
 
@@ -105,4 +106,4 @@ def demo(
     from arcflow_jax.storage import cache
 
     cache.enable_compilation_cache()
-    run(out, teacher.value)
+    run(out, teacher.value, None if quantize is None else quantize.value)

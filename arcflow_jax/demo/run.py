@@ -21,6 +21,7 @@ from arcflow_jax.demo.evaluate import Sampler, measure, run_samplers
 from arcflow_jax.demo.world import caption_of
 from arcflow_jax.errors import UserError
 from arcflow_jax.generate import TEACHER_STEPS
+from arcflow_jax.networks.kernel import Format
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.storage.atomic import cannot_write, make_directory
 from arcflow_jax.storage.files import write_json
@@ -41,16 +42,17 @@ def recipe(teacher: str, student: str, out: Path) -> Recipe:
     return Recipe.from_config(config)
 
 
-def convert(source: Path, out: Path) -> ModelDirectory:
+def convert(source: Path, out: Path, quantize: Format | None) -> ModelDirectory:
     """Converts the bundled teacher `source` to the model directory `out`, or checks the one that is there."""
     if not (out / DESCRIPTION).exists():
-        return ModelDirectory.open(convert_model(source, out))
+        return ModelDirectory.open(convert_model(source, out, quantize=quantize))
     with tempfile.TemporaryDirectory() as aside:
-        expected = ModelDirectory.open(convert_model(source, Path(aside) / "teacher"))
+        expected = ModelDirectory.open(convert_model(source, Path(aside) / "teacher", quantize=quantize))
     present = ModelDirectory.open(out)
     if sources(present) != sources(expected):
         raise UserError(
-            f"{out} was not converted from the bundled {source.name}: choose another --out, or remove {out.parent}"
+            f"{out} was not converted from the bundled {source.name}{f' in {quantize}' if quantize else ''}: "
+            f"choose another --out, or remove {out.parent}"
         )
     return present
 
@@ -60,26 +62,27 @@ def sources(model: ModelDirectory) -> dict[str, ComponentDescription]:
     return {name: dataclasses.replace(each, stored=None) for name, each in model.description.components.items()}
 
 
-def demo(out: Path, teacher: str = "tiny-flux") -> dict[str, object]:
+def demo(out: Path, teacher: str = "tiny-flux", quantize: Format | None = None) -> dict[str, object]:
     """Runs the demo, or resumes it, and returns what it writes to metrics.json.
 
     Writes to `out`: teacher/ (converted), arcflow/ and linear/ (students), metrics.json, grid.png, index.html.
 
     Args:
       teacher: one of `TEACHERS`.
+      quantize: format of the kernels of its transformer and text encoders.
 
     Raises:
       UserError: if `out` cannot be written, or contains the demo of another teacher.
     """
     with one_writer(out):
         make_directory(out)
-        return run_demo(out, teacher)
+        return run_demo(out, teacher, quantize)
 
 
-def run_demo(out: Path, teacher: str) -> dict[str, object]:
+def run_demo(out: Path, teacher: str, quantize: Format | None) -> dict[str, object]:
     """`demo`, by the one writer of `out`."""
     console = Console(width=None if sys.stdout.isatty() else 140, markup=False, soft_wrap=True)
-    base = convert(ASSETS / teacher, out / "teacher")
+    base = convert(ASSETS / teacher, out / "teacher", quantize)
     console.print(f"converted the bundled PyTorch teacher {teacher} to {out / 'teacher'}")
     recipes = {name: recipe(teacher, name, out) for name in ("arcflow", "linear")}
     for name, each in recipes.items():

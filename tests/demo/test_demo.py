@@ -174,24 +174,23 @@ def test_teacher_uses_cfg_with_a_negative_prompt(tiny_qwen):
 def test_a_directory_of_another_teacher_is_refused(tmp_path):
     """A teacher is identified by its weights and settings, not by the kind of its pipeline."""
     out, source, other = tmp_path / "out" / "teacher", make_tiny_qwen(tmp_path / "qwen"), tmp_path / "other"
-    made = run.convert(source, out)
+    made = run.convert(source, out, None)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    assert run.convert(source, out).fingerprint == made.fingerprint
+    assert run.convert(source, out, None).fingerprint == made.fingerprint
     shutil.copytree(source, other)
     config = json.loads((other / "vae" / "config.json").read_text())
     (other / "vae" / "config.json").write_text(json.dumps(config | {"latents_std": [1.0] * 4}))
-    for teacher in (other, ASSETS / "tiny-flux"):
-        refusal = (
-            f"{out} was not converted from the bundled {teacher.name}: choose another --out, or remove {out.parent}"
-        )
+    for teacher, quantize in ((other, None), (ASSETS / "tiny-flux", None), (source, "int8")):
+        what = f"{teacher.name} in int8" if quantize else teacher.name
+        refusal = f"{out} was not converted from the bundled {what}: choose another --out, or remove {out.parent}"
         with pytest.raises(UserError, match=refusal):
-            run.convert(teacher, out)
+            run.convert(teacher, out, quantize)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("teacher", TEACHERS)
-def test_whole_demo_in_few_steps(tmp_path, monkeypatch, teacher):
+@pytest.mark.parametrize(("teacher", "quantize"), [("tiny-flux", None), ("tiny-qwen", "int8")])
+def test_whole_demo_in_few_steps(tmp_path, monkeypatch, teacher, quantize):
     """Two training steps, a teacher of 16 steps, the prompts of the grid: nothing is learned, all is written."""
     recipe = run.recipe
     monkeypatch.setattr(run, "recipe", lambda *args: dataclasses.replace(recipe(*args), steps=2))
@@ -199,7 +198,7 @@ def test_whole_demo_in_few_steps(tmp_path, monkeypatch, teacher):
     prompts.write_text("".join(run.TEST_PROMPTS.read_text().splitlines(keepends=True)[:9]))
     monkeypatch.setattr(run, "TEST_PROMPTS", prompts)
     monkeypatch.setattr(run, "TEACHER_STEPS", 16)
-    metrics = run.demo(tmp_path / "demo", teacher)
+    metrics = run.demo(tmp_path / "demo", teacher, quantize)
     assert (metrics["prompts"], metrics["training_steps"]) == (9, 2)
     assert metrics["base"] == ModelDirectory.open(tmp_path / "demo" / "teacher").fingerprint
     assert metrics["teacher_50"]["endpoint_error"] == 0
