@@ -67,13 +67,13 @@ def weights(run: Path, step: int) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(tree)}
 
 
-def run(place: object, which: str, script: str = WAY) -> tuple[int, str]:
+def run(place: object, which: str, script: str = WAY, timeout: float = 240) -> tuple[int, str]:
     """Exit code and output of a process that goes the way."""
     source = Path(__file__).parents[1] / "arcflow_jax" / "assets" / "tiny-flux"
     as_path(f"{place}/prompts.txt").parent.mkdir(parents=True, exist_ok=True)
     as_path(f"{place}/prompts.txt").write_text("\n".join(PROMPTS))
     process = child(script, place, source, which)
-    said, _ = process.communicate(timeout=240)
+    said, _ = process.communicate(timeout=timeout)
     return process.returncode, said
 
 
@@ -87,14 +87,19 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["gs", pytest.param("s3", marks=pytest.mark.long)])
-def test_the_whole_way(scheme, undisturbed, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("scheme", "faults"),
+    [("gs", ""), pytest.param("s3", "", marks=pytest.mark.long), pytest.param("gs", "busy", marks=pytest.mark.long)],
+)
+def test_the_whole_way(scheme, faults, undisturbed, tmp_path, monkeypatch):
+    """Also in a bucket that answers every third request with 503, where clients wait before they ask again."""
+    timeout = 1800 if faults else 240
     pytest.importorskip({"gs": "gcp_storage_emulator", "s3": "moto"}[scheme])
     monkeypatch.chdir(tmp_path)
-    with bucket(scheme) as url:
-        code, said = run(f"{url}/way", "first")
+    with bucket(scheme, faults) as url:
+        code, said = run(f"{url}/way", "first", timeout=timeout)
         assert code == -9, said
-        code, said = run(f"{url}/way", "second")
+        code, said = run(f"{url}/way", "second", timeout=timeout)
         assert code == 0, said
         assert "resumes after training step 2" in said
         assert not os.listdir(tmp_path)
