@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from arcflow_jax import schema
 from arcflow_jax.errors import UserError, one_line, out_of_memory
-from arcflow_jax.families.latents import unpack
+from arcflow_jax.families.latents import PATCH, unpack
 from arcflow_jax.flow import sampler
 from arcflow_jax.flow.schedule import Scheduler
 from arcflow_jax.networks.conditioning import Conditioning, Guided
@@ -28,6 +28,9 @@ from arcflow_jax.networks.student import merged_state
 from arcflow_jax.parallel.mesh import MESH_AXES, constrain, parse_mesh, state_shardings
 
 TEACHER_STEPS = 50  # the default for the teacher
+# Pixels above which an image is decoded in tiles by default. Up to there, FLUX.1's VAE needs 5.7 GiB, which JAX takes
+# of an 8 GB card
+TILED = 1536**2
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "steps"))
@@ -88,11 +91,19 @@ def teacher_grid(scheduler: Scheduler, tokens: int) -> tuple[jax.Array, jax.Arra
     return jnp.float32(scheduler.shift_for(tokens)), jnp.float32(terminal) if terminal else None
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "rows", "columns"))
-def decode_latents(graphdef: nnx.GraphDef, vae: nnx.State, tokens: jax.Array, *, rows: int, columns: int) -> jax.Array:
-    """Pixels [B, H, W, 3], uint8, of latent tokens [B, N, 4C]; `vae` needs no encoder."""
+@functools.partial(jax.jit, static_argnames=("graphdef", "rows", "columns", "tiled"))
+def decode_latents(
+    graphdef: nnx.GraphDef, vae: nnx.State, tokens: jax.Array, *, rows: int, columns: int, tiled: bool | None = None
+) -> jax.Array:
+    """Pixels [B, H, W, 3], uint8, of latent tokens [B, N, 4C]; `vae` needs no encoder.
+
+    Large images are decoded in tiles, others if `tiled` says so, see `networks.vaes.vae`.
+    """
     tokens = constrain(tokens, "batch", None, None)
-    pixels = nnx.merge(graphdef, vae).decode(unpack(tokens, rows, columns))
+    network = nnx.merge(graphdef, vae)
+    side = PATCH * network.config.factor  # of a token, in pixels
+    large = rows * columns * side**2 > TILED
+    pixels = network.decode(unpack(tokens, rows, columns), tiled=large if tiled is None else tiled)
     return jnp.round(jnp.clip(pixels * 0.5 + 0.5, 0.0, 1.0) * 255).astype(jnp.uint8)
 
 

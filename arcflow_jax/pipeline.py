@@ -102,8 +102,9 @@ class ArcFlowPipeline:
         offload: bool = False,
         raw: bool = False,
         merge: bool = True,
+        vae_tiling: bool | None = None,
     ):
-        self.directory, self.mesh, self.offload = directory, mesh, offload
+        self.directory, self.mesh, self.offload, self.vae_tiling = directory, mesh, offload, vae_tiling
         self.student: AdapterDescription | None = None
         self.origin = {
             "model": str(directory.path),
@@ -147,6 +148,7 @@ class ArcFlowPipeline:
         offload: bool = False,
         raw: bool = False,
         merge: bool = True,
+        vae_tiling: bool | None = None,
     ) -> ArcFlowPipeline:
         """Loads a model and, if given, its student. Of a run that is still training, it takes the last checkpoint.
 
@@ -163,6 +165,7 @@ class ArcFlowPipeline:
             runs: for a device that can hold the transformer, but not all of them.
           raw: takes the weights of the last training step instead of the EMA weights.
           merge: adds LoRA to the base model's weights; False computes it beside them, see `merge_student`.
+          vae_tiling: decodes in tiles, the same images with less memory (`networks.vaes.vae`); None: large ones.
 
         Raises:
           UserError: if model or adapter is missing or damaged, the adapter was trained on another base model, the mesh
@@ -172,7 +175,7 @@ class ArcFlowPipeline:
         mesh = sampling_mesh(mesh)
         with memory_watched(offload), jax.set_mesh(mesh):
             dtype = default_dtype() if dtype is None else dtype
-            return cls(directory, adapter, dtype, mesh, offload=offload, raw=raw, merge=merge)
+            return cls(directory, adapter, dtype, mesh, offload=offload, raw=raw, merge=merge, vae_tiling=vae_tiling)
 
     def __call__(
         self,
@@ -319,7 +322,8 @@ class ArcFlowPipeline:
         return sample_student(self.graphdef, state, latents, conditioning, shift, ratio, steps=steps)
 
     def _decode(self, state: nnx.State, tokens: jax.Array, rows: int, columns: int) -> np.ndarray:
-        return np.asarray(decode_latents(self.vae_graphdef, state, tokens, rows=rows, columns=columns))
+        size = {"rows": rows, "columns": columns, "tiled": self.vae_tiling}
+        return np.asarray(decode_latents(self.vae_graphdef, state, tokens, **size))
 
     def _described(self, settings: SamplingSettings) -> dict[str, int | float | str]:
         side = PATCH * self.directory.config("vae").factor  # of a token, in pixels

@@ -177,6 +177,13 @@ class SamplingOptions(StudentOptions):
             "--offload", help="Keep what is not running in host memory: text encoders, transformer or VAE decoder."
         ),
     ] = False
+    vae_tiling: Annotated[
+        bool | None,
+        typer.Option(
+            "--vae-tiling/--no-vae-tiling",
+            help="Decode in tiles: the same image with less memory, but slower. By default above 1536x1536 pixels.",
+        ),
+    ] = None
 
     def settings(self) -> dict[str, Any]:
         """The arguments of `ArcFlowPipeline.settings`."""
@@ -210,7 +217,13 @@ class SamplingOptions(StudentOptions):
         with progress_bar() as progress:
             progress("loading", 0, None)
             return ArcFlowPipeline.from_pretrained(
-                model, adapter, mesh=self.mesh, offload=self.offload, raw=self.raw, merge=self.merge
+                model,
+                adapter,
+                mesh=self.mesh,
+                offload=self.offload,
+                raw=self.raw,
+                merge=self.merge,
+                vae_tiling=self.vae_tiling,
             )
 
 
