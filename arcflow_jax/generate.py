@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Generator
+import math
+import os
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -19,13 +21,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from arcflow_jax import schema
+from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.errors import UserError, one_line, out_of_memory
 from arcflow_jax.families.latents import PATCH, unpack
 from arcflow_jax.flow import sampler
 from arcflow_jax.flow.schedule import Scheduler
 from arcflow_jax.networks.conditioning import Conditioning, Guided
 from arcflow_jax.networks.student import merged_state
-from arcflow_jax.parallel.mesh import MESH_AXES, constrain, parse_mesh, state_shardings
+from arcflow_jax.parallel.fits import DEFAULT_SHARE, FRACTION, Load, explained
+from arcflow_jax.parallel.mesh import MESH_AXES, capability_of, constrain, parse_mesh, sharded, state_shardings
 
 TEACHER_STEPS = 50  # the default for the teacher
 # Pixels above which an image is decoded in tiles by default. Up to there, FLUX.1's VAE needs 5.7 GiB, which JAX takes
@@ -153,17 +157,55 @@ def sampling_mesh(mesh: str | Mesh) -> Mesh:
 
 
 def default_dtype() -> Any:
-    """The precision of computation: bfloat16, on a CPU, where that is slow, float32."""
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    """The precision of weights and transformer: bfloat16 where the device computes it.
+
+    float32 on a CPU, where bfloat16 is slow; float16 on NVIDIA GPUs before compute capability 8.0, with text encoders
+    and VAE in float32 (`networks.float16`). All AMD GPUs that JAX supports have bfloat16.
+    """
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return jnp.float32
+    capability = capability_of(device)
+    return jnp.float16 if capability is not None and capability < (8, 0) else jnp.bfloat16
 
 
 @contextlib.contextmanager
-def memory_watched(offload: bool) -> Generator[None]:
-    """Inside the `with` block, a device that runs out of memory raises UserError, with what to try."""
+def memory_watched(offload: bool, load: Callable[[], Load] | None = None) -> Generator[None]:
+    """Inside the `with` block, a device that runs out of memory raises UserError, with what to try.
+
+    Where the device tells its memory, the error says what of the `load` would fit.
+    """
     try:
         yield
     except Exception as error:
         if not out_of_memory(error):
             raise
+        device = jax.local_devices()[0]
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        if load is not None and limit:
+            text = explained(load(), device.device_kind, limit, memory_share(device))
+            raise UserError(f"out of memory: {text}: {one_line(error)}") from error
         ways = ["smaller images or batches", "more devices (mesh)", *([] if offload else ["offload"])]
         raise UserError(f"out of memory, try {', '.join(ways)}: {one_line(error)}") from error
+
+
+def memory_share(device: jax.Device) -> float | None:
+    """The part of a GPU's memory that JAX takes; None of other devices, which it has whole.
+
+    It stays as JAX has it, because it cannot know what else needs the card: a display, or another process.
+    """
+    share = os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get(FRACTION) or DEFAULT_SHARE
+    return float(share) if device.platform == "gpu" else None
+
+
+def load_of(directory: ModelDirectory, dtype: Any, mesh: Mesh, *, offload: bool, tiled: bool | None) -> Load:
+    """What a pipeline of a model puts on one device, at the model's own image size."""
+
+    def held(name: str) -> float:
+        network: Any = directory.abstract(name, dtype)
+        state = nnx.state(network.decoder_alone() if name == "vae" else network)
+        parts = jax.tree.leaves(sharded(mesh, state))
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in parts)
+
+    components, bits = {name: held(name) for name in directory.networks}, 8 * jnp.dtype(dtype).itemsize
+    return Load(components, bits, offload, bool(tiled), directory.config("vae").sample_size or 1024)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,7 @@ from arcflow_jax.families.latents import PATCH, as_tokens
 from arcflow_jax.generate import (
     decode_latents,
     default_dtype,
+    load_of,
     memory_watched,
     merge_student,
     sample_student,
@@ -105,6 +107,7 @@ class ArcFlowPipeline:
         vae_tiling: bool | None = None,
     ):
         self.directory, self.mesh, self.offload, self.vae_tiling = directory, mesh, offload, vae_tiling
+        self._load = functools.partial(load_of, directory, dtype, mesh, offload=offload, tiled=vae_tiling)
         self.student: AdapterDescription | None = None
         self.origin = {
             "model": str(directory.path),
@@ -157,7 +160,7 @@ class ArcFlowPipeline:
             owner/name, which is converted on first use, see `model_cache.converted`.
           adapter: a directory that `arcflow train` wrote, or a student in the ArcFlow authors' layout, which may be on
             the hub: owner/name or owner/name/folder.
-          dtype: precision of computation; by default bfloat16, on a CPU, where bfloat16 is slow, float32.
+          dtype: precision of computation; by default what suits the device, see `generate.default_dtype`.
           mesh: how to use several devices, e.g. "tensor=4" (splits attention heads and MLPs) or
             "tensor=2,sequence=4" (image tokens as well), see `parallel.mesh.parse_mesh`; by default one device. Or a
             `jax.sharding.Mesh`, see `generate.sampling_mesh`.
@@ -173,8 +176,9 @@ class ArcFlowPipeline:
         """
         directory = ModelDirectory.open(converted(path_or_id))
         mesh = sampling_mesh(mesh)
-        with memory_watched(offload), jax.set_mesh(mesh):
-            dtype = default_dtype() if dtype is None else dtype
+        dtype = default_dtype() if dtype is None else dtype
+        load = functools.partial(load_of, directory, dtype, mesh, offload=offload, tiled=vae_tiling)
+        with memory_watched(offload, load), jax.set_mesh(mesh):
             return cls(directory, adapter, dtype, mesh, offload=offload, raw=raw, merge=merge, vae_tiling=vae_tiling)
 
     def __call__(
@@ -332,7 +336,7 @@ class ArcFlowPipeline:
 
     @contextlib.contextmanager
     def _running(self) -> Generator[None]:
-        with memory_watched(self.offload), jax.set_mesh(self.mesh):
+        with memory_watched(self.offload, self._load), jax.set_mesh(self.mesh):
             yield
 
     def _job(

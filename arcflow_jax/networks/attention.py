@@ -65,7 +65,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | Non
     return jax.shard_map(kernel, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, lengths)
 
 
-def choose(platform: str, q: jax.Array, capability: tuple[int, int] | None) -> str:
+def choose(platform: str, q: jax.Array | jax.ShapeDtypeStruct, capability: tuple[int, int] | None) -> str:
     """The name of the kernel for queries [B, S, H, E]; `capability` is the CUDA compute capability of NVIDIA GPUs."""
     tokens, head_dim = q.shape[1], q.shape[3]
     fused = capability is not None and capability >= (8, 0)
