@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Generator
+import math
+import os
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -21,15 +23,18 @@ from jax.sharding import Mesh
 from arcflow_jax import schema
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.errors import UserError, one_line, out_of_memory
-from arcflow_jax.families.latents import unpack
+from arcflow_jax.families.latents import PATCH, unpack
 from arcflow_jax.flow import sampler
 from arcflow_jax.flow.schedule import Scheduler
 from arcflow_jax.networks.conditioning import Conditioning, Guided
 from arcflow_jax.networks.student import merged_state
-from arcflow_jax.parallel.mesh import MESH_AXES, constrain, parse_mesh, state_shardings
-from arcflow_jax.parallel.offload import Offload
+from arcflow_jax.parallel.fits import DEFAULT_SHARE, FRACTION, INT4, INT8, Load, Offload, explained
+from arcflow_jax.parallel.mesh import MESH_AXES, capability_of, constrain, parse_mesh, sharded, state_shardings
 
 TEACHER_STEPS = 50  # the default for the teacher
+# Pixels above which an image is decoded in tiles by default. Up to there, FLUX.1's VAE needs 5.7 GiB, which JAX takes
+# of an 8 GB card
+TILED = 1536**2
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "steps"))
@@ -90,11 +95,19 @@ def teacher_grid(scheduler: Scheduler, tokens: int) -> tuple[jax.Array, jax.Arra
     return jnp.float32(scheduler.shift_for(tokens)), jnp.float32(terminal) if terminal else None
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "rows", "columns"))
-def decode_latents(graphdef: nnx.GraphDef, vae: nnx.State, tokens: jax.Array, *, rows: int, columns: int) -> jax.Array:
-    """Pixels [B, H, W, 3], uint8, of latent tokens [B, N, 4C]; `vae` needs no encoder."""
+@functools.partial(jax.jit, static_argnames=("graphdef", "rows", "columns", "tiled"))
+def decode_latents(
+    graphdef: nnx.GraphDef, vae: nnx.State, tokens: jax.Array, *, rows: int, columns: int, tiled: bool | None = None
+) -> jax.Array:
+    """Pixels [B, H, W, 3], uint8, of latent tokens [B, N, 4C]; `vae` needs no encoder.
+
+    Large images are decoded in tiles, others if `tiled` says so, see `networks.vaes.vae`.
+    """
     tokens = constrain(tokens, "batch", None, None)
-    pixels = nnx.merge(graphdef, vae).decode(unpack(tokens, rows, columns))
+    network = nnx.merge(graphdef, vae)
+    side = PATCH * network.config.factor  # of a token, in pixels
+    large = rows * columns * side**2 > TILED
+    pixels = network.decode(unpack(tokens, rows, columns), tiled=large if tiled is None else tiled)
     return jnp.round(jnp.clip(pixels * 0.5 + 0.5, 0.0, 1.0) * 255).astype(jnp.uint8)
 
 
@@ -153,17 +166,57 @@ def sampling_mesh(mesh: str | Mesh) -> Mesh:
 
 
 def default_dtype() -> Any:
-    """The precision of computation: bfloat16, on a CPU, where that is slow, float32."""
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    """The precision of weights and transformer: bfloat16 where the device computes it.
+
+    float32 on a CPU, where bfloat16 is slow; float16 on NVIDIA GPUs before compute capability 8.0, with text encoders
+    and VAE in float32 (`networks.float16`). All AMD GPUs that JAX supports have bfloat16.
+    """
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return jnp.float32
+    capability = capability_of(device)
+    return jnp.float16 if capability is not None and capability < (8, 0) else jnp.bfloat16
 
 
 @contextlib.contextmanager
-def memory_watched(offload: bool) -> Generator[None]:
-    """Inside the `with` block, a device that runs out of memory raises UserError, with what to try."""
+def memory_watched(offload: bool, load: Callable[[], Load] | None = None) -> Generator[None]:
+    """Inside the `with` block, a device that runs out of memory raises UserError, with what to try.
+
+    Where the device tells its memory, the error says what of the `load` would fit.
+    """
     try:
         yield
     except Exception as error:
         if not out_of_memory(error):
             raise
+        device = jax.local_devices()[0]
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        if load is not None and limit:
+            text = explained(load(), device.device_kind, limit, memory_share(device))
+            raise UserError(f"out of memory: {text}: {one_line(error)}") from error
         ways = ["smaller images or batches", "more devices (mesh)", *([] if offload else ["offload"])]
         raise UserError(f"out of memory, try {', '.join(ways)}: {one_line(error)}") from error
+
+
+def memory_share(device: jax.Device) -> float | None:
+    """The part of a GPU's memory that JAX takes; None of other devices, which it has whole.
+
+    It stays as JAX has it, because it cannot know what else needs the card: a display, or another process.
+    """
+    share = os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get(FRACTION) or DEFAULT_SHARE
+    return float(share) if device.platform == "gpu" else None
+
+
+def load_of(directory: ModelDirectory, dtype: Any, mesh: Mesh, *, offload: Offload | None, tiled: bool | None) -> Load:
+    """What a pipeline of a model puts on one device, at the model's own image size."""
+
+    def held(name: str) -> float:
+        network: Any = directory.abstract(name, dtype)
+        state = nnx.state(network.decoder_alone() if name == "vae" else network)
+        parts = jax.tree.leaves(sharded(mesh, state))
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in parts)
+
+    components = {name: held(name) for name in directory.networks}
+    quantization = directory.quantization("transformer")
+    bits = 8 * jnp.dtype(dtype).itemsize if quantization is None else INT4 if quantization.format == "int4" else INT8
+    return Load(components, bits, offload, bool(tiled), directory.config("vae").sample_size or 1024)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,7 @@ from arcflow_jax.families.latents import PATCH, as_tokens
 from arcflow_jax.generate import (
     decode_latents,
     default_dtype,
+    load_of,
     memory_watched,
     merge_student,
     merges,
@@ -106,8 +108,10 @@ class ArcFlowPipeline:
         raw: bool = False,
         merge: bool | None = None,
         compute: Compute | None = None,
+        vae_tiling: bool | None = None,
     ):
-        self.directory, self.mesh, self.offload = directory, mesh, offload is not None
+        self.directory, self.mesh, self.offload, self.vae_tiling = directory, mesh, offload is not None, vae_tiling
+        self._load = functools.partial(load_of, directory, dtype, mesh, offload=offload, tiled=vae_tiling)
         self.student: AdapterDescription | None = None
         self.origin = {
             "model": str(directory.path),
@@ -159,6 +163,7 @@ class ArcFlowPipeline:
         raw: bool = False,
         merge: bool | None = None,
         compute: Compute | None = None,
+        vae_tiling: bool | None = None,
     ) -> ArcFlowPipeline:
         """Loads a model and, if given, its student. Of a run that is still training, it takes the last checkpoint.
 
@@ -167,7 +172,7 @@ class ArcFlowPipeline:
             owner/name, which is converted on first use, see `model_cache.converted`.
           adapter: a directory that `arcflow train` wrote, or a student in the ArcFlow authors' layout, which may be on
             the hub: owner/name or owner/name/folder.
-          dtype: precision of computation; by default bfloat16, on a CPU, where bfloat16 is slow, float32.
+          dtype: precision of computation; by default what suits the device, see `generate.default_dtype`.
           mesh: how to use several devices, e.g. "tensor=4" (splits attention heads and MLPs) or
             "tensor=2,sequence=4" (image tokens as well), see `parallel.mesh.parse_mesh`; by default one device. Or a
             `jax.sharding.Mesh`, see `generate.sampling_mesh`.
@@ -180,6 +185,7 @@ class ArcFlowPipeline:
             True, unless the base model is quantized, or its blocks are in host memory.
           compute: "int8" or "fp8" multiplies activations in 8 bits as well, of a model with such weights: faster on
             chips that have such products.
+          vae_tiling: decodes in tiles, the same images with less memory (`networks.vaes.vae`); None: large ones.
 
         Raises:
           UserError: if model or adapter is missing or damaged, the adapter was trained on another base model, the mesh
@@ -188,9 +194,11 @@ class ArcFlowPipeline:
         directory = ModelDirectory.open(converted(path_or_id))
         mesh = sampling_mesh(mesh)
         offload = "networks" if offload is True else offload or None
-        with memory_watched(offload is not None), jax.set_mesh(mesh):
-            dtype = default_dtype() if dtype is None else dtype
-            return cls(directory, adapter, dtype, mesh, offload=offload, raw=raw, merge=merge, compute=compute)
+        dtype = default_dtype() if dtype is None else dtype
+        load = functools.partial(load_of, directory, dtype, mesh, offload=offload, tiled=vae_tiling)
+        options = {"offload": offload, "raw": raw, "merge": merge, "compute": compute, "vae_tiling": vae_tiling}
+        with memory_watched(offload is not None, load), jax.set_mesh(mesh):
+            return cls(directory, adapter, dtype, mesh, **options)
 
     def __call__(
         self,
@@ -337,7 +345,8 @@ class ArcFlowPipeline:
         return sample_student(self.graphdef, state, latents, conditioning, shift, ratio, steps=steps)
 
     def _decode(self, state: nnx.State, tokens: jax.Array, rows: int, columns: int) -> np.ndarray:
-        return np.asarray(decode_latents(self.vae_graphdef, state, tokens, rows=rows, columns=columns))
+        size = {"rows": rows, "columns": columns, "tiled": self.vae_tiling}
+        return np.asarray(decode_latents(self.vae_graphdef, state, tokens, **size))
 
     def _described(self, settings: SamplingSettings) -> dict[str, int | float | str]:
         side = PATCH * self.directory.config("vae").factor  # of a token, in pixels
@@ -346,7 +355,7 @@ class ArcFlowPipeline:
 
     @contextlib.contextmanager
     def _running(self) -> Generator[None]:
-        with memory_watched(self.offload), jax.set_mesh(self.mesh):
+        with memory_watched(self.offload, self._load), jax.set_mesh(self.mesh):
             yield
 
     def _job(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import typer
 
-from arcflow_jax.cli import evaluate, exchange, reports, sample, train
+from arcflow_jax.cli import doctor, evaluate, exchange, reports, sample, train
 from arcflow_jax.errors import report_errors
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command()(exchange.export)
 app.command()(exchange.verify)
 app.command(context_settings=OVERRIDES)(reports.compile_report)
 app.command()(reports.demo)
+app.command()(doctor.doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

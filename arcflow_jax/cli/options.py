@@ -198,6 +198,13 @@ class SamplingOptions(StudentOptions):
             "also the blocks of the running one, which are copied to the device one after another."
         ),
     ] = None
+    vae_tiling: Annotated[
+        bool | None,
+        typer.Option(
+            "--vae-tiling/--no-vae-tiling",
+            help="Decode in tiles: the same image with less memory, but slower. By default above 1536x1536 pixels.",
+        ),
+    ] = None
 
     def settings(self) -> dict[str, Any]:
         """The arguments of `ArcFlowPipeline.settings`."""
@@ -245,6 +252,7 @@ class SamplingOptions(StudentOptions):
                 raw=self.raw,
                 merge=self.merge,
                 compute=None if self.compute is None else self.compute.value,
+                vae_tiling=self.vae_tiling,
             )
 
 

@@ -23,6 +23,7 @@ from flax import nnx
 
 from arcflow_jax.networks.attention import attention
 from arcflow_jax.networks.conditioning import interleave
+from arcflow_jax.networks.float16 import saturated
 from arcflow_jax.networks.layers import TEACHER, Linear, Mode, RMSNorm, scan_blocks, stack
 from arcflow_jax.networks.transformer import (
     EmbeddingMLP,
@@ -228,7 +229,7 @@ class Flux(nnx.Module):
         rope = rotary(jnp.concatenate([text_positions, conditioning.positions]), self.config.axes_dims_rope)
 
         def shard(tokens: jax.Array) -> jax.Array:  # [B, .., D]
-            return constrain(tokens, "batch", "tokens", None)
+            return constrain(saturated(tokens), "batch", "tokens", None)
 
         def double(block: DoubleBlock, carry: Any, mode: Mode) -> Any:
             return jax.tree.map(shard, block(*carry, temb, rope, mode))

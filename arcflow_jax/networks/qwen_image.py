@@ -23,6 +23,7 @@ from flax import nnx
 
 from arcflow_jax.networks.attention import attention
 from arcflow_jax.networks.conditioning import interleave
+from arcflow_jax.networks.float16 import saturated
 from arcflow_jax.networks.layers import TEACHER, Linear, Mode, RMSNorm, run_block, scan_blocks, stack
 from arcflow_jax.networks.transformer import (
     EmbeddingMLP,
@@ -200,7 +201,7 @@ class QwenImage(nnx.Module):
         rope = rotary(joint_positions(conditioning.positions, text.shape[1]), self.config.axes_dims_rope)
 
         def shard(tokens: jax.Array) -> jax.Array:  # [B, .., D]
-            return constrain(tokens, "batch", "tokens", None)
+            return constrain(saturated(tokens), "batch", "tokens", None)
 
         def run(block: Block, carry: Any, mode: Mode) -> Any:
             return jax.tree.map(shard, block(*carry, temb, rope, conditioning.lengths, mode))

@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from arcflow_jax import schema
 from arcflow_jax.errors import UserError
+from arcflow_jax.parallel.chips import chip_of
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 Sizes = tuple[int, int, int, int]  # of `MESH_AXES`
@@ -271,6 +272,25 @@ def platform(mesh: AbstractMesh) -> str:
     """
     device = mesh.abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def cuda_capability(mesh: AbstractMesh) -> tuple[int, int] | None:
+    """The compute capability of the NVIDIA GPUs that a program is compiled for, see `platform`; None for other devices.
+
+    Of GPUs that this machine does not have, it is that of the table in `chips`.
+    """
+    kind = None if mesh.abstract_device is None else mesh.abstract_device.device_kind
+    for device in jax.devices():
+        if kind in (None, device.device_kind):
+            return capability_of(device)
+    chip = chip_of(kind)
+    return chip.gpu.capability if chip and chip.gpu else None
+
+
+def capability_of(device: jax.Device) -> tuple[int, int] | None:
+    """The CUDA compute capability of a device; None if it is no NVIDIA GPU. AMD's have a name, such as gfx942."""
+    match = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from arcflow_jax.parallel.fits import Offload
 from arcflow_jax.parallel.mesh import state_shardings
 
 T = TypeVar("T")
-# Keeps networks in host memory while they do not run; or their stacked blocks also while they do, see `block_shardings`
-Offload = Literal["networks", "blocks"]
 HOST = "pinned_host"  # JAX's name for host memory from which a device copies at full speed
 
 

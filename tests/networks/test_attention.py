@@ -15,6 +15,7 @@ import pytest
 
 from arcflow_jax.networks import attention as module
 from arcflow_jax.networks.attention import attention, attention_kernel, blocking
+from arcflow_jax.parallel.mesh import cuda_capability
 from tests.helpers.processes import with_devices
 
 
@@ -87,11 +88,16 @@ def test_softmax_is_float32():
 @pytest.mark.parametrize(
     ("platform", "tokens", "head_dim", "dtype", "kernel"),
     [
-        ("gpu", 4608, 128, jnp.bfloat16, "cudnn"),
-        ("gpu", 32, 32, jnp.float16, "cudnn"),
-        ("gpu", 4608, 128, jnp.float32, "chunked"),  # cuDNN has 16 bits only
-        ("gpu", 4608, 512, jnp.bfloat16, "chunked"),
-        ("gpu", 4608, 36, jnp.bfloat16, "chunked"),
+        ("9.0", 4608, 128, jnp.bfloat16, "cudnn"),
+        ("8.0", 32, 32, jnp.float16, "cudnn"),
+        ("12.0", 4608, 128, jnp.bfloat16, "cudnn"),
+        ("9.0", 4608, 128, jnp.float32, "chunked"),  # cuDNN has 16 bits only
+        ("9.0", 4608, 512, jnp.bfloat16, "chunked"),
+        ("9.0", 4608, 36, jnp.bfloat16, "chunked"),
+        ("7.5", 4608, 128, jnp.float16, "chunked"),  # a T4
+        ("7.0", 4608, 128, jnp.float16, "chunked"),  # a V100
+        ("7.0", 1024, 128, jnp.float16, "xla"),
+        ("gfx942", 4608, 128, jnp.bfloat16, "chunked"),  # an MI300X
         ("tpu", 4608, 128, jnp.bfloat16, "splash"),
         ("tpu", 4608, 128, jnp.float32, "splash"),
         ("tpu", 4608, 64, jnp.bfloat16, "chunked"),
@@ -114,10 +120,24 @@ def test_each_platform_runs_its_kernel(monkeypatch, platform, tokens, head_dim, 
 
     for name in ("xla", "cudnn", "chunked", "splash"):
         monkeypatch.setattr(module, name, noting(name))
+    if platform not in ("cpu", "tpu"):  # a GPU, by its compute capability
+        gpu = types.SimpleNamespace(platform="gpu", device_kind="a GPU", compute_capability=platform)
+        monkeypatch.setattr(jax, "devices", lambda: [gpu])
+        platform = "gpu"
     monkeypatch.setattr(module, "platform", lambda mesh: platform)
     q = jax.ShapeDtypeStruct((1, tokens, 4, head_dim), dtype)
     jax.eval_shape(lambda q: attention(q, q, q), q)  # a new function, because JAX caches traces by function
-    assert ran == [(kernel, {"interpret": False} if kernel == "splash" else {})]
+    options = {"splash": {"interpret": False}, "chunked": {"most": 128 if platform == "cpu" else 512}}
+    assert ran == [(kernel, options.get(kernel, {}))]
+
+
+def test_devices_that_are_not_here_are_known_by_their_kind():
+    def mesh(kind):
+        return types.SimpleNamespace(abstract_device=types.SimpleNamespace(device_kind=kind))
+
+    assert cuda_capability(mesh("NVIDIA H100 80GB HBM3")) == (9, 0)
+    assert cuda_capability(mesh("NVIDIA GeForce RTX 3090")) == (8, 6)
+    assert cuda_capability(mesh("TPU v5p")) is cuda_capability(mesh("AMD Instinct MI300X")) is None
 
 
 def test_the_platform_is_that_of_the_mesh():

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from arcflow_jax import schema
+from arcflow_jax.networks.float16 import widened
 from arcflow_jax.networks.layers import TEACHER, Embedding, LayerNorm, Linear, scan_blocks, stack
 from arcflow_jax.schema import Epsilon, Layers, Token, Width
 
@@ -98,7 +99,7 @@ class Layer(nnx.Module):
 
 
 class CLIPTextEncoder(nnx.Module):
-    """See the module docstring. Computes in the dtype of its embedding table."""
+    """See the module docstring. Computes in the dtype of its embedding table; of float16, in float32."""
 
     def __init__(self, config: CLIPTextConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config = config
@@ -114,7 +115,7 @@ class CLIPTextEncoder(nnx.Module):
         if tokens > self.config.max_position_embeddings:
             raise ValueError(f"{tokens} tokens, but the encoder has {self.config.max_position_embeddings} positions")
         x = self.token_embedding(ids) + self.position_embedding(jnp.arange(tokens))
-        x = scan_blocks(self.layers, x, lambda layer, x, _: layer(x), TEACHER)
+        x = scan_blocks(self.layers, widened(x), lambda layer, x, _: layer(x), TEACHER)
         hidden = self.final_layer_norm(x)
         # argmax finds the first end token; the padding after it may have the same id
         legacy = self.config.eos_token_id == LEGACY_EOS

@@ -20,6 +20,7 @@ from flax import nnx
 
 from arcflow_jax import schema
 from arcflow_jax.errors import UserError
+from arcflow_jax.networks.float16 import widened
 from arcflow_jax.networks.layers import TEACHER, Embedding, Linear, RMSNorm, scan_blocks, stack
 from arcflow_jax.networks.transformer import Rope, rotary
 from arcflow_jax.schema import Epsilon, Layers, Theta, Width
@@ -118,7 +119,7 @@ class Layer(nnx.Module):
 
 
 class Qwen2_5VLText(nnx.Module):
-    """See the module docstring. Computes in the dtype of its embedding table."""
+    """See the module docstring. Computes in the dtype of its embedding table; of float16, in float32."""
 
     def __init__(self, config: Qwen2_5VLConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config = config
@@ -128,5 +129,5 @@ class Qwen2_5VLText(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:  # [B, N] -> [B, N, D]
         rope = rotary(jnp.arange(ids.shape[1])[:, None], (self.config.head_dim,), self.config.rope_theta)
-        x = scan_blocks(self.layers, self.embed_tokens(ids), lambda layer, x, _: layer(x, rope), TEACHER)
+        x = scan_blocks(self.layers, widened(self.embed_tokens(ids)), lambda layer, x, _: layer(x, rope), TEACHER)
         return self.norm(x)

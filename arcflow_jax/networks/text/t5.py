@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from arcflow_jax.errors import UserError
+from arcflow_jax.networks.float16 import widened
 from arcflow_jax.networks.layers import TEACHER, Base, Embedding, Linear, RMSNorm, scan_blocks, stack
 from arcflow_jax.schema import Epsilon, Layers, Width
 
@@ -113,7 +114,7 @@ class Block(nnx.Module):
 
 
 class T5Encoder(nnx.Module):
-    """See the module docstring. Computes in the dtype of its embedding table."""
+    """See the module docstring. Computes in the dtype of its embedding table; of float16, in float32."""
 
     def __init__(self, config: T5Config, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config = config
@@ -139,5 +140,5 @@ class T5Encoder(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:  # [B, N] -> [B, N, D]
         bias = self.attention_bias(ids.shape[1])
-        x = scan_blocks(self.blocks, self.shared(ids), lambda block, x, _: block(x, bias), TEACHER)
+        x = scan_blocks(self.blocks, widened(self.shared(ids)), lambda block, x, _: block(x, bias), TEACHER)
         return self.final_layer_norm(x)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -21,7 +22,7 @@ from flax import nnx
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.attention import attention
 from arcflow_jax.networks.layers import Conv, GroupNorm, Linear
-from arcflow_jax.networks.vaes.vae import VAE
+from arcflow_jax.networks.vaes.vae import VAE, in_strips, moments, upsampled
 from arcflow_jax.schema import Depth, Offset, Pixels, Scale, Width, Widths
 
 
@@ -62,6 +63,18 @@ class AutoencoderKLConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
+def normed(norm: GroupNorm, x: jax.Array, mean: jax.Array, variance: jax.Array) -> jax.Array:
+    """silu(norm(x)), given mean and variance of each channel over the whole image [B, C], of which x may be a part."""
+    of_group, per_channel = (-1, norm.groups, mean.shape[-1] // norm.groups), mean.shape
+    means = mean.reshape(of_group)
+    centre = means.mean(-1, keepdims=True)
+    spread = (variance.reshape(of_group) + jnp.square(means - centre)).mean(-1, keepdims=True)
+    centre, spread = (jnp.broadcast_to(y, means.shape).reshape(per_channel) for y in (centre, spread))
+    gain = jax.lax.rsqrt(spread + norm.eps) * norm.scale[...].astype(jnp.float32)
+    shift = norm.bias[...].astype(jnp.float32) - centre * gain
+    return jax.nn.silu((x.astype(jnp.float32) * gain[:, None, None] + shift[:, None, None]).astype(x.dtype))
+
+
 class ResnetBlock(nnx.Module):
     def __init__(self, c_in: int, c_out: int, groups: int, *, dtype: Any, rngs: nnx.Rngs):
         self.norm1 = GroupNorm(c_in, groups, dtype=dtype)
@@ -73,7 +86,32 @@ class ResnetBlock(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.conv1(jax.nn.silu(self.norm1(x)))
         y = self.conv2(jax.nn.silu(self.norm2(y)))
-        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return y + self.shortcut(x)
+
+    def shortcut(self, x: jax.Array) -> jax.Array:
+        return x if self.conv_shortcut is None else self.conv_shortcut(x)
+
+    def in_strips(self, x: jax.Array, before: Callable[[jax.Array], jax.Array], scale: int) -> jax.Array:
+        """self(before(x)), computed in strips: twice what precedes a norm for its statistics, which needs no memory.
+
+        Args:
+          x: [B, H, W, C].
+          before: at most one convolution, to [B, sH, sW, C].
+          scale: s; 2 if `before` has a convolution.
+        """
+        HALO = 2  # two convolutions, or three on twice as many rows
+        first = moments(before, x, HALO, scale)
+
+        def middle(x: jax.Array) -> jax.Array:
+            return self.conv1(normed(self.norm1, x, *first))
+
+        second = moments(lambda x: middle(before(x)), x, HALO, scale)
+
+        def whole(x: jax.Array) -> jax.Array:
+            x = before(x)
+            return self.conv2(normed(self.norm2, middle(x), *second)) + self.shortcut(x)
+
+        return in_strips(whole, x, HALO, scale)
 
 
 class AttentionBlock(nnx.Module):
@@ -136,9 +174,7 @@ class UpBlock(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         for resnet in self.resnets:
             x = resnet(x)
-        if self.upsampler is None:
-            return x
-        return self.upsampler(x.repeat(2, axis=1).repeat(2, axis=2))
+        return x if self.upsampler is None else self.upsampler(upsampled(x))
 
 
 class Encoder(nnx.Module):
@@ -185,6 +221,18 @@ class Decoder(nnx.Module):
             x = block(x)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
+    def in_strips(self, z: jax.Array) -> jax.Array:
+        """self(z), the levels computed in strips."""
+        x = self.mid_block(self.conv_in(z))
+        upsampler = None  # of the level before: its result, which is large, is never whole
+        for block in self.up_blocks:
+            for resnet in block.resnets:
+                before, scale = (lambda x: x, 1) if upsampler is None else (lambda x, up=upsampler: up(upsampled(x)), 2)
+                x, upsampler = resnet.in_strips(x, before, scale), None
+            upsampler = block.upsampler
+        statistics = moments(lambda x: x, x, 0)
+        return in_strips(lambda x: self.conv_out(normed(self.conv_norm_out, x, *statistics)), x, 1)
+
 
 class AutoencoderKL(VAE):
     """See the module docstring. `encode` and `decode` compute in the dtype of their input."""
@@ -197,6 +245,7 @@ class AutoencoderKL(VAE):
         """Latents as the transformer sees them."""
         return (mean - self.config.shift_factor) * self.config.scaling_factor
 
-    def decode(self, latents: jax.Array) -> jax.Array:
+    def decode(self, latents: jax.Array, tiled: bool = False) -> jax.Array:
         """Pixels [B, H, W, 3] of normalised latents, in [-1, 1] up to the error of the network."""
-        return self.decoder(latents / self.config.scaling_factor + self.config.shift_factor)
+        decoder = self.decoder.in_strips if tiled else self.decoder
+        return decoder(latents / self.config.scaling_factor + self.config.shift_factor)

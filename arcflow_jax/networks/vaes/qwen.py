@@ -24,7 +24,7 @@ from flax import nnx
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.attention import attention
 from arcflow_jax.networks.layers import Conv, Linear, RMSNorm
-from arcflow_jax.networks.vaes.vae import VAE
+from arcflow_jax.networks.vaes.vae import VAE, in_strips, upsampled
 from arcflow_jax.schema import Depth, Offset, Pixels, Scale, Width, Widths
 
 # The checkpoint's norms use PyTorch's F.normalize, whose epsilon only guards against a vector of zeros
@@ -126,7 +126,7 @@ class UpBlock(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         for resnet in self.resnets:
             x = resnet(x)
-        return x if self.upsampler is None else self.upsampler(x.repeat(2, axis=1).repeat(2, axis=2))
+        return x if self.upsampler is None else self.upsampler(upsampled(x))
 
 
 class Encoder(nnx.Module):
@@ -178,6 +178,23 @@ class Decoder(nnx.Module):
             x = block(x)
         return self.conv_out(jax.nn.silu(self.norm_out(x)))
 
+    def in_strips(self, z: jax.Array) -> jax.Array:
+        """self(z), each level in strips: its norms are of single pixels, so all of it passes at once."""
+        x = self.mid_block(self.conv_in(self.post_quant_conv(z)))
+        upsampler = None  # of the level before: its result, which is large, is never whole
+        for block in self.up_blocks:
+
+            def level(x: jax.Array, up: Conv | None = upsampler, block: UpBlock = block) -> jax.Array:
+                x = x if up is None else up(upsampled(x))
+                for resnet in block.resnets:
+                    x = resnet(x)
+                return x if block.upsampler is not None else self.conv_out(jax.nn.silu(self.norm_out(x)))
+
+            scale = 1 if upsampler is None else 2
+            convolutions = 2 * len(block.resnets) + 2
+            x, upsampler = in_strips(level, x, -(-convolutions // scale), scale), block.upsampler
+        return x
+
 
 class AutoencoderKLQwenImage(VAE):
     """See the module docstring. `encode` and `decode` compute in the dtype of their input."""
@@ -191,10 +208,11 @@ class AutoencoderKLQwenImage(VAE):
         shift, scale = self.statistics(mean.dtype)
         return (mean - shift) / scale
 
-    def decode(self, latents: jax.Array) -> jax.Array:
+    def decode(self, latents: jax.Array, tiled: bool = False) -> jax.Array:
         """Pixels [B, H, W, 3] of normalised latents, clipped to [-1, 1]."""
         shift, scale = self.statistics(latents.dtype)
-        return jnp.clip(self.decoder(latents * scale + shift), -1.0, 1.0)
+        decoder = self.decoder.in_strips if tiled else self.decoder
+        return jnp.clip(decoder(latents * scale + shift), -1.0, 1.0)
 
     def statistics(self, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the latents, each [C]."""
