@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -46,14 +46,13 @@ from arcflow_jax.networks.quantization import compute_in
 from arcflow_jax.networks.student import merged_graphdef, split_model
 from arcflow_jax.parallel.mesh import partition_spec, sharded
 from arcflow_jax.parallel.offload import Offload, Weights, running_shardings
-from arcflow_jax.sampling_settings import SamplingSettings, batch_for, image_grid, resolve_settings
+from arcflow_jax.sampling_settings import Job, Progress, SamplingSettings, batch_for, image_grid, resolve_settings
 from arcflow_jax.schema import Batch
 
 # With `offload`, batches that pass one network before the next one takes its place on the device: enough to make the
 # copying cheap, few enough to keep small what waits on the device between two networks.
 OFFLOADED_BATCHES = 32
 OutputType = Literal["pil", "np", "latent"]
-Progress = Callable[[str, int], None]  # (activity, number of finished images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,19 +64,6 @@ class PipelineOutput:
     """
 
     images: list[Image.Image] | np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """The `wanted` ones of these images: one of each prompt, from `latents` or from noises `first` … of the seed."""
-
-    prompts: Sequence[str]
-    settings: SamplingSettings
-    latents: jax.Array | None
-    batch_size: int
-    first: int
-    wanted: range
-    progress: Progress
 
 
 class ArcFlowPipeline:
@@ -367,7 +353,7 @@ class ArcFlowPipeline:
         batch_size: int | None,
         first: int,
         progress: Progress,
-    ) -> _Job:
+    ) -> Job:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         check_prompts(prompts)
         batch_size = batch_for(self.mesh, batch_size)
@@ -378,7 +364,7 @@ class ArcFlowPipeline:
             size = (settings.rows, settings.columns, self.directory.config("transformer").in_channels)
             with self._running():
                 latents = as_tokens(np.asarray(latents), len(prompts), *size)
-        return _Job(prompts, settings, latents, batch_size, first, range(len(prompts)), progress)
+        return Job(prompts, settings, latents, batch_size, first, range(len(prompts)), progress)
 
     def _encode(self, batches: Sequence[Sequence[str]], settings: SamplingSettings) -> Sequence[Conditioning | Guided]:
         """The conditioning of each batch of prompts, all of one size."""
@@ -389,7 +375,7 @@ class ArcFlowPipeline:
         *positives, negative = self.prompt_encoder.batches(batches, guidance=1.0, rows=rows, columns=columns)
         return [Guided(positive, negative, jnp.float32(scale), settings.norm_preserving) for positive in positives]
 
-    def _latents(self, job: _Job) -> Iterator[tuple[int, list[jax.Array]]]:
+    def _latents(self, job: Job) -> Iterator[tuple[int, list[jax.Array]]]:
         """Groups of batches that pass each network together: number of the first image, latent tokens of each batch."""
         settings, count = job.settings, len(job.prompts)
         for start in job.wanted[:: self.together(job.batch_size)]:
@@ -414,7 +400,7 @@ class ArcFlowPipeline:
                 )
             yield start, tokens
 
-    def _images(self, job: _Job) -> Iterator[Image.Image]:
+    def _images(self, job: Job) -> Iterator[Image.Image]:
         size, described = (job.settings.rows, job.settings.columns), self._described(job.settings)
         for start, tokens in self._latents(job):
             with self._running():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
+import jax
 from jax.sharding import Mesh
 
 from arcflow_jax import schema
@@ -14,6 +16,8 @@ from arcflow_jax.families.family import takes_guidance
 from arcflow_jax.families.latents import token_grid
 from arcflow_jax.generate import TEACHER_STEPS
 from arcflow_jax.schema import NFE, Batch, Count, Guidance, Pixels, Ratio, Seed
+
+Progress = Callable[[str, int], None]  # (activity, number of finished images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,19 @@ class SamplingSettings:
         names = ["steps", "seed", "guidance", "final_step_ratio", "negative_prompt"]
         values = {name: getattr(self, name) for name in [*names, *["norm_preserving"] * self.norm_preserving]}
         return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """The `wanted` ones of these images: one of each prompt, from `latents` or from noises `first` … of the seed."""
+
+    prompts: Sequence[str]
+    settings: SamplingSettings
+    latents: jax.Array | None
+    batch_size: int
+    first: int
+    wanted: range
+    progress: Progress
 
 
 def resolve_settings(

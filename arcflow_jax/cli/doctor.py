@@ -131,13 +131,15 @@ def what_fits(device: jax.Device) -> list[str]:
     """A table of what fits on one device, from measured figures."""
     from arcflow_jax.generate import memory_share
     from arcflow_jax.parallel.chips import GIB
-    from arcflow_jax.parallel.fits import MEASURED, verdict
+    from arcflow_jax.parallel.fits import MEASURED, STREAMING, verdict
 
     limit, share = (device.memory_stats() or {}).get("bytes_limit"), memory_share(device)
     if limit is None:
         limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    lines = [f"what fits into {limit / GIB:.1f} GiB, at 1024x1024; sampling with --offload"]
+    lines = [f"what fits into {limit / GIB:.1f} GiB, at 1024x1024"]
     for model, task, weights, gib in MEASURED:
+        if task == STREAMING and device.platform == "cpu":
+            continue  # it has one memory
         if device.platform == "cpu" and weights == "bf16":  # which it does not compute in
             weights, gib = "f32", 2 * gib
         lines.append(f"  {model:<12}{task:<36}{weights:<6}{gib:>5.1f} GiB  {verdict(gib * GIB, limit, share)}")

@@ -30,6 +30,7 @@ class Blocks(enum.StrEnum):
 
 class Program(enum.StrEnum):
     text_encoder = "text-encoder"
+    vae_decoder = "vae-decoder"
     sampler = "sampler"
     train = "train"
     train_steady = "train-steady"
@@ -52,8 +53,8 @@ def compile_report(
     program: Annotated[
         Program,
         typer.Option(
-            help="The largest text encoder, the few-step sampler, or a training step: the first ones (train), or later "
-            "ones (train-steady)."
+            help="The largest text encoder, the few-step sampler, the VAE's decoder, or a training step: the first "
+            "ones (train), or later ones (train-steady)."
         ),
     ] = Program.sampler,
     batch: Annotated[int, typer.Option(help="Batch size, of all devices together.")] = 1,

@@ -24,7 +24,7 @@ from arcflow_jax.data.tokenizers import max_length
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import token_grid
 from arcflow_jax.families.text import apply_encoder
-from arcflow_jax.generate import merges, sample_student
+from arcflow_jax.generate import decode_latents, merges, sample_student
 from arcflow_jax.networks.kernel import Format
 from arcflow_jax.networks.student import merged_graphdef, merged_state, split_model
 from arcflow_jax.parallel.mesh import batched, check_batch, replicated, sharded, with_shardings
@@ -154,6 +154,23 @@ def sampler(recipe: Recipe, mesh: Mesh, batch: int, weights: Weights = PLAIN) ->
     return Program(sample_student, arguments, {"steps": steps}, passes=steps)
 
 
+def vae_decoder(recipe: Recipe, mesh: Mesh, batch: int, weights: Weights = PLAIN) -> Program:
+    """The VAE's decoder, from latents to pixels, in tiles where sampling does so by default.
+
+    Raises:
+      UserError: if model, size or batch do not fit.
+    """
+    directory, tokens = open_for(recipe, mesh, batch, weights)
+    rows, columns = token_grid(*recipe.largest, directory.config("vae").factor)
+    vae: Any = directory.abstract("vae", jnp.dtype(recipe.dtype))
+    graphdef, state = nnx.split(vae.decoder_alone())
+    channels = directory.config("transformer").in_channels
+    latents = ShapeDtypeStruct((batch, tokens, channels), jnp.float32, sharding=batched(mesh))
+    return Program(
+        decode_latents, (graphdef, sharded(mesh, state), latents), {"rows": rows, "columns": columns}, passes=1
+    )
+
+
 def training_step(recipe: Recipe, mesh: Mesh, batch: int, weights: Weights = PLAIN, *, steady: bool) -> Program:
     """One training step of a recipe's distillation; `steady` is the phase after the teacher's share reached zero.
 
@@ -188,6 +205,7 @@ def training_step(recipe: Recipe, mesh: Mesh, batch: int, weights: Weights = PLA
 PROGRAMS: dict[str, Callable[[Recipe, Mesh, int, Weights], Program]] = {
     "text-encoder": text_encoder,
     "sampler": sampler,
+    "vae-decoder": vae_decoder,
     "train": functools.partial(training_step, steady=False),
     "train-steady": functools.partial(training_step, steady=True),
 }

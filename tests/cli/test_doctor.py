@@ -38,12 +38,12 @@ def test_this_machine(capfd, tmp_path, monkeypatch):
                 "compute capability 8.9, 18.0 GiB of 24.0, as XLA_PYTHON_CLIENT_MEM_FRACTION=0.75 says",
                 "precision bfloat16, attention kernel cudnn",
                 "bf16   22.5 GiB  no",
-                "int8   11.5 GiB  yes",
-                "int8   19.3 GiB  with XLA_PYTHON_CLIENT_MEM_FRACTION=0.9",
+                "int8   11.9 GiB  yes",
+                "int8   19.7 GiB  with XLA_PYTHON_CLIENT_MEM_FRACTION=0.9",
             ],
         ),
-        ("Tesla T4", "7.5", 11, ["precision float16, attention kernel chunked", "int8   11.5 GiB  with XLA"]),
-        ("AMD Instinct MI300X", "gfx942", 144, ["precision bfloat16, attention kernel chunked", "70.9 GiB  yes"]),
+        ("Tesla T4", "7.5", 11, ["precision float16, attention kernel chunked", "int8   11.9 GiB  with XLA"]),
+        ("AMD Instinct MI300X", "gfx942", 144, ["precision bfloat16, attention kernel chunked", "70.3 GiB  yes"]),
     ],
 )
 def test_other_devices(capfd, monkeypatch, kind, capability, gib, expected):
