@@ -4,10 +4,10 @@
     python -m benchmarks.full_size --model qwen-image --folder /tmp/qwen-size
 
 Writes a diffusers folder with the exact sizes of all components, each tensor just before it is read, and runs the
-commands of a user with one small card: convert --quantize, embed-prompts, train with the recipe `single` but rank 16 (two
-training steps of one small image; killed after the first, then resumed), sample (256 × 256, an NFE of 2), export; then it reads
-the export back, and compares it with what PEFT expects. Each command is a process of its own. Its time and peak memory
-go to FOLDER/report.json, and a step that is there is not run again. Prints a Markdown table.
+commands of a user with one small card: convert --quantize, embed-prompts, train with the recipe `single`, but rank 16
+(two training steps of one small image; killed after the first, then resumed), sample (256 × 256, an NFE of 2), export.
+Then it reads the export back, and compares it with what PEFT expects. Each command is a process of its own. Its time
+and peak memory go to FOLDER/report.json, and a step that is there is not run again. Prints a Markdown table.
 
 Needs 24 GiB of memory, and 20 GB (FLUX.1-dev) or 25 GB (Qwen-Image) of disk.
 """
