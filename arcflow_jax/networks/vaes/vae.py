@@ -5,8 +5,9 @@ around it as their convolutions reach, and then the next ones. So the image is t
 there is no seam to blend. The middle of the decoder, with its attention, is small and is computed whole.
 
 Tiles that pass the whole decoder alone would need less memory still, but they are other images: each has statistics of
-its own in every group norm. On the bundled VAE and a smooth image they were off by 25 grey levels on average, and by up
-to 10 with the statistics of the latents at half their size.
+its own in every group norm. On the bundled FLUX.1 VAE and a smooth image of 512 × 512, four tiles without overlap were
+off by 25 grey levels on average. Statistics from the latents at half their size were off by up to 10, on images with
+texture by up to 73.
 """
 
 # B batch, H, W image size, C latent channels, f the downsampling factor
