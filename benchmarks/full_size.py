@@ -62,7 +62,7 @@ class Report:
         lines = ["| step | seconds | peak memory, GB | |", "| --- | --- | --- | --- |"]
         for name, found in self.steps.items():
             rest = {key: value for key, value in found.items() if key not in ("seconds", "peak_gb")}
-            numbers = (f"{found['seconds']:.0f}", f"{found['peak_gb']:.1f}")
+            numbers = (f"{found['seconds']:.0f}", f"{found['peak_gb']:.1f}" if "peak_gb" in found else "")
             lines.append(f"| {name} | {' | '.join(numbers)} | {', '.join(f'{k} {v}' for k, v in rest.items())} |")
         return "\n".join(lines)
 
@@ -147,7 +147,7 @@ def read_by_peft(export: Path) -> dict[str, Any]:
     }
     if theirs != lora:
         sys.exit(f"PEFT expects {len(theirs)} tensors, the export has {len(lora)}, or their shapes differ")
-    return {"seconds": time.perf_counter() - start, "peak_gb": 0.0, "tensors": len(lora), "rank": rank}
+    return {"seconds": time.perf_counter() - start, "tensors": len(lora), "rank": rank}
 
 
 def main() -> None:
