@@ -10,7 +10,7 @@ import functools
 from collections.abc import Generator, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,24 +46,21 @@ from arcflow_jax.networks.quantization import compute_in
 from arcflow_jax.networks.student import merged_graphdef, split_model
 from arcflow_jax.parallel.mesh import partition_spec, sharded
 from arcflow_jax.parallel.offload import Offload, Weights, running_shardings
-from arcflow_jax.sampling_settings import Job, Progress, SamplingSettings, batch_for, image_grid, resolve_settings
+from arcflow_jax.sampling_settings import (
+    Job,
+    OutputType,
+    PipelineOutput,
+    Progress,
+    SamplingSettings,
+    batch_for,
+    image_grid,
+    resolve_settings,
+)
 from arcflow_jax.schema import Batch
 
 # With `offload`, batches that pass one network before the next one takes its place on the device: enough to make the
 # copying cheap, few enough to keep small what waits on the device between two networks.
 OFFLOADED_BATCHES = 32
-OutputType = Literal["pil", "np", "latent"]
-
-
-@dataclasses.dataclass(frozen=True)
-class PipelineOutput:
-    """What a pipeline returns.
-
-    Attributes:
-      images: a list of PIL images, or an array [B, …], see `output_type` of `ArcFlowPipeline.__call__`.
-    """
-
-    images: list[Image.Image] | np.ndarray
 
 
 class ArcFlowPipeline:

@@ -1,12 +1,15 @@
-"""The settings that images are made with: their defaults, and the checks that they fit the model."""
+"""The settings that images are made with, their defaults and checks; and what a call of the pipeline is and returns."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 
 from arcflow_jax import schema
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
@@ -17,6 +20,7 @@ from arcflow_jax.families.latents import token_grid
 from arcflow_jax.generate import TEACHER_STEPS
 from arcflow_jax.schema import NFE, Batch, Count, Guidance, Pixels, Ratio, Seed
 
+OutputType = Literal["pil", "np", "latent"]
 Progress = Callable[[str, int], None]  # (activity, number of finished images)
 
 
@@ -51,6 +55,17 @@ class SamplingSettings:
         names = ["steps", "seed", "guidance", "final_step_ratio", "negative_prompt"]
         values = {name: getattr(self, name) for name in [*names, *["norm_preserving"] * self.norm_preserving]}
         return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineOutput:
+    """What a pipeline returns.
+
+    Attributes:
+      images: a list of PIL images, or an array [B, …], see `output_type` of `ArcFlowPipeline.__call__`.
+    """
+
+    images: list[Image.Image] | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +28,7 @@ from arcflow_jax.checkpoints.arrays import Arrays, as_os_error, check_name, clea
 from arcflow_jax.checkpoints.aside import COMMITTED, move_aside
 from arcflow_jax.checkpoints.model_directory import ComponentDescription
 from arcflow_jax.checkpoints.names import tree_in_memory, tree_on_disk
+from arcflow_jax.checkpoints.orbax_log import of_a_reader, raised_later, without
 from arcflow_jax.errors import NetworkError, UserError, cannot_load, cause_of, first_few, one_line
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.student import AdapterConfig
@@ -49,8 +49,6 @@ NEEDED = {
 }
 MOST_BYTES = 2**36  # of a checkpoint's file; Orbax begins a new one after 2 GB
 MOST_TRIES = 20  # of a reader, whose checkpoint a run may delete meanwhile
-# Where Orbax logs a failed save's error, with its traceback, before it raises it
-RAISING = ("future.py", "async_checkpointer.py", "checkpoint_manager.py")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,32 +137,6 @@ def checksum(tree: Any) -> jax.Array:
         return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
 
     return sum((jnp.sum(words(x), dtype=jnp.uint32) for x in jax.tree.leaves(tree)), jnp.uint32(0))
-
-
-def raised_later(record: logging.LogRecord) -> bool:
-    """Whether Orbax logs the error of a failed save, which `Checkpoints` raises."""
-    file = Path(record.pathname)
-    return "orbax" in file.parts and file.name in RAISING and record.levelno == logging.ERROR and bool(record.exc_info)
-
-
-def of_a_reader(record: logging.LogRecord) -> bool:
-    """Whether this is a warning or error of Orbax about a checkpoint that it reads. It also raises what matters."""
-    return "orbax" in Path(record.pathname).parts and record.levelno >= logging.WARNING
-
-
-@contextlib.contextmanager
-def without(unwanted: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
-    """Inside the `with` block, Orbax does not log the records that `unwanted` names."""
-    log = logging.getLogger("absl")
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return not unwanted(record)
-
-    log.addFilter(is_other)
-    try:
-        yield
-    finally:
-        log.removeFilter(is_other)
 
 
 def patiently(list_checkpoints: Callable[[], T]) -> T:
