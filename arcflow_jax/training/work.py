@@ -46,7 +46,7 @@ def _flops(eqn: JaxprEqn) -> int:
     if name in CUDNN_PRODUCTS:
         (b, s, h, e), t = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[1]
         return CUDNN_PRODUCTS[name] * 2 * b * h * s * t * e
-    inner = [flops(jaxpr) for jaxpr in _jaxprs(params)]
+    inner = [flops(jaxpr) for jaxpr in inner_jaxprs(params)]
     if name == "cond":
         return max(inner)
     if name == "while" and any(inner):
@@ -60,7 +60,7 @@ def _flops(eqn: JaxprEqn) -> int:
     return sum(inner) * times.get(name, lambda: 1)()
 
 
-def _jaxprs(value: Any) -> Iterator[Jaxpr]:
+def inner_jaxprs(value: Any) -> Iterator[Jaxpr]:
     """The jaxprs among an equation's parameters."""
     if isinstance(value, ClosedJaxpr):
         yield value.jaxpr
@@ -68,7 +68,7 @@ def _jaxprs(value: Any) -> Iterator[Jaxpr]:
         yield value
     elif isinstance(value, dict):
         for each in value.values():
-            yield from _jaxprs(each)
+            yield from inner_jaxprs(each)
     elif isinstance(value, (list, tuple)):
         for each in value:
-            yield from _jaxprs(each)
+            yield from inner_jaxprs(each)

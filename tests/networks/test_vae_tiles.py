@@ -12,12 +12,12 @@ from flax import nnx
 
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.networks.vaes import vae as module
+from arcflow_jax.training.work import inner_jaxprs
 
 
 def equations(jaxpr: jax.extend.core.Jaxpr) -> int:
     """The equations of a program, those in its loops and calls as well."""
-    inner = jax.core.jaxprs_in_params
-    return sum(1 + sum(equations(each) for each in inner(equation.params)) for equation in jaxpr.eqns)
+    return sum(1 + sum(equations(each) for each in inner_jaxprs(equation.params)) for equation in jaxpr.eqns)
 
 
 @pytest.fixture(scope="module", params=["tiny_flux", "tiny_qwen"])
