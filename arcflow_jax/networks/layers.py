@@ -212,16 +212,23 @@ class GroupNorm(nnx.Module):
         self.groups = groups
         self.eps = eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        # Means over the pixels first, then over the channels of a group: the image is read twice and never reshaped
-        y = x.astype(jnp.float32)
+    def __call__(self, x: jax.Array, moments: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
+        """x normalised.
+
+        Args:
+          moments: mean and variance of each channel, [B, C] each, of a whole image of which x is a part; by default
+            those of x.
+        """
 
         def group_mean(per_channel: jax.Array) -> jax.Array:  # [B, C] -> [B, C]
             grouped = per_channel.reshape(x.shape[0], self.groups, -1)
             return jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape).reshape(per_channel.shape)
 
-        mean = group_mean(y.mean((1, 2)))
-        variance = group_mean(jnp.square(y - mean[:, None, None]).mean((1, 2)))
+        # Over the pixels first, then over the channels of a group: the image is never reshaped
+        y = x.astype(jnp.float32)
+        means, variances = (y.mean((1, 2)), y.var((1, 2))) if moments is None else moments
+        mean = group_mean(means)
+        variance = group_mean(variances + jnp.square(means - mean))
         gain = jax.lax.rsqrt(variance + self.eps) * self.scale[...].astype(jnp.float32)  # [B, C]
         shift = self.bias[...].astype(jnp.float32) - mean * gain
         return (y * gain[:, None, None] + shift[:, None, None]).astype(x.dtype)

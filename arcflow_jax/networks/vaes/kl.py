@@ -63,18 +63,6 @@ class AutoencoderKLConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-def normed(norm: GroupNorm, x: jax.Array, mean: jax.Array, variance: jax.Array) -> jax.Array:
-    """silu(norm(x)), given mean and variance of each channel over the whole image [B, C], of which x may be a part."""
-    of_group, per_channel = (-1, norm.groups, mean.shape[-1] // norm.groups), mean.shape
-    means = mean.reshape(of_group)
-    centre = means.mean(-1, keepdims=True)
-    spread = (variance.reshape(of_group) + jnp.square(means - centre)).mean(-1, keepdims=True)
-    centre, spread = (jnp.broadcast_to(y, means.shape).reshape(per_channel) for y in (centre, spread))
-    gain = jax.lax.rsqrt(spread + norm.eps) * norm.scale[...].astype(jnp.float32)
-    shift = norm.bias[...].astype(jnp.float32) - centre * gain
-    return jax.nn.silu((x.astype(jnp.float32) * gain[:, None, None] + shift[:, None, None]).astype(x.dtype))
-
-
 class ResnetBlock(nnx.Module):
     def __init__(self, c_in: int, c_out: int, groups: int, *, dtype: Any, rngs: nnx.Rngs):
         self.norm1 = GroupNorm(c_in, groups, dtype=dtype)
@@ -103,13 +91,13 @@ class ResnetBlock(nnx.Module):
         first = moments(before, x, HALO, scale)
 
         def middle(x: jax.Array) -> jax.Array:
-            return self.conv1(normed(self.norm1, x, *first))
+            return self.conv1(jax.nn.silu(self.norm1(x, first)))
 
         second = moments(lambda x: middle(before(x)), x, HALO, scale)
 
         def whole(x: jax.Array) -> jax.Array:
             x = before(x)
-            return self.conv2(normed(self.norm2, middle(x), *second)) + self.shortcut(x)
+            return self.conv2(jax.nn.silu(self.norm2(middle(x), second))) + self.shortcut(x)
 
         return in_strips(whole, x, HALO, scale)
 
@@ -231,7 +219,7 @@ class Decoder(nnx.Module):
                 x, upsampler = resnet.in_strips(x, before, scale), None
             upsampler = block.upsampler
         statistics = moments(lambda x: x, x, 0)
-        return in_strips(lambda x: self.conv_out(normed(self.conv_norm_out, x, *statistics)), x, 1)
+        return in_strips(lambda x: self.conv_out(jax.nn.silu(self.conv_norm_out(x, statistics))), x, 1)
 
 
 class AutoencoderKL(VAE):
