@@ -6,10 +6,10 @@ model's authors (flux1-dev.safetensors, ae.safetensors). The component's config.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -196,16 +196,15 @@ def convert_folder(
         inspect_component(folder, name, network, dtype, formats.get(name), files.get(name))
         for name, network in family.networks.items()
     ]
-    writers = [ComponentWriter(component) for component in components]
-    with (
-        whole_directory(out, sum(writer.bytes for writer in writers)) as aside,
-        progress_bar(of_bytes=True) as progress,
-    ):
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(progress_bar(of_bytes=True))
+        writers = [ComponentWriter(component, progress) for component in components]
+        aside = stack.enter_context(whole_directory(out, sum(writer.bytes for writer in writers)))
         for name in family.tokenizers:
             copy_tokenizer(folder / name, aside / name, folder)
         files = [file for name in family.tokenizers for file in sorted((aside / name).iterdir())]
         tokenizers = {file.relative_to(aside).as_posix(): file_digest(file) for file in files}
-        entries = {writer.component.name: writer.write(aside, progress) for writer in writers}
+        entries = {writer.component.name: writer.write(aside) for writer in writers}
         description = ModelDescription(
             pipeline=family.pipeline,
             components=entries,
@@ -225,11 +224,12 @@ class ComponentWriter:
       streams: the arrays to be written, by their paths on disk.
     """
 
-    def __init__(self, component: Component):
-        self.component = component
-        self.advance: Callable[[int], None] = lambda size: None  # is told how many bytes of the source were read
+    def __init__(self, component: Component, progress: Progress):
+        self.component, self.progress = component, progress
+        total = sum(math.prod(tensor.shape) for _, group in component.fills for tensor in group)
+        self.task = progress.add_task(component.name, total=total * component.source_dtype.itemsize, text="")
         self.digests: list[tuple[str, bytes]] = []  # of the source's values, in the source's dtype
-        self.stored: list[tuple[str, bytes]] = []  # of the values as they are stored, where those are others
+        self.stored: list[tuple[str, bytes]] = []  # of the values as they are stored
         streams = [self.streams_of(fill, tensors) for fill, tensors in component.fills]
         self.streams = {path: stream for each in streams for path, stream in each.items()}
 
@@ -244,12 +244,17 @@ class ComponentWriter:
             found = digested(fill.target, fill.shape, component.source_dtype, found, self.digests)
             for name, layer in zip(fill.names, found, strict=True):
                 yield cast(layer, dtype, f"{component.weights}: {name}")
-                self.advance(layer.nbytes)
+                self.progress.advance(self.task, layer.nbytes)
+
+        def stored() -> Iterator[np.ndarray]:
+            if dtype != component.source_dtype:
+                yield from digested(fill.target, fill.shape, dtype, read(), self.stored)
+                return
+            yield from read()
+            self.stored.append(self.digests[-1])  # one hash suffices
 
         if format:
             return quantized_streams(fill.target, fill.shape, format, read, self.stored)
-        same = dtype == component.source_dtype
-        stored = read if same else lambda: digested(fill.target, fill.shape, dtype, read(), self.stored)
         return {on_disk(fill.target): Stream(fill.shape, dtype, fill.stacked, stored)}
 
     @property
@@ -257,21 +262,16 @@ class ComponentWriter:
         """Size of what is written."""
         return sum(stream.bytes for stream in self.streams.values())
 
-    def write(self, out: Path, progress: Progress) -> ComponentDescription:
+    def write(self, out: Path) -> ComponentDescription:
         """Writes the checkpoint under `out`, and returns the component's entry in model.json."""
         component = self.component
-        total = sum(math.prod(tensor.shape) for _, group in component.fills for tensor in group)
-        task = progress.add_task(component.name, total=total * component.source_dtype.itemsize, text="")
-        self.advance = functools.partial(progress.advance, task)
         write_checkpoint(out / component.name / CHECKPOINT, nest(self.streams))
-        changed = {path for path, _ in self.stored}
-        as_source = [digest for digest in self.digests if digest[0] in self.streams and digest[0] not in changed]
         return ComponentDescription(
             class_name=component.network.class_name,
             config=component.config,
             dtype=component.dtype.name,
             source_dtype=component.source_dtype.name,
             fingerprint=fingerprint(self.digests),
-            stored=fingerprint(self.stored + as_source),
+            stored=fingerprint(self.stored),
             quantization=component.quantization,
         )
