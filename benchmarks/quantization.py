@@ -51,9 +51,7 @@ def rounded(pipe: ArcFlowPipeline, format: str, chosen: Callable[[str], bool]) -
     model = nnx.merge(pipe.graphdef, jax.tree.map(lambda x: x, pipe.transformer.state))
 
     def one(kernel_of_layer: jax.Array) -> jax.Array:
-        codes, scale = kernel.quantize(kernel_of_layer, format)
-        codes = kernel.unpack(codes) if format == "int4" else codes
-        return qwix.dequantize(qwix.QArray(codes, scale.astype(jnp.float32)))
+        return qwix.dequantize(kernel.quantized_array(*kernel.quantize(kernel_of_layer, format), format))
 
     for path, layer in linear_layers(model).items():
         if format != "none" and chosen(path) and kernel.fits(layer.kernel.shape, format):

@@ -57,12 +57,16 @@ class QuantizedKernel(nnx.Module):
         return self.codes.axes
 
     def multiply(self, x: jax.Array) -> jax.Array:  # [..., d_in] -> [..., d_out]
-        codes = self.codes[...]
-        weights = qwix.QArray(unpack(codes) if self.format == "int4" else codes, self.scale[...].astype(jnp.float32))
+        weights = quantized_array(self.codes[...], self.scale[...], self.format)
         if self.compute is None:
             return x @ qwix.dequantize(weights).astype(x.dtype)
         tokens = qwix.quantize(x.astype(jnp.float32), DTYPES[self.compute], channelwise_axes=range(x.ndim - 1))
         return qwix.dot_general(tokens, weights, (((x.ndim - 1,), (0,)), ((), ()))).astype(x.dtype)
+
+
+def quantized_array(codes: jax.Array, scale: jax.Array, format: Format) -> qwix.QArray:
+    """One layer's kernel as qwix has it, from codes and scales as of `quantize`."""
+    return qwix.QArray(unpack(codes) if format == "int4" else codes, scale.astype(jnp.float32))
 
 
 def fits(shape: Sequence[int], format: Format) -> bool:

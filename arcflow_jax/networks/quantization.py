@@ -15,9 +15,11 @@ from arcflow_jax.networks.layers import linear_layers
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """Attributes:
-    format: of the quantized kernels.
-    layers: the dotted paths of their linear layers.
+    """Which linear layers of a network have quantized kernels.
+
+    Attributes:
+      format: of these kernels.
+      layers: the dotted paths of the layers.
     """
 
     format: Format

@@ -7,10 +7,10 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import qwix
 from flax import nnx
 
 from arcflow_jax.checkpoints.conversion import convert_model
@@ -19,7 +19,7 @@ from arcflow_jax.checkpoints.quantize import quantize_model
 from arcflow_jax.checkpoints.verify import verify
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
-from arcflow_jax.networks.kernel import quantize, unpack
+from arcflow_jax.networks.kernel import quantize, quantized_array
 from arcflow_jax.networks.layers import linear_layers
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.training.embeddings import encoders_fingerprint
@@ -56,12 +56,6 @@ def test_quantizing_later_is_quantizing_at_once(tiny_flux, quantized, tmp_path, 
     assert later.description.components["vae"] == plain.description.components["vae"]
 
 
-def dequantized(weights: jax.Array, format: str) -> jax.Array:
-    codes, scale = quantize(weights, format)
-    codes = unpack(codes) if format == "int4" else codes
-    return codes.astype(jnp.float32) * jnp.repeat(scale.astype(jnp.float32), len(weights) // len(scale), axis=0)
-
-
 def endpoint(pipe: ArcFlowPipeline) -> np.ndarray:
     noise = pipe.noise(0, 1, 2, 2)
     conditioning = pipe.encode(["a red circle"], guidance=2.0, rows=2, columns=2)
@@ -79,7 +73,8 @@ def test_a_student_on_a_quantized_base(tiny_flux, quantized, student, format):
     model = nnx.merge(plain.graphdef, plain.transformer.state)
     for path in directory.quantization("transformer").layers:
         kernel = linear_layers(model)[path].kernel
-        kernel[...] = jnp.stack([dequantized(each, format) for each in kernel[...]]).astype(kernel.dtype)
+        layers = [qwix.dequantize(quantized_array(*quantize(each, format), format)) for each in kernel[...]]
+        kernel[...] = jnp.stack(layers).astype(kernel.dtype)
     plain.transformer.state, plain.prompt_encoder = nnx.state(model), pipe.prompt_encoder
     np.testing.assert_allclose(endpoint(pipe), endpoint(plain), rtol=1e-4, atol=1e-4)
     assert np.linalg.norm(endpoint(pipe) - exact) > 1e-3 * np.linalg.norm(exact)
