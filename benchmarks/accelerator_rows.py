@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from arcflow_jax.compile_report.programs import PLAIN, PROGRAMS, Program, Weights, open_model
+from arcflow_jax.compile_report.programs import PLAIN, PROGRAMS, Program, WeightOptions, open_model
 from arcflow_jax.compile_report.topology import HostSharding
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.generate import sample_teacher
@@ -105,7 +105,7 @@ def measured(run: Callable[[], Any], work: int) -> Row:
     return found | ({"peak_gib": stats["peak_bytes_in_use"] / GIB} if "peak_bytes_in_use" in stats else {})
 
 
-def program_row(name: str, tiny: bool, weights: Weights = PLAIN, compute: Any = None) -> Row:
+def program_row(name: str, tiny: bool, weights: WeightOptions = PLAIN, compute: Any = None) -> Row:
     """A program of compile-report, run."""
     mesh = one_device()
     with jax.set_mesh(mesh):
@@ -142,7 +142,7 @@ def training(batch: int, tiny: bool, quantize: Any = None) -> Row:
     """A later training step of the recipe, with the remat policy that fits this device."""
     mesh = one_device()
     with jax.set_mesh(mesh):
-        program = PROGRAMS["train-steady"](recipe(tiny), mesh, batch, Weights(quantize))
+        program = PROGRAMS["train-steady"](recipe(tiny), mesh, batch, WeightOptions(quantize))
         state, *others = filled_arguments(program)
         work = flops(program.function.trace(state, *others, **program.keywords).jaxpr.jaxpr)
         kept = [state]
@@ -291,11 +291,11 @@ def rows(tiny: bool) -> dict[str, Callable[[], Row]]:
     run = functools.partial(program_row, "sampler", tiny)
     found["sampler"] = run
     for format in ("int8", "fp8", "int4"):
-        found[f"sampler, {format} weights"] = functools.partial(run, Weights(format))
+        found[f"sampler, {format} weights"] = functools.partial(run, WeightOptions(format))
         if format != "int4":
-            found[f"sampler, {format} weights and products"] = functools.partial(run, Weights(format), format)
-    found["sampler, blocks in host memory"] = functools.partial(run, Weights(offload="blocks"))
-    found["sampler, int8 blocks in host memory"] = functools.partial(run, Weights("int8", "blocks"))
+            found[f"sampler, {format} weights and products"] = functools.partial(run, WeightOptions(format), format)
+    found["sampler, blocks in host memory"] = functools.partial(run, WeightOptions(offload="blocks"))
+    found["sampler, int8 blocks in host memory"] = functools.partial(run, WeightOptions("int8", "blocks"))
     found["text encoder and sampler"] = functools.partial(whole_path, tiny)
     for batch in (1, 4, 8):
         found[f"training step, batch {batch}"] = functools.partial(training, batch, tiny)

@@ -18,7 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from arcflow_jax.compile_report.collectives import collectives
-from arcflow_jax.compile_report.programs import PROGRAMS, Program, Weights
+from arcflow_jax.compile_report.programs import PROGRAMS, Program, WeightOptions
 from arcflow_jax.compile_report.topology import describe
 from arcflow_jax.errors import UserError, one_line, out_of_memory
 from arcflow_jax.networks.kernel import Format
@@ -40,7 +40,7 @@ def build(
     """The mesh and program of a case. Raises UserError if recipe, model, topology, mesh or batch do not fit."""
     grid = make_mesh(mesh, describe(topology))
     return grid, PROGRAMS[program](
-        Recipe.from_config(read_config(config, overrides)), grid, batch, Weights(quantize, offload)
+        Recipe.from_config(read_config(config, overrides)), grid, batch, WeightOptions(quantize, offload)
     )
 
 

@@ -58,7 +58,7 @@ class Program:
 
 
 @dataclasses.dataclass(frozen=True)
-class Weights:
+class WeightOptions:
     """How the weights of a network are held.
 
     Attributes:
@@ -77,7 +77,7 @@ class Weights:
         return with_shardings(state, shardings)
 
 
-PLAIN = Weights()
+PLAIN = WeightOptions()
 
 
 def open_model(path: str | Path, quantize: Format | None = None) -> ModelDirectory:
@@ -104,7 +104,7 @@ def open_model(path: str | Path, quantize: Format | None = None) -> ModelDirecto
 
 
 def open_for(
-    recipe: Recipe, mesh: Mesh, batch: int, weights: Weights, micro_batches: int = 1
+    recipe: Recipe, mesh: Mesh, batch: int, weights: WeightOptions, micro_batches: int = 1
 ) -> tuple[ModelDirectory, int]:
     """The recipe's model, and its number of image tokens. Raises UserError if model, size or batch do not fit."""
     directory = open_model(recipe.model, weights.quantize)
@@ -113,7 +113,7 @@ def open_for(
     return directory, rows * columns
 
 
-def text_encoder(recipe: Recipe, mesh: Mesh, batch: int, weights: Weights = PLAIN) -> Program:
+def text_encoder(recipe: Recipe, mesh: Mesh, batch: int, weights: WeightOptions = PLAIN) -> Program:
     """The largest text encoder of a recipe's model, from token ids to hidden states.
 
     Raises:
@@ -129,7 +129,7 @@ def text_encoder(recipe: Recipe, mesh: Mesh, batch: int, weights: Weights = PLAI
     return Program(apply_encoder, (graphdef, weights.place(mesh, state), ids), {}, passes=1)
 
 
-def sampler(recipe: Recipe, mesh: Mesh, batch: int, weights: Weights = PLAIN) -> Program:
+def sampler(recipe: Recipe, mesh: Mesh, batch: int, weights: WeightOptions = PLAIN) -> Program:
     """The few-step sampler of a recipe's student, from noise to latents.
 
     Raises:
@@ -154,7 +154,7 @@ def sampler(recipe: Recipe, mesh: Mesh, batch: int, weights: Weights = PLAIN) ->
     return Program(sample_student, arguments, {"steps": steps}, passes=steps)
 
 
-def vae_decoder(recipe: Recipe, mesh: Mesh, batch: int, weights: Weights = PLAIN) -> Program:
+def vae_decoder(recipe: Recipe, mesh: Mesh, batch: int, weights: WeightOptions = PLAIN) -> Program:
     """The VAE's decoder, from latents to pixels, in tiles where sampling does so by default.
 
     Raises:
@@ -171,7 +171,7 @@ def vae_decoder(recipe: Recipe, mesh: Mesh, batch: int, weights: Weights = PLAIN
     )
 
 
-def training_step(recipe: Recipe, mesh: Mesh, batch: int, weights: Weights = PLAIN, *, steady: bool) -> Program:
+def training_step(recipe: Recipe, mesh: Mesh, batch: int, weights: WeightOptions = PLAIN, *, steady: bool) -> Program:
     """One training step of a recipe's distillation; `steady` is the phase after the teacher's share reached zero.
 
     Raises:
@@ -202,7 +202,7 @@ def training_step(recipe: Recipe, mesh: Mesh, batch: int, weights: Weights = PLA
     return Program(*first, passes, then)
 
 
-PROGRAMS: dict[str, Callable[[Recipe, Mesh, int, Weights], Program]] = {
+PROGRAMS: dict[str, Callable[[Recipe, Mesh, int, WeightOptions], Program]] = {
     "text-encoder": text_encoder,
     "sampler": sampler,
     "vae-decoder": vae_decoder,

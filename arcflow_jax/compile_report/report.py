@@ -37,7 +37,7 @@ class Case:
       topology: e.g. "v5p:2x2x1", "v5p:2x2x1*2" for two such slices, or "h100:8".
       mesh: sizes of the axes data, fsdp, tensor, sequence; -1 stands for the remaining devices.
       batch: images on all devices together.
-      quantize, offload: see `programs.Weights`.
+      quantize, offload: see `programs.WeightOptions`.
     """
 
     program: str

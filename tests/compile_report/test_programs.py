@@ -6,7 +6,7 @@ import jax
 import pytest
 from flax import nnx
 
-from arcflow_jax.compile_report.programs import Weights, sampler, text_encoder, training_step
+from arcflow_jax.compile_report.programs import WeightOptions, sampler, text_encoder, training_step
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.parallel.mesh import make_mesh
@@ -23,7 +23,7 @@ def test_weights_are_placed_as_sampling_places_them(offload):
     config = read_config("tiny")
     config.model = str(ASSETS / "tiny-flux")
     for program in (sampler, text_encoder):
-        made = program(Recipe.from_config(config), mesh, 1, Weights("int8", offload))
+        made = program(Recipe.from_config(config), mesh, 1, WeightOptions("int8", offload))
         state = nnx.to_flat_state(made.arguments[1])
         on_host = {path: x.get_value().sharding.memory_kind == HOST for path, x in state}
         stacked = {path: bool(STACKS & set(path)) for path, _ in state}
@@ -36,4 +36,4 @@ def test_a_training_step_streams_no_blocks():
     config.model = str(ASSETS / "tiny-flux")
     mesh = make_mesh((1, 1, 1, 1), jax.devices()[:1])
     with pytest.raises(UserError, match="needs all blocks on the device"):
-        training_step(Recipe.from_config(config), mesh, 1, Weights(offload="blocks"), steady=True)
+        training_step(Recipe.from_config(config), mesh, 1, WeightOptions(offload="blocks"), steady=True)
