@@ -125,11 +125,13 @@ class ArcFlowPipeline:
         trained = restore(sharded(mesh, trained), raw)
         self.origin |= {"adapter": str(adapter), "weights": "raw" if raw else "EMA"}
         self.origin |= {"lora": "merged" if merge else "apart", "adapter_checksum": f"{int(checksum(trained)):08x}"}
-        state = load("transformer", base)
         if merged is None:
             # In the precision in which they are multiplied, which changes no result, and takes half the memory
             trained = jax.tree.map(lambda x: x.astype(dtype), trained)
-            state = nnx.merge_state(state, jax.device_put(trained, running_shardings(mesh, trained, offload)))
+            trained = jax.device_put(trained, running_shardings(mesh, trained, offload))
+        state = load("transformer", base)
+        if merged is None:
+            state = nnx.merge_state(state, trained)
         else:
             state, self.graphdef = merge_student(self.graphdef, state, trained, mesh), merged
         self.transformer = Weights(state, self.offload)
@@ -166,8 +168,8 @@ class ArcFlowPipeline:
           raw: takes the weights of the last training step instead of the EMA weights.
           merge: adds LoRA to the base model's weights, see `merge_student`; False computes it beside them. By default
             True, unless the base model is quantized, or its blocks are in host memory.
-          compute: "int8" or "fp8" multiplies activations in 8 bits as well, of a model with such weights: faster on
-            chips that have such products.
+          compute: "int8" or "fp8" multiplies activations in 8 bits as well, of a model with such weights: for chips
+            that have such products.
           vae_tiling: decodes in tiles, the same images with less memory (`networks.vaes.vae`); None: large ones.
 
         Raises:

@@ -187,8 +187,8 @@ class SamplingOptions(StudentOptions):
     compute: Annotated[
         EightBits | None,
         typer.Option(
-            help="Multiply activations in 8 bits as well, of a model with int8 or fp8 weights: faster on chips that "
-            "have such products."
+            help="Multiply activations in 8 bits as well, of a model with int8 or fp8 weights: for chips that have "
+            "such products."
         ),
     ] = None
     offload: Annotated[
