@@ -1,6 +1,6 @@
 """What an accelerator does with FLUX.1-dev's size, random weights: attention, forward pass, sampler, training step.
 
-    python -m benchmarks.accelerator --out runs/accelerator          # about 25 minutes on an H100
+    python -m benchmarks.accelerator --out runs/accelerator          # meant to take at most 25 minutes on an H100
     python -m benchmarks.accelerator --out /tmp/tiny --tiny          # the same rows, small, also on a CPU
 
 Each row runs in a process of its own, so its peak memory is its own, and one that runs out of memory ends no other. The

@@ -208,10 +208,10 @@ def attention_row(name: str, backward: bool, lengths: bool, meshed: bool, tiny: 
 
 
 def whole_path(tiny: bool) -> Row:
-    """From token ids to latents: the largest text encoder and the sampler, both on the device."""
+    """From token ids to pixels: the largest text encoder, the sampler and the VAE's decoder, all on the device."""
     mesh = one_device()
     with jax.set_mesh(mesh):
-        programs = [PROGRAMS[name](recipe(tiny), mesh, 1, PLAIN) for name in ("text-encoder", "sampler")]
+        programs = [PROGRAMS[name](recipe(tiny), mesh, 1, PLAIN) for name in ("text-encoder", "sampler", "vae-decoder")]
         calls = [functools.partial(each.function, *filled_arguments(each), **each.keywords) for each in programs]
         work = sum(flops(each.function.trace(*each.arguments, **each.keywords).jaxpr.jaxpr) for each in programs)
         return measured(lambda: [call() for call in calls], work)
@@ -296,7 +296,7 @@ def rows(tiny: bool) -> dict[str, Callable[[], Row]]:
             found[f"sampler, {format} weights and products"] = functools.partial(run, WeightOptions(format), format)
     found["sampler, blocks in host memory"] = functools.partial(run, WeightOptions(offload="blocks"))
     found["sampler, int8 blocks in host memory"] = functools.partial(run, WeightOptions("int8", "blocks"))
-    found["text encoder and sampler"] = functools.partial(whole_path, tiny)
+    found["token ids to image"] = functools.partial(whole_path, tiny)
     for batch in (1, 4, 8):
         found[f"training step, batch {batch}"] = functools.partial(training, batch, tiny)
     found["training step, batch 1, int8 base"] = functools.partial(training, 1, tiny, "int8")

@@ -111,7 +111,7 @@ def convert(options: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": seconds, "peak_gb": usage.ru_maxrss * 1024 / 1e9, **sizes}
 
 
-def picture(folder: Path) -> dict[str, Any]:
+def image_figures(folder: Path) -> dict[str, Any]:
     """The statistics of the one image in a folder. Ends the program if it is constant: NaN becomes 0."""
     (file,) = folder.glob("*.png")
     pixels = np.asarray(Image.open(file), np.float64)
@@ -179,7 +179,7 @@ def main() -> None:
     report.step("train, resumed", lambda: arcflow("train", *training) | {"until": "2 steps"})
     size = ("--height", options.size, "--width", options.size)
     sampling = ("--model", model, "--adapter", run, "--prompt", PROMPT, "--steps", 2, *size, "--out", folder / "images")
-    report.step("sample", lambda: arcflow("sample", *sampling) | picture(folder / "images"))
+    report.step("sample", lambda: arcflow("sample", *sampling) | image_figures(folder / "images"))
     export = folder / "export"
     report.step("export", lambda: arcflow("export", "--adapter", run, "--out", export))
     report.step(

@@ -5,7 +5,7 @@
 For cards of each size it takes the first way that needs at most nine tenths of the memory: the model as it is,
 quantized to int8 or int4, with networks or blocks in host memory; and for training the published recipe with a batch of
 four, or the recipe for a single card. What a case needs is by `arcflow compile-report`, for one H100 or TPU chip, at
-1024 × 1024. The figures go to OUT; a case that is there is not compiled again. All take about an hour on two cores.
+1024 × 1024. The figures go to OUT; a case that is there is not compiled again.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,10 +102,8 @@ class Copy:
         def read() -> Iterator[np.ndarray]:
             array = self.open(path)
             for part in (array[i] for i in range(shape[0])) if stacked else (array,):
-                try:
+                with self.telling_damage():
                     layer = part.read().result()
-                except Exception as error:  # TensorStore raises all kinds of errors
-                    raise UserError(f"{self.where} is damaged: {one_line(error)}; convert the model again") from error
                 yield layer
                 self.progress.advance(self.task, layer.nbytes)
 
@@ -121,10 +120,16 @@ class Copy:
             use_zarr3=True,
             ts_context=self.context,
         )
-        try:
+        with self.telling_damage():
             spec = ts.Spec(ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=True))
             return ts.open(spec, context=self.context).result()
-        except Exception as error:
+
+    @contextlib.contextmanager
+    def telling_damage(self) -> Iterator[None]:
+        """Inside the `with` block, a failed read is a UserError."""
+        try:
+            yield
+        except Exception as error:  # TensorStore raises all kinds of errors
             raise UserError(f"{self.where} is damaged: {one_line(error)}; convert the model again") from error
 
     @property

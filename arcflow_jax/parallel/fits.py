@@ -17,12 +17,11 @@ Offload = Literal["networks", "blocks"]
 FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # environment variable: JAX's share of a GPU, which it takes at once
 DEFAULT_SHARE, LARGE_SHARE = 0.75, 0.9
 
-# GiB at 1024 × 1024 on one H100, by compile-report, 2026-11-30. To measure a row again:
-#   arcflow compile-report --topology h100 --mesh fsdp=1 --config flux --config.model=configs/flux.1-dev
-#       --config.adapter.rank=64 --quantize int8, or --offload blocks
-#   and, for training, --config flux:published --program train-steady --batch 4 --config.remat=full,
-#       or --config flux:single --program train-steady --batch 1 --config.accumulate=1 --config.offload_optimizer=False
-# (qwen, configs/qwen-image). Sampling is the larger one of text encoder and sampler
+# GiB at 1024 × 1024 on one H100, by compile-report, 2026-11-24 to 2026-11-30. To measure a row again:
+#   arcflow compile-report --topology h100 --config flux --config.model=configs/flux.1-dev --config.adapter.rank=64
+#       with --program text-encoder, sampler or vae-decoder, of which the largest counts, and --quantize or --offload
+#   and, for training, --program train-steady --config.remat=full, or --config flux:published --batch 4 in place of the
+#       rank (qwen, configs/qwen-image)
 Row = tuple[str, str, str, float]  # model, what it does, weights, GiB
 SAMPLING, STREAMING = "sampling, --offload networks", "sampling, --offload blocks"
 PUBLISHED, SMALL = "training, published recipe, batch 4", "training, rank 64, batch 1"
@@ -30,7 +29,7 @@ MEASURED: tuple[Row, ...] = (
     ("FLUX.1-dev", SAMPLING, "bf16", 22.5),
     ("FLUX.1-dev", SAMPLING, "int8", 11.9),
     ("FLUX.1-dev", SAMPLING, "int4", 7.0),
-    ("FLUX.1-dev", STREAMING, "bf16", 1.5),
+    ("FLUX.1-dev", STREAMING, "bf16", 2.6),
     ("FLUX.1-dev", PUBLISHED, "bf16", 44.3),
     ("FLUX.1-dev", SMALL, "int8", 17.6),
     ("FLUX.1-dev", SMALL, "int4", 12.8),

@@ -11,7 +11,7 @@ from benchmarks.accelerator_rows import Skipped, rows
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sampler, int8 blocks in host memory", "text encoder and sampler", "forward"])
+@pytest.mark.parametrize("name", ["sampler, int8 blocks in host memory", "token ids to image", "forward"])
 def test_rows_run_in_small(name):
     found = rows(tiny=True)[name]()
     assert found["finite"]
