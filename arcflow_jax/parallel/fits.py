@@ -20,26 +20,26 @@ DEFAULT_SHARE, LARGE_SHARE = 0.75, 0.9
 # GiB at 1024 × 1024 on one H100, by compile-report, 2026-11-24 to 2026-11-30. To measure a row again:
 #   arcflow compile-report --topology h100 --config flux --config.model=configs/flux.1-dev --config.adapter.rank=64
 #       with --program text-encoder, sampler or vae-decoder, of which the largest counts, and --quantize or --offload
-#   and, for training, --program train-steady --config.remat=full, or --config flux:published --batch 4 in place of the
-#       rank (qwen, configs/qwen-image)
+#   and, for training, --program train-steady with --config flux:single --batch 16, or --config flux:published --batch 4
+#       --config.remat=full, in place of the rank (qwen, configs/qwen-image)
 Row = tuple[str, str, str, float]  # model, what it does, weights, GiB
 SAMPLING, STREAMING = "sampling, --offload networks", "sampling, --offload blocks"
-PUBLISHED, SMALL = "training, published recipe, batch 4", "training, rank 64, batch 1"
+PUBLISHED, SMALL = "training, published recipe, batch 4", "training, recipe `single`"
 MEASURED: tuple[Row, ...] = (
     ("FLUX.1-dev", SAMPLING, "bf16", 22.5),
     ("FLUX.1-dev", SAMPLING, "int8", 11.9),
     ("FLUX.1-dev", SAMPLING, "int4", 7.0),
     ("FLUX.1-dev", STREAMING, "bf16", 2.6),
     ("FLUX.1-dev", PUBLISHED, "bf16", 44.3),
-    ("FLUX.1-dev", SMALL, "int8", 17.6),
-    ("FLUX.1-dev", SMALL, "int4", 12.8),
+    ("FLUX.1-dev", SMALL, "int8", 15.7),
+    ("FLUX.1-dev", SMALL, "int4", 10.8),
     ("Qwen-Image", SAMPLING, "bf16", 38.2),
     ("Qwen-Image", SAMPLING, "int8", 19.7),
     ("Qwen-Image", SAMPLING, "int4", 11.4),
     ("Qwen-Image", STREAMING, "bf16", 1.9),
     ("Qwen-Image", PUBLISHED, "bf16", 70.3),
-    ("Qwen-Image", SMALL, "int8", 28.1),
-    ("Qwen-Image", SMALL, "int4", 19.8),
+    ("Qwen-Image", SMALL, "int8", 25.4),
+    ("Qwen-Image", SMALL, "int4", 17.1),
 )
 
 # Beside the weights, bytes per pixel of one image: the sampler of both models, and FLUX.1's VAE, the larger one, see
