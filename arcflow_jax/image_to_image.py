@@ -122,12 +122,12 @@ def as_pixels(name: str, image: Image.Image | np.ndarray) -> np.ndarray:  # [H, 
     """An image in RGB, a mask in gray levels. Raises UserError if it is none."""
     if isinstance(image, Image.Image):
         return np.asarray(in_rgb(image))
+    mask, shape = name == "mask_image", list(getattr(image, "shape", ()))
+    if len(shape) not in ((2, 3) if mask else (3,)) or shape[2:] not in ([], [3]) or 0 in shape:
+        what = f"{type(image).__name__} {shape or ''}".strip()
+        raise UserError(f"{name} is {what}, but has to be a PIL image or an array [H, W{'] or [H, W' * mask}, 3]")
     array = np.asarray(image)
-    if array.ndim == 2 and name == "mask_image":
-        array = np.repeat(array[..., None], 3, -1)
-    if array.ndim != 3 or array.shape[-1] != 3 or 0 in array.shape:
-        shape = "[H, W] or [H, W, 3]" if name == "mask_image" else "[H, W, 3]"
-        raise UserError(f"{name} is {type(image).__name__} {list(array.shape)}, but has to be a PIL image or {shape}")
+    array = array if len(shape) == 3 else np.repeat(array[..., None], 3, -1)
     if array.dtype == bool:
         return array.astype(np.uint8) * 255
     if np.issubdtype(array.dtype, np.floating):

@@ -430,12 +430,13 @@ class ArcFlowPipeline:
 
     def _beginning(self, job: Job) -> Callable[[jax.Array, np.ndarray], tuple[jax.Array, Any, Any]]:
         """Makes of the noise of a batch what it starts from; images load the VAE's encoder, at the first use."""
-        if job.given is None:
+        given, strength = job.given, job.settings.strength
+        if given is None or strength is None:
             return lambda noise, made: (noise, None, None)
         with self._running():
             job.progress("encoding", job.wanted.start)
             steps = job.settings.steps if self.student is None else TEACHER_STEPS
-            return Beginning(self.directory, job.given, self._image_encoder(), job.settings.strength, steps)
+            return Beginning(self.directory, given, self._image_encoder(), strength, steps)
 
     def _images(self, job: Job) -> Iterator[Image.Image]:
         size, described = (job.settings.rows, job.settings.columns), self._described(job.settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -81,7 +81,7 @@ def make_images(
 
     check_prompts(prompts)
     *files, strength = given
-    settings = sampling.settings() | {"strength": strength}
+    settings: dict[str, Any] = {**sampling.settings(), "strength": strength}
     check_same({"the prompts": list(prompts), "the options": [images, sampling.batch_size, settings]})
     noise = None if latents is None else read_latents(latents)
     image, mask = (None if file is None else read_image(file) for file in files)
