@@ -45,6 +45,8 @@ def sample_student(
     conditioning: Conditioning,
     shift: jax.Array,
     final_step_ratio: jax.Array,
+    start: jax.Array | None = None,
+    known: sampler.Known | None = None,
     *,
     steps: int,
 ) -> jax.Array:
@@ -52,17 +54,19 @@ def sample_student(
 
     Args:
       graphdef, model_state: an `ArcModel` with a student, split; LoRA merged into the base model or beside it.
-      latents: noise [B, N, 4C].
+      latents: noise [B, N, 4C], or of noise level `start`.
       conditioning: of the backbone, batch first.
       shift: the student's timestep shift.
       final_step_ratio: length of its last segment relative to the others.
+      start, known: see `sampler.sample`.
     """
     model = nnx.merge(graphdef, model_state)
 
     def student(x: jax.Array, sigma: jax.Array) -> Any:
         return model.student_curve(x, sigma, conditioning)
 
-    return sampler.sample(student, latents, steps=steps, shift=shift, final_step_ratio=final_step_ratio)
+    times = {"steps": steps, "shift": shift, "final_step_ratio": final_step_ratio}
+    return sampler.sample(student, latents, **times, start=start, known=known)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "steps"))
@@ -73,6 +77,8 @@ def sample_teacher(
     conditioning: Conditioning | Guided,
     shift: jax.Array,
     terminal: jax.Array | None,
+    start: jax.Array | None = None,
+    known: sampler.Known | None = None,
     *,
     steps: int,
 ) -> jax.Array:
@@ -86,7 +92,7 @@ def sample_teacher(
     def teacher(x: jax.Array, sigma: jax.Array) -> jax.Array:
         return model.teacher_velocity(x, sigma, conditioning)
 
-    return sampler.euler(teacher, latents, steps=steps, shift=shift, terminal=terminal)
+    return sampler.euler(teacher, latents, steps=steps, shift=shift, terminal=terminal, start=start, known=known)
 
 
 def teacher_grid(scheduler: Scheduler, tokens: int) -> tuple[jax.Array, jax.Array | None]:

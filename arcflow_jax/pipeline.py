@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from arcflow_jax.checkpoints.training import AdapterDescription, checksum
 from arcflow_jax.data.prompts import check_prompts
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import PATCH, as_tokens
+from arcflow_jax.flow.sampler import Known
 from arcflow_jax.generate import (
+    TEACHER_STEPS,
     decode_latents,
     default_dtype,
     load_of,
@@ -40,6 +42,7 @@ from arcflow_jax.generate import (
     seeded_noise,
     teacher_grid,
 )
+from arcflow_jax.image_to_image import Beginning, GivenImages, ImageEncoder, given_images
 from arcflow_jax.networks.conditioning import Conditioning, Guided
 from arcflow_jax.networks.kernel import Compute
 from arcflow_jax.networks.quantization import compute_in
@@ -95,6 +98,7 @@ class ArcFlowPipeline:
     ):
         self.directory, self.mesh, self.offload, self.vae_tiling = directory, mesh, offload is not None, vae_tiling
         self._load = functools.partial(load_of, directory, dtype, mesh, offload=offload, tiled=vae_tiling)
+        self._image_encoder = functools.cache(functools.partial(ImageEncoder, directory, dtype, mesh, offload))
         self.student: AdapterDescription | None = None
         self.origin = {
             "model": str(directory.path),
@@ -190,6 +194,9 @@ class ArcFlowPipeline:
         prompt: str | Sequence[str],
         negative_prompt: str | None = None,
         *,
+        image: GivenImages | None = None,
+        mask_image: GivenImages | None = None,
+        strength: float | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         height: int | None = None,
@@ -207,10 +214,14 @@ class ArcFlowPipeline:
 
         Args:
           prompt: what the images should show, one text or several.
-          negative_prompt, num_inference_steps, guidance_scale, height, width, seed, final_step_ratio, norm_preserving:
-            see `sampling_settings.resolve_settings`.
+          negative_prompt, strength, num_inference_steps, guidance_scale, height, width, seed, final_step_ratio,
+            norm_preserving: see `sampling_settings.resolve_settings`. By default, strength is 0.6 with an image, and
+            height and width are the image's.
+          image: what to start from instead of noise alone, one for all prompts or one for each, of one size: PIL
+            images, or arrays [H, W, 3] of uint8 or of floating-point numbers between 0 and 1.
+          mask_image: for inpainting, likewise, also [H, W]: white is repainted; other pixels stay exactly as given.
           num_images_per_prompt: each starts from noise of its own.
-          latents: noise to start from instead of the seed's, one of each image: packed [B, N, 4C] or, as a latent image
+          latents: noise to use instead of the seed's, one of each image: packed [B, N, 4C] or, as a latent image
             of PyTorch, [B, C, h, w].
           output_type: "pil", PIL images, with their settings in `info`; "np", an array [B, H, W, 3] of float32 between
             0 and 1, as in diffusers; "latent", the packed latents [B, N, 4C], float32.
@@ -223,17 +234,19 @@ class ArcFlowPipeline:
         """
         if output_type not in ("pil", "np", "latent"):
             raise UserError(f"output_type is {output_type!r}, but has to be 'pil', 'np' or 'latent'")
-        settings = self.settings(
-            negative_prompt=negative_prompt,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            height=height,
-            width=width,
-            seed=seed,
-            final_step_ratio=final_step_ratio,
-            norm_preserving=norm_preserving,
-        )
-        job = self._job(prompt, settings, num_images_per_prompt, latents, batch_size, 0, progress)
+        settings = {
+            "negative_prompt": negative_prompt,
+            "strength": strength,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "height": height,
+            "width": width,
+            "seed": seed,
+            "final_step_ratio": final_step_ratio,
+            "norm_preserving": norm_preserving,
+        }
+        images = (image, mask_image, num_images_per_prompt)
+        job = self._job(prompt, settings, *images, latents, batch_size, 0, progress)
         if output_type == "latent":
             tokens = [np.asarray(batch) for _, group in self._latents(job) for batch in group]
             return PipelineOutput(np.concatenate(tokens)[: len(job.prompts)])
@@ -247,6 +260,8 @@ class ArcFlowPipeline:
         prompt: str | Sequence[str],
         negative_prompt: str | None = None,
         *,
+        image: GivenImages | None = None,
+        mask_image: GivenImages | None = None,
         num_images_per_prompt: int = 1,
         latents: np.ndarray | jax.Array | None = None,
         batch_size: int | None = None,
@@ -267,8 +282,9 @@ class ArcFlowPipeline:
         Raises:
           UserError: as for a call; from the iterator, if the devices run out of memory.
         """
-        resolved = self.settings(negative_prompt=negative_prompt, **settings)
-        job = self._job(prompt, resolved, num_images_per_prompt, latents, batch_size, first, progress)
+        settings |= {"negative_prompt": negative_prompt}
+        images = (image, mask_image, num_images_per_prompt)
+        job = self._job(prompt, settings, *images, latents, batch_size, first, progress)
         return self._images(job if wanted is None else dataclasses.replace(job, wanted=wanted))
 
     def settings(self, **settings: Any) -> SamplingSettings:
@@ -318,16 +334,23 @@ class ArcFlowPipeline:
             return self.vae.run(lambda state: self._decode(state, tokens, rows, columns))
 
     def _denoise(
-        self, state: nnx.State, latents: jax.Array, conditioning: Any, steps: int, final_step_ratio: float | None
+        self,
+        state: nnx.State,
+        latents: jax.Array,
+        conditioning: Any,
+        steps: int,
+        final_step_ratio: float | None,
+        start: jax.Array | None = None,
+        known: Known | None = None,
     ) -> jax.Array:
         spec = partition_spec(self.mesh, ("batch", "tokens", None), latents.shape)
-        latents = jax.device_put(latents, NamedSharding(self.mesh, spec))
+        latents, known = jax.device_put((latents, known), NamedSharding(self.mesh, spec))
         if self.student is None:
             grid = teacher_grid(self.directory.scheduler, latents.shape[1])
-            return sample_teacher(self.graphdef, state, latents, conditioning, *grid, steps=steps)
+            return sample_teacher(self.graphdef, state, latents, conditioning, *grid, start, known, steps=steps)
         settings = self.student.distillation
         shift, ratio = jnp.float32(settings.shift), jnp.float32(final_step_ratio or settings.final_step_ratio)
-        return sample_student(self.graphdef, state, latents, conditioning, shift, ratio, steps=steps)
+        return sample_student(self.graphdef, state, latents, conditioning, shift, ratio, start, known, steps=steps)
 
     def _decode(self, state: nnx.State, tokens: jax.Array, rows: int, columns: int) -> np.ndarray:
         size = {"rows": rows, "columns": columns, "tiled": self.vae_tiling}
@@ -346,7 +369,9 @@ class ArcFlowPipeline:
     def _job(
         self,
         prompt: str | Sequence[str],
-        settings: SamplingSettings,
+        settings: Mapping[str, Any],
+        image: GivenImages | None,
+        mask_image: GivenImages | None,
         images_per_prompt: int,
         latents: np.ndarray | jax.Array | None,
         batch_size: int | None,
@@ -357,13 +382,15 @@ class ArcFlowPipeline:
         check_prompts(prompts)
         batch_size = batch_for(self.mesh, batch_size)
         images_per_prompt = schema.converted(Batch, images_per_prompt, "num_images_per_prompt")
+        given, follows = given_images(image, mask_image, len(prompts), images_per_prompt, settings)
+        resolved = self.settings(**{**settings, **follows})
         prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
         if latents is not None:
-            settings = dataclasses.replace(settings, seed=None)
-            size = (settings.rows, settings.columns, self.directory.config("transformer").in_channels)
+            resolved = dataclasses.replace(resolved, seed=None)
+            size = (resolved.rows, resolved.columns, self.directory.config("transformer").in_channels)
             with self._running():
                 latents = as_tokens(np.asarray(latents), len(prompts), *size)
-        return Job(prompts, settings, latents, batch_size, first, range(len(prompts)), progress)
+        return Job(prompts, resolved, latents, given, batch_size, first, range(len(prompts)), progress)
 
     def _encode(self, batches: Sequence[Sequence[str]], settings: SamplingSettings) -> Sequence[Conditioning | Guided]:
         """The conditioning of each batch of prompts, all of one size."""
@@ -377,6 +404,7 @@ class ArcFlowPipeline:
     def _latents(self, job: Job) -> Iterator[tuple[int, list[jax.Array]]]:
         """Groups of batches that pass each network together: number of the first image, latent tokens of each batch."""
         settings, count = job.settings, len(job.prompts)
+        beginning = self._beginning(job)
         for start in job.wanted[:: self.together(job.batch_size)]:
             starts = range(start, min(start + self.together(job.batch_size), job.wanted.stop), job.batch_size)
             # The images of each batch; the last batch is filled up with its last image
@@ -390,14 +418,25 @@ class ArcFlowPipeline:
                     seed, size = settings.seed or 0, (job.batch_size, settings.rows, settings.columns)
                     noises = [self.noise(seed, *size, job.first + i) for i in starts]
                 job.progress("denoising", start)
-                inputs = list(zip(noises, conditionings, strict=True))
+                begun = [beginning(noise, batch) for noise, batch in zip(noises, batches, strict=True)]
+                inputs = list(zip(begun, conditionings, strict=True))
                 tokens = self.transformer.run(
                     lambda state, inputs=inputs: [
-                        self._denoise(state, noise, conditioning, settings.steps, settings.final_step_ratio)
-                        for noise, conditioning in inputs
+                        self._denoise(state, x, conditioning, settings.steps, settings.final_step_ratio, *level)
+                        for (x, *level), conditioning in inputs
                     ]
                 )
             yield start, tokens
+
+    def _beginning(self, job: Job) -> Callable[[jax.Array, np.ndarray], tuple[jax.Array, Any, Any]]:
+        """Makes of the noise of a batch what it starts from; images load the VAE's encoder, at the first use."""
+        given, strength = job.given, job.settings.strength
+        if given is None or strength is None:
+            return lambda noise, made: (noise, None, None)
+        with self._running():
+            job.progress("encoding", job.wanted.start)
+            steps = job.settings.steps if self.student is None else TEACHER_STEPS
+            return Beginning(self.directory, given, self._image_encoder(), strength, steps)
 
     def _images(self, job: Job) -> Iterator[Image.Image]:
         size, described = (job.settings.rows, job.settings.columns), self._described(job.settings)
@@ -406,7 +445,7 @@ class ArcFlowPipeline:
                 job.progress("decoding", start)
                 pixels = self.vae.run(lambda state, tokens=tokens: [self._decode(state, x, *size) for x in tokens])
             for i, array in zip(range(start, job.wanted.stop), np.concatenate(pixels), strict=False):
-                image = Image.fromarray(array)
+                image = Image.fromarray(array if job.given is None else job.given.composite(i, array))
                 image.info = {"prompt": job.prompts[i], "image": job.first + i} | described
                 job.progress("writing", i + 1)
                 yield image

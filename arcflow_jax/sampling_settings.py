@@ -18,7 +18,8 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.families.family import takes_guidance
 from arcflow_jax.families.latents import token_grid
 from arcflow_jax.generate import TEACHER_STEPS
-from arcflow_jax.schema import NFE, Batch, Count, Guidance, Pixels, Ratio, Seed
+from arcflow_jax.image_to_image import Given
+from arcflow_jax.schema import NFE, Batch, Count, Guidance, Pixels, Ratio, Seed, Strength
 
 OutputType = Literal["pil", "np", "latent"]
 Progress = Callable[[str, int], None]  # (activity, number of finished images)
@@ -36,6 +37,7 @@ class SamplingSettings:
       final_step_ratio: length of the student's last segment relative to the others; None for the teacher.
       negative_prompt: for CFG of the teacher; None for no CFG.
       norm_preserving: norm-preserving CFG.
+      strength: where an image is the start, see `image_to_image.start_level`; None from noise.
     """
 
     steps: NFE
@@ -46,13 +48,14 @@ class SamplingSettings:
     final_step_ratio: Ratio | None
     negative_prompt: str | None
     norm_preserving: bool
+    strength: Strength | None = None
 
     def __post_init__(self):
         schema.check(self)
 
     def described(self) -> dict[str, int | float | str]:
         """The settings by name, as they stand in an image's `info`."""
-        names = ["steps", "seed", "guidance", "final_step_ratio", "negative_prompt"]
+        names = ["steps", "seed", "guidance", "final_step_ratio", "strength", "negative_prompt"]
         values = {name: getattr(self, name) for name in [*names, *["norm_preserving"] * self.norm_preserving]}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -70,11 +73,13 @@ class PipelineOutput:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The `wanted` ones of these images: one of each prompt, from `latents` or from noises `first` … of the seed."""
+    """The `wanted` ones of these images: one of each prompt, from `latents` or from noises `first` … of the seed; or
+    from `given` images with that noise."""
 
     prompts: Sequence[str]
     settings: SamplingSettings
     latents: jax.Array | None
+    given: Given | None
     batch_size: int
     first: int
     wanted: range
@@ -93,6 +98,7 @@ def resolve_settings(
     seed: int = 0,
     final_step_ratio: float | None = None,
     norm_preserving: bool = False,
+    strength: float | None = None,
 ) -> SamplingSettings:
     """Settings with the defaults filled in.
 
@@ -108,6 +114,9 @@ def resolve_settings(
       seed: of the noise; image i of a seed starts from the same noise, whatever the batch size.
       final_step_ratio: length of the student's last segment relative to the others; by default as trained.
       norm_preserving: CFG that keeps the norm of each token's velocity, as diffusers does for Qwen-Image.
+      strength: for an image to start from, above 0 and at most 1: how much of it is made anew. It starts with noise of
+        the level σ that the schedule of the model's scheduler has at timestep t = strength, as in diffusers; 1 is pure
+        noise.
 
     Raises:
       UserError: if the settings do not fit the model or one another.
@@ -115,6 +124,7 @@ def resolve_settings(
     steps = schema.converted(NFE | None, num_inference_steps, "num_inference_steps")
     ratio = schema.converted(Ratio | None, final_step_ratio, "final_step_ratio")
     guidance = schema.converted(Guidance | None, guidance_scale, "guidance_scale")
+    strength = schema.converted(Strength | None, strength, "strength")
     if norm_preserving and negative_prompt is None:
         raise UserError("norm_preserving is a kind of classifier-free guidance, which needs a negative_prompt")
     if student is None and ratio is not None:
@@ -141,6 +151,7 @@ def resolve_settings(
         final_step_ratio=default_ratio if ratio is None else ratio,
         negative_prompt=negative_prompt,
         norm_preserving=norm_preserving,
+        strength=strength,
     )
 
 

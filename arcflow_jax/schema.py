@@ -49,6 +49,7 @@ AxisSize = Annotated[int, Meta(ge=-1, le=10**6)]
 NFE = Annotated[int, Meta(ge=1, le=10_000)]
 Shift = Annotated[float, Meta(ge=1e-3, le=1000)]
 Ratio = Annotated[float, Meta(ge=1e-3, le=1000)]
+Strength = Annotated[float, Meta(gt=0, le=1)]
 Guidance = Annotated[float, Meta(ge=0, le=1000)]
 Pixels = Annotated[int, Meta(ge=1, le=2**16)]
 # Anything

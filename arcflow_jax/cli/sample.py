@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,6 +30,17 @@ def sample(
             "[images, tokens, 64] or, as in PyTorch, [images, 16, height/8, width/8]."
         ),
     ] = None,
+    image: Annotated[
+        Path | None, path_option(help="An image to start from; the images made have its size. PNG, JPEG or WebP.")
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        path_option(help="With --image: what to paint anew, white on an image of the same size. The rest stays."),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="With --image: how much of it is made anew, above 0 and at most 1. By default 0.6."),
+    ] = None,
     grid: Annotated[bool, typer.Option("--grid", help="Also write grid.png, all images on one sheet.")] = False,
     out: Annotated[Path, path_option(help="Directory for the images.")] = Path("images"),
     *,
@@ -46,13 +57,19 @@ def sample(
         raise UserError("say what the images should show: either with --prompt or with --prompts-file")
     with hosts.connected():
         prompts = prompt if prompts_file is None else read_prompts(prompts_file).texts
-        make_images(prompts or [], images, latents, grid, out, sampling)
+        make_images(prompts or [], images, latents, (image, mask, strength), grid, out, sampling)
 
 
 def make_images(
-    prompts: Sequence[str], images: int, latents: Path | None, grid: bool, out: Path, sampling: options.SamplingOptions
+    prompts: Sequence[str],
+    images: int,
+    latents: Path | None,
+    given: tuple[Path | None, Path | None, float | None],
+    grid: bool,
+    out: Path,
+    sampling: options.SamplingOptions,
 ) -> None:
-    """`sample`, once the processes are connected."""
+    """`sample`, once the processes are connected; `given` are image, mask and strength."""
     from arcflow_jax.data.images import read_image
     from arcflow_jax.data.output import contact_sheet, file_name, read_latents, save_image, unused
     from arcflow_jax.data.prompts import check_prompts
@@ -63,28 +80,33 @@ def make_images(
     from arcflow_jax.storage.paths import as_path
 
     check_prompts(prompts)
-    check_same({"the prompts": list(prompts), "the options": [images, sampling.batch_size, sampling.settings()]})
+    *files, strength = given
+    settings: dict[str, Any] = {**sampling.settings(), "strength": strength}
+    check_same({"the prompts": list(prompts), "the options": [images, sampling.batch_size, settings]})
     noise = None if latents is None else read_latents(latents)
+    image, mask = (None if file is None else read_image(file) for file in files)
     pipeline = sampling.load()
     wanted = own_share(len(prompts) * images, batch_for(pipeline.mesh, sampling.batch_size))
     with options.progress_bar() as progress:
         stream = pipeline.stream(
             prompts,
+            image=image,
+            mask_image=mask,
             num_images_per_prompt=images,
             latents=noise,
             batch_size=sampling.batch_size,
             wanted=wanted,
             progress=lambda activity, done: progress(activity, done - wanted.start, len(wanted)),
-            **sampling.settings(),
+            **settings,
         )
         if is_main():
             make_directory(out)
         check_directory(out)
         paths = []
-        for image in stream:
+        for made in stream:
             if latents is not None:
-                image.info["latents"] = latents
-            save_image(image, path := unused(out / file_name(image)))
+                made.info["latents"] = latents
+            save_image(made, path := unused(out / file_name(made)))
             print(path)
             paths.append(str(path))
         paths = [path for each in gathered(paths) for path in each]

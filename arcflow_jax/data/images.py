@@ -120,15 +120,20 @@ def read_image(file: Path) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with file.open("rb") as data, Image.open(data, formats=FORMATS) as opened:
                 image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I"):  # 16-bit gray
-            image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        rgb = image.convert("RGB")
+        rgb = in_rgb(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"cannot read image {file}: {one_line(error)}") from None
     rgb.info = opened.info
     return rgb
+
+
+def in_rgb(image: Image.Image) -> Image.Image:
+    """An image in RGB: 16 bits rounded to 8, transparency over white."""
+    if image.mode.startswith("I"):  # 16-bit gray
+        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def pixels(file: Path, height: int, width: int) -> np.ndarray:  # [H, W, 3] float32 in [-1, 1]

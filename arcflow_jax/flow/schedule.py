@@ -46,10 +46,18 @@ def euler_grid(steps: int, shift: jax.Array | float, terminal: jax.Array | float
     With `terminal`, all σ but the final 0 are stretched so that the last of them is `terminal` (diffusers'
     `shift_terminal`, which Qwen-Image uses).
     """
-    grid = sigma_of(jnp.linspace(1.0, 0.0, steps + 1), shift)
+    return euler_level(jnp.linspace(1.0, 0.0, steps + 1), steps, shift, terminal)
+
+
+def euler_level(
+    t: jax.Array | float, steps: int, shift: jax.Array | float, terminal: jax.Array | float | None = None
+) -> jax.Array:
+    """σ of timestep t on the schedule of `euler_grid`, also between its levels."""
+    sigma = sigma_of(jnp.asarray(t), shift)
     if terminal is None or steps == 1:
-        return grid
-    return jnp.append(1 - (1 - grid[:-1]) * (1 - terminal) / (1 - grid[-2]), 0.0)
+        return sigma
+    stretched = 1 - (1 - sigma) * (1 - terminal) / (1 - sigma_of(jnp.asarray(1 / steps), shift))
+    return jnp.where(t * steps < 1, t * steps * terminal, stretched)  # the last step has no level inside
 
 
 @dataclasses.dataclass(frozen=True)

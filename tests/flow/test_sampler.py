@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from arcflow_jax.flow.momentum import Mixture
-from arcflow_jax.flow.sampler import euler, sample
-from arcflow_jax.flow.schedule import euler_grid
+from arcflow_jax.flow.sampler import Known, euler, noised, sample
+from arcflow_jax.flow.schedule import euler_grid, euler_level
 
 B, N, D = 2, 3, 8
 NOISE = np.random.default_rng(0).standard_normal((B, N, D)).astype(np.float32)
@@ -141,3 +141,71 @@ def test_latents_are_float32_for_bfloat16_networks():
     assert euler(
         lambda x, sigma: half(x, sigma).means[:, :, 1].reshape(x.shape), latents, steps=2, shift=1.0
     ).dtype == (jnp.float32)
+
+
+# Starts below σ = 1. Two segments with shift 3.2 and a last one half as long meet at σ = 8/13
+
+MIDDLE = 8 / 13
+
+
+@pytest.mark.parametrize(
+    ("start", "evaluated"),
+    [(1.0, [1.0, MIDDLE]), (0.7, [0.7, MIDDLE]), (MIDDLE, [MIDDLE]), (0.3, [0.3]), (1e-6, [1e-6])],
+)
+def test_the_student_starts_in_the_segment_of_its_noise_level(start, evaluated):
+    seen = []
+
+    def student(x, sigma):
+        jax.debug.callback(lambda s: seen.append(s.tolist()), sigma, ordered=True)
+        return exponential_student(x, sigma)
+
+    times = {"steps": 2, "shift": 3.2, "final_step_ratio": 0.5}
+    result = jax.block_until_ready(sample(student, NOISE, **times, start=jnp.float32(start)))
+    jax.effects_barrier()
+    np.testing.assert_allclose(seen, np.repeat([[level] for level in evaluated], B, axis=1), rtol=1e-6)
+    np.testing.assert_allclose(result, NOISE * np.exp(-RATES * start), rtol=2e-6)
+
+
+@pytest.mark.parametrize("terminal", [None, 0.02])
+def test_the_teacher_takes_the_steps_of_its_grid_that_are_left(terminal):
+    steps, shift = 10, 2.0
+    grid = euler_grid(steps, shift, terminal)
+    for strength in np.linspace(0.1, 1, 10):
+        left = grid[round(10 - 10 * strength) :]
+        start = euler_level(jnp.float32(strength), steps, shift, terminal)
+        np.testing.assert_allclose(start, left[0], rtol=1e-6)
+        result = euler(lambda x, sigma: RATES * x, NOISE, steps=steps, shift=shift, terminal=terminal, start=start)
+        factors = 1 + RATES[..., None] * np.diff(left)
+        np.testing.assert_allclose(result, NOISE * factors.prod(-1), rtol=2e-6)
+    levels = euler_level(jnp.linspace(0, 1, 200), steps, shift, terminal)
+    assert (np.diff(levels) > 0).all()  # also between the levels of the grid
+
+
+def test_what_is_known_has_its_noise_at_every_level():
+    clean = np.full_like(NOISE, 0.4)
+    repaint = np.zeros(NOISE.shape, bool)
+    repaint[:, 1] = True
+    seen = []
+
+    def student(x, sigma):
+        jax.debug.callback(lambda *both: seen.append(both), x, sigma, ordered=True)
+        return exponential_student(x, sigma)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(start):
+        known = Known(clean, NOISE, repaint)
+        return sample(
+            student, noised(clean, NOISE, start), steps=4, shift=1.0, final_step_ratio=1, start=start, known=known
+        )
+
+    for start, calls in ((0.9, 4), (0.6, 3)):
+        seen.clear()
+        result = np.asarray(run(start))
+        jax.effects_barrier()
+        assert len(seen) == calls
+        for x, sigma in seen:
+            np.testing.assert_allclose(x[~repaint], ((1 - sigma[0]) * clean + sigma[0] * NOISE)[~repaint], atol=1e-6)
+        np.testing.assert_array_equal(result[~repaint], clean[~repaint])
+        alone = noised(clean, NOISE, start) * np.exp(-RATES * start)
+        np.testing.assert_allclose(result[repaint], alone[repaint], rtol=2e-6)

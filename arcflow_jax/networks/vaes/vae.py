@@ -29,11 +29,16 @@ class VAE(nnx.Module, abc.ABC):
     def __init__(self, config: Any, encoder: nnx.Module, decoder: nnx.Module):
         self.config = config
         self.encoder: nnx.Module | None = nnx.data(encoder)
-        self.decoder = decoder
+        self.decoder: nnx.Module | None = nnx.data(decoder)
 
     def decoder_alone(self) -> Self:
         """This VAE without its encoder: a third of the weights, which sampling does not need."""
         self.encoder = None
+        return self
+
+    def encoder_alone(self) -> Self:
+        """This VAE without its decoder."""
+        self.decoder = None
         return self
 
     def posterior(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
