@@ -99,17 +99,15 @@ def read_configs(file: Path, components: Mapping[str, Any]) -> dict[str, PeftCon
     return configs
 
 
-def fused_layers(
-    layers: Iterator[np.ndarray], updates: Sequence[Update], dtype: np.dtype, stacked: bool, where: str
-) -> Iterator[np.ndarray]:
-    """The layers of a kernel, [d_in, d_out] each, with their updates added in float32, in `dtype`.
+def fused_layers(layers: Iterator[np.ndarray], updates: Sequence[Update], where: str) -> Iterator[np.ndarray]:
+    """The layers of a kernel, [d_in, d_out] each, with their updates added in float32, in the dtype that they had.
 
     Raises:
       UserError: that names `where`, if a value becomes infinite.
     """
     for number, layer in enumerate(layers):
-        own = [update for update in updates if not stacked or update.index == number]
+        own = [update for update in updates if update.index in (None, number)]
         if own:
             changes = (update.a.astype(np.float32) @ update.b.astype(np.float32) * update.scale for update in own)
-            layer = cast(layer.astype(np.float32) + sum(changes), dtype, where)
+            layer = cast(layer.astype(np.float32) + sum(changes), layer.dtype, where)
         yield layer
