@@ -144,10 +144,14 @@ class StyleLoRAs:
                 raise UserError(f"a LoRA cannot be fused into {why} weights: leave it beside them")
         encoders = self.prompt_encoder.weights.state
         for component, applied in styles.items():
+            _, weights = self._plain(component)
+            shardings = jax.tree.map(lambda x: x.sharding, weights)
+            with jax.set_mesh(self.mesh):
+                weights = jax.device_put(fuse(applied.graphdef, weights, applied.state), shardings)
             if component == TRANSFORMER:
-                self.transformer.state = fuse(applied.graphdef, self.transformer.state, applied.state, self.mesh)
+                self.transformer.state = weights
             else:
-                encoders[component] = fuse(applied.graphdef, encoders[component], applied.state, self.mesh)
+                encoders[component] = weights
         fused = [self.origin.get("fused"), self.origin.get("loras")]
         self.unload_lora_weights()
         self.origin["fused"] = ", ".join(filter(None, fused))
@@ -241,8 +245,7 @@ def place(abstract: nnx.State, arrays: dict[str, np.ndarray], mesh: Mesh) -> nnx
     return jax.device_put(state, state_shardings(mesh, state))
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "mesh"), donate_argnames="state")
-def fuse(graphdef: nnx.GraphDef, state: nnx.State, applied: nnx.State, mesh: Mesh) -> nnx.State:
+@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="state")
+def fuse(graphdef: nnx.GraphDef, state: nnx.State, applied: nnx.State) -> nnx.State:
     """The weights of a network with its style LoRAs added. The memory of `state` is reused."""
-    fused = style.fused(graphdef, nnx.merge_state(state, applied))
-    return jax.lax.with_sharding_constraint(fused, state_shardings(mesh, fused))
+    return style.fused(graphdef, nnx.merge_state(state, applied))

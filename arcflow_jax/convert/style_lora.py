@@ -168,8 +168,7 @@ def read_lora(
         elif (first := pairs[found[0]].setdefault(found[1], name)) != name:
             wrong.append(f"{first} and {name} are two names of one tensor")
     for parts in pairs.values():
-        if absent := {"a": "A (down)", "b": "B (up)"}.keys() - parts.keys():
-            missing.append(f"{' and '.join(sorted(absent)).upper()} beside {next(iter(parts.values()))}")
+        missing += [f"{kind.upper()} beside {next(iter(parts.values()))}" for kind in "ab" if kind not in parts]
     for (component, layer), parts in pairs.items():
         wrong += misfits(tensors, parts, components[component].parts(layer))
     if not pairs and not unknown:
@@ -230,7 +229,7 @@ def misfits(tensors: Mapping[str, Tensor], parts: Mapping[str, str], layers: Seq
     wrong = [f"{name} is {tensors[name].dtype}" for name in parts.values() if tensors[name].dtype not in DTYPES]
     shapes = {kind: tuple(tensors[name].shape) for kind, name in parts.items()}
     d_out, d_in = layers[0].fill.source_shape
-    rank = shapes["a"][0] if shapes.get("a") else "r"
+    (rank,) = shapes.get("a", ())[:1] or shapes.get("b", ())[-1:] or (1,)
     wanted = {"a": (rank, d_in), "b": (d_out, rank)}
     for kind, shape in wanted.items():
         if kind in shapes and shapes[kind] != shape:
