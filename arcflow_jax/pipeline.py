@@ -43,10 +43,13 @@ from arcflow_jax.generate import (
     teacher_grid,
 )
 from arcflow_jax.image_to_image import Beginning, GivenImages, ImageEncoder, given_images
+from arcflow_jax.loras import StyleLoRAs
 from arcflow_jax.networks.conditioning import Conditioning, Guided
 from arcflow_jax.networks.kernel import Compute
+from arcflow_jax.networks.lora import scaled_lora
 from arcflow_jax.networks.quantization import compute_in
 from arcflow_jax.networks.student import merged_graphdef, split_model
+from arcflow_jax.networks.style import beside
 from arcflow_jax.parallel.mesh import partition_spec, sharded
 from arcflow_jax.parallel.offload import Offload, Weights, running_shardings
 from arcflow_jax.sampling_settings import (
@@ -59,14 +62,14 @@ from arcflow_jax.sampling_settings import (
     image_grid,
     resolve_settings,
 )
-from arcflow_jax.schema import Batch
+from arcflow_jax.schema import Batch, Offset
 
 # With `offload`, batches that pass one network before the next one takes its place on the device: enough to make the
 # copying cheap, few enough to keep small what waits on the device between two networks.
 OFFLOADED_BATCHES = 32
 
 
-class ArcFlowPipeline:
+class ArcFlowPipeline(StyleLoRAs):
     """A converted model, ready to make images: with an adapter the few-step student, without one the teacher.
 
         pipe = ArcFlowPipeline.from_pretrained("checkpoints/flux", adapter="runs/flux")
@@ -93,10 +96,13 @@ class ArcFlowPipeline:
         offload: Offload | None = None,
         raw: bool = False,
         merge: bool | None = None,
+        adapter_scale: float = 1.0,
         compute: Compute | None = None,
         vae_tiling: bool | None = None,
     ):
+        super().__init__()
         self.directory, self.mesh, self.offload, self.vae_tiling = directory, mesh, offload is not None, vae_tiling
+        self.dtype = dtype
         self._load = functools.partial(load_of, directory, dtype, mesh, offload=offload, tiled=vae_tiling)
         self._image_encoder = functools.cache(functools.partial(ImageEncoder, directory, dtype, mesh, offload))
         self.student: AdapterDescription | None = None
@@ -129,6 +135,9 @@ class ArcFlowPipeline:
         trained = restore(sharded(mesh, trained), raw)
         self.origin |= {"adapter": str(adapter), "weights": "raw" if raw else "EMA"}
         self.origin |= {"lora": "merged" if merge else "apart", "adapter_checksum": f"{int(checksum(trained)):08x}"}
+        if adapter_scale != 1:
+            self.origin["adapter_scale"] = f"{adapter_scale:g}"
+            trained = scaled_lora(trained, schema.converted(Offset, adapter_scale, "adapter_scale"))
         if merged is None:
             # In the precision in which they are multiplied, which changes no result, and takes half the memory
             trained = jax.tree.map(lambda x: x.astype(dtype), trained)
@@ -151,6 +160,7 @@ class ArcFlowPipeline:
         offload: bool | Offload | None = None,
         raw: bool = False,
         merge: bool | None = None,
+        adapter_scale: float = 1.0,
         compute: Compute | None = None,
         vae_tiling: bool | None = None,
     ) -> ArcFlowPipeline:
@@ -172,6 +182,7 @@ class ArcFlowPipeline:
           raw: takes the weights of the last training step instead of the EMA weights.
           merge: adds LoRA to the base model's weights, see `merge_student`; False computes it beside them. By default
             True, unless the base model is quantized, or its blocks are in host memory.
+          adapter_scale: strength of the student's LoRA; its head stays as it is.
           compute: "int8" or "fp8" multiplies activations in 8 bits as well, of a model with such weights: for chips
             that have such products.
           vae_tiling: decodes in tiles, the same images with less memory (`networks.vaes.vae`); None: large ones.
@@ -186,6 +197,7 @@ class ArcFlowPipeline:
         dtype = default_dtype() if dtype is None else dtype
         load = functools.partial(load_of, directory, dtype, mesh, offload=offload, tiled=vae_tiling)
         options = {"offload": offload, "raw": raw, "merge": merge, "compute": compute, "vae_tiling": vae_tiling}
+        options["adapter_scale"] = adapter_scale
         with memory_watched(offload is not None, load), jax.set_mesh(mesh):
             return cls(directory, adapter, dtype, mesh, **options)
 
@@ -345,12 +357,13 @@ class ArcFlowPipeline:
     ) -> jax.Array:
         spec = partition_spec(self.mesh, ("batch", "tokens", None), latents.shape)
         latents, known = jax.device_put((latents, known), NamedSharding(self.mesh, spec))
+        network = beside(self.graphdef, state, self.style)
         if self.student is None:
             grid = teacher_grid(self.directory.scheduler, latents.shape[1])
-            return sample_teacher(self.graphdef, state, latents, conditioning, *grid, start, known, steps=steps)
+            return sample_teacher(*network, latents, conditioning, *grid, start, known, steps=steps)
         settings = self.student.distillation
         shift, ratio = jnp.float32(settings.shift), jnp.float32(final_step_ratio or settings.final_step_ratio)
-        return sample_student(self.graphdef, state, latents, conditioning, shift, ratio, start, known, steps=steps)
+        return sample_student(*network, latents, conditioning, shift, ratio, start, known, steps=steps)
 
     def _decode(self, state: nnx.State, tokens: jax.Array, rows: int, columns: int) -> np.ndarray:
         size = {"rows": rows, "columns": columns, "tiled": self.vae_tiling}

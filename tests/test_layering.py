@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "arcflow_jax"
 
 ROOMS = [
     *("errors", "schema", "console", "flow", "storage", "parallel", "data", "networks", "convert", "families"),
-    *("checkpoints", "generate", "image_to_image", "sampling_settings", "training", "pipeline", "evaluate"),
+    *("checkpoints", "generate", "image_to_image", "sampling_settings", "loras", "training", "pipeline", "evaluate"),
     *("compile_report", "demo", "cli"),
 ]
 

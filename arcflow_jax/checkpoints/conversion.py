@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,11 @@ from arcflow_jax.checkpoints.model_directory import (
     fingerprint,
 )
 from arcflow_jax.checkpoints.names import on_disk
+from arcflow_jax.checkpoints.style_loras import fused_layers, read_style_lora
 from arcflow_jax.checkpoints.writer import Stream, write_checkpoint
 from arcflow_jax.console import progress_bar
 from arcflow_jax.convert.engine import Fill, Tensor, cast, check, layers, nearest
+from arcflow_jax.convert.style_lora import Update
 from arcflow_jax.data.tokenizers import FILES, copy_tokenizer
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.families import Family, Network
@@ -63,6 +65,7 @@ class Component:
       dtype: of the converted weights.
       quantization: which kernels are quantized.
       fills: each target array with its source tensors.
+      updates: those of style LoRAs, which are added to its kernels.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Component:
     dtype: np.dtype
     quantization: Quantization | None
     fills: list[tuple[Fill, list[Tensor]]]
+    updates: list[Update] = dataclasses.field(default_factory=list)
 
 
 def inspect_component(
@@ -142,6 +146,7 @@ def convert_model(
     revision: str | None = None,
     files: Mapping[str, str | Path] | None = None,
     quantize: Formats | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
 ) -> Path:
     """Converts the diffusers folder `source` to the model directory `out`, and returns `out`.
 
@@ -157,6 +162,8 @@ def convert_model(
         the layout of the model's authors. The config.json in the folder applies.
       quantize: "int8", "fp8" or "int4": the format of the kernels of the transformer and the text encoders (see
         `networks.kernel`); or component → format. By default none are quantized.
+      loras: style LoRAs and their strengths, which are added to the weights (see `style_loras.read_style_lora`). The
+        result has another fingerprint: it is another base.
 
     Raises:
       UserError: if the source is incomplete or wrong, or `out` cannot be written.
@@ -171,7 +178,7 @@ def convert_model(
             folder = fetch_model(str(source), revision, files)
         else:
             raise UserError(f"source folder {hub.not_found(source)}")
-        convert_folder(folder, out, dtype, files, quantize)
+        convert_folder(folder, out, dtype, files, quantize, loras)
     return out
 
 
@@ -181,6 +188,7 @@ def convert_folder(
     dtype: Any,
     files: Mapping[str, Path],
     quantize: Formats | None,
+    loras: Sequence[tuple[str | Path, float]],
 ) -> None:
     """Does what `convert_model` says for a local folder, while this process is the only writer of `out`."""
     family = read_index(folder)
@@ -196,6 +204,13 @@ def convert_folder(
         inspect_component(folder, name, network, dtype, formats.get(name), files.get(name))
         for name, network in family.networks.items()
     ]
+    configs = {
+        each.name: (each.network, schema.parse(each.network.config, each.config, each.name)) for each in components
+    }
+    for lora, weight in loras:
+        for update in read_style_lora(lora, configs):
+            component = next(each for each in components if each.name == update.component)
+            component.updates.append(update._replace(scale=update.scale * weight))
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(progress_bar(of_bytes=True))
         writers = [ComponentWriter(component, progress) for component in components]
@@ -241,6 +256,8 @@ class ComponentWriter:
 
         def read() -> Iterator[np.ndarray]:
             found = layers(fill, tensors, component.source_dtype, str(component.weights))
+            updates = [each for each in component.updates if f"{each.layer}.kernel" == fill.target]
+            found = fused_layers(found, updates, f"{component.weights}: {fill.target} with its LoRA")
             found = digested(fill.target, fill.shape, component.source_dtype, found, self.digests)
             for name, layer in zip(fill.names, found, strict=True):
                 yield cast(layer, dtype, f"{component.weights}: {name}")

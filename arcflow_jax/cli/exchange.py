@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from arcflow_jax.cli.options import parse_path, path_option
+from arcflow_jax.cli.options import LORA_HELP, parse_path, path_option
 from arcflow_jax.errors import UserError
 
 
@@ -58,6 +58,12 @@ def convert(
         typer.Option(help="Precision of the weights. By default each component keeps its own."),
     ] = None,
     quantize: Annotated[str | None, typer.Option(help=f"{QUANTIZE_HELP} By default none.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"{LORA_HELP} It is added to the converted weights, which are then another base.", metavar="LORA"
+        ),
+    ] = None,
     adapter: Annotated[
         str | None,
         typer.Option(
@@ -90,7 +96,7 @@ def convert(
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no arithmetic here: leave an accelerator, if any, to others
     sampling = {"steps": steps, "shift": shift, "final_step_ratio": final_step_ratio, "guidance": guidance}
     if adapter is not None:
-        if base is None or any(value is not None for value in (source, transformer, vae, dtype, quantize)):
+        if base is None or any(value is not None for value in (source, transformer, vae, dtype, quantize, lora)):
             raise UserError("a released student, --adapter, is converted with --base, and without a model's options")
         from arcflow_jax.checkpoints.student_formats import import_adapter
 
@@ -101,10 +107,13 @@ def convert(
     if base is not None or any(value is not None for value in sampling.values()):
         raise UserError("--base, --steps, --shift, --final-step-ratio and --guidance belong to --adapter")
     from arcflow_jax.checkpoints.conversion import convert_model
+    from arcflow_jax.checkpoints.style_loras import split_scale
 
+    loras = [split_scale(text) for text in lora or ()]
     files = {name: file for name, file in {"transformer": transformer, "vae": vae}.items() if file is not None}
     formats = None if quantize is None else parse_formats(quantize)
-    print(f"converted {source} to {convert_model(source, out, dtype and dtype.value, revision, files, formats)}")
+    converted = convert_model(source, out, dtype and dtype.value, revision, files, formats, loras)
+    print(f"converted {source} to {converted}")
 
 
 def parse_formats(text: str) -> Any:

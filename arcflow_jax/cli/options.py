@@ -32,6 +32,10 @@ class EightBits(enum.StrEnum):
 
 
 DEMO = Path("runs/demo")
+LORA_HELP = (
+    "A style LoRA, FILE_OR_HUB_ID[:SCALE]: a safetensors file, a folder with one, or a hub id, OWNER/NAME or "
+    "OWNER/NAME/FILE.safetensors. May be given several times."
+)
 
 
 def parse_path(text: str | Path) -> Path:
@@ -184,6 +188,10 @@ class SamplingOptions(StudentOptions):
             "the sums to bfloat16. By default added, unless the base model is quantized.",
         ),
     ] = None
+    lora: Annotated[list[str] | None, typer.Option(help=LORA_HELP, metavar="LORA")] = None
+    adapter_scale: Annotated[
+        float, typer.Option(help="Strength of the student's own LoRA. Its head stays as it is.")
+    ] = 1.0
     compute: Annotated[
         EightBits | None,
         typer.Option(
@@ -224,6 +232,8 @@ class SamplingOptions(StudentOptions):
         if self.teacher and (self.adapter is not None or self.raw):
             superfluous = "--adapter" if self.adapter is not None else "--raw"
             raise UserError(f"--teacher samples without a student: leave {superfluous} out")
+        if self.teacher and self.adapter_scale != 1:
+            raise UserError("--teacher samples without a student: leave --adapter-scale out")
         return None if self.teacher else which_student(self.model, self.adapter, ", or say --teacher for the teacher")
 
     def load(self) -> ArcFlowPipeline:
@@ -231,6 +241,7 @@ class SamplingOptions(StudentOptions):
         import jax
 
         from arcflow_jax.checkpoints.model_cache import converted
+        from arcflow_jax.checkpoints.style_loras import split_scale
         from arcflow_jax.pipeline import ArcFlowPipeline
         from arcflow_jax.storage import cache
 
@@ -244,16 +255,21 @@ class SamplingOptions(StudentOptions):
         model = converted(self.model)  # which has a progress bar of its own
         with progress_bar() as progress:
             progress("loading", 0, None)
-            return ArcFlowPipeline.from_pretrained(
+            pipeline = ArcFlowPipeline.from_pretrained(
                 model,
                 adapter,
                 mesh=self.mesh,
                 offload=None if offload is None else offload.value,
                 raw=self.raw,
                 merge=self.merge,
+                adapter_scale=self.adapter_scale,
                 compute=None if self.compute is None else self.compute.value,
                 vae_tiling=self.vae_tiling,
             )
+            for text in self.lora or ():
+                source, scale = split_scale(text)
+                pipeline.load_lora_weights(source, scale=scale)
+            return pipeline
 
 
 def which_student(model: Path, adapter: str | None, otherwise: str = "") -> str:

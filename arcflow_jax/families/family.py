@@ -27,6 +27,7 @@ class Network:
       table: the rules of its checkpoints (see `convert.rules`).
       original: makes, from a config, the rules of the layout of the model's authors, if that is another.
       kept: the linear layers that quantization leaves as they are, as shell-style patterns.
+      lora_tables: the rules of further layouts, which only files of style LoRAs have.
     """
 
     class_name: str
@@ -35,6 +36,7 @@ class Network:
     table: Any
     original: Callable[[Any], Any] | None = None
     kept: tuple[str, ...] = ()
+    lora_tables: tuple[Any, ...] = ()
 
     def tables(self, config: Any) -> list[Any]:
         """The rules of all layouts of its checkpoints."""

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import ShapeDtypeStruct
 from jax.sharding import Mesh
 
-from arcflow_jax.convert import clip, flux, flux_original, t5, vae_kl
+from arcflow_jax.convert import clip, flux, flux_original, flux_xlabs, t5, vae_kl
 from arcflow_jax.data.tokenizers import max_length
 from arcflow_jax.families.family import Family, Network, takes_guidance
 from arcflow_jax.families.latents import position_ids
@@ -39,6 +39,7 @@ FLUX = Network(
     flux,
     original=lambda config: flux_original,
     kept=("backbone.x_embedder", "backbone.context_embedder", "backbone.time_text_embed.*", "output.*"),
+    lora_tables=(flux_xlabs,),
 )
 CLIP = Network(
     "CLIPTextModel", CLIPTextConfig, lambda config, dtype, rngs: CLIPTextEncoder(config, dtype=dtype, rngs=rngs), clip

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from arcflow_jax.data.tokenizers import load_tokenizer, token_length, tokenize
 from arcflow_jax.networks.conditioning import Conditioning
+from arcflow_jax.networks.style import Applied, beside
 from arcflow_jax.parallel.offload import Offload, Weights, running_shardings
 from arcflow_jax.parallel.processes import from_rows
 
@@ -57,10 +58,14 @@ class Encoder:
       component, tokenizer: their folders in it.
       dtype: of the computation.
       max_tokens: length that prompts are cut and padded to, unless the tokenizer has a smaller maximum.
+
+    Attributes:
+      style: the style LoRAs that change it.
     """
 
     def __init__(self, model: Model, component: str, tokenizer: str, dtype: Any, max_tokens: int):
         self.graphdef, self.abstract = nnx.split(model.abstract(component, dtype))
+        self.style: Applied | None = None
         self.tokenizer = load_tokenizer(model.tokenizer(tokenizer))
         self.length = token_length(self.tokenizer, max_tokens)
         # So that a thread can tokenize the next batch, see `PromptEncoder.prepare`
@@ -72,7 +77,7 @@ class Encoder:
 
     def __call__(self, state: nnx.State, ids: np.ndarray, mesh: Mesh) -> Any:
         """The encoder's outputs for token ids [B, T]."""
-        return apply_encoder(self.graphdef, state, from_rows(ids, mesh))
+        return apply_encoder(*beside(self.graphdef, state, self.style), from_rows(ids, mesh))
 
 
 class PromptEncoder:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from arcflow_jax.flow import legendre, momentum
@@ -59,6 +60,15 @@ class CurveHead(nnx.Module):
         self.norm_out.linear.kernel[...] = output.norm_out.linear.kernel[...].astype(jnp.float32)
         self.norm_out.linear.bias[...] = output.norm_out.linear.bias[...].astype(jnp.float32)
 
+    def constant(self, change: np.ndarray) -> tuple[str, np.ndarray]:
+        """A change [.., 4C] of the output of the teacher's last layer, as the head takes it.
+
+        Returns:
+          Which of the head's projections takes it, and the change [.., features] of that one's output, which adds the
+          same velocity at the start of every segment.
+        """
+        raise NotImplementedError
+
 
 class MomentumHead(CurveHead):
     """Predicts a `momentum.Mixture`: means, and for each pixel logits and log-momenta, feature k·4 + pixel.
@@ -101,6 +111,10 @@ class MomentumHead(CurveHead):
             self.proj_out_loggamma.kernel[...] = jnp.zeros_like(self.proj_out_loggamma.kernel[...])
             self.proj_out_loggamma.bias[...] = jnp.repeat(log_momenta, 4)
 
+    def constant(self, change: np.ndarray) -> tuple[str, np.ndarray]:
+        """See `CurveHead`: the same for the mean of each mode."""
+        return "proj_out_means", np.tile(change, self.modes)
+
 
 class LegendreHead(CurveHead):
     """Predicts a `legendre.Series`."""
@@ -120,3 +134,9 @@ class LegendreHead(CurveHead):
             ours, theirs = (getattr(layer, name) for layer in (self.proj_out_coefficients, output.proj_out))
             first = theirs[...].astype(jnp.float32)
             ours[...] = jnp.zeros_like(ours[...]).at[..., : first.shape[-1]].set(first)
+
+    def constant(self, change: np.ndarray) -> tuple[str, np.ndarray]:
+        """See `CurveHead`: for c_0 alone."""
+        wide = np.zeros((*change.shape[:-1], self.modes * change.shape[-1]), change.dtype)
+        wide[..., : change.shape[-1]] = change
+        return "proj_out_coefficients", wide

@@ -44,6 +44,10 @@ class Adapter(nnx.Variable):
     """A weight that distillation trains: LoRA, momentum head, the student's output norm."""
 
 
+class Style(nnx.Variable):
+    """A weight of style LoRAs, which change what images look like, of a teacher as of its student (see `style`)."""
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["dropout_key"], meta_fields=["adapters", "remat"])
 @dataclasses.dataclass(frozen=True)
 class Mode:
@@ -95,7 +99,7 @@ def fan_in_normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: Any) -> jax.Arr
 
 
 class Linear(nnx.Module):
-    """x @ kernel + bias, plus a LoRA update if one is attached and the mode applies it.
+    """x @ kernel + bias, plus a LoRA update if one is attached and the mode applies it, plus style LoRAs in all modes.
 
     The kernel of a frozen layer may be quantized (see `quantization.quantize_layers`).
 
@@ -119,6 +123,7 @@ class Linear(nnx.Module):
         self.kernel: nnx.Variable | QuantizedKernel = kind(fan_in_normal(rngs, (d_in, d_out), dtype), axes=axes)
         self.bias = kind(jnp.zeros((d_out,), dtype), axes=axes[-1:]) if bias else None
         self.lora: LoRA | None = nnx.data(None)
+        self.style: LoRA | None = nnx.data(None)
 
     def __call__(self, x: jax.Array, mode: Mode = TEACHER) -> jax.Array:  # [..., d_in] -> [..., d_out]
         quantized = isinstance(self.kernel, QuantizedKernel)
@@ -127,6 +132,8 @@ class Linear(nnx.Module):
             y = y + self.bias[...].astype(x.dtype)
         if self.lora is not None and mode.adapters:
             y = y + self.lora(x, mode)
+        if self.style is not None:
+            y = y + self.style(x, mode)
         return checkpoint_name(y, PRODUCT)
 
 
@@ -137,11 +144,20 @@ class LoRA(nnx.Module):
     `initialize`.
     """
 
-    def __init__(self, kernel: nnx.Variable | QuantizedKernel, rank: int, *, alpha: float, dropout: float, salt: int):
+    def __init__(
+        self,
+        kernel: nnx.Variable | QuantizedKernel,
+        rank: int,
+        *,
+        alpha: float,
+        dropout: float = 0.0,
+        salt: int = 0,
+        kind: type[nnx.Variable] = Adapter,
+    ):
         *lead, d_in, d_out = kernel.shape
         in_axis, out_axis = kernel.axes
-        self.a = Adapter(jnp.zeros((*lead, d_in, rank)), axes=(in_axis, "rank"))
-        self.b = Adapter(jnp.zeros((*lead, rank, d_out)), axes=("rank", out_axis))
+        self.a = kind(jnp.zeros((*lead, d_in, rank)), axes=(in_axis, "rank"))
+        self.b = kind(jnp.zeros((*lead, rank, d_out)), axes=("rank", out_axis))
         self.scale = alpha / rank
         self.dropout = dropout
         self.salt = salt  # separates the random numbers of this layer from those of other layers

@@ -12,6 +12,7 @@ from flax import nnx
 
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.layers import LoRA, linear_layers
+from arcflow_jax.networks.states import flatten, unflatten
 
 
 def attach_lora(module: nnx.Module, targets: Sequence[str], *, rank: int, alpha: float, dropout: float) -> list[str]:
@@ -45,6 +46,12 @@ def merge_lora(module: nnx.Module) -> None:
         if layer.lora is not None:
             layer.kernel[...] = merged_kernel(layer.kernel[...], layer.lora.a[...], layer.lora.b[...], layer.lora.scale)
             layer.lora = None
+
+
+def scaled_lora(adapter: nnx.State, scale: float) -> nnx.State:
+    """An adapter whose LoRA updates are multiplied by `scale`; its head stays as it is."""
+    arrays = {path: variable.get_value() for path, variable in flatten(adapter).items()}
+    return unflatten(adapter, {path: x * scale if path.endswith(".lora.b") else x for path, x in arrays.items()})
 
 
 def merged_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
