@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "arcflow_jax"
 
 ROOMS = [
     *("errors", "schema", "console", "flow", "storage", "parallel", "data", "networks", "convert", "families"),
-    *("checkpoints", "generate", "sampling_settings", "training", "pipeline", "evaluate"),
-    *("compile_report", "demo", "cli"),
+    *("checkpoints", "generate", "sampling_settings", "training", "pipeline", "serve"),
+    *("evaluate", "compile_report", "demo", "cli"),
 ]
 
 
