@@ -10,6 +10,8 @@ DATA = ["datasets>=4", "pyarrow>=18"]
 BUCKETS = {"gcs": ["gcsfs>=2026.1"], "s3": ["s3fs>=2026.1"]}
 # Plots the results of `arcflow evaluate`
 PLOTS = ["matplotlib>=3.9"]
+# The server and its page
+SERVE = ["fastapi>=0.115", "gradio>=6.15,<7", "prometheus-client>=0.20", "uvicorn>=0.30"]
 
 setup(
     name="arcflow_jax",
@@ -74,16 +76,20 @@ setup(
         **BUCKETS,
         # The trajectory plot; FID, pFID and CLIP score, whose networks run in PyTorch
         "eval": [*PLOTS, "torch>=2.8", "transformers>=5.5,<6"],
+        "serve": SERVE,
         "test": [
             *DATA,
             *PLOTS,
             *BUCKETS["gcs"],
             *BUCKETS["s3"],
+            *SERVE,
             "gcp-storage-emulator>=2026.7",
             "hypothesis>=6.100",
             "flask>=3",  # for moto's server
             "flask-cors>=5",
             "moto[s3]>=5.1",
+            "openai>=2",  # the client that the server is tested with
+            "playwright>=1.50",  # drives a Chromium that is there, for the page
             "pytest>=8.4",
             "pytest-xdist>=3.6",
             "ruff==0.17.6",

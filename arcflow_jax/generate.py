@@ -149,6 +149,18 @@ def seeded_noise(seed: int, count: int, tokens: int, channels: int, first: int =
     return jax.vmap(lambda key: jax.random.normal(key, (tokens, channels)))(keys)
 
 
+@functools.partial(jax.jit, static_argnames=("tokens", "channels"))
+def noise_of_each(seeds: jax.Array, numbers: jax.Array, *, tokens: int, channels: int) -> jax.Array:
+    """The noise [B, N, 4C] of images that have a seed each: of image `numbers[i]` of a seed, as `seeded_noise`.
+
+    Args:
+      seeds: upper and lower half of each seed, [B, 2] uint32.
+      numbers: [B].
+    """
+    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(seeds, impl="threefry2x32"), numbers)
+    return jax.vmap(lambda key: jax.random.normal(key, (tokens, channels)))(keys)
+
+
 def sampling_mesh(mesh: str | Mesh) -> Mesh:
     """The mesh to sample on, with our four axes, from a text (see `parse_mesh`) or a caller's own mesh.
 

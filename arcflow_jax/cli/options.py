@@ -18,6 +18,8 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.storage.paths import as_path
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from arcflow_jax.pipeline import ArcFlowPipeline
 
 
@@ -113,8 +115,8 @@ class HostOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class StudentOptions:
-    """Which model and student, on which devices; what every command that samples has."""
+class ModelOptions:
+    """Which model and student, on which devices."""
 
     model: Annotated[
         Path,
@@ -133,6 +135,19 @@ class StudentOptions:
     raw: Annotated[
         bool, typer.Option("--raw", help="Take the weights of the last training step instead of the EMA weights.")
     ] = False
+    mesh: Annotated[
+        str,
+        typer.Option(
+            help="How to use several devices, e.g. tensor=4 or tensor=2,sequence=4: data splits the batch, fsdp batch "
+            "and weights, tensor attention heads and MLPs, sequence image tokens."
+        ),
+    ] = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentOptions(ModelOptions):
+    """What every command that samples has."""
+
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0
     height: Annotated[int | None, typer.Option(help="Height in pixels. By default the model's own.")] = None
     width: Annotated[int | None, typer.Option(help="Width in pixels. By default the model's own.")] = None
@@ -144,13 +159,6 @@ class StudentOptions:
         int | None,
         typer.Option(help="Images per batch. By default 1 for each part into which --mesh splits a batch."),
     ] = None
-    mesh: Annotated[
-        str,
-        typer.Option(
-            help="How to use several devices, e.g. tensor=4 or tensor=2,sequence=4: data splits the batch, fsdp batch "
-            "and weights, tensor attention heads and MLPs, sequence image tokens."
-        ),
-    ] = ""
 
     def student(self) -> str:
         """The student's adapter. Raises UserError if none is named and the model is not the demo's."""
@@ -158,28 +166,10 @@ class StudentOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingOptions(StudentOptions):
-    """Everything that images are made with, apart from prompts and noise."""
+class LoadingOptions(ModelOptions):
+    """How a model is loaded for sampling."""
 
     teacher: Annotated[bool, typer.Option("--teacher", help="Sample from the teacher itself.")] = False
-    steps: Annotated[
-        int | None, typer.Option(help="NFE. By default what the student was trained for, 50 for the teacher.")
-    ] = None
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="Guidance scale. By default what the student was trained at, 3.5 for the teacher."),
-    ] = None
-    final_step_ratio: Annotated[
-        float | None,
-        typer.Option(help="Length of the student's last segment relative to the others. By default as trained."),
-    ] = None
-    negative_prompt: Annotated[
-        str | None,
-        typer.Option(
-            help='With --teacher: classifier-free guidance (CFG) away from this prompt, which may be "" as for '
-            "Qwen-Image. --guidance is then the scale of CFG, by default 4."
-        ),
-    ] = None
     merge: Annotated[
         bool | None,
         typer.Option(
@@ -214,19 +204,6 @@ class SamplingOptions(StudentOptions):
         ),
     ] = None
 
-    def settings(self) -> dict[str, Any]:
-        """The arguments of `ArcFlowPipeline.settings`."""
-        return {
-            "num_inference_steps": self.steps,
-            "seed": self.seed,
-            "guidance_scale": self.guidance,
-            "height": self.height,
-            "width": self.width,
-            "final_step_ratio": self.final_step_ratio,
-            "negative_prompt": self.negative_prompt,
-            "norm_preserving": self.norm_preserving,
-        }
-
     def adapter_or_teacher(self) -> str | None:
         """The student's adapter, None for the teacher. Raises UserError if the options contradict one another."""
         if self.teacher and (self.adapter is not None or self.raw):
@@ -236,8 +213,11 @@ class SamplingOptions(StudentOptions):
             raise UserError("--teacher samples without a student: leave --adapter-scale out")
         return None if self.teacher else which_student(self.model, self.adapter, ", or say --teacher for the teacher")
 
-    def load(self) -> ArcFlowPipeline:
-        """The pipeline; a PyTorch model is converted first. Raises UserError."""
+    def load(self, mesh: Mesh | None = None) -> ArcFlowPipeline:
+        """The pipeline, by default on the mesh that --mesh names; a PyTorch model is converted first.
+
+        Raises UserError.
+        """
         import jax
 
         from arcflow_jax.checkpoints.model_cache import converted
@@ -258,7 +238,7 @@ class SamplingOptions(StudentOptions):
             pipeline = ArcFlowPipeline.from_pretrained(
                 model,
                 adapter,
-                mesh=self.mesh,
+                mesh=self.mesh if mesh is None else mesh,
                 offload=None if offload is None else offload.value,
                 raw=self.raw,
                 merge=self.merge,
@@ -270,6 +250,43 @@ class SamplingOptions(StudentOptions):
                 source, scale = split_scale(text)
                 pipeline.load_lora_weights(source, scale=scale)
             return pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions(StudentOptions, LoadingOptions):
+    """Everything that images are made with, apart from prompts and noise."""
+
+    steps: Annotated[
+        int | None, typer.Option(help="NFE. By default what the student was trained for, 50 for the teacher.")
+    ] = None
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Guidance scale. By default what the student was trained at, 3.5 for the teacher."),
+    ] = None
+    final_step_ratio: Annotated[
+        float | None,
+        typer.Option(help="Length of the student's last segment relative to the others. By default as trained."),
+    ] = None
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option(
+            help='With --teacher: classifier-free guidance (CFG) away from this prompt, which may be "" as for '
+            "Qwen-Image. --guidance is then the scale of CFG, by default 4."
+        ),
+    ] = None
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments of `ArcFlowPipeline.settings`."""
+        return {
+            "num_inference_steps": self.steps,
+            "seed": self.seed,
+            "guidance_scale": self.guidance,
+            "height": self.height,
+            "width": self.width,
+            "final_step_ratio": self.final_step_ratio,
+            "negative_prompt": self.negative_prompt,
+            "norm_preserving": self.norm_preserving,
+        }
 
 
 def which_student(model: Path, adapter: str | None, otherwise: str = "") -> str:

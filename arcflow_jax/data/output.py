@@ -25,13 +25,16 @@ def save_image(image: Image.Image, path: Path) -> None:
         write_file(path, png(image))
 
 
-def png(image: Image.Image) -> bytes:
-    """The bytes of a PNG with the image's `info`, the settings that it was made with, as text."""
+def png(image: Image.Image, compression: int = 6) -> bytes:
+    """The bytes of a PNG with the image's `info`, the settings that it was made with, as text.
+
+    `compression` is zlib's level: 1 is fast, 9 small.
+    """
     text = PngImagePlugin.PngInfo()
     for name, value in image.info.items():
         text.add_itxt(name, str(value))
     encoded = io.BytesIO()
-    image.save(encoded, "PNG", pnginfo=text)
+    image.save(encoded, "PNG", pnginfo=text, compress_level=compression)
     return encoded.getvalue()
 
 

@@ -211,16 +211,17 @@ def mesh_sizes(text: str) -> tuple[int, ...]:
     return tuple(sizes.values())
 
 
-def parse_mesh(text: str) -> Mesh:
+def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh for sampling from a text such as "tensor=4,sequence=2"; "" is a mesh of one device.
 
-    It uses the first devices of this process, as many as it needs; with a size of -1 it uses all of them.
+    It uses the first of the devices, as many as it needs; with a size of -1 it uses all of them. By default they are
+    those of this process.
 
     Raises:
       UserError: if the text is not a mesh, or needs more devices than there are.
     """
     sizes = mesh_sizes(text)
-    devices = jax.local_devices()
+    devices = jax.local_devices() if devices is None else devices
     wanted = math.prod(sizes)
     return make_mesh(sizes, devices[:wanted] if 0 < wanted < len(devices) else devices)
 

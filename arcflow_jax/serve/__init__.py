@@ -1,0 +1,10 @@
+"""`arcflow serve`: a pipeline behind HTTP.
+
+engine.py      the queue, and the threads that make images in batches; knows no HTTP
+images.py      images by a link that expires
+metrics.py     what Prometheus reads
+requests.py    what a client may ask for, and its errors in OpenAI's shape
+api.py         the routes
+server.py      listening, and ending in order
+page.py        the page, by Gradio
+"""

@@ -1,0 +1,274 @@
+"""The queue of images that clients wait for, and the threads that make them in batches. Knows no HTTP."""
+
+# B images, N tokens, C latent channels
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from arcflow_jax.data.output import png
+from arcflow_jax.errors import UserError
+from arcflow_jax.generate import noise_of_each
+from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.schema import NFE, Guidance, Pixels
+from arcflow_jax.serve.metrics import Metrics
+
+LOG = logging.getLogger("arcflow.serve")
+ENCODERS = 2  # threads that write PNGs while the next batch runs
+FAST = 1  # zlib's level: half the time of its default, for files a few per cent larger
+
+
+class Busy(Exception):
+    """The queue is full. `seconds`: when to try again."""
+
+    def __init__(self, seconds: int):
+        super().__init__(f"the queue is full, try again in {seconds} s")
+        self.seconds = seconds
+
+
+class Closed(Exception):
+    """The engine is not ready yet, or takes no more requests."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the images of a batch share. Guidance None: the model's default."""
+
+    width: Pixels
+    height: Pixels
+    steps: NFE
+    guidance: Guidance | None = None
+    negative_prompt: str | None = None
+
+    def arguments(self) -> dict[str, int | float | str | None]:
+        """The same, as `ArcFlowPipeline` takes them."""
+        return {
+            "width": self.width,
+            "height": self.height,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+            "negative_prompt": self.negative_prompt,
+        }
+
+    @property
+    def program(self) -> tuple[int, int, int, bool]:
+        """What a program is compiled for."""
+        return self.width, self.height, self.steps, self.negative_prompt is not None
+
+
+def declared(pipe: ArcFlowPipeline, sizes: Sequence[tuple[int, int]], steps: Sequence[int]) -> list[Settings]:
+    """The settings of each (width, height) with each NFE; of a teacher, also with a negative prompt.
+
+    Without sizes, the model's own; without steps, the pipeline's default. Raises UserError if they do not fit.
+    """
+    own = [pipe.described(width=width, height=height) for width, height in sizes] or [pipe.described()]
+    negatives = [None] if pipe.student is not None else [None, ""]
+    return [
+        Settings(int(each["width"]), int(each["height"]), count, negative_prompt=negative)
+        for each in own
+        for count in steps or [int(each["steps"])]
+        for negative in negatives
+    ]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Waiting:
+    """One image that a client waits for: image `number` of a seed. The future gets its PNG."""
+
+    prompt: str
+    settings: Settings
+    seed: int
+    number: int
+    future: Future[bytes]
+    since: float
+
+
+class Engine:
+    """Makes images of waiting requests in batches, in one thread for each pipeline.
+
+    A batch starts once `batch_size` images of the same settings wait, or the oldest one has waited for `wait` seconds.
+    Every batch is filled up to one size, so it runs the same compiled program; and each image has noise of its own, so
+    it does not depend on the others.
+
+    Args:
+      pipelines: replicas of one model, each on devices of its own.
+      batch_size: images per batch, a multiple of data × fsdp of the mesh.
+      wait: seconds.
+      capacity: images in the queue.
+      declared: settings whose programs are compiled before the engine is ready.
+      on_request: compiles other programs when they are asked for; otherwise `submit` refuses them.
+
+    Attributes:
+      name: of the model: the last part of the adapter's path, or of the teacher's.
+      failure: why the programs could not be compiled, if so.
+
+    Raises:
+      UserError: if the batch size does not fit the mesh.
+    """
+
+    def __init__(
+        self,
+        pipelines: Sequence[ArcFlowPipeline],
+        *,
+        batch_size: int,
+        wait: float,
+        capacity: int,
+        declared: Sequence[Settings],
+        on_request: bool,
+        metrics: Metrics,
+    ):
+        self.pipelines, self.batch_size, self.wait, self.capacity = pipelines, batch_size, wait, capacity
+        self.declared, self.on_request, self.metrics = declared, on_request, metrics
+        self.pipeline = pipelines[0]
+        self.pipeline.together(batch_size)
+        # An image's `info` names the weights; where they lie concerns no client
+        origin = self.pipeline.origin
+        self._names = {key: Path(str(origin[key])).name for key in ("model", "adapter") if key in origin}
+        self.name = self._names.get("adapter", self._names["model"])
+        self.failure: BaseException | None = None
+        self._programs = {settings.program for settings in declared}
+        self._queue: list[Waiting] = []
+        self._changed = threading.Condition()
+        self._warm, self._closed, self._batch_seconds = 0, False, 1.0
+        self._encoders = ThreadPoolExecutor(ENCODERS, "png")
+        self._threads = [threading.Thread(target=self._work, args=[pipe], daemon=True) for pipe in pipelines]
+
+    def start(self) -> None:
+        """Starts the threads, which compile first."""
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether all programs are compiled, and requests are taken."""
+        return self._warm == len(self.pipelines) and not self._closed and self.failure is None
+
+    def check(self, settings: Settings) -> None:
+        """Raises UserError if the settings do not fit the model, or have no compiled program and get none."""
+        self.pipeline.settings(**settings.arguments())
+        if not self.on_request and settings.program not in self._programs:
+            width, height, steps, guided = settings.program
+            offered = sorted({(w, h, s) for w, h, s, other in self._programs if other == guided})
+            shown = ", ".join(f"{w}x{h} in {s}" for w, h, s in offered) or "none with a negative_prompt"
+            raise UserError(f"size {width}x{height} in {steps} steps is not served; served are {shown} steps")
+
+    def submit(self, prompt: str, settings: Settings, seed: int, count: int = 1) -> list[Future[bytes]]:
+        """Images 0 … count − 1 of a seed, as PNGs with their settings. Cancel the futures if nobody waits any more.
+
+        Raises:
+          UserError: as `check`.
+          Busy: if the queue has no room for them.
+          Closed: before the engine is ready, and after `close`.
+        """
+        self.check(settings)
+        now = time.monotonic()
+        with self._changed:
+            if not self.ready:
+                raise Closed("the server is stopping" if self._closed else "the server is starting")
+            self._forget_cancelled()
+            if len(self._queue) + count > self.capacity:
+                batches = len(self._queue) / self.batch_size / len(self.pipelines)
+                raise Busy(max(1, math.ceil(batches * self._batch_seconds)))
+            added = [Waiting(prompt, settings, seed, number, Future(), now) for number in range(count)]
+            self._queue += added
+            self.metrics.waiting.set(len(self._queue))
+            self._changed.notify_all()
+        return [each.future for each in added]
+
+    def close(self) -> None:
+        """Takes no more requests. What waits is still made."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def stop(self, seconds: float | None = None) -> None:
+        """Ends the threads, once they have made what waits, or leaves them after so many seconds."""
+        self.close()
+        for thread in self._threads:
+            thread.join(seconds)
+        self._encoders.shutdown(wait=seconds is None)
+
+    def _forget_cancelled(self) -> None:
+        """Takes images that nobody waits for out of the queue."""
+        left = [each for each in self._queue if not each.future.cancelled()]
+        self.metrics.cancelled.inc(len(self._queue) - len(left))
+        self._queue[:] = left
+        self.metrics.waiting.set(len(left))
+
+    def _next(self) -> list[Waiting]:
+        """Waits for a batch, and takes it out of the queue; [] once the engine is closed and nothing waits."""
+        with self._changed:
+            while True:
+                self._forget_cancelled()
+                if self._queue:
+                    oldest = self._queue[0]
+                    batch = [each for each in self._queue if each.settings == oldest.settings][: self.batch_size]
+                    left = oldest.since + self.wait - time.monotonic()
+                    if len(batch) == self.batch_size or left <= 0 or self._closed:
+                        taken = set(batch)
+                        self._queue[:] = [each for each in self._queue if each not in taken]
+                        self.metrics.waiting.set(len(self._queue))
+                        # From here on a future cannot be cancelled
+                        return [each for each in batch if each.future.set_running_or_notify_cancel()]
+                    self._changed.wait(left)
+                elif self._closed:
+                    return []
+                else:
+                    self._changed.wait()
+
+    def _work(self, pipe: ArcFlowPipeline) -> None:
+        """The thread of a pipeline."""
+        try:
+            for settings in self.declared:
+                self._pixels(pipe, [Waiting("warm", settings, 0, 0, Future(), 0.0)])
+        except BaseException as error:
+            self.failure = error
+            return
+        with self._changed:
+            self._warm += 1
+            self.metrics.ready.set(float(self.ready))
+        while batch := self._next():
+            start = time.monotonic()
+            try:
+                images = self._pixels(pipe, batch)
+            except Exception as error:
+                LOG.exception("a batch failed")
+                for each in batch:
+                    each.future.set_exception(error)
+                continue
+            self._batch_seconds = time.monotonic() - start
+            self.metrics.batch_seconds.observe(self._batch_seconds)
+            self.metrics.batch_images.observe(len(batch))
+            for each, image in zip(batch, images, strict=True):
+                self._encoders.submit(self._finish, each, image)
+
+    def _pixels(self, pipe: ArcFlowPipeline, batch: Sequence[Waiting]) -> list[Image.Image]:
+        """The images of one batch."""
+        settings = batch[0].settings
+        rows, columns = pipe.grid(settings.height, settings.width)
+        filled = [*batch, *[batch[-1]] * (self.batch_size - len(batch))]
+        seeds = np.array([[each.seed >> 32, each.seed % 2**32] for each in filled], np.uint32)
+        numbers = np.array([each.number for each in filled], np.int32)
+        channels = pipe.directory.config("transformer").in_channels
+        noise = noise_of_each(seeds, numbers, tokens=rows * columns, channels=channels)[: len(batch)]
+        prompts = [each.prompt for each in batch]
+        return list(pipe.stream(prompts, latents=noise, batch_size=self.batch_size, **settings.arguments()))
+
+    def _finish(self, waiting: Waiting, image: Image.Image) -> None:
+        """Gives a client its image."""
+        try:
+            image.info |= {"image": waiting.number, "seed": waiting.seed} | self._names
+            waiting.future.set_result(png(image, FAST))
+            self.metrics.images.inc()
+        except BaseException as error:
+            waiting.future.set_exception(error)

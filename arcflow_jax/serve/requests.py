@@ -1,0 +1,172 @@
+"""What a client may ask for, checked, and its errors in OpenAI's shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import secrets
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from arcflow_jax import schema
+from arcflow_jax.errors import UserError
+from arcflow_jax.schema import NFE, Guidance, Seed
+from arcflow_jax.serve.engine import Settings
+
+SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
+Images = Annotated[int, Meta(ge=1, le=10**6)]
+
+
+class ApiError(Exception):
+    """An error that a client gets.
+
+    Args:
+      status: of HTTP.
+      message: one line, without the server's paths.
+      code: for programs.
+      param: the field at fault.
+      retry: seconds after which to try again.
+    """
+
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None, retry: int | None = None
+    ):
+        super().__init__(message)
+        self.status, self.headers = status, {} if retry is None else {"Retry-After": str(retry)}
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a server lets one client do.
+
+    Attributes:
+      images: in a request.
+      prompt: characters of a prompt.
+      steps: NFE.
+      pixels: of an image.
+      body: bytes of a request.
+      seconds: until a request gets its answer, or the error that there is none.
+    """
+
+    images: int
+    prompt: int
+    steps: int
+    pixels: int
+    seconds: float
+    body: int = 2**18
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """The body of /v1/images/generations: OpenAI's fields, and ours."""
+
+    prompt: str
+    model: str | None = None
+    n: Images | None = None
+    size: str | None = None
+    response_format: Literal["b64_json", "url"] | None = None
+    # Fields of OpenAI's that can only have the value that describes what we do
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    output_format: Literal["png"] | None = None
+    quality: Literal["auto", "standard"] | None = None
+    stream: Literal[False] | None = None
+    user: str | None = None
+    # Ours
+    seed: Seed | None = None
+    steps: NFE | None = None
+    guidance: Guidance | None = None
+    negative_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        schema.check(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """A request's images: `count` of them, from noises 0 … of the seed."""
+
+    prompt: str
+    settings: Settings
+    seed: int
+    count: int
+    links: bool
+
+
+def read_order(body: bytes, default: Settings, limits: Limits, model: str, check: Callable[[Settings], None]) -> Order:
+    """What the body of a request asks for.
+
+    Args:
+      default: fills in what the request leaves out.
+      model: the name of the model that is served.
+      check: raises UserError on settings that are not served.
+
+    Raises:
+      ApiError: 400, or 404 for another model.
+    """
+    try:
+        asked = schema.parse(Generation, decoded(body), "the request", own=True)
+        if asked.model not in (None, model):
+            message = f"model {schema.shown(asked.model)} is not served here, only {model}"
+            raise ApiError(404, message, code="model_not_found", param="model")
+        return order(asked, default, limits, check)
+    except UserError as error:
+        raise bad_request(error) from None
+
+
+def order(asked: Generation, default: Settings, limits: Limits, check: Callable[[Settings], None]) -> Order:
+    """What a request asks for. Raises UserError."""
+    width, height = (default.width, default.height) if asked.size in (None, "auto") else sides(asked.size)
+    steps, count = asked.steps or default.steps, asked.n or 1
+    texts = [(name, text) for name in ("prompt", "negative_prompt") if (text := getattr(asked, name)) is not None]
+    for name, value, most in [
+        ("n", count, limits.images),
+        ("steps", steps, limits.steps),
+        *((name, len(text), limits.prompt) for name, text in texts),
+    ]:
+        if value > most:
+            of = "" if name in ("n", "steps") else " characters long"
+            raise UserError(f"{name} is {value}{of}, but may be at most {most}")
+    if not asked.prompt.strip():
+        raise UserError("prompt is empty: say in words what the image should show")
+    if width * height > limits.pixels:
+        raise UserError(f"size is {width}x{height}, but may have at most {limits.pixels} pixels")
+    settings = Settings(width, height, steps, asked.guidance, asked.negative_prompt)
+    check(settings)
+    seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
+    return Order(asked.prompt, settings, seed, count, asked.response_format == "url")
+
+
+def decoded(body: bytes) -> Any:
+    """The value of a JSON text. Raises UserError."""
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise UserError(f"the body is not JSON: {error}") from None
+
+
+def sides(size: object) -> tuple[int, int]:
+    """Width and height of a text such as 1024x768. Raises UserError."""
+    found = SIZE.fullmatch(size) if isinstance(size, str) else None
+    if found is None:
+        raise UserError(f"size is {schema.shown(size)}, but has to be WIDTHxHEIGHT, such as 1024x1024")
+    return int(found[1]), int(found[2])
+
+
+def numbers(steps: str) -> list[int]:
+    """NFEs of a text such as 2,4. Raises UserError."""
+    parts = [int(part) if part.isdecimal() else part for part in filter(None, steps.split(","))]
+    return [schema.converted(NFE, part, "steps") for part in parts]
+
+
+def bad_request(error: UserError) -> ApiError:
+    """A client's fault, as an answer; `param` is the field that the message begins with."""
+    message = str(error).removeprefix("the request: ")
+    first = message.split(" ")[0]
+    return ApiError(400, message, param=first if first in Generation.__dataclass_fields__ else None)

@@ -1,0 +1,107 @@
+"""One small model behind a server in this process, which all tests of the room share."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+pytest.importorskip("fastapi")
+
+import uvicorn
+
+from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.serve import api
+from arcflow_jax.serve.engine import Engine, declared
+from arcflow_jax.serve.images import Images
+from arcflow_jax.serve.metrics import Metrics
+from arcflow_jax.serve.requests import Limits
+from arcflow_jax.serve.server import listening
+from tests.helpers.random_student import write_adapter
+
+LIMITS = Limits(images=4, prompt=200, steps=4, pixels=128 * 128, seconds=60)
+
+
+@pytest.fixture(scope="session")
+def served_model(tiny_flux, tmp_path_factory) -> tuple[Path, Path]:
+    """The teacher and a student of random weights."""
+    model = shutil.copytree(tiny_flux, tmp_path_factory.mktemp("secret-folder") / "teacher")
+    return model, write_adapter(model, model.with_name("student"), seed=0)
+
+
+@pytest.fixture(scope="session")
+def engine(served_model) -> Iterator[Engine]:
+    pipe = ArcFlowPipeline.from_pretrained(*served_model)
+    engine = Engine(
+        [pipe],
+        batch_size=4,
+        wait=0.05,
+        capacity=6,
+        declared=declared(pipe, [(64, 32)], []),
+        on_request=False,
+        metrics=Metrics(4),
+    )
+    engine.start()
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture(scope="session")
+def door(engine) -> api.Door:
+    return api.Door(api.build(engine, limits=LIMITS, images=Images(60)), None, engine.metrics)
+
+
+@pytest.fixture(scope="session")
+def address(door) -> Iterator[str]:
+    """Where the server listens."""
+    server = uvicorn.Server(uvicorn.Config(door, log_level="warning"))
+    with listening("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=server.run, args=[[listener]])
+        thread.start()
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        wait_until(lambda: httpx.get(f"{address}/health").status_code == 200)
+        yield address
+        server.should_exit = True
+        thread.join()
+
+
+def wait_until(condition, seconds: float = 120.0) -> None:
+    """Waits for something that another thread or process does. Fails if it does not come."""
+    pause = threading.Event()
+    for _ in range(int(seconds / 0.02)):
+        if condition():
+            return
+        pause.wait(0.02)
+    raise AssertionError("it did not come")
+
+
+class Gate:
+    """Holds every batch until `open`."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self.stream, self.opened, self.entered = engine, engine.pipeline.stream, threading.Event(), 0
+
+    def __call__(self, *arguments, **named):
+        self.entered += 1
+        assert self.opened.wait(60)
+        return self.stream(*arguments, **named)
+
+    def wait_for(self, waiting: int) -> None:
+        """Until a batch is held, and so many images wait behind it."""
+        wait_until(lambda: self.entered and len(self.engine._queue) == waiting)
+
+    def open(self) -> None:
+        self.opened.set()
+
+
+@pytest.fixture
+def gate(engine, monkeypatch) -> Iterator[Gate]:
+    gate = Gate(engine)
+    monkeypatch.setattr(engine.pipeline, "stream", gate)
+    yield gate
+    gate.open()
+    wait_until(lambda: not engine._queue)
