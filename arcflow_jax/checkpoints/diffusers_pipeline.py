@@ -121,8 +121,10 @@ class ArcFlowPipeline(BasePipeline):
         lora = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
         layers = {name for name, _ in net.named_modules()}
         odd += sorted({f"no layer {layer}" for name in lora if (layer := name.split(".lora_")[0]) not in layers})
-        if settings["pipeline"] != BasePipeline.__name__ or odd:
-            raise ValueError(f"{student} is a student of another base model: {settings['pipeline']}, {', '.join(odd)}")
+        if settings["pipeline"] not in {each.__name__ for each in type(self).__mro__}:
+            odd.insert(0, f"it needs a {settings['pipeline']}")
+        if odd:
+            raise ValueError(f"{student} is a student of another base model: {', '.join(odd[:3])}")
 
         if lora:
             net.load_lora_adapter(lora, prefix=None, adapter_name="arcflow")
