@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from arcflow_jax.checkpoints.conversion import convert_model
+    from arcflow_jax.checkpoints.diffusers_folder import export_diffusers
     from arcflow_jax.checkpoints.student_formats import export_adapter
     from arcflow_jax.errors import UserError
     from arcflow_jax.flow.curve import Curve
@@ -37,6 +38,7 @@ __all__ = [
     "distil",
     "euler",
     "export_adapter",
+    "export_diffusers",
     "make_mesh",
     "sample",
     "train",
@@ -53,6 +55,7 @@ MODULES = {
     "distil": "flow.distill",
     "euler": "flow.sampler",
     "export_adapter": "checkpoints.student_formats",
+    "export_diffusers": "checkpoints.diffusers_folder",
     "make_mesh": "parallel.mesh",
     "sample": "flow.sampler",
     "train": "training.loop",

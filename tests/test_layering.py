@@ -43,10 +43,14 @@ def test_imports_point_downward():
     assert seen > 50
 
 
-def test_torch_is_for_evaluation_networks_alone():
+def test_torch_is_for_evaluation_networks_and_what_is_exported():
+    exported = PACKAGE / "checkpoints" / "diffusers_pipeline.py"
     for path in PACKAGE.rglob("*.py"):
         if {name.split(".")[0] for name in imported_modules(path)} & {"torch", "diffusers"}:
-            assert path == PACKAGE / "evaluate" / "features.py"
+            assert path in (PACKAGE / "evaluate" / "features.py", exported)
+    # It runs where this package is not, and nothing here imports it
+    assert not any(name.startswith("arcflow_jax") for name in imported_modules(exported))
+    assert not any("diffusers_pipeline" in name for path in PACKAGE.rglob("*.py") for name in imported_modules(path))
 
 
 def test_a_converted_model_loads_without_the_converter():

@@ -6,6 +6,9 @@
 A student may be on the hub. The layout has no LoRA alpha (the scale is 1) and does not name the base. The JSON in
 `policy_config` is {"type": "ArcFlow"} in the published students. An export adds those sampling settings to it that
 differ from the published ones (`POLICY`).
+
+A folder for diffusers (see `diffusers_folder`) is in this layout too, as far as it can hold the student. Its
+config.json says more, under `arcflow_jax` (`Record`).
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +35,7 @@ from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.layers import linear_layers
 from arcflow_jax.networks.student import AdapterConfig, split_model
-from arcflow_jax.schema import NFE, Guidance, Ratio, Shift
+from arcflow_jax.schema import NFE, SHA256, Guidance, Modes, Ratio, Shift
 from arcflow_jax.storage import hub
 from arcflow_jax.storage.atomic import new_output, whole_directory
 from arcflow_jax.storage.files import parse_json, read_json, write_json
@@ -68,6 +71,24 @@ class Sampling:
         return cls(steps=2, shift=3.2, final_step_ratio=1.0, guidance=family.published_guidance(config))
 
 
+@dataclasses.dataclass(frozen=True)
+class Record(Sampling):
+    """What config.json says of a student in a folder for diffusers, under the key `RECORD`.
+
+    Attributes:
+      pipeline: class of the base model's pipeline in diffusers.
+      base: fingerprint of the base's transformer.
+      curve: the basis, see `AdapterConfig`.
+      modes: K.
+    """
+
+    pipeline: str
+    base: SHA256
+    curve: Literal["momentum", "legendre"]
+    modes: Modes
+
+
+RECORD = "arcflow_jax"
 # The settings' names in the authors' training configs, which `policy_config` uses
 POLICY = {
     "steps": "nfe",
@@ -181,26 +202,37 @@ def find(source: str | Path, revision: str | None = None) -> Path:
 def read_student(
     source: Path, directory: ModelDirectory, **sampling: float | None
 ) -> tuple[AdapterDescription, nnx.State]:
-    """Description and weights, float32 arrays, of a student in the authors' layout. Raises as `import_adapter`."""
+    """Description and weights, float32 arrays, of a student in the authors' layout, or of a folder for diffusers.
+
+    Raises as `import_adapter`.
+    """
     config, tensors, policy = read_export(source)
-    modes = check_config(config, directory, source)
-    values = read_policy(policy, source) | {name: value for name, value in sampling.items() if value is not None}
+    check_config(config, directory, source)
     transformer = directory.description.components["transformer"]
-    settings = dataclasses.replace(Sampling.published(transformer, directory.path), **values)
+    if RECORD in config:
+        settings = schema.parse(Record, config[RECORD], f"{source}, {CONFIG}: {RECORD}", own=True)
+        base, basis, modes = settings.base, settings.curve, settings.modes
+    else:
+        modes = schema.parse(HeadConfig, config, f"{source}, {CONFIG}").num_gaussians
+        settings = dataclasses.replace(Sampling.published(transformer, directory.path), **read_policy(policy, source))
+        base, basis = directory.fingerprint, "momentum"
+    settings = dataclasses.replace(settings, **{name: value for name, value in sampling.items() if value is not None})
 
     table = AdapterTable(directory.networks["transformer"].table)
     rank, targets = table.lora(tensors, linear_layers(directory.abstract("transformer").backbone))
-    if not rank:
+    if not rank and RECORD not in config:
         raise UserError(
             f"{source} holds no LoRA: it has no tensor *.lora_A.weight of a layer that {directory.path} has"
         )
+    rank = rank or AdapterConfig.rank  # without LoRA, of nothing
     description = AdapterDescription(
-        base=directory.fingerprint,
-        adapter=AdapterConfig(modes=modes, rank=rank, alpha=float(rank), dropout=0.0, targets=targets),
+        base=base,
+        adapter=AdapterConfig(modes, rank, alpha=float(rank), dropout=0.0, targets=targets, basis=basis),
         distillation=Distillation(nfe=settings.steps, shift=settings.shift, final_step_ratio=settings.final_step_ratio),
         guidance=settings.guidance,
         transformer=transformer,
     )
+    description.check_base(directory.fingerprint, source)
     _, _, abstract = split_model(directory.student(description.adapter, jnp.float32))
     return description, import_tensors(table, tensors, abstract, np.float32, str(source))
 
@@ -217,22 +249,32 @@ def export_adapter(run: str | Path, out: str | Path, *, raw: bool = False, dtype
       dtype: of the tensors: float16 as in the authors' exports, bfloat16 or float32.
 
     Raises:
-      UserError: if the layout cannot hold the student in `run` (see `check_exportable`), a value does not fit in
+      UserError: if the layout cannot hold the student in `run` (see `misfit`), a value does not fit in
         `dtype`, or `out` cannot be written.
     """
     run, out = as_path(run), as_path(out).absolute()
     with new_output(out, WEIGHTS):
-        config, tensors, policy = exported(run, raw, jnp.dtype(dtype))
+        if reason := misfit(AdapterDescription.read(run)):
+            raise UserError(f"{run} holds {reason}; --format diffusers has room for it")
+        description, config, tensors = exported(run, raw, jnp.dtype(dtype))
+        policy = policy_of(description, run)
         with whole_directory(out, sum(tensor.nbytes for tensor in tensors.values())) as aside:
             write_json(aside / CONFIG, dict(sorted(config.items())))
             write_tensors(aside / WEIGHTS, tensors, metadata={"policy_config": json.dumps(policy)})
     return out
 
 
-def exported(run: Path, raw: bool, dtype: np.dtype) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, Any]]:
-    """Config, tensors and policy of a student's export. Raises UserError as `export_adapter`."""
+def exported(run: Path, raw: bool, dtype: np.dtype) -> tuple[AdapterDescription, dict[str, Any], dict[str, np.ndarray]]:
+    """Description, config and tensors of a student's export. Raises UserError as `export_adapter`, or `run` is no run.
+
+    The config of a student that the authors' layout cannot hold is of a class that their loader does not know.
+    """
     description, checkpoints = load_adapter(run)
-    check_exportable(description, run)
+    if description.transformer is None:
+        raise UserError(
+            f"{run / DESCRIPTION} lacks its base's config, which an early version did not write: resume the run with "
+            "arcflow train, which adds it"
+        )
     adapter = description.adapter
     network = families.of_transformer(description.transformer.class_name, run / DESCRIPTION).networks["transformer"]
     backbone = schema.parse(network.config, description.transformer.config, run / DESCRIPTION)
@@ -245,13 +287,10 @@ def exported(run: Path, raw: bool, dtype: np.dtype) -> tuple[dict[str, Any], dic
         if name.endswith("lora_B.weight") and adapter.alpha != adapter.rank:
             array = array * np.float32(adapter.alpha / adapter.rank)
         tensors[name] = cast(array, dtype, f"{run}: {name}")
-    config = {
-        "_class_name": f"Arc{network.class_name}",
-        **dataclasses.asdict(backbone),
-        "logweights_channels": HeadConfig.REQUIRED["logweights_channels"],
-        "num_gaussians": adapter.modes,
-    }
-    return config, tensors, policy_of(description, run)
+    config = {"_class_name": f"ArcFlow{network.class_name}", **dataclasses.asdict(backbone)}
+    if misfit(description) is None:
+        config |= {"_class_name": f"Arc{network.class_name}", **HeadConfig.REQUIRED, "num_gaussians": adapter.modes}
+    return description, config, tensors
 
 
 def read_export(source: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
@@ -269,34 +308,27 @@ def read_export(source: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
     return read_json(folder / CONFIG), tensors, policy
 
 
-def check_config(config: dict[str, Any], directory: ModelDirectory, source: Path) -> int:
-    """The number of modes. Raises UserError if config.json describes a student of another network than the base."""
+def check_config(config: dict[str, Any], directory: ModelDirectory, source: Path) -> None:
+    """Raises UserError if config.json describes a student of another network than the base."""
     network = directory.networks["transformer"]
     class_name = f"Arc{network.class_name}"
-    if (found := config.get("_class_name")) != class_name:
+    if (found := config.get("_class_name")) not in (class_name, f"ArcFlow{network.class_name}"):
         raise UserError(f"{source} is of class {one_line(found)}, a student of this base is of {class_name}")
     theirs = dataclasses.asdict(schema.parse(network.config, config, f"{source}, {CONFIG}"))
     ours = dataclasses.asdict(directory.config("transformer"))
     if different := [f"{name} {theirs[name]} instead of {ours[name]}" for name in ours if theirs[name] != ours[name]]:
         raise UserError(f"{source} was trained on another base than {directory.path}: it has {', '.join(different)}")
-    return schema.parse(HeadConfig, config, f"{source}, {CONFIG}").num_gaussians
 
 
-def check_exportable(description: AdapterDescription, run: Path) -> None:
-    """Raises UserError unless the authors' layout can hold the student: momentum basis, two or more modes, LoRA."""
-    if description.transformer is None:
-        raise UserError(
-            f"{run / DESCRIPTION} lacks its base's config, which an early version did not write: resume the run with "
-            "arcflow train, which adds it"
-        )
+def misfit(description: AdapterDescription) -> str | None:
+    """Why the authors' layout, momentum with two or more modes and LoRA, cannot hold a student; None if it can."""
     if not description.adapter.targets:
-        raise UserError(f"{run} holds a student without LoRA, which the authors' loader ignores")
+        return "a student without LoRA, which the authors' loader ignores"
     if description.adapter.basis != "momentum":
-        raise UserError(
-            f"{run} holds a student of basis {description.adapter.basis}: the authors' layout has only momentum"
-        )
+        return f"a student of basis {description.adapter.basis}: the authors' layout has only momentum"
     if description.adapter.modes == 1:
-        raise UserError(f"{run} holds a linear student (one mode): the authors' layout needs two or more")
+        return "a linear student (one mode): the authors' layout needs two or more"
+    return None
 
 
 def read_policy(policy: Mapping[str, Any], source: Path) -> dict[str, Any]:

@@ -159,18 +159,54 @@ def verify(
     print(f"{directory} is whole: {check(directory)} parts")
 
 
+class Layout(enum.StrEnum):
+    arcflow = enum.auto()
+    diffusers = enum.auto()
+
+
 def export(
     adapter: Annotated[Path, path_option(help="A directory that arcflow train wrote.")],
     out: Annotated[Path, path_option(help="The directory to write. It must not exist yet, or be empty.")],
+    layout: Annotated[
+        Layout,
+        typer.Option(
+            "--format",
+            help="arcflow: the layout of the ArcFlow authors' releases, config.json and safetensors, for their PyTorch "
+            "loader. diffusers: the same files and a pipeline.py, with which diffusers samples any student, and a "
+            "model card.",
+        ),
+    ] = Layout.arcflow,
     raw: Annotated[
         bool, typer.Option("--raw", help="Take the weights of the last training step instead of the EMA weights.")
     ] = False,
     dtype: Annotated[ExportPrecision, typer.Option(help="Precision of the tensors.")] = ExportPrecision.float16,
+    push: Annotated[
+        str | None,
+        typer.Option(help="With --format diffusers: a hub id, OWNER/NAME, to upload the folder to as well."),
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            help="With --format diffusers: the hub id of the base model, for the model card. By default the one that "
+            "the run was trained on, if its recipe names a hub id."
+        ),
+    ] = None,
+    figures: Annotated[
+        Path | None,
+        path_option(help="With --format diffusers: a report of arcflow evaluate metrics, for the model card."),
+    ] = None,
 ) -> None:
-    """Writes a student in the layout of the ArcFlow authors' releases: config.json and safetensors, for their PyTorch
-    loader, diffusers and PEFT.
-    """
+    """Writes a student for PyTorch: in the layout of the ArcFlow authors' releases, or as a folder for diffusers."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no arithmetic here: leave an accelerator, if any, to others
-    from arcflow_jax.checkpoints.student_formats import export_adapter
+    card = {"push": push, "base_model": base_model, "figures": figures}
+    if layout is Layout.diffusers:
+        from arcflow_jax.checkpoints.diffusers_folder import export_diffusers
 
-    print(f"exported {adapter} to {export_adapter(adapter, out, raw=raw, dtype=dtype.value)}")
+        done = export_diffusers(adapter, out, raw=raw, dtype=dtype.value, **card)
+    else:
+        if given := [f"--{name.replace('_', '-')}" for name, value in card.items() if value is not None]:
+            raise UserError(f"{', '.join(given)}: for --format diffusers only, which has a model card")
+        from arcflow_jax.checkpoints.student_formats import export_adapter
+
+        done = export_adapter(adapter, out, raw=raw, dtype=dtype.value)
+    print(f"exported {adapter} to {done}" + (f" and to https://huggingface.co/{push}" if push else ""))

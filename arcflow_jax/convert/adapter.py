@@ -19,6 +19,7 @@ HEAD = (
     *linear("proj_out_means", "head.proj_out_means"),
     *linear("proj_out_logweights", "head.proj_out_logweights"),
     *linear("proj_out_loggamma", "head.proj_out_loggamma"),
+    *linear("proj_out_coefficients", "head.proj_out_coefficients"),  # Legendre, which the authors do not have
 )
 
 

@@ -1,9 +1,10 @@
-"""Hub ids, and downloads from the Hugging Face hub."""
+"""Hub ids, and downloads from and uploads to the Hugging Face hub."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 
 import huggingface_hub
@@ -83,3 +84,28 @@ def fetch(repository: str, revision: str | None, patterns: Iterable[str]) -> Pat
         ) from None
     except Exception as error:  # from its HTTP client, whose class differs between versions, or a full disk
         raise UserError(f"cannot fetch {repository}: {one_line(error)}") from error
+
+
+def upload(folder: Path, repository: str) -> None:
+    """Uploads a folder's files as a commit of a model repository, which is made if there is none.
+
+    Args:
+      repository: owner/name.
+
+    Raises:
+      UserError: if the hub does not let this user write there, or cannot be reached.
+    """
+    try:
+        huggingface_hub.create_repo(repository, exist_ok=True)
+        huggingface_hub.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message=f"A student from arcflow_jax {version('arcflow_jax')}",
+        )
+    except Exception as error:  # from its HTTP client, whose class differs between versions
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            raise UserError(
+                f"the hub does not let you write to {repository}: log in with `hf auth login`, or set HF_TOKEN, with a "
+                "token that may write there"
+            ) from None
+        raise UserError(f"cannot upload to {repository}: {one_line(error)}") from error

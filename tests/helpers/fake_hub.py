@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ ID = "owner/tiny-flux"
 
 
 class FakeHub:
-    """Serves the files of a folder as the model `ID`; remembers which were fetched."""
+    """Serves the files of a folder as the model `ID`; remembers which were fetched. What is uploaded lands there."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -29,7 +31,9 @@ class FakeHub:
     def __call__(self, request: Any) -> Any:
         if (refusal := self.refuse(request)) is not None:
             return refusal
-        path = request.url.path
+        path = request.url.path.replace(f"/{ID}/resolve/main/", f"/{ID}/resolve/{SHA}/")
+        if request.method == "POST":
+            return self.accept(path, request)
         if path in (f"/api/models/{ID}", f"/api/models/{ID}/revision/main", f"/api/models/{ID}/revision/v1"):
             return http.Response(200, json={"id": ID, "sha": SHA, "siblings": []}, request=request)
         if path.startswith(f"/api/models/{ID}/revision/"):
@@ -51,6 +55,32 @@ class FakeHub:
             self.fetched.append(name)
             return http.Response(200, headers=headers, content=data, request=request)
         return http.Response(401, headers={"X-Error-Code": "RepoNotFound"}, request=request)
+
+    def accept(self, path: str, request: Any) -> Any:
+        """The steps of an upload to `ID`: the repository, the model card's metadata, how to send, and the commit."""
+
+        def answer(content: dict[str, Any]) -> Any:
+            return http.Response(200, json=content, request=request)
+
+        page = f"https://huggingface.co/{ID}"
+        if path == "/api/repos/create":
+            asked = json.loads(request.content)
+            assert f"{asked['organization']}/{asked['name']}" == ID
+            return answer({"url": page})
+        if path == "/api/validate-yaml":
+            assert json.loads(request.content)["content"].startswith("---\n")
+            return answer({"errors": [], "warnings": []})
+        if path == f"/api/models/{ID}/preupload/main":
+            files = [file["path"] for file in json.loads(request.content)["files"]]
+            return answer({"files": [{"path": file, "uploadMode": "regular", "shouldIgnore": False} for file in files]})
+        assert path == f"/api/models/{ID}/commit/main"
+        for line in map(json.loads, request.content.splitlines()):
+            if line["key"] == "file":
+                assert line["value"]["encoding"] == "base64"
+                file = self.folder / line["value"]["path"]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(base64.b64decode(line["value"]["content"]))
+        return answer({"commitUrl": f"{page}/commit/{SHA}", "commitOid": SHA, "success": True})
 
 
 @contextlib.contextmanager

@@ -1,0 +1,241 @@
+"""Students as folders for diffusers: the same latents in PyTorch, without this library, and back in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from huggingface_hub import ModelCard, constants
+
+from arcflow_jax.checkpoints.diffusers_folder import export_diffusers
+from arcflow_jax.checkpoints.model_directory import ModelDirectory
+from arcflow_jax.checkpoints.student_formats import export_adapter, open_student
+from arcflow_jax.demo import ASSETS
+from arcflow_jax.errors import UserError
+from arcflow_jax.flow.curve import Span
+from arcflow_jax.flow.distill import Distillation
+from arcflow_jax.flow.legendre import Series
+from arcflow_jax.flow.momentum import Mixture
+from arcflow_jax.networks.student import AdapterConfig, split_model
+from arcflow_jax.parallel.mesh import parse_mesh, sharded
+from arcflow_jax.pipeline import ArcFlowPipeline
+from tests.helpers.command_line import assert_refused, run
+from tests.helpers.fake_hub import ID, http, serving
+from tests.helpers.students import WEIGHTS, write_run
+
+for library in ("torch", "peft", "diffusers"):
+    pytest.importorskip(library)
+
+ALPHA = {"rank": 4, "alpha": 6.0, "dropout": 0.0}
+STUDENTS = {
+    "flux-momentum": AdapterConfig(modes=4, **ALPHA),
+    "flux-legendre": AdapterConfig(modes=3, basis="legendre", **ALPHA),
+    "flux-linear": AdapterConfig(modes=1, targets=(), **ALPHA),
+    "qwen-momentum": AdapterConfig(modes=4, **ALPHA),
+    "qwen-legendre": AdapterConfig(modes=3, basis="legendre", **ALPHA),
+}
+SETTINGS = Distillation(nfe=3, shift=2.0, final_step_ratio=0.5)
+PROMPTS = ["a red circle", "two small green squares on a black background"]
+BAR = 1e-4  # in latents, which are of size 1
+
+# Run by an interpreter that cannot import arcflow_jax or JAX
+IN_PYTORCH = """
+import sys
+sys.modules |= dict.fromkeys(["arcflow_jax", "flax", "jax"])
+import numpy, pathlib, torch
+from diffusers import DiffusionPipeline
+folder, assets, *prompts = sys.argv[1:]
+for student in sorted(pathlib.Path(folder).glob("*-torch")):
+    base = f"{assets}/tiny-{student.name.split('-')[0]}"
+    pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline=str(student), trust_remote_code=True)
+    noise = torch.from_numpy(numpy.load(f"{folder}/noise.npy"))
+    size = {"height": 32, "width": 32, "latents": noise}
+    numpy.save(student.with_suffix(".npy"), pipe(prompts, output_type="latent", **size).images)
+    if student.name == "flux-momentum-torch":
+        two = pipe(prompts, output_type="latent", num_inference_steps=2, guidance_scale=1.0, **size).images
+        numpy.save(f"{folder}/two.npy", two)
+assert pipe(prompts[0], height=32, width=32, generator=torch.Generator().manual_seed(0)).images[0].size == (32, 32)
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_flux, tiny_qwen, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
+    """For each of `STUDENTS` its base, and its run; beside the run is its folder for diffusers, RUN-torch."""
+    folder, found = tmp_path_factory.mktemp("students"), {}
+    for name, adapter in STUDENTS.items():
+        base = tiny_flux if name.startswith("flux") else tiny_qwen
+        adapter = adapter.with_targets(ModelDirectory.open(base).family.lora_targets)
+        write_run(folder / name, base, adapter, SETTINGS, guidance=2.0)
+        export_diffusers(folder / name, folder / f"{name}-torch", dtype="float32")
+        found[name] = (base, folder / name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def in_pytorch(runs) -> Path:
+    """The folder of the latents that PyTorch makes from its noise.npy, [B, N, 4C]."""
+    folder = next(iter(runs.values()))[1].parent
+    np.save(folder / "noise.npy", np.random.default_rng(0).standard_normal((2, 4, 16)).astype(np.float32))
+    environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-I", "-c", IN_PYTORCH, folder, ASSETS, *PROMPTS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STUDENTS)
+def test_same_noise_same_latents(runs, in_pytorch, name):
+    base, path = runs[name]
+    pipe = ArcFlowPipeline.from_pretrained(base, path, dtype="float32")
+    arguments = {"height": 32, "width": 32, "latents": np.load(in_pytorch / "noise.npy"), "output_type": "latent"}
+    ours, theirs = pipe(PROMPTS, **arguments).images, np.load(in_pytorch / f"{name}-torch.npy")
+    assert np.abs(ours - theirs).max() < BAR
+    assert np.std(ours) > 0.3
+    if name == "flux-momentum":  # with other settings than those of the distillation
+        ours = pipe(PROMPTS, num_inference_steps=2, guidance_scale=1.0, **arguments).images
+        two = np.load(in_pytorch / "two.npy")
+        assert np.abs(ours - two).max() < BAR
+        assert np.abs(two - theirs).max() > 100 * BAR
+
+
+@pytest.mark.parametrize("modes", [1, 2, 5])
+def test_closed_forms(modes):
+    """Those of pipeline.py against ours, whatever the momenta."""
+    import torch
+
+    from arcflow_jax.checkpoints import diffusers_pipeline as theirs
+
+    rng = np.random.default_rng(modes)
+    means, logits, g = (
+        rng.standard_normal(shape).astype(np.float32)
+        for shape in ((2, 3, modes, 5, 4), (2, 3, modes, 4), (2, 3, modes - 1, 4))
+    )
+    g *= rng.choice([0, 1e-6, 1, 20], g.shape).astype(np.float32)
+    span = Span(jnp.float32(0.75), jnp.float32(0.25))
+    outputs = torch.from_numpy(np.concatenate([x.reshape(2, 3, -1) for x in (means, logits, g)], axis=-1))
+    expected = Mixture(*map(jnp.asarray, (means, logits, g))).mean_velocity(span, *span)
+    np.testing.assert_allclose(theirs.momentum(outputs, modes, 0.5), expected, rtol=2e-5, atol=2e-5)
+
+    expected = Series(jnp.asarray(means)).mean_velocity(span, *span)
+    first = torch.from_numpy(means[:, :, 0].reshape(2, 3, -1))
+    np.testing.assert_allclose(theirs.legendre(first, modes, 0.5), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_this_library_opens_the_folder(runs, name):
+    base, path = runs[name]
+    directory = ModelDirectory.open(base)
+    (described, read), (expected, read_expected) = (open_student(where, directory) for where in (f"{path}-torch", path))
+    kept = ("base", "distillation.nfe", "distillation.shift", "distillation.final_step_ratio", "guidance")
+    kept += ("adapter.basis", "adapter.modes")
+    for field in kept:
+        values = [described, expected]
+        for part in field.split("."):
+            values = [getattr(value, part) for value in values]
+        assert values[0] == values[1], field
+    theirs, ours = (
+        nnx.to_pure_dict(
+            restore(sharded(parse_mesh(""), split_model(directory.student(each.adapter, jnp.float32))[2]), False)
+        )
+        for each, restore in ((described, read), (expected, read_expected))
+    )
+    scale = expected.adapter.alpha / expected.adapter.rank
+
+    def same(path: jax.tree_util.KeyPath, a: jax.Array, b: jax.Array) -> None:
+        is_b = path[-1].key == "b"  # LoRA's, into which the scale is multiplied
+        np.testing.assert_allclose(a, b * scale if is_b else b, rtol=1e-6)
+
+    jax.tree_util.tree_map_with_path(same, theirs, ours)
+
+
+def test_the_authors_layout_is_in_it(runs, tmp_path):
+    """One set of weights serves their loader, diffusers and this library."""
+    _, path = runs["flux-momentum"]
+    export_adapter(path, tmp_path / "theirs", dtype="float32")
+    folder = Path(f"{path}-torch")
+    assert (folder / WEIGHTS).read_bytes() == (tmp_path / "theirs" / WEIGHTS).read_bytes()
+    config, theirs = (json.loads((where / "config.json").read_text()) for where in (folder, tmp_path / "theirs"))
+    assert {name: value for name, value in config.items() if name != "arcflow_jax"} == theirs
+    assert sorted(file.name for file in folder.iterdir()) == ["README.md", "config.json", WEIGHTS, "pipeline.py"]
+
+
+def test_what_the_authors_layout_cannot_hold(runs, capfd, tmp_path):
+    _, path = runs["qwen-legendre"]
+    config = json.loads((Path(f"{path}-torch") / "config.json").read_text())
+    assert config["_class_name"] == "ArcFlowQwenImageTransformer2DModel"  # which their loader does not know
+    refused = ("export", "--adapter", path, "--out", tmp_path / "out")
+    assert_refused(capfd, path, *refused, message="of basis legendre: .* momentum; --format diffusers has room for it")
+
+
+def test_a_student_of_another_base_is_refused(runs, capfd, tmp_path):
+    _, path = runs["flux-legendre"]
+    folder = shutil.copytree(f"{path}-torch", tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    config["arcflow_jax"]["base"] = "0" * 64
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="was trained on base 000000000000…, this model is"):
+        open_student(folder, ModelDirectory.open(runs["flux-legendre"][0]))
+    with pytest.raises(UserError, match="a student of this base is of ArcQwenImageTransformer2DModel"):
+        open_student(folder, ModelDirectory.open(runs["qwen-legendre"][0]))
+
+
+def test_pushed_to_the_hub_and_used_from_there(runs, capfd, tmp_path, monkeypatch):
+    import diffusers.utils.dynamic_modules_utils as modules
+    from diffusers import DiffusionPipeline
+
+    base, path = runs["flux-legendre"]
+    report = {"images": {"count": 16}, "pfid": {"teacher": 12.25}, "clip": {"score": 0.31}, "notes": []}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    (tmp_path / "hub").mkdir()
+    command = ("export", "--adapter", path, "--format", "diffusers", "--dtype", "float32", "--push", ID)
+    options = ("--base-model", "someone/base", "--figures", tmp_path / "report.json")
+    with serving(tmp_path / "hub", tmp_path / "cache", monkeypatch) as fake:
+        code, stdout, _ = run(capfd, *command, *options, "--out", tmp_path / "out")
+        assert (code, stdout) == (0, f"exported {path} to {tmp_path / 'out'} and to https://huggingface.co/{ID}\n")
+        for file in (tmp_path / "out").iterdir():
+            assert (tmp_path / "hub" / file.name).read_bytes() == file.read_bytes()
+
+        card = ModelCard.load(tmp_path / "out" / "README.md")
+        assert (card.data.base_model, card.data.library_name) == ("someone/base", "diffusers")
+        assert card.data.license_link == "https://huggingface.co/someone/base"
+        for text in ("| curve | legendre, 3 coefficients |", "| pfid to the teacher images | 12.25 |", f'"{ID}"'):
+            assert text in card.text
+
+        directory = ModelDirectory.open(base)
+        assert open_student(ID, directory)[0] == open_student(tmp_path / "out", directory)[0]
+        monkeypatch.setattr(modules, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        pipe = DiffusionPipeline.from_pretrained(ASSETS / "tiny-flux", custom_pipeline=ID, trust_remote_code=True)
+        assert pipe.student["curve"] == "legendre"
+        with pytest.raises(ValueError, match="own schedule and guidance: leave out negative_prompt"):
+            pipe(PROMPTS[0], negative_prompt="blue")
+
+        fake.refuse = lambda request: http.Response(403, request=request)
+        code, stdout, stderr = run(capfd, *command, "--out", tmp_path / "again")
+        assert (code, stdout) == (2, "")
+        assert f"again is complete, but not on the hub: the hub does not let you write to {ID}: log in" in stderr
+    assert sorted(os.listdir(tmp_path / "again")) == sorted(os.listdir(tmp_path / "out"))
+
+
+def test_refusals(runs, capfd, tmp_path):
+    _, path = runs["flux-momentum"]
+    (tmp_path / "report.json").write_text("{}")
+    command = ("export", "--adapter", path, "--out", tmp_path / "out")
+    for message, options in {
+        "--push, --base-model: for --format diffusers only": ("--push", ID, "--base-model", ID),
+        "a/b/c is no hub id of a model": ("--format", "diffusers", "--push", "a/b/c"),
+        "base is no hub id of a model": ("--format", "diffusers", "--base-model", "base"),
+        "has no figures: arcflow evaluate metrics": ("--format", "diffusers", "--figures", tmp_path / "report.json"),
+    }.items():
+        assert_refused(capfd, path, *command, *options, message=message)
+    assert not (tmp_path / "out").exists()
