@@ -70,8 +70,8 @@ def commands() -> str:
     """All commands with their options, as Typer knows them."""
     command = typer.main.get_command(app)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command, info_name="arcflow"), name="arcflow")
-    text = re.sub(r"^# .*\n", "", text).replace("```console\n$ ", "```text\n")
-    return re.sub(r"<(\w[^<>\n]*)>", r"&lt;\1&gt;", text)
+    text = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+", "", text)  # cut after some words; the headings name them all
+    return re.sub(r"^# .*\n", "", text).replace("```console\n$ ", "```text\n")
 
 
 def notebook() -> str:
