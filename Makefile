@@ -1,6 +1,7 @@
 # make demo    converts the bundled teacher, distils it, compares 2 steps with 50: runs/demo/index.html
 # make test    make check, then the test suite, then on Python 3.12 and 3.13, where they are, the tests that need no torch
 # make check   linter, formatter and type checker, in seconds
+# make docs    the site, site/index.html, from docs/; fails on a broken link or a name that does not exist
 #
 # Each makes its own virtual environments. PYTHON names the Python to use, 3.11 or newer.
 
@@ -14,7 +15,7 @@ PYTHON3.12 := $(call find_python,3.12)
 PYTHON3.13 := $(call find_python,3.13)
 PYTEST = -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs clean
 
 demo: .venv/demo.installed
 	.venv/bin/arcflow demo
@@ -33,6 +34,9 @@ check: .venv/test.installed
 	.venv/bin/ruff format --check .
 	.venv/bin/ty check
 
+docs: .venv/test.installed
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
 .venv/bin/python:
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'arcflow_jax needs Python 3.11 or newer'"
 	$(PYTHON) -m venv .venv
@@ -43,7 +47,7 @@ check: .venv/test.installed
 
 # With the PyTorch twins of the parity tests, which the library itself does not need
 .venv/test.installed: .venv/bin/python setup.py $(PINS)
-	.venv/bin/pip install --quiet --editable ".[test,parity]" $(addprefix --constraint ,$(PINS))
+	.venv/bin/pip install --quiet --editable ".[test,parity,docs]" $(addprefix --constraint ,$(PINS))
 	touch $@
 
 .venv-3.12/test.installed: setup.py tests/constraints-3.12.txt
@@ -57,4 +61,4 @@ check: .venv/test.installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-3.12 .venv-3.13 runs build *.egg-info
+	rm -rf .venv .venv-3.12 .venv-3.13 runs build site *.egg-info

@@ -25,6 +25,9 @@ setup(
     keywords=["JAX", "Flax", "diffusion", "flow matching", "distillation", "text-to-image", "TPU"],
     classifiers=[
         "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA :: 12",
+        "Environment :: GPU :: NVIDIA CUDA :: 13",
         "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
         "Operating System :: MacOS",
@@ -95,6 +98,14 @@ setup(
             "ruff==0.17.6",
             "scipy>=1.14",
             "ty==0.0.105",
+        ],
+        # The site, and its notebook, which the tests run
+        "docs": [
+            "ipykernel>=6.30",
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.7,<10",
+            "mkdocstrings[python]>=1.0",
+            "nbclient>=0.10",
         ],
         # The PyTorch twins that the parity tests compare with
         "parity": ["diffusers>=0.35", "peft>=0.17", "torch>=2.8"],

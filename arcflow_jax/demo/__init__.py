@@ -3,6 +3,7 @@
 world.py       the images and captions that the bundled teachers know
 judge.py       a small classifier of these images
 evaluate.py    runs and measures samplers
+trajectory.py  the states between noise and data
 report.py      the HTML page
 run.py         convert, distil, sample, measure, report
 
