@@ -49,9 +49,9 @@ def export_diffusers(
     Args:
       run, raw, dtype: as for `student_formats.export_adapter`. Every student fits.
       out: a directory that does not exist yet, or is empty. It appears complete, or not at all.
-      base_model: hub id of the base model, for the model card; by default the one that the run's recipe names, if any.
+      base_model: hub id of the base model, owner/name, for the model card. A run does not know it.
       figures: a report of `arcflow evaluate metrics` on this student, for the model card.
-      push: a hub id, owner/name, to upload the folder to afterwards.
+      push: a hub id, owner/name, to upload the folder to afterwards; needs `base_model`.
 
     Raises:
       UserError: if `run` holds no student, a value does not fit in `dtype`, `figures` is no such report, `out` cannot
@@ -61,6 +61,8 @@ def export_diffusers(
     for id in (push, base_model):
         if id is not None and hub.split_folder(f"{hub.PREFIX}{id}") != (id, ""):
             raise UserError(f"{id} is no hub id of a model, which has the form owner/name")
+    if push is not None and base_model is None:
+        raise UserError("a model card on the hub names the base model: add --base-model OWNER/NAME")
     if push is not None and in_bucket(out):
         raise UserError(f"only a folder on a disk can be uploaded to the hub: {out} is in a bucket")
     measured = {} if figures is None else read_figures(as_path(figures))
@@ -80,7 +82,7 @@ def export_diffusers(
         )
         metadata = {"policy_config": json.dumps(policy_of(description, run))} if misfit(description) is None else {}
         lora = f"rank {adapter.rank}" if adapter.targets else "none"
-        card = model_card(record, lora, base_model or base_of_recipe(run), push, measured)
+        card = model_card(record, lora, base_model, push, measured)
         with whole_directory(out, sum(tensor.nbytes for tensor in tensors.values())) as aside:
             write_file(aside / "README.md", card.encode())
             write_file(aside / PIPELINE.name.removeprefix("diffusers_"), pipeline_source(pipeline).encode())
@@ -97,13 +99,6 @@ def export_diffusers(
 def pipeline_source(pipeline: str) -> str:
     """The text of pipeline.py for a class of pipelines in diffusers: ours is written for one, and names it once."""
     return PIPELINE.read_text(encoding="utf-8").replace("import FluxPipeline as", f"import {pipeline} as")
-
-
-def base_of_recipe(run: Path) -> str | None:
-    """The hub id of the base model, if the recipe of a run has trained on one."""
-    recipe = read_json(run / "config.json") if (run / "config.json").is_file() else {}
-    model = str(recipe.get("model", ""))
-    return model.removeprefix(hub.PREFIX) if hub.is_repository(model) else None
 
 
 def read_figures(report: Path) -> dict[str, float]:
@@ -134,7 +129,7 @@ def model_card(
         license="other",
         license_name="that-of-the-base-model",
         license_link=f"https://huggingface.co/{base_model}" if base_model else None,
-        tags=["arcflow", "few-step", "flow-matching", "lora"],
+        tags=["arcflow", "few-step", "flow-matching", *(["lora"] if lora != "none" else [])],
     )
     base, here = base_model or "BASE", repository or HERE
     link = f"[{base}](https://huggingface.co/{base})" if base_model else f"a base model of diffusers' {record.pipeline}"
@@ -165,6 +160,6 @@ def model_card(
         f'    arcflow sample --model {base} --adapter {here} --prompt "a red fox in the snow"',
         *(["## Figures", "By `arcflow evaluate metrics`.", table(figures)] if figures else []),
         "## Licence",
-        f"A student is made from its base model and does not work without it. The licence of {link} applies.",
+        f"A student is made from its base model and does not work without it. The licence of {link} applies to it.",
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"

@@ -187,8 +187,8 @@ def export(
     base_model: Annotated[
         str | None,
         typer.Option(
-            help="With --format diffusers: the hub id of the base model, for the model card. By default the one that "
-            "the run was trained on, if its recipe names a hub id."
+            help="With --format diffusers: the hub id of the base model, OWNER/NAME, for the model card; --push needs "
+            "it."
         ),
     ] = None,
     figures: Annotated[

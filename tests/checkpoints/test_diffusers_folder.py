@@ -221,10 +221,26 @@ def test_pushed_to_the_hub_and_used_from_there(runs, capfd, tmp_path, monkeypatc
             pipe(PROMPTS[0], negative_prompt="blue")
 
         fake.refuse = lambda request: http.Response(403, request=request)
-        code, stdout, stderr = run(capfd, *command, "--out", tmp_path / "again")
+        code, stdout, stderr = run(capfd, *command, *options, "--out", tmp_path / "again")
         assert (code, stdout) == (2, "")
         assert f"again is complete, but not on the hub: the hub does not let you write to {ID}: log in" in stderr
     assert sorted(os.listdir(tmp_path / "again")) == sorted(os.listdir(tmp_path / "out"))
+
+
+def test_a_base_model_on_the_hub(runs, tmp_path, monkeypatch):
+    import diffusers.utils.dynamic_modules_utils as modules
+    from diffusers import DiffusionPipeline
+
+    _, path = runs["flux-momentum"]
+    monkeypatch.setattr(modules, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with serving(ASSETS / "tiny-flux", tmp_path / "cache", monkeypatch):
+        pipe = DiffusionPipeline.from_pretrained(
+            ID, custom_pipeline=f"{path}-torch", trust_remote_code=True, cache_dir=tmp_path / "cache"
+        )
+    assert (pipe.student["curve"], pipe.transformer.proj_out.out_features) == ("momentum", 4 * 16 + 4 * 4 + 3 * 4)
+    with pytest.raises(ValueError, match="a student of another base model: it needs a QwenImagePipeline"):
+        pipe.load_student(f"{runs['qwen-momentum'][1]}-torch")
 
 
 def test_refusals(runs, capfd, tmp_path):
@@ -233,6 +249,7 @@ def test_refusals(runs, capfd, tmp_path):
     command = ("export", "--adapter", path, "--out", tmp_path / "out")
     for message, options in {
         "--push, --base-model: for --format diffusers only": ("--push", ID, "--base-model", ID),
+        "add --base-model OWNER/NAME": ("--format", "diffusers", "--push", ID),
         "a/b/c is no hub id of a model": ("--format", "diffusers", "--push", "a/b/c"),
         "base is no hub id of a model": ("--format", "diffusers", "--base-model", "base"),
         "has no figures: arcflow evaluate metrics": ("--format", "diffusers", "--figures", tmp_path / "report.json"),

@@ -35,7 +35,8 @@ class FakeHub:
         if request.method == "POST":
             return self.accept(path, request)
         if path in (f"/api/models/{ID}", f"/api/models/{ID}/revision/main", f"/api/models/{ID}/revision/v1"):
-            return http.Response(200, json={"id": ID, "sha": SHA, "siblings": []}, request=request)
+            files = [{"rfilename": str(f.relative_to(self.folder))} for f in self.folder.rglob("*") if f.is_file()]
+            return http.Response(200, json={"id": ID, "sha": SHA, "siblings": files}, request=request)
         if path.startswith(f"/api/models/{ID}/revision/"):
             return http.Response(404, headers={"X-Error-Code": "RevisionNotFound"}, request=request)
         if path.startswith(f"/api/models/{ID}/tree/{SHA}"):
