@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "arcflow_jax"
 
 ROOMS = [
     *("errors", "schema", "console", "flow", "storage", "parallel", "data", "networks", "convert", "families"),
-    *("checkpoints", "generate", "image_to_image", "sampling_settings", "loras", "training", "pipeline", "serve"),
-    *("evaluate", "compile_report", "demo", "cli"),
+    *("checkpoints", "generate", "image_to_image", "sampling_settings", "loras", "training"),
+    *("loaded_model", "pipeline", "serve", "evaluate", "compile_report", "demo", "cli"),
 ]
 
 

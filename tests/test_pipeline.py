@@ -20,7 +20,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
-from arcflow_jax import generate, pipeline
+from arcflow_jax import generate, loaded_model
 from arcflow_jax.checkpoints import arrays
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.compile_report.programs import open_model
@@ -324,7 +324,7 @@ def test_offload(pipe, model, student, monkeypatch, host):
 
         return watched
 
-    for name, what in (("apply_encoder", text), ("sample_student", pipeline), ("decode_latents", pipeline)):
+    for name, what in (("apply_encoder", text), ("sample_student", loaded_model), ("decode_latents", loaded_model)):
         monkeypatch.setattr(what, name, watch(getattr(what, name)))
     images = lean(PROMPTS, seed=3, batch_size=2, **SIZE).images
     held["done"] = on_device() - before
@@ -371,7 +371,7 @@ def out_of_memory(*args, **kwargs):
 
 @pytest.mark.parametrize("stage", ["apply_encoder", "sample_student", "decode_latents"])
 def test_out_of_memory_while_sampling(pipe, monkeypatch, stage):
-    monkeypatch.setattr(text if stage == "apply_encoder" else pipeline, stage, out_of_memory)
+    monkeypatch.setattr(text if stage == "apply_encoder" else loaded_model, stage, out_of_memory)
     with pytest.raises(
         UserError, match=r"^out of memory, try smaller .*, more devices \(mesh\), offload: .*"
     ) as caught:
