@@ -12,18 +12,14 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
-
-from tests.serve.conftest import LIMITS, wait_until
-
-pytest.importorskip("gradio")
-playwright = pytest.importorskip("playwright.sync_api")
-
 import uvicorn
+from PIL import Image
+from playwright import sync_api as playwright
 
 from arcflow_jax.serve import api, page
 from arcflow_jax.serve.images import Images
 from arcflow_jax.serve.server import listening
+from tests.serve.conftest import LIMITS, wait_until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
