@@ -104,7 +104,7 @@ def serve(
 
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     logging.getLogger("arcflow.serve").setLevel(logging.INFO)
-    limits = requests.Limits(max_images, max_prompt, max_steps, max_pixels, timeout)
+    limits = requests.Limits(min(max_images, queue), max_prompt, max_steps, max_pixels, timeout)
     images = Images(link_seconds)
     app = api.build(engine, limits=limits, images=images)
     if page:

@@ -30,6 +30,7 @@ STYLE = """
 .arcflow img { width: 100%; border-radius: 8px; image-rendering: auto; display: block; background: #8882; }
 .arcflow figcaption { font-size: 14px; padding: 4px 0; }
 .arcflow.small figure { flex: 0 0 96px; }
+.arcflow.small figcaption { display: none; }
 .arcflow .error { color: #b00020; font-weight: 600; }
 .dark .arcflow .error { color: #ff8a80; }
 """
@@ -66,11 +67,10 @@ def page(engine: Engine, teacher: Engine | None, limits: Limits, images: Images)
 
     async def make(maker: Engine, prompt: str, seed: float, size: str, count: int | None, scale: float) -> str:
         """A figure with the image and its time, or with what was wrong."""
-        asked = Generation(
-            prompt=prompt, seed=int(seed or 0), size=size, steps=count, guidance=float(scale) if guided else None
-        )
         start = time.monotonic()
+        given = {"guidance": float(scale)} if guided else {} if maker is engine else {"negative_prompt": ""}
         try:
+            asked = Generation(prompt=prompt, seed=int(seed or 0), size=size, steps=count, **given)
             wanted = order(asked, maker.declared[0], limits, maker.check)
             (future,) = maker.submit(wanted.prompt, wanted.settings, wanted.seed)
             png = await asyncio.wait_for(asyncio.wrap_future(future), limits.seconds)
@@ -79,23 +79,27 @@ def page(engine: Engine, teacher: Engine | None, limits: Limits, images: Images)
         took, link = time.monotonic() - start, f"{LINKS.lstrip('/')}{images.keep(png)}.png"
         who = "teacher" if maker.pipeline.student is None else "student"
         caption = f"{who}, {wanted.settings.steps} steps, {took:.2f} s"
-        name = f"{who}-seed{wanted.seed}.png"
+        target = f'href="{link}" download="{who}-seed{wanted.seed}.png"'
         return (
-            f'<figure><img src="{link}" alt="{html.escape(prompt)}"><figcaption>{caption} · '
-            f'<a href="{link}" download="{name}">download</a></figcaption></figure>'
+            f'<figure><a {target}><img src="{link}" alt="{html.escape(prompt)}"></a>'
+            f"<figcaption>{caption} · <a {target}>download</a></figcaption></figure>"
         )
 
     async def live(prompt: str, *settings: Any) -> Any:
-        return in_row(await make(engine, prompt, *settings)) if prompt.strip() else gr.skip()
+        if not prompt.strip():
+            return gr.skip(), gr.skip()
+        figure = await make(engine, prompt, *settings)
+        return in_row(figure), figure
 
-    async def compared(prompt: str, seed: float, size: str, count: int, scale: float) -> str:
+    async def compared(prompt: str, seed: float, size: str, count: int, scale: float) -> tuple[str, str]:
         assert teacher is not None
-        ours = await make(engine, prompt, seed, size, count, scale)
-        return in_row(ours + await make(teacher, prompt, seed, size, None, scale))
+        figures = await make(engine, prompt, seed, size, count, scale)
+        figures += await make(teacher, prompt, seed, size, None, scale)
+        return in_row(figures), figures
 
-    def keep(shown: str, kept: list[str]) -> tuple[list[str], str]:
-        figures = [shown[len(ROW) : -len("</div>")], *kept][:KEPT] if "<img" in shown else kept
-        return figures, in_row("".join(figures), "small")
+    def keep(figures: str, kept: list[str]) -> tuple[list[str], str]:
+        kept = [figures, *kept][:KEPT] if "<img" in figures else kept
+        return kept, in_row("".join(kept), "small")
 
     def read_back(file: str | None) -> list[Any]:
         """The prompt and settings of a PNG that the page or `arcflow sample` has made."""
@@ -137,22 +141,19 @@ def page(engine: Engine, teacher: Engine | None, limits: Limits, images: Images)
                 file = gr.File(label="Settings of a PNG: drop it here", file_types=[".png"], height=120)
             with gr.Column(scale=3, min_width=300):
                 shown = gr.HTML(in_row(""), label="Image", show_label=False)
-                kept, gallery = gr.State([]), gr.HTML(in_row("", "small"))
+                current, kept, gallery = gr.State(""), gr.State([]), gr.HTML(in_row("", "small"))
         settings = [prompt, seed, size, count, scale]
         hidden = {"api_visibility": "private", "show_progress": "hidden"}
         # While an image is made, only the newest of the changes waits: the latest text wins
         changes = [prompt.input, *(each.change for each in settings[1:])]
-        gr.on(changes, live, settings, shown, trigger_mode="always_last", concurrency_limit=None, **hidden)
+        gr.on(changes, live, settings, [shown, current], trigger_mode="always_last", concurrency_limit=None, **hidden)
         other.click(lambda: random.randrange(2**32), None, seed, **hidden)
-        gr.on([keeps.click, prompt.submit], keep, [shown, kept], [kept, gallery], **hidden)
-        file.upload(read_back, file, settings, **hidden).then(live, settings, shown, **hidden)
+        gr.on([keeps.click, prompt.submit], keep, [current, kept], [kept, gallery], **hidden)
+        file.upload(read_back, file, settings, **hidden).then(live, settings, [shown, current], **hidden)
         if teacher is not None:
-            compares.click(compared, settings, shown, concurrency_limit=None, **hidden)
+            compares.click(compared, settings, [shown, current], concurrency_limit=None, **hidden)
     return blocks.queue(max_size=64, api_open=False)
 
 
-ROW = '<div class="arcflow ">'
-
-
-def in_row(figures: str, kind: str = "") -> str:
+def in_row(figures: str, kind: str = "large") -> str:
     return f'<div class="arcflow {kind}">{figures}</div>'

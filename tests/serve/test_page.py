@@ -71,26 +71,31 @@ def tab(browser, site) -> Iterator:
     assert all("iframe-resizer" in url or "cdnjs" in url for url in foreign), foreign
 
 
+def shows(tab, site: str, prompt: str) -> bool:
+    """Whether the page shows the image of a prompt."""
+    return bool(tab.locator(".arcflow.large img").count()) and shown(tab, site).info["prompt"] == prompt
+
+
 def shown(tab, site: str) -> Image.Image:
     """The image that the page shows."""
-    link = tab.locator(".arcflow img").first.get_attribute("src")
+    link = tab.locator(".arcflow.large img").first.get_attribute("src")
     return Image.open(io.BytesIO(httpx.get(f"{site}/{link}").content))
 
 
 def changed(tab, before: str | None) -> str:
     """The link of the image, once it is another."""
     tab.wait_for_function(
-        "old => { const i = document.querySelector('.arcflow img'); return i && i.getAttribute('src') != old }",
+        "old => { const i = document.querySelector('.arcflow.large img'); return i && i.getAttribute('src') != old }",
         arg=before,
     )
-    return tab.locator(".arcflow img").first.get_attribute("src")
+    return tab.locator(".arcflow.large img").first.get_attribute("src")
 
 
 def test_the_image_follows_the_text(tab, site, engine):
     prompt = tab.get_by_label("Prompt")
     prompt.press_sequentially(PROMPT, delay=5)
     # The latest text wins, however many were skipped
-    wait_until(lambda: tab.locator(".arcflow img").count() and shown(tab, site).info["prompt"] == PROMPT, 30)
+    wait_until(lambda: shows(tab, site, PROMPT), 30)
     image = shown(tab, site)
     alone = engine.pipeline(PROMPT, seed=0, height=32, width=64).images[0]
     assert np.abs(np.asarray(image, np.int32) - np.asarray(alone, np.int32)).max() <= 1
@@ -103,14 +108,16 @@ def test_the_image_follows_the_text(tab, site, engine):
     tab.get_by_role("button", name="Keep").click()
     tab.locator(".arcflow.small img").wait_for()
     tab.get_by_role("button", name="Beside the teacher").click()
-    tab.wait_for_function("document.querySelectorAll('.arcflow:not(.small) img').length == 2")
-    assert all(" s" in text for text in tab.locator(".arcflow:not(.small) figcaption").all_inner_texts())
+    tab.wait_for_function("document.querySelectorAll('.arcflow.large img').length == 2")
+    assert all(" s" in text for text in tab.locator(".arcflow.large figcaption").all_inner_texts())
 
     tab.reload()
     prompt.wait_for()
-    assert tab.locator(".arcflow img").count() == 0
+    assert tab.locator(".arcflow.large img").count() == 0
     prompt.press_sequentially("a blue ring")
-    wait_until(lambda: tab.locator(".arcflow img").count() and shown(tab, site).info["prompt"] == "a blue ring", 30)
+    wait_until(
+        lambda: tab.locator(".arcflow.large img").count() and shown(tab, site).info["prompt"] == "a blue ring", 30
+    )
 
 
 def test_an_error_is_shown(tab):
@@ -124,7 +131,7 @@ def test_settings_of_a_png_are_read_back(tab, site, engine, tmp_path):
     file = tmp_path / "image.png"
     file.write_bytes(future.result())
     tab.locator("input[type=file]").first.set_input_files(file)
-    wait_until(lambda: tab.locator(".arcflow img").count() == 1, 30)
+    wait_until(lambda: tab.locator(".arcflow.large img").count() == 1, 30)
     assert tab.get_by_label("Prompt").input_value() == "a large green ring"
     assert tab.get_by_label("Seed", exact=True).input_value() == "77"
     assert np.array_equal(np.asarray(shown(tab, site)), np.asarray(Image.open(file)))
