@@ -144,12 +144,19 @@ def page(engine: Engine, teacher: Engine | None, limits: Limits, images: Images)
                 current, kept, gallery = gr.State(""), gr.State([]), gr.HTML(in_row("", "small"))
         settings = [prompt, seed, size, count, scale]
         hidden = {"api_visibility": "private", "show_progress": "hidden"}
-        # While an image is made, only the newest of the changes waits: the latest text wins
-        changes = [prompt.input, *(each.change for each in settings[1:])]
-        gr.on(changes, live, settings, [shown, current], trigger_mode="always_last", concurrency_limit=None, **hidden)
+        # While an image is made, only the newest change waits: the latest text wins. `input` would miss a pasted text
+        gr.on(
+            [each.change for each in settings],
+            live,
+            settings,
+            [shown, current],
+            trigger_mode="always_last",
+            concurrency_limit=None,
+            **hidden,
+        )
         other.click(lambda: random.randrange(2**32), None, seed, **hidden)
         gr.on([keeps.click, prompt.submit], keep, [current, kept], [kept, gallery], **hidden)
-        file.upload(read_back, file, settings, **hidden).then(live, settings, [shown, current], **hidden)
+        file.upload(read_back, file, settings, **hidden)
         if teacher is not None:
             compares.click(compared, settings, [shown, current], concurrency_limit=None, **hidden)
     return blocks.queue(max_size=64, api_open=False)

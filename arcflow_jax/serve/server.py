@@ -84,7 +84,8 @@ async def until_the_end(server: uvicorn.Server, listener: socket.socket, door: D
     complete = not door.active
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(asyncio.shield(serving), FLUSH)
-    server.force_exit = True
+    for connection in list(server.server_state.connections):
+        connection.transport.close()
     await serving
     for engine in engines:
         await asyncio.to_thread(engine.stop, LAST)

@@ -37,14 +37,16 @@ def site(engine) -> Iterator[str]:
     app = page.mount(
         api.build(engine, limits=LIMITS, images=images), engine, teacher=engine, limits=LIMITS, images=images
     )
-    server = uvicorn.Server(uvicorn.Config(api.Door(app, None, engine.metrics), log_level="warning"))
+    server = uvicorn.Server(
+        uvicorn.Config(api.Door(app, None, engine.metrics), log_level="warning", timeout_graceful_shutdown=5)
+    )
     with listening("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, args=[[listener]])
         thread.start()
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
         wait_until(lambda: httpx.get(f"{address}/health").status_code == 200)
         yield address
-        server.should_exit = server.force_exit = True
+        server.should_exit = True
         thread.join()
 
 
@@ -131,7 +133,7 @@ def test_settings_of_a_png_are_read_back(tab, site, engine, tmp_path):
     file = tmp_path / "image.png"
     file.write_bytes(future.result())
     tab.locator("input[type=file]").first.set_input_files(file)
-    wait_until(lambda: tab.locator(".arcflow.large img").count() == 1, 30)
+    wait_until(lambda: shows(tab, site, "a large green ring"), 30)
     assert tab.get_by_label("Prompt").input_value() == "a large green ring"
     assert tab.get_by_label("Seed", exact=True).input_value() == "77"
     assert np.array_equal(np.asarray(shown(tab, site)), np.asarray(Image.open(file)))
