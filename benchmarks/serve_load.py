@@ -1,7 +1,7 @@
 """What `arcflow serve` costs beside the pipeline that it runs, and whether it loses requests.
 
-    python benchmarks/serve_load.py [--model DIR --adapter DIR] [--batch-size 8] [--images 400]
-    python benchmarks/serve_load.py --soak 10000
+    python -m benchmarks.serve_load [--model DIR --adapter DIR] [--size 64x64] [--batch-size 8] [--images 400]
+    python -m benchmarks.serve_load --soak 10000 --size 32x32
 
 Converts the bundled teacher and gives it a random student, unless a model is named; starts the server as a process on
 127.0.0.1, and asks it from this process, on as many cores as there are.
@@ -37,6 +37,7 @@ import numpy as np
 from PIL import Image
 
 from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.serve.requests import sides
 from arcflow_jax.storage import cache
 
 ROOT = Path(__file__).parents[1]
@@ -63,16 +64,19 @@ def rate(make, images: int, batch: int) -> float:
     return runs * batch / (time.perf_counter() - start)
 
 
-def bare(model: Path, adapter: Path, batch: int, images: int) -> None:
+def bare(model: Path, adapter: Path, size: str, batch: int, images: int) -> None:
     """Prints the throughput without a server."""
     pipe = ArcFlowPipeline.from_pretrained(model, adapter)
-    rows, columns = pipe.grid()
-    settings = pipe.settings()
+    width, height = sides(size)
+    rows, columns = pipe.grid(height, width)
+    settings = pipe.settings(height=height, width=width)
     noise = np.asarray(pipe.noise(0, batch, rows, columns))
     prompts = [PROMPT] * batch
     conditioning = pipe.encode(prompts, guidance=settings.guidance, rows=rows, columns=columns)
     alone = rate(lambda: jax.block_until_ready(pipe.denoise(noise, conditioning, settings.steps)), images, batch)
-    whole = rate(lambda: list(pipe.stream(prompts, latents=noise, batch_size=batch)), images, batch)
+    whole = rate(
+        lambda: list(pipe.stream(prompts, latents=noise, batch_size=batch, height=height, width=width)), images, batch
+    )
     print(f"jitted sampler alone      {alone:7.1f} images/s")
     print(f"text, sampler and decoder {whole:7.1f} images/s", flush=True)
 
@@ -80,7 +84,7 @@ def bare(model: Path, adapter: Path, batch: int, images: int) -> None:
 def start(options: argparse.Namespace, model: Path, adapter: Path, port: int) -> subprocess.Popen:
     """A server that is ready."""
     command = [sys.executable, ROOT / "tools" / "serve.py", "--model", model, "--adapter", adapter, "--port", port]
-    command += ["--batch-size", options.batch_size, "--queue", 256, "--no-page"]
+    command += ["--batch-size", options.batch_size, "--queue", 256, "--no-page", "--sizes", options.size]
     process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
@@ -169,6 +173,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--size", default="64x64", help="width x height")
     parser.add_argument("--images", type=int, default=400, help="for each figure")
     parser.add_argument("--soak", type=int, default=0, help="requests of the soak, instead of the figures")
     options = parser.parse_args()
@@ -179,7 +184,7 @@ def main() -> None:
         model, adapter = (options.model, options.adapter) if options.model else bundled(Path(folder))
         url = f"http://127.0.0.1:{port}/v1/images/generations"
         if not options.soak:
-            bare(model, adapter, options.batch_size, options.images)
+            bare(model, adapter, options.size, options.batch_size, options.images)
         process = [start(options, model, adapter, port)]
         try:
             if options.soak:

@@ -107,12 +107,12 @@ def page(engine: Engine, teacher: Engine | None, limits: Limits, images: Images)
             with Image.open(file or "", formats=["PNG"]) as opened:
                 info, size = dict(opened.info), f"{opened.width}x{opened.height}"
             found = [str(info["prompt"])[: limits.prompt], int(info["seed"]), size, int(info["steps"])]
-            scale = float(info.get("guidance", own))
+            scale, number = float(info.get("guidance", own)), int(info.get("image", 0))
         except (OSError, KeyError, ValueError, SyntaxError, Image.DecompressionBombError):
             gr.Warning("This file has no settings in it: drop a PNG that was made here.")
             return [gr.skip()] * 5
-        if int(info.get("image", 0)):
-            gr.Warning(f"It is image {info['image']} of its seed; the page makes image 0.")
+        if number:
+            gr.Warning(f"It is image {number} of its seed; the page makes image 0.")
         for name, value, choices in (("size", size, sizes), ("steps", found[3], steps)):
             if value not in choices:
                 gr.Warning(f"Its {name} {value} is not served; the page keeps its own.")
@@ -129,7 +129,7 @@ def page(engine: Engine, teacher: Engine | None, limits: Limits, images: Images)
             with gr.Column(scale=2, min_width=300):
                 prompt = gr.Textbox(label="Prompt", placeholder=EXAMPLE, lines=3, autofocus=True)
                 with gr.Row():
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, min_width=120)
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1, min_width=120)
                     other = gr.Button("Another seed", min_width=120)
                 with gr.Row():
                     size = gr.Dropdown(sizes, value=sizes[0], label="Size", min_width=120)
