@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from typing import Annotated
@@ -55,10 +56,17 @@ def serve(
     link_seconds: Annotated[
         int, typer.Option(min=1, help="Seconds that the links of response_format url last.")
     ] = 3600,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="Show a page at / to make images with.")] = True,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="Load the teacher as well: the page can show its image and time beside the student's."
+        ),
+    ] = False,
     *,
     loading: options.LoadingOptions,
 ) -> None:
-    """Serves images over HTTP, by OpenAI's API.
+    """Serves images over HTTP: a page, and OpenAI's API.
 
     On SIGTERM it finishes what waits, within the grace time, and exits with 0.
     """
@@ -81,23 +89,30 @@ def serve(
     share = len(devices) // replicas
     if not share:
         raise UserError(f"--replicas is {replicas}, but may be at most {len(devices)}, the number of devices")
-    groups = [devices[i * share : (i + 1) * share] for i in range(replicas)]
-    pipelines = [loading.load(parse_mesh(loading.mesh, group)) for group in groups]
+    meshes = [parse_mesh(loading.mesh, devices[i * share : (i + 1) * share]) for i in range(replicas)]
+    pipelines = [loading.load(mesh) for mesh in meshes]
+    metrics = Metrics(batch_size)
+    common = {"capacity": queue, "on_request": compile_on_request, "wait": wait_ms / 1000}
+    settings = declared(pipelines[0], asked_sizes, requests.numbers(steps))
+    engine = Engine(pipelines, batch_size=batch_size, declared=settings, metrics=metrics, **common)
+    teacher = None
+    if compare:
+        loaded = dataclasses.replace(loading, adapter=None, raw=False, teacher=True).load(meshes[0])
+        settings = declared(loaded, list(dict.fromkeys((each.width, each.height) for each in settings)), [])
+        alone = loaded.together() if not loaded.offload else 1
+        teacher = Engine([loaded], batch_size=alone, declared=settings, metrics=Metrics(alone), **common)
 
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     logging.getLogger("arcflow.serve").setLevel(logging.INFO)
-    metrics = Metrics(batch_size)
-    engine = Engine(
-        pipelines,
-        batch_size=batch_size,
-        wait=wait_ms / 1000,
-        capacity=queue,
-        declared=declared(pipelines[0], asked_sizes, requests.numbers(steps)),
-        on_request=compile_on_request,
-        metrics=metrics,
-    )
-    limits = requests.Limits(max_images, max_prompt, max_steps, max_pixels, timeout)
-    app = api.build(engine, limits=limits, images=Images(link_seconds))
-    if not server.serve(api.Door(app, api_key, metrics), engine, host=host, port=port, grace=grace):
+    limits = requests.Limits(min(max_images, queue), max_prompt, max_steps, max_pixels, timeout)
+    images = Images(link_seconds)
+    app = api.build(engine, limits=limits, images=images)
+    if page:
+        from arcflow_jax.serve.page import mount
+
+        app = mount(app, engine, teacher=teacher, limits=limits, images=images)
+    door = api.Door(app, api_key, metrics)
+    engines = [engine, *([] if teacher is None else [teacher])]
+    if not server.serve(door, engines, host=host, port=port, grace=grace):
         print("the grace time is over: some requests got no image", file=sys.stderr)
         sys.exit(1)

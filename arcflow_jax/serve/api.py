@@ -15,9 +15,10 @@ import msgspec
 import prometheus_client
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from arcflow_jax.errors import UserError
+from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.serve.engine import Busy, Closed, Engine
 from arcflow_jax.serve.images import Images
 from arcflow_jax.serve.metrics import Metrics
@@ -69,11 +70,12 @@ class Door:
         finally:
             self.active -= path == GENERATIONS
             known = path if path in (GENERATIONS, "/v1/models", "/health", "/metrics") else "other"
+            shown = LINKS if path.startswith(LINKS) else one_line(path)  # a link is for its client only
             self.metrics.requests.labels(known, status).inc()
             if known == GENERATIONS:
                 self.metrics.request_seconds.observe(time.monotonic() - start)
             level = logging.INFO if path.startswith("/v1/") else logging.DEBUG
-            LOG.log(level, "%s %s %s %d %.3f s", name, scope["method"], path[:100], status, time.monotonic() - start)
+            LOG.log(level, "%s %s %s %d %.3f s", name, scope["method"], shown, status, time.monotonic() - start)
 
 
 def shows(scope: Scope, key: str) -> bool:
@@ -135,7 +137,8 @@ def build(engine: Engine, *, limits: Limits, images: Images) -> FastAPI:
 
     @app.post(GENERATIONS)
     async def generations(request: Request) -> Response:
-        wanted = read_order(await read_body(request, limits.body), default, limits, model, engine.check)
+        body = await read_body(request, limits)
+        wanted = read_order(body, default, limits, model, engine.check)
         pngs = await made(request, submit(engine, wanted), limits.seconds)
         where = str(request.base_url).rstrip("/")
         data = [
@@ -156,14 +159,14 @@ def build(engine: Engine, *, limits: Limits, images: Images) -> FastAPI:
 
     @app.api_route("/v1/{rest:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
     async def no_route(request: Request) -> Response:
-        raise ApiError(404, f"there is no {request.method} {request.url.path[:100]} here", code="unknown_url")
+        raise ApiError(404, f"there is no {request.method} {one_line(request.url.path)} here", code="unknown_url")
 
     card = {"id": model, "object": "model", "created": started, "owned_by": "arcflow"}
     return app
 
 
-async def read_body(request: Request, largest: int) -> bytes:
-    """The body of a request. Raises ApiError if it is not said to be JSON, or too large.
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """The body of a request. Raises ApiError if it is not said to be JSON, too large, or does not come.
 
     A web page of another site can send other types without asking; JSON its browser sends only if we allow it.
     """
@@ -171,10 +174,16 @@ async def read_body(request: Request, largest: int) -> bytes:
     if kind != "application/json":
         raise ApiError(400, "the Content-Type has to be application/json")
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > largest:
-            raise ApiError(413, f"the body has more than {largest} bytes", code="request_too_large")
+    try:
+        async with asyncio.timeout(limits.seconds):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limits.body:
+                    raise ApiError(413, f"the body has more than {limits.body} bytes", code="request_too_large")
+    except TimeoutError:
+        raise ApiError(408, f"the body did not come within {limits.seconds:g} s") from None
+    except ClientDisconnect:
+        raise ApiError(GONE, "the client went away") from None
     return bytes(body)
 
 

@@ -25,7 +25,7 @@ from arcflow_jax.serve.metrics import Metrics
 
 LOG = logging.getLogger("arcflow.serve")
 ENCODERS = 2  # threads that write PNGs while the next batch runs
-FAST = 1  # zlib's level: half the time of its default, for files a few per cent larger
+FAST = 1  # zlib's level: half the time of its default, for files a fifth larger
 
 
 class Busy(Exception):

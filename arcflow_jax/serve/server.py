@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+from collections.abc import Sequence
 
 import uvicorn
 
@@ -18,7 +19,7 @@ FLUSH = 1.0  # seconds that the last answers have to leave; a page that is open 
 LAST = 10.0  # seconds for the batch that runs when the grace time is over
 
 
-def serve(door: Door, engine: Engine, *, host: str, port: int, grace: int) -> bool:
+def serve(door: Door, engines: Sequence[Engine], *, host: str, port: int, grace: int) -> bool:
     """Serves until SIGTERM or Ctrl-C. Then it takes no more requests, and gives those that wait their images.
 
     Args:
@@ -43,7 +44,7 @@ def serve(door: Door, engine: Engine, *, host: str, port: int, grace: int) -> bo
         # uvicorn sends itself the signal again when it has ended
         previous = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            return asyncio.run(until_the_end(server, listener, door, engine))
+            return asyncio.run(until_the_end(server, listener, door, engines))
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -58,32 +59,36 @@ def listening(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {one_line(host)}, port {port}: {one_line(error)}") from None
 
 
-async def until_the_end(server: uvicorn.Server, listener: socket.socket, door: Door, engine: Engine) -> bool:
-    """Runs server and engine. Returns whether all requests got their answers."""
+async def until_the_end(server: uvicorn.Server, listener: socket.socket, door: Door, engines: Sequence[Engine]) -> bool:
+    """Runs server and engines. Returns whether all requests got their answers."""
     host, port = listener.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     print(f"compiling; {address}/health tells when it is done", flush=True)
-    engine.start()
+    for engine in engines:
+        engine.start()
     clock, told = asyncio.get_running_loop().time, False
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.should_exit and not serving.done():
-        if engine.failure is not None:
+        if any(engine.failure for engine in engines):
             server.should_exit = True
-        elif engine.ready and not told:
+        elif all(engine.ready for engine in engines) and not told:
             print(f"serving on {address}", flush=True)
             told = True
         await asyncio.sleep(LOOK)
     end = clock() + server.config.timeout_graceful_shutdown
-    engine.close()
+    for engine in engines:
+        engine.close()
     print(f"stopping: {door.active} requests get their answers first", flush=True)
     while door.active and clock() < end:
         await asyncio.sleep(LOOK)
     complete = not door.active
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(asyncio.shield(serving), FLUSH)
-    server.force_exit = True
+    for connection in list(server.server_state.connections):
+        connection.transport.close()
     await serving
-    await asyncio.to_thread(engine.stop, LAST)
-    if engine.failure is not None:
-        raise engine.failure
+    for engine in engines:
+        await asyncio.to_thread(engine.stop, LAST)
+        if engine.failure is not None:
+            raise engine.failure
     return complete

@@ -9,9 +9,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-
-pytest.importorskip("fastapi")
-
 import uvicorn
 
 from arcflow_jax.pipeline import ArcFlowPipeline

@@ -21,6 +21,7 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.serve import requests
 from arcflow_jax.serve.server import listening
 from tests.helpers.command_line import assert_refused
+from tests.helpers.paths import ROOT
 from tests.helpers.processes import with_devices
 from tests.serve.conftest import wait_until
 
@@ -28,7 +29,7 @@ from tests.serve.conftest import wait_until
 def started(served_model, *options: object, log) -> tuple[subprocess.Popen, str]:
     """A server's process, and its address once it is ready."""
     model, adapter = served_model
-    command = [sys.executable, "-m", "arcflow_jax.cli", "serve", "--port", 0, "--model", model, "--adapter", adapter]
+    command = [sys.executable, ROOT / "tools" / "serve.py", "--port", 0, "--model", model, "--adapter", adapter]
     process = subprocess.Popen(
         [str(part) for part in [*command, *options]],
         env={**os.environ, **with_devices(2), "ARCFLOW_API_KEY": "a-long-key"},
