@@ -177,14 +177,20 @@ def test_what_the_authors_layout_cannot_hold(runs, capfd, tmp_path):
     assert_refused(capfd, path, *refused, message="of basis legendre: .* momentum; --format diffusers has room for it")
 
 
-def test_a_student_of_another_base_is_refused(runs, capfd, tmp_path):
-    _, path = runs["flux-legendre"]
+def test_a_folder_that_does_not_fit_is_refused(runs, tmp_path):
+    base, path = runs["flux-legendre"]
     folder = shutil.copytree(f"{path}-torch", tmp_path / "other")
     config = json.loads((folder / "config.json").read_text())
-    config["arcflow_jax"]["base"] = "0" * 64
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="was trained on base 000000000000…, this model is"):
-        open_student(folder, ModelDirectory.open(runs["flux-legendre"][0]))
+    record = config["arcflow_jax"]
+    for changed, message in {
+        "other base": (record | {"base": "0" * 64}, "was trained on base 000000000000…, this model is"),
+        "modes": (record | {"modes": 4}, r"proj_out_coefficients.weight is \[48, 128\] instead of \[64, 128\]"),
+        "curve": (record | {"curve": "spline"}, "arcflow_jax.*curve is 'spline'"),
+        "no object": ([], "arcflow_jax is .*but has to be a JSON object"),
+    }.values():
+        (folder / "config.json").write_text(json.dumps(config | {"arcflow_jax": changed}))
+        with pytest.raises(UserError, match=message):
+            open_student(folder, ModelDirectory.open(base))
     with pytest.raises(UserError, match="a student of this base is of ArcQwenImageTransformer2DModel"):
         open_student(folder, ModelDirectory.open(runs["qwen-legendre"][0]))
 
