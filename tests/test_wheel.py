@@ -67,6 +67,7 @@ print(json.dumps([str(folder), arcflow_jax.__version__, (folder / "py.typed").is
 def test_help(binaries, tmp_path):
     assert "compile-report" in run(binaries, tmp_path, "arcflow", "--help")
     assert "--prompt" in run(binaries, tmp_path, "arcflow", "sample", "--help")
+    assert "--teacher" in run(binaries, tmp_path, "arcflow", "demo", "--help")
 
 
 def test_train_by_the_name_of_a_recipe(binaries, tmp_path):

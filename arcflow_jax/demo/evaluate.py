@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,10 +78,7 @@ def run_samplers(
         for index, counted in [(0, False), *((index, True) for index in range(len(batches)))]:
             noise = shared.noise(SEED, len(batches[index]), rows, columns, first=index * BATCH)
             conditioning, encode_seconds = timed(lambda i=index: prepare(batches[i]))
-            guided = conditioning
-            if negative_prompt is not None:
-                negative = prepare([negative_prompt] * len(batches[index]))
-                guided = Guided(conditioning, negative, jnp.float32(guidance), norm_preserving=False)
+            guided = with_cfg(shared, conditioning, len(batches[index]), guidance, negative_prompt)
             for name, sampler in samplers.items():
                 own = guided if sampler.pipeline.student is None else conditioning
                 latents, denoise_seconds = timed(lambda s=sampler, n=noise, c=own: s(n, c))
@@ -93,6 +91,17 @@ def run_samplers(
                     result.path_seconds.append(encode_seconds + denoise_seconds + decode_seconds)
             bar.update(task, advance=counted, text="")
     return results
+
+
+def with_cfg(
+    pipeline: ArcFlowPipeline, conditioning: Any, count: int, guidance: float, negative_prompt: str | None
+) -> Any:
+    """The teacher's conditioning of `count` prompts: with classifier-free guidance if there is a negative prompt."""
+    if negative_prompt is None:
+        return conditioning
+    rows, columns = pipeline.grid()
+    negative = pipeline.encode([negative_prompt] * count, guidance=guidance, rows=rows, columns=columns)
+    return Guided(conditioning, negative, jnp.float32(guidance), norm_preserving=False)
 
 
 def measure(results: dict[str, Results], captions: Sequence[Caption], against: str) -> dict[str, dict[str, object]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -13,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from arcflow_jax.demo.evaluate import Results
+from arcflow_jax.demo.trajectory import Film
 from arcflow_jax.demo.world import Caption
 from arcflow_jax.storage.atomic import write_file
 from arcflow_jax.training.log import read_losses
@@ -26,6 +28,7 @@ LABELS = {
 COLOURS = {"arcflow": "#c2410c", "linear": "#64748b"}
 COLUMNS = 10
 CELL, GAP, LEFT, TOP = 128, 6, 190, 52  # pixels
+FILMS = 5  # prompts whose trajectories are shown
 
 
 def write(
@@ -33,6 +36,7 @@ def write(
     metrics: dict[str, object],
     results: dict[str, Results],
     captions: Sequence[Caption],
+    film: Film,
     logs: dict[str, Path],
 ) -> None:
     """Writes grid.png and index.html under `out`."""
@@ -45,6 +49,7 @@ def write(
         rows=table_rows(metrics),
         bars=bar_rows(metrics["bars"]),
         agreement=agreement_rows(metrics),
+        **film_parts(film, captions),
         curves=curves({name: read_losses(path) for name, path in logs.items()}),
         teacher=metrics["teacher"],
         prompts=metrics["prompts"],
@@ -82,6 +87,33 @@ def wrap(text: str, width: int) -> str:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
     return "\n".join(lines)
+
+
+def film_parts(film: Film, captions: Sequence[Caption]) -> dict[str, str]:
+    """The slider's parts of the page: one image of all frames, a row of cells a sampler, and what the levels say.
+
+    The image has a column for each noise level, and a row for each sampler and prompt.
+    """
+    count = min(FILMS, film.teacher.shape[1])
+    frames = np.concatenate([film.teacher[:, :count], film.student[:, :count]], axis=1)  # [P, 2·count, H, W, 3]
+    levels, rows, height, width, _ = frames.shape
+    sheet = Image.fromarray(frames.transpose(1, 2, 0, 3, 4).reshape(rows * height, levels * width, 3))
+    encoded = io.BytesIO()
+    sheet.save(encoded, "JPEG", quality=88)
+    cells = [f'<td><div class="frame" style="--row: {row}"></div></td>' for row in range(rows)]
+    labels = (LABELS["teacher_50"], "ArcFlow, 2 evaluations")
+    table = [f"<th>{name}</th>{''.join(cells[i * count : (i + 1) * count])}" for i, name in enumerate(labels)]
+    head = "".join(f"<th>{html.escape(str(caption))}</th>" for caption in captions[:count])
+    distances = film.distance[:, :count].mean(1)
+    said = [f"σ = {sigma:.2f}, distance {distance:.4f}" for sigma, distance in zip(film.sigmas, distances, strict=True)]
+    return {
+        "frames": base64.b64encode(encoded.getvalue()).decode(),
+        "film_rows": f"<tr><th></th>{head}</tr>" + "".join(f"<tr>{row}</tr>" for row in table),
+        "film_size": f"--levels: {levels}; --rows: {rows}; --level: {levels - 1}",
+        "last": str(levels - 1),
+        "said": json.dumps(said, ensure_ascii=False),
+        "said_last": said[-1],
+    }
 
 
 def curves(losses: dict[str, list[tuple[int, float]]], width: int = 640, height: int = 220) -> str:
@@ -147,7 +179,8 @@ def bar_rows(bars: Sequence[dict[str, object]]) -> str:
 
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>ArcFlow in two steps</title>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>ArcFlow in two steps</title>
 <style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color: #1c1917; }
 table { border-collapse: collapse; margin: 1rem 0; }
@@ -156,14 +189,34 @@ td { white-space: nowrap; }
 th:first-child { text-align: left; font-weight: 600; }
 img, svg { max-width: 100%; } svg { max-width: 640px; font: 12px system-ui, sans-serif; }
 .note { color: #57534e; font-size: .9rem; }
+.wide { overflow-x: auto; }
+.film th { font-weight: 400; font-size: .8rem; text-align: left; width: 128px; }
+.film tr:first-child { vertical-align: bottom; }
+.film td, .film th { border: 0; padding: .2rem; }
+.frame { width: 128px; height: 128px; image-rendering: pixelated; background-image: url(data:image/jpeg;base64,$frames);
+  background-size: calc(100% * var(--levels)) calc(100% * var(--rows));
+  background-position: calc(100% * var(--level) / (var(--levels) - 1)) calc(100% * var(--row) / (var(--rows) - 1)); }
+.slider { display: flex; gap: 1rem; align-items: center; flex-wrap: wrap; }
+.slider input { flex: 1 1 8rem; max-width: 40rem; accent-color: #c2410c; }
+output { font-variant-numeric: tabular-nums; }
+@media (max-width: 800px) { .frame { width: 64px; height: 64px; } .film th { width: 64px; } }
 </style></head><body>
 <h1>A 50-step teacher, matched in two steps</h1>
 <p>Four samplers with the same prompts, and the same noise in each column: the bundled teacher $teacher and two students
 of it. The prompts are the first of the test list; none of them was used in training.</p>
 <img alt="images of the four samplers" src="data:image/png;base64,$grid">
+<h2>From noise to data</h2>
+<p>The states on the way, decoded. The teacher is evaluated at each of its steps. The student is evaluated twice, and
+its curves give the state at every noise level σ in closed form. Move the slider from noise to data.</p>
+<div id="film" style="$film_size">
+<div class="slider"><label for="level">noise</label><input id="level" type="range" min="0" max="$last" value="$last">
+<span>data</span><output for="level">$said_last</output></div>
+<div class="wide"><table class="film">$film_rows</table></div></div>
+<p class="note">Distance: mean square distance between the two rows' latents, over these prompts.</p>
 <h2>Figures over $prompts prompts</h2>
-<table><tr><th></th><th>endpoint error</th><th>Fréchet distance</th><th>prompt agreement</th><th>denoising, ms per
-image</th><th>speed-up</th><th>prompt to image, ms per image</th><th>speed-up</th></tr>$rows</table>
+<div class="wide"><table><tr><th></th><th>endpoint error</th><th>Fréchet distance</th><th>prompt agreement</th>
+<th>denoising, ms per image</th><th>speed-up</th><th>prompt to image, ms per image</th><th>speed-up</th></tr>
+$rows</table></div>
 <p class="note">Endpoint error: mean square distance to the teacher's 50-step latents from the same noise. Fréchet
 distance: between a small classifier's features of these images and of rendered images of the same captions. Prompt
 agreement: share of the requested attributes that the classifier reads in the image. Times: median over batches of 16;
@@ -175,5 +228,12 @@ prompt to image includes text encoders and decoder.</p>
 <h2>Training loss, $training_steps training steps each</h2>
 $curves
 <p class="note">$date, $machine.</p>
+<script>
+const said = $said, film = document.getElementById("film"), level = document.getElementById("level");
+level.addEventListener("input", () => {
+  film.style.setProperty("--level", level.value);
+  film.querySelector("output").textContent = said[level.value];
+});
+</script>
 </body></html>
 """

@@ -18,6 +18,7 @@ from arcflow_jax.checkpoints.model_directory import DESCRIPTION, ComponentDescri
 from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.demo import ASSETS, report
 from arcflow_jax.demo.evaluate import Sampler, measure, run_samplers
+from arcflow_jax.demo.trajectory import film
 from arcflow_jax.demo.world import caption_of
 from arcflow_jax.errors import UserError
 from arcflow_jax.generate import TEACHER_STEPS
@@ -101,6 +102,9 @@ def run_demo(out: Path, teacher: str, quantize: Format | None) -> dict[str, obje
     trained = recipes["arcflow"].distillation
     negative_prompt = trained.negative_prompt if trained.teacher_guidance == "cfg" else None
     results = run_samplers(samplers, captions, recipes["arcflow"].guidance, negative_prompt)
+    trajectories = film(
+        dense, arcflow, list(map(str, captions)), recipes["arcflow"].guidance, negative_prompt, TEACHER_STEPS
+    )
     figures = measure(results, captions, against="teacher_50")
     metrics = {
         **figures,
@@ -113,7 +117,8 @@ def run_demo(out: Path, teacher: str, quantize: Format | None) -> dict[str, obje
         "base": base.fingerprint,
     }
     with cannot_write(out):
-        report.write(out, metrics, results, captions, logs={name: out / name / "log.jsonl" for name in recipes})
+        logs = {name: out / name / "log.jsonl" for name in recipes}
+        report.write(out, metrics, results, captions, trajectories, logs)
         write_json(out / "metrics.json", metrics)
     console.print(table(figures))
     for bar in metrics["bars"]:

@@ -1,16 +1,20 @@
-"""The states that teacher and student pass through, from noise to data, for a figure."""
+"""The states that teacher and student pass through, from noise to data, and what they look like."""
 
 # B batch, N tokens, D features of a token, P noise levels
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from arcflow_jax.demo.evaluate import BATCH, SEED, with_cfg
 from arcflow_jax.flow.curve import Span
 from arcflow_jax.flow.schedule import boundaries, euler_grid, sigma_of
 from arcflow_jax.generate import teacher_grid
@@ -48,6 +52,43 @@ def student_states(
     with jax.set_mesh(student.mesh):
         run = functools.partial(_curve_states, student.graphdef)
         return student.transformer.run(lambda state: run(state, noise, conditioning, bounds, sigmas))
+
+
+@dataclasses.dataclass(frozen=True)
+class Film:
+    """Teacher and student on the same prompts and noises, at the same noise levels from 1 down to 0."""
+
+    sigmas: np.ndarray  # [P]
+    teacher: np.ndarray  # [P, B, H, W, 3] uint8: its states, decoded
+    student: np.ndarray  # [P, B, H, W, 3] uint8
+    distance: np.ndarray  # [P, B]: mean square distance of the two states
+
+
+def film(
+    teacher: ArcFlowPipeline,
+    student: ArcFlowPipeline,
+    prompts: Sequence[str],
+    guidance: float,
+    negative_prompt: str | None,
+    steps: int,
+    levels: int = 13,
+) -> Film:
+    """The first batch of the demo's prompts: the teacher in `steps` Euler steps, the student in two.
+
+    Of the teacher's noise levels, those are shown that are nearest to `levels` evenly spaced ones.
+    """
+    prompts = prompts[:BATCH]
+    rows, columns = teacher.grid()
+    noise = teacher.noise(SEED, len(prompts), rows, columns)
+    conditioning = teacher.encode(prompts, guidance=guidance, rows=rows, columns=columns)
+    guided = with_cfg(teacher, conditioning, len(prompts), guidance, negative_prompt)
+    sigmas, dense = teacher_states(teacher, noise, guided, steps)
+    even = jnp.linspace(1.0, 0.0, levels)
+    shown = np.unique(np.abs(np.subtract.outer(np.asarray(even), np.asarray(sigmas))).argmin(1))
+    sigmas, dense = sigmas[shown], dense[shown]
+    curve = student_states(student, noise, conditioning, 2, sigmas)
+    images = (np.stack([teacher.decode(x, rows, columns) for x in states]) for states in (dense, curve))
+    return Film(np.asarray(sigmas), *images, np.asarray(jnp.square(curve - dense).mean((2, 3))))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -20,6 +22,7 @@ from arcflow_jax.demo import ASSETS, report, run, world
 from arcflow_jax.demo.evaluate import SEED, Results, Sampler, run_samplers
 from arcflow_jax.demo.judge import agreement, load_judge
 from arcflow_jax.demo.run import TEACHERS, bars
+from arcflow_jax.demo.trajectory import Film
 from arcflow_jax.demo.world import Caption, caption_of
 from arcflow_jax.errors import UserError
 from arcflow_jax.pipeline import ArcFlowPipeline
@@ -141,7 +144,9 @@ def test_report_is_one_page_with_everything(tmp_path):
         logs[name] = tmp_path / f"{name}.jsonl"
         lines = [{"step": step, "loss": 1 / step} for step in (1, 2, 2, 3)]
         logs[name].write_text("\n".join(map(json.dumps, lines)))
-    report.write(tmp_path, metrics, results, captions, logs)
+    frames = rng.integers(0, 256, (2, 3, 4, 64, 64, 3), np.uint8)  # of teacher and student, at three noise levels
+    film = Film(np.array([1.0, 0.5, 0.0]), *frames, rng.uniform(size=(3, 4)))
+    report.write(tmp_path, metrics, results, captions, film, logs)
 
     page = (tmp_path / "index.html").read_text()
     assert "$" not in page
@@ -150,6 +155,11 @@ def test_report_is_one_page_with_everything(tmp_path):
     assert "the bundled teacher tiny-none" in page
     assert all(label in page for label in report.LABELS.values())
     assert page.count("<polyline") == 2
+    assert page.count('class="frame"') == 8
+    assert f"σ = 0.50, distance {film.distance[1].mean():.4f}" in page
+    (sheet,) = re.findall(r"url\(data:image/jpeg;base64,([^)]+)\)", page)
+    with Image.open(io.BytesIO(base64.b64decode(sheet))) as image:
+        assert image.size == (3 * 64, 8 * 64)
     with Image.open(tmp_path / "grid.png") as grid:
         cell = np.asarray(grid.crop((report.LEFT, report.TOP, report.LEFT + report.CELL, report.TOP + report.CELL)))
     np.testing.assert_array_equal(cell[::2, ::2], results["teacher_50"].pixels[0][0])
