@@ -65,6 +65,11 @@ def linear(source: str, target: str) -> tuple[Rule, Rule]:
     return Rule(f"{source}.weight", f"{target}.kernel", LINEAR), Rule(f"{source}.bias", f"{target}.bias")
 
 
+def kernel(source: str, target: str, form: Form = LINEAR) -> Rule:
+    """The rule of a linear layer without bias."""
+    return Rule(f"{source}.weight", f"{target}.kernel", form)
+
+
 def fused(source: str, *targets: str) -> tuple[Rule, ...]:
     """The rules of a linear layer with bias that contains several of our layers, concatenated along the outputs."""
     kernels, biases = (tuple(f"{target}.{leaf}" for target in targets) for leaf in ("kernel", "bias"))
