@@ -3,7 +3,12 @@
 A model without guidance embedding has no targets for the rules of `guidance_embedder`; they are not used then.
 """
 
-from arcflow_jax.convert.rules import Rule, kernel
+from arcflow_jax.convert.rules import Rule, grouped, kernel
+from arcflow_jax.networks.flux2 import GROUP, MLP
+
+# Layers of several parts, see networks.flux2
+MLP_IN, MLP_OUT = grouped(GROUP, outputs=2 * MLP), grouped(GROUP, inputs=MLP)
+SINGLE_IN, SINGLE_OUT = grouped(GROUP, outputs=3 + 2 * MLP), grouped(GROUP, inputs=1 + MLP)
 
 DOUBLE, SINGLE = "transformer_blocks.{layer}", "single_transformer_blocks.{layer}"
 
@@ -40,13 +45,13 @@ RULES: tuple[Rule, ...] = (
     Rule(f"{DOUBLE}.attn.norm_k.weight", "backbone.transformer_blocks.attn.norm_k.scale"),
     Rule(f"{DOUBLE}.attn.norm_added_q.weight", "backbone.transformer_blocks.attn.norm_added_q.scale"),
     Rule(f"{DOUBLE}.attn.norm_added_k.weight", "backbone.transformer_blocks.attn.norm_added_k.scale"),
-    kernel(f"{DOUBLE}.ff.linear_in", "backbone.transformer_blocks.ff.linear_in"),
-    kernel(f"{DOUBLE}.ff.linear_out", "backbone.transformer_blocks.ff.linear_out"),
-    kernel(f"{DOUBLE}.ff_context.linear_in", "backbone.transformer_blocks.ff_context.linear_in"),
-    kernel(f"{DOUBLE}.ff_context.linear_out", "backbone.transformer_blocks.ff_context.linear_out"),
+    kernel(f"{DOUBLE}.ff.linear_in", "backbone.transformer_blocks.ff.linear_in", MLP_IN),
+    kernel(f"{DOUBLE}.ff.linear_out", "backbone.transformer_blocks.ff.linear_out", MLP_OUT),
+    kernel(f"{DOUBLE}.ff_context.linear_in", "backbone.transformer_blocks.ff_context.linear_in", MLP_IN),
+    kernel(f"{DOUBLE}.ff_context.linear_out", "backbone.transformer_blocks.ff_context.linear_out", MLP_OUT),
     # single blocks
-    kernel(f"{SINGLE}.attn.to_qkv_mlp_proj", "backbone.single_transformer_blocks.attn.to_qkv_mlp_proj"),
-    kernel(f"{SINGLE}.attn.to_out", "backbone.single_transformer_blocks.attn.to_out"),
+    kernel(f"{SINGLE}.attn.to_qkv_mlp_proj", "backbone.single_transformer_blocks.attn.to_qkv_mlp_proj", SINGLE_IN),
+    kernel(f"{SINGLE}.attn.to_out", "backbone.single_transformer_blocks.attn.to_out", SINGLE_OUT),
     Rule(f"{SINGLE}.attn.norm_q.weight", "backbone.single_transformer_blocks.attn.norm_q.scale"),
     Rule(f"{SINGLE}.attn.norm_k.weight", "backbone.single_transformer_blocks.attn.norm_k.scale"),
     # output layer

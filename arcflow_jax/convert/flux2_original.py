@@ -4,6 +4,7 @@ It has other names than diffusers' layout. In the double blocks query, key and v
 layer shift comes before scale.
 """
 
+from arcflow_jax.convert.flux2 import MLP_IN, MLP_OUT, SINGLE_IN, SINGLE_OUT
 from arcflow_jax.convert.rules import LINEAR, SWAPPED_LINEAR, Rule, kernel
 
 DOUBLE, SINGLE = "double_blocks.{layer}", "single_blocks.{layer}"
@@ -25,8 +26,8 @@ def stream(theirs: str, ours: str, query_key_value: tuple[str, str, str]) -> tup
         kernel(f"{DOUBLE}.{theirs}_attn.proj", f"{OUR_DOUBLE}.attn.{out}"),
         Rule(f"{DOUBLE}.{theirs}_attn.norm.query_norm.scale", f"{OUR_DOUBLE}.attn.{norm}_q.scale"),
         Rule(f"{DOUBLE}.{theirs}_attn.norm.key_norm.scale", f"{OUR_DOUBLE}.attn.{norm}_k.scale"),
-        kernel(f"{DOUBLE}.{theirs}_mlp.0", f"{OUR_DOUBLE}.ff{ours}.linear_in"),
-        kernel(f"{DOUBLE}.{theirs}_mlp.2", f"{OUR_DOUBLE}.ff{ours}.linear_out"),
+        kernel(f"{DOUBLE}.{theirs}_mlp.0", f"{OUR_DOUBLE}.ff{ours}.linear_in", MLP_IN),
+        kernel(f"{DOUBLE}.{theirs}_mlp.2", f"{OUR_DOUBLE}.ff{ours}.linear_out", MLP_OUT),
     )
 
 
@@ -42,8 +43,8 @@ RULES: tuple[Rule, ...] = (
     kernel("single_stream_modulation.lin", "backbone.single_stream_modulation.linear"),
     *stream("img", "", ("to_q", "to_k", "to_v")),
     *stream("txt", "_context", ("add_q_proj", "add_k_proj", "add_v_proj")),
-    kernel(f"{SINGLE}.linear1", f"{OUR_SINGLE}.attn.to_qkv_mlp_proj"),
-    kernel(f"{SINGLE}.linear2", f"{OUR_SINGLE}.attn.to_out"),
+    kernel(f"{SINGLE}.linear1", f"{OUR_SINGLE}.attn.to_qkv_mlp_proj", SINGLE_IN),
+    kernel(f"{SINGLE}.linear2", f"{OUR_SINGLE}.attn.to_out", SINGLE_OUT),
     Rule(f"{SINGLE}.norm.query_norm.scale", f"{OUR_SINGLE}.attn.norm_q.scale"),
     Rule(f"{SINGLE}.norm.key_norm.scale", f"{OUR_SINGLE}.attn.norm_k.scale"),
     # output layer

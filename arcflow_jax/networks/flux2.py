@@ -9,14 +9,21 @@
 No linear layer has a bias, and every MLP is gated (SwiGLU). [klein] has no guidance embedding, FLUX.2-dev has one. Text
 is padded to a static length, and its padding is attended, as in training. The output norm and projection are in
 `head.OutputLayer`, because the student retrains them. Attribute names are those of the checkpoint.
+
+One matrix of the checkpoint computes several parts of D features each: query, key, value, thrice gate and thrice value
+of the MLP. Here its features are grouped: the first 128 of each part (a head), the next 128 of each, and so on. So a
+device that has some of the features has the same ones of each part, and none has to be moved where parts meet. The
+features that a layer reads are grouped in the same way. `convert.rules.grouped` does that to the checkpoint's weights.
 """
 
-# B batch, N image tokens, T text tokens, S = T + N, D width, H heads, E head dim, F MLP width, L / M stacked blocks
+# B batch, N image tokens, T text tokens, S = T + N, D width, H heads, E head dim, L / M stacked blocks
+# G groups, P parts, c features of a part in a group: D = G · c
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -41,9 +48,11 @@ from arcflow_jax.networks.transformer import (
     split_heads,
 )
 from arcflow_jax.parallel.mesh import constrain
-from arcflow_jax.schema import Layers, Scale, Theta, Width, Widths
+from arcflow_jax.schema import Layers, Theta, Width, Widths
 
 FEATURES = 256  # of σ and of a guidance scale
+GROUP = 128  # c, or what of it divides a width that it does not divide
+MLP = 3  # hidden features of an MLP, as a multiple of D
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +66,6 @@ class Flux2Config:
     num_attention_heads: Width
     joint_attention_dim: Width
     guidance_embeds: bool = True  # diffusers' default, which FLUX.2-dev's config.json leaves out
-    mlp_ratio: Scale = 3.0
     axes_dims_rope: Widths = (32, 32, 32, 32)
     rope_theta: Theta = 2000.0
 
@@ -66,6 +74,7 @@ class Flux2Config:
         "out_channels": None,
         "eps": 1e-6,
         "timestep_guidance_channels": FEATURES,
+        "mlp_ratio": float(MLP),
     }
 
     def __post_init__(self) -> None:
@@ -74,10 +83,6 @@ class Flux2Config:
     @property
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
-
-    @property
-    def mlp_width(self) -> int:
-        return int(self.width * self.mlp_ratio)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["text", "guidance", "positions"], meta_fields=[])
@@ -130,17 +135,28 @@ class TimeGuidanceEmbedding(nnx.Module):
         return y  # [B, D]
 
 
+def in_groups(x: jax.Array, parts: int) -> jax.Array:  # [B, S, P · D] -> [B, S, G, P, c]
+    """Grouped features with a dimension for the parts."""
+    return x.reshape(*x.shape[:2], -1, parts, math.gcd(x.shape[2] // parts, GROUP))
+
+
+def gated(x: jax.Array) -> jax.Array:  # [B, S, G, 2 P, c] -> [B, S, G, P, c]
+    """SwiGLU (arXiv 2002.05202): the second half of the parts, gated by the first."""
+    gate, value = jnp.split(x, 2, axis=3)
+    return jax.nn.silu(gate) * value
+
+
 class GatedFeedForward(nnx.Module):
-    """The MLP of a double block, SwiGLU (arXiv 2002.05202); one layer computes gate and value."""
+    """The MLP of a double block; one layer computes gate and value."""
 
     def __init__(self, config: Flux2Config, *, dtype: Any, rngs: nnx.Rngs):
-        width, hidden = config.width, config.mlp_width
-        self.linear_in = Linear(width, 2 * hidden, bias=False, dtype=dtype, rngs=rngs)
-        self.linear_out = Linear(hidden, width, bias=False, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
+        width = config.width
+        self.linear_in = Linear(width, 2 * MLP * width, bias=False, dtype=dtype, rngs=rngs)
+        self.linear_out = Linear(MLP * width, width, bias=False, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
-        gate, value = jnp.split(self.linear_in(x, mode), 2, axis=-1)
-        return self.linear_out(jax.nn.silu(gate) * value, mode)
+        hidden = gated(in_groups(self.linear_in(x, mode), 2 * MLP))
+        return self.linear_out(hidden.reshape(*x.shape[:2], -1), mode)
 
 
 class DoubleBlock(nnx.Module):
@@ -176,18 +192,19 @@ class ParallelAttention(nnx.Module):
     """Attention and MLP side by side: one layer computes the inputs of both, another reads the results of both."""
 
     def __init__(self, config: Flux2Config, *, dtype: Any, rngs: nnx.Rngs):
-        width, hidden = config.width, config.mlp_width
-        self.to_qkv_mlp_proj = Linear(width, 3 * width + 2 * hidden, bias=False, dtype=dtype, rngs=rngs)
-        self.to_out = Linear(width + hidden, width, bias=False, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
+        width = config.width
+        self.to_qkv_mlp_proj = Linear(width, (3 + 2 * MLP) * width, bias=False, dtype=dtype, rngs=rngs)
+        self.to_out = Linear((1 + MLP) * width, width, bias=False, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
         self.norm_q = RMSNorm(config.attention_head_dim, eps=1e-6, dtype=dtype)
         self.norm_k = RMSNorm(config.attention_head_dim, eps=1e-6, dtype=dtype)
-        self.ends = (width, 2 * width, 3 * width, 3 * width + hidden)
 
     def __call__(self, x: jax.Array, rope: Rope, mode: Mode) -> jax.Array:  # [B, S, D] -> [B, S, D]
-        *projected, gate, value = jnp.split(self.to_qkv_mlp_proj(x, mode), self.ends, axis=-1)
+        parts = in_groups(self.to_qkv_mlp_proj(x, mode), 3 + 2 * MLP)
+        projected = [parts[:, :, :, i].reshape(x.shape) for i in range(3)]
         q, k, v = split_heads(projected, self.norm_q, self.norm_k)
-        out = join_heads(attention(rotate(q, rope), rotate(k, rope), v))
-        return self.to_out(jnp.concatenate([out, jax.nn.silu(gate) * value], axis=-1), mode)
+        out = in_groups(join_heads(attention(rotate(q, rope), rotate(k, rope), v)), 1)
+        both = jnp.concatenate([out, gated(parts[:, :, :, 3:])], axis=3)  # [B, S, G, 1 + MLP, c]
+        return self.to_out(both.reshape(*x.shape[:2], -1), mode)
 
 
 class SingleBlock(nnx.Module):

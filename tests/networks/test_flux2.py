@@ -28,14 +28,13 @@ CASES = {
         3,
         2,
     ),
-    "three heads, another rope and MLP": (
+    "five heads in more groups, another rope": (
         dataclasses.replace(
             FLUX2,
-            num_attention_heads=3,
-            attention_head_dim=16,
-            axes_dims_rope=(4, 4, 6, 2),
+            num_attention_heads=5,
+            attention_head_dim=12,
+            axes_dims_rope=(2, 2, 6, 2),
             rope_theta=500.0,
-            mlp_ratio=2.5,
             in_channels=16,
         ),
         1,
@@ -120,7 +119,7 @@ def test_cfg():
     assert relative_error(u, guided) > 0.01
 
 
-@pytest.mark.parametrize("setting", [{"patch_size": 2}, {"out_channels": 16}, {"eps": 1e-5}])
+@pytest.mark.parametrize("setting", [{"patch_size": 2}, {"out_channels": 16}, {"eps": 1e-5}, {"mlp_ratio": 4.0}])
 def test_other_architectures_are_refused(setting):
     with pytest.raises(UserError, match=next(iter(setting))):
         schema.parse(Flux2Config, dataclasses.asdict(FLUX2) | setting, "transformer/config.json")
