@@ -323,7 +323,7 @@ class ArcFlowPipeline:
         spec = partition_spec(self.mesh, ("batch", "tokens", None), latents.shape)
         latents = jax.device_put(latents, NamedSharding(self.mesh, spec))
         if self.student is None:
-            grid = teacher_grid(self.directory.scheduler, latents.shape[1])
+            grid = teacher_grid(self.directory, latents.shape[1], steps)
             return sample_teacher(self.graphdef, state, latents, conditioning, *grid, steps=steps)
         settings = self.student.distillation
         shift, ratio = jnp.float32(settings.shift), jnp.float32(final_step_ratio or settings.final_step_ratio)
