@@ -25,7 +25,6 @@ from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.errors import UserError, one_line, out_of_memory
 from arcflow_jax.families.latents import PATCH, unpack
 from arcflow_jax.flow import sampler
-from arcflow_jax.flow.schedule import Scheduler
 from arcflow_jax.networks.conditioning import Conditioning, Guided
 from arcflow_jax.networks.student import merged_state
 from arcflow_jax.parallel.fits import DEFAULT_SHARE, FRACTION, INT4, INT8, Load, Offload, explained
@@ -95,10 +94,14 @@ def sample_teacher(
     return sampler.euler(teacher, latents, steps=steps, shift=shift, terminal=terminal, start=start, known=known)
 
 
-def teacher_grid(scheduler: Scheduler, tokens: int) -> tuple[jax.Array, jax.Array | None]:
-    """Timestep shift and terminal noise level σ of a model's scheduler for N tokens, see `schedule.euler_grid`."""
+def teacher_grid(
+    directory: ModelDirectory, tokens: int, steps: int = TEACHER_STEPS
+) -> tuple[jax.Array, jax.Array | None]:
+    """Timestep shift and terminal noise level σ of a model's scheduler, for N tokens, see `schedule.euler_grid`."""
+    scheduler, log_shift = directory.scheduler, directory.family.log_shift
+    shift = scheduler.shift_for(tokens, None if log_shift is None else log_shift(tokens, steps))
     terminal = scheduler.shift_terminal
-    return jnp.float32(scheduler.shift_for(tokens)), jnp.float32(terminal) if terminal else None
+    return jnp.float32(shift), jnp.float32(terminal) if terminal else None
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "rows", "columns", "tiled"))

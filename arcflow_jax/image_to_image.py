@@ -22,7 +22,7 @@ from arcflow_jax.data.images import in_rgb
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import PATCH, pack
 from arcflow_jax.flow.sampler import Known, noised
-from arcflow_jax.flow.schedule import Scheduler, euler_level
+from arcflow_jax.flow.schedule import euler_level
 from arcflow_jax.generate import teacher_grid
 from arcflow_jax.parallel.offload import Offload, Weights, running_shardings
 
@@ -183,7 +183,7 @@ class Beginning:
     ):
         self.given, self.clean, self.repaint = given, encoder(given.pixels), None
         tokens, features = self.clean.shape[1:]
-        self.start = start_level(directory.scheduler, tokens, strength, teacher_steps)
+        self.start = start_level(directory, tokens, strength, teacher_steps)
         if given.repaint is not None:
             self.repaint = mask_tokens(given.repaint, directory.config("vae").factor, features)
 
@@ -204,7 +204,7 @@ def mask_tokens(repaint: np.ndarray, factor: int, features: int) -> np.ndarray: 
     return np.asarray(pack(jnp.asarray(channels)))
 
 
-def start_level(scheduler: Scheduler, tokens: int, strength: float, teacher_steps: int) -> jax.Array:
+def start_level(directory: ModelDirectory, tokens: int, strength: float, teacher_steps: int) -> jax.Array:
     """σ at which a strength starts: where the schedule of a model's scheduler is at timestep t = strength.
 
     It is the same for the student, so that it starts from the noise level of the teacher, whatever its own timestep
@@ -214,4 +214,6 @@ def start_level(scheduler: Scheduler, tokens: int, strength: float, teacher_step
       tokens: N.
       teacher_steps: the Euler steps of that schedule.
     """
-    return jax.jit(euler_level, static_argnums=1)(strength, teacher_steps, *teacher_grid(scheduler, tokens))
+    return jax.jit(euler_level, static_argnums=1)(
+        strength, teacher_steps, *teacher_grid(directory, tokens, teacher_steps)
+    )

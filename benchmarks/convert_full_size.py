@@ -74,20 +74,25 @@ def make_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 class Values:
-    """Fills holes with random numbers, which depend only on the position in the file."""
+    """Fills holes with random numbers, which depend only on the position in the file.
+
+    Vectors get absolute values: a batch norm's variance is one.
+    """
 
     def __init__(self):
         numbers = 0.02 * np.random.default_rng(0).standard_normal(POOL, np.float32)
         self.bytes = numbers.astype(ml_dtypes.bfloat16).view(np.uint8)
+        self.positive = np.abs(numbers).astype(ml_dtypes.bfloat16).view(np.uint8)
 
     def write(self, tensor: FileTensor) -> None:
         """Writes a tensor through to the disk, so that reading it reads the disk."""
+        numbers = self.positive if len(tensor.shape) == 1 else self.bytes
         place, stop = tensor.offset, tensor.offset + nbytes(tensor.shape)
         with tensor.path.open("r+b", buffering=0) as file:
             file.seek(place)
             while place < stop:
-                start = place % len(self.bytes)
-                place += file.write(self.bytes[start : start + stop - place])
+                start = place % len(numbers)
+                place += file.write(numbers[start : start + stop - place])
             os.fdatasync(file.fileno())
             os.posix_fadvise(file.fileno(), tensor.offset, nbytes(tensor.shape), os.POSIX_FADV_DONTNEED)
 

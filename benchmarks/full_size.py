@@ -1,15 +1,16 @@
-"""The whole path at real size on a small machine: FLUX.1-dev in int8, or Qwen-Image in int4, with random weights.
+"""The whole path at real size on a small machine: FLUX.1-dev or FLUX.2 [klein] 4B in int8, or Qwen-Image in int4.
 
     python -m benchmarks.full_size --model flux.1-dev --folder /tmp/flux-size
+    python -m benchmarks.full_size --model flux.2-klein-4b --folder /tmp/klein-size
     python -m benchmarks.full_size --model qwen-image --folder /tmp/qwen-size
 
-Writes a diffusers folder with the exact sizes of all components, each tensor just before it is read, and runs the
-commands of a user with one small card: convert --quantize, embed-prompts, train with the recipe `single`, but rank 16
-(two training steps of one small image; killed after the first, then resumed), sample (256 × 256, an NFE of 2), export.
-Then it reads the export back, and compares it with what PEFT expects. Each command is a process of its own. Its time
-and peak memory go to FOLDER/report.json, and a step that is there is not run again. Prints a Markdown table.
+Writes a diffusers folder of random weights with the exact sizes of all components, each tensor just before it is read,
+and runs the commands of a user with one small card: convert --quantize, embed-prompts, train with the recipe `single`,
+but rank 16 (two training steps of one small image; killed after the first, then resumed), sample (256 × 256, an NFE of
+2), export. Then it reads the export back, and compares it with what PEFT expects. Each command is a process of its own.
+Its time and peak memory go to FOLDER/report.json, and a step that is there is not run again. Prints a Markdown table.
 
-Needs 24 GiB of memory, and 20 GB (FLUX.1-dev) or 25 GB (Qwen-Image) of disk.
+Needs 24 GiB of memory, and 15 GB (FLUX.2), 20 GB (FLUX.1-dev) or 25 GB (Qwen-Image) of disk.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ from arcflow_jax.storage.paths import sizes_below
 from benchmarks.convert_full_size import Values, convert_apart, make_source
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-MODELS = {"flux.1-dev": ("flux", "int8", "tiny-flux"), "qwen-image": ("qwen", "int4", "tiny-qwen")}
+MODELS = {
+    "flux.1-dev": ("flux", "int8", "tiny-flux"),
+    "flux.2-klein-4b": ("flux2", "int8", "tiny-qwen"),
+    "qwen-image": ("qwen", "int4", "tiny-qwen"),
+}
 TOKENS = 64  # of a prompt
 PROMPT = "a small red circle on the left"
 ARCFLOW = (sys.executable, "-c", "from arcflow_jax.cli.app import main; main()")

@@ -99,7 +99,7 @@ def main() -> None:
         start = {} if strength is None else {"image": list(given), "strength": strength, **masks}
         exact = teacher(prompts, num_inference_steps=TEACHER_STEPS, **start, **settings).images
         made = student(prompts, num_inference_steps=args.steps, **start, **settings).images
-        level = float(start_level(teacher.directory.scheduler, rows * columns, strength or 1.0, TEACHER_STEPS))
+        level = float(start_level(teacher.directory, rows * columns, strength or 1.0, TEACHER_STEPS))
         nfe = calls(student, level, args.steps)
         few = ""
         if not args.mask:

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -174,12 +176,17 @@ def test_images_know_their_strength_and_no_path(pipe, tmp_path):
 
 def test_the_start_is_that_of_the_models_schedule():
     """Of Qwen-Image's, with its stretch at the end, too."""
+
+    def level(scheduler: Scheduler) -> float:
+        model: Any = SimpleNamespace(scheduler=scheduler, family=SimpleNamespace(log_shift=None))
+        return float(start_level(model, 4096, 0.6, 50))
+
     dynamic = Scheduler(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02)
     shift = np.exp(0.5 + 0.4 * (4096 - 256) / (8192 - 256))
     whole, last = (float(sigma_of(jnp.float32(t), shift)) for t in (0.6, 1 / 50))
     expected = 1 - (1 - whole) * 0.98 / (1 - last)
-    assert float(start_level(dynamic, 4096, 0.6, 50)) == pytest.approx(expected, rel=1e-5)
-    assert float(start_level(Scheduler(shift=3.0), 4096, 0.6, 50)) == pytest.approx(1.8 / 2.2, rel=1e-6)
+    assert level(dynamic) == pytest.approx(expected, rel=1e-5)
+    assert level(Scheduler(shift=3.0)) == pytest.approx(1.8 / 2.2, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,10 @@ def read_index(source: Path) -> Family:
     index = read_json(source / "model_index.json")
     family = families.of_pipeline(index.get("_class_name"), source)
     known = {*family.networks, *family.tokenizers, "scheduler"}
+    for name, value in family.settings.items():
+        if (found := index.get(name, value)) != value or type(found) is not type(value):
+            raise UserError(f"{source}: {name} is {schema.shown(found)} in model_index.json, only {value} is supported")
+    known |= family.settings.keys()
     for name, entry in index.items():
         if not name.startswith("_") and name not in known and entry != [None, None]:
             raise UserError(f"{source}: component {one_line(name)} ({schema.shown(entry)}) is not supported")

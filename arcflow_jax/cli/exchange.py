@@ -35,8 +35,9 @@ def convert(
     source: Annotated[
         str | None,
         typer.Option(
-            help="The PyTorch model, FLUX.1 or Qwen-Image: a diffusers folder with model_index.json and the folders "
-            "that it names (transformer/, text_encoder/, vae/, …), weights in safetensors; or a hub id, OWNER/NAME."
+            help="The PyTorch model, FLUX.1, FLUX.2 [klein] base or Qwen-Image: a diffusers folder with "
+            "model_index.json and the folders that it names (transformer/, text_encoder/, vae/, …), weights in "
+            "safetensors; or a hub id, OWNER/NAME."
         ),
     ] = None,
     revision: Annotated[

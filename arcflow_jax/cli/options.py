@@ -271,7 +271,7 @@ class SamplingOptions(StudentOptions, LoadingOptions):
         str | None,
         typer.Option(
             help='With --teacher: classifier-free guidance (CFG) away from this prompt, which may be "" as for '
-            "Qwen-Image. --guidance is then the scale of CFG, by default 4."
+            "FLUX.2 and Qwen-Image. --guidance is then the scale of CFG, by default 4."
         ),
     ] = None
 

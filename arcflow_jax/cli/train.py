@@ -81,8 +81,8 @@ def embed_prompts(
     """Writes the text embeddings of a recipe's prompts, for training where the encoders do not fit.
 
     arcflow train then reads them, with the same recipe and --config.embeddings=OUT. Where the encoders fit, train
-    without them: embeddings take 4.2 MB per prompt for FLUX.1, 3.7 MB for Qwen-Image. An interrupted run resumes.
-    Several machines share the prompts; run the same command on each, as for arcflow train.
+    without them: embeddings take 4.2 MB per prompt for FLUX.1, 7.9 MB for FLUX.2 [klein] 4B, 3.7 MB for Qwen-Image. An
+    interrupted run resumes. Several machines share the prompts; run the same command on each, as for arcflow train.
     """
     from arcflow_jax.parallel.processes import is_main
     from arcflow_jax.storage import cache

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from arcflow_jax.convert.engine import Tensor
-from arcflow_jax.convert.rules import LINEAR, Rule, canonical, linear, pattern
+from arcflow_jax.convert.rules import Rule, canonical, linear, pattern
 
 HEAD = (
     *linear("norm_out.linear", "head.norm_out.linear"),
@@ -36,10 +36,10 @@ class AdapterTable:
     def RULES(self) -> tuple[Rule, ...]:
         lora = []
         for rule in self.base.RULES:
-            if rule.form is LINEAR and rule.target.startswith("backbone."):
+            if rule.form.lora is not None and rule.target.startswith("backbone."):
                 source, target = rule.source.removesuffix(".weight"), rule.target.removesuffix(".kernel")
-                lora.append(Rule(f"{source}.lora_A.weight", f"{target}.lora.a", LINEAR))
-                lora.append(Rule(f"{source}.lora_B.weight", f"{target}.lora.b", LINEAR))
+                for part, letter, form in zip("ab", "AB", rule.form.lora, strict=True):
+                    lora.append(Rule(f"{source}.lora_{letter}.weight", f"{target}.lora.{part}", form))
         return (*HEAD, *lora)
 
     def lora(self, source: Mapping[str, Tensor], layers: Iterable[str]) -> tuple[int, tuple[str, ...]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -22,14 +23,20 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How a tensor is laid out in the checkpoint and here: two functions of an array, inverse to each other."""
+    """How a tensor is laid out in the checkpoint and here: two functions of an array, inverse to each other.
+
+    Attributes:
+      lora: the forms of LoRA's A and B beside it, of a linear layer that can have one in our exports.
+    """
 
     to_ours: Callable[[np.ndarray], np.ndarray]
     to_theirs: Callable[[np.ndarray], np.ndarray]
+    lora: tuple[Form, Form] | None = None
 
 
 AS_IS = Form(lambda x: x, lambda x: x)
-LINEAR = Form(np.transpose, np.transpose)  # [out, in] <-> [in, out]
+TRANSPOSED = Form(np.transpose, np.transpose)
+LINEAR = dataclasses.replace(TRANSPOSED, lora=(TRANSPOSED, TRANSPOSED))  # [out, in] <-> [in, out]
 CONV = Form(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # OIHW <-> HWIO
 POINTWISE = Form(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])  # OI11, a 1×1 convolution <-> [in, out]
 
@@ -41,6 +48,33 @@ def swap(x: np.ndarray) -> np.ndarray:
 
 SWAPPED = Form(swap, swap)
 SWAPPED_LINEAR = Form(lambda x: swap(x).T, lambda x: swap(x.T))
+
+
+def grouped(size: int, *, outputs: int = 1, inputs: int = 1) -> Form:
+    """The form of a linear layer that computes or reads several parts, whose features are grouped here.
+
+    [out, in] in the checkpoint, one part after the other. Here [in, out], the first `size` features of each part, the
+    next ones, and so on.
+
+    Args:
+      size: of a group, or what of it divides a part that it does not divide.
+      outputs, inputs: number of parts.
+    """
+
+    def group(x: np.ndarray, parts: int) -> np.ndarray:
+        rows = math.gcd(len(x) // parts, size)
+        return x.reshape(parts, -1, rows, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+
+    def ungroup(x: np.ndarray, parts: int) -> np.ndarray:
+        rows = math.gcd(len(x) // parts, size)
+        return x.reshape(-1, parts, rows, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+
+    def form(outputs: int, inputs: int, lora: tuple[Form, Form] | None = None) -> Form:
+        return Form(
+            lambda x: group(group(x, outputs).T, inputs), lambda x: ungroup(ungroup(x, inputs).T, outputs), lora
+        )
+
+    return form(outputs, inputs, (form(1, inputs), form(outputs, 1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +97,11 @@ class Rule:
 def linear(source: str, target: str) -> tuple[Rule, Rule]:
     """The rules of a linear layer with bias."""
     return Rule(f"{source}.weight", f"{target}.kernel", LINEAR), Rule(f"{source}.bias", f"{target}.bias")
+
+
+def kernel(source: str, target: str, form: Form = LINEAR) -> Rule:
+    """The rule of a linear layer without bias."""
+    return Rule(f"{source}.weight", f"{target}.kernel", form)
 
 
 def fused(source: str, *targets: str) -> tuple[Rule, ...]:

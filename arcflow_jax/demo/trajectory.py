@@ -29,7 +29,7 @@ def teacher_states(
     Returns:
       The noise levels σ [steps + 1] from 1 down to 0, and the states at them, [steps + 1, B, N, D].
     """
-    sigmas = euler_grid(steps, *teacher_grid(teacher.directory.scheduler, noise.shape[1]))
+    sigmas = euler_grid(steps, *teacher_grid(teacher.directory, noise.shape[1], steps))
     with jax.set_mesh(teacher.mesh):
         run = functools.partial(_euler_states, teacher.graphdef)
         return sigmas, teacher.transformer.run(lambda state: run(state, noise, conditioning, sigmas))

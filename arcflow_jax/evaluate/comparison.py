@@ -159,7 +159,7 @@ class Comparison:
         self.settings = settings = settings.resolved(student, vae, directory.family.cfg_guidance)
         self.rows, self.columns = token_grid(settings.height, settings.width, vae.factor)
         self.channels = directory.config("transformer").in_channels
-        self.euler = teacher_grid(directory.scheduler, self.rows * self.columns)
+        self.euler = teacher_grid(directory, self.rows * self.columns, settings.teacher_steps)
         distillation = student.distillation
         bounds = sigma_of(boundaries(settings.steps, distillation.final_step_ratio), distillation.shift)
         self.grid = Grid.between(euler_grid(settings.teacher_steps, *self.euler), bounds)

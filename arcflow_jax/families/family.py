@@ -76,6 +76,9 @@ class Family:
       lora_targets: the backbone's linear layers that get LoRA in the published recipe (see `lora.attach_lora`).
       embedded_guidance: default guidance scale of a transformer with a guidance embedding.
       cfg_guidance: default scale of classifier-free guidance.
+      log_shift: μ of (image tokens, Euler steps), where its pipeline computes it: the logarithm of the teacher's
+        timestep shift, if the scheduler shifts dynamically (see `schedule.Scheduler.shift_for`).
+      settings: of the pipeline, in `model_index.json` beside its components; another value is refused.
     """
 
     pipeline: str
@@ -84,6 +87,8 @@ class Family:
     lora_targets: tuple[str, ...]
     embedded_guidance: float = 3.5
     cfg_guidance: float = 4.0
+    log_shift: Callable[[int, int], float] | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def tokenizers(self) -> tuple[str, ...]:

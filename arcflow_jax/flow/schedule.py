@@ -95,11 +95,11 @@ class Scheduler:
                 f"{self.base_image_seq_len}"
             )
 
-    def shift_for(self, tokens: int) -> float:
+    def shift_for(self, tokens: int, log_shift: float | None = None) -> float:
         """The timestep shift for an image of this many tokens.
 
-        With dynamic shifting it is e^μ, where μ is linear in the number of tokens (diffusers' `calculate_shift`).
-        Otherwise it is a constant.
+        With dynamic shifting it is e^μ, where μ is `log_shift` or, by default, linear in the number of tokens
+        (diffusers' `calculate_shift`). Otherwise it is a constant.
 
         Raises:
           UserError: if μ is absurd, because the image has far more or fewer tokens than the scheduler is made for.
@@ -107,7 +107,8 @@ class Scheduler:
         if not self.use_dynamic_shifting:
             return self.shift
         low, high = self.base_image_seq_len, self.max_image_seq_len
-        log = self.base_shift + (self.max_shift - self.base_shift) * (tokens - low) / (high - low)
+        linear = self.base_shift + (self.max_shift - self.base_shift) * (tokens - low) / (high - low)
+        log = linear if log_shift is None else log_shift
         if abs(log) > MOST_LOG_SHIFT:
             raise UserError(f"the scheduler's timestep shift is e^{log:.3g} for an image of {tokens} tokens")
         return math.exp(log)

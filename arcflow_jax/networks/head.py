@@ -18,8 +18,8 @@ from arcflow_jax.networks.layers import Adapter, Base, LayerNorm, Linear
 class OutputNorm(nnx.Module):
     """Layer norm with scale and shift from the time embedding (diffusers' AdaLayerNormContinuous: scale first)."""
 
-    def __init__(self, width: int, *, kind: type[nnx.Variable], dtype: Any, rngs: nnx.Rngs):
-        self.linear = Linear(width, 2 * width, axes=("embed", None), kind=kind, dtype=dtype, rngs=rngs)
+    def __init__(self, width: int, *, bias: bool = True, kind: type[nnx.Variable], dtype: Any, rngs: nnx.Rngs):
+        self.linear = Linear(width, 2 * width, bias=bias, axes=("embed", None), kind=kind, dtype=dtype, rngs=rngs)
 
     def __call__(self, hidden: jax.Array, temb: jax.Array) -> jax.Array:
         scale, shift = jnp.split(self.linear(jax.nn.silu(temb))[:, None], 2, axis=-1)  # [B, 1, D]
@@ -29,18 +29,24 @@ class OutputNorm(nnx.Module):
 class OutputLayer(nnx.Module):
     """The teacher's output layer: hidden [B, N, D] and time embedding [B, D] to a float32 velocity [B, N, 4C]."""
 
-    def __init__(self, width: int, out_channels: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        self.norm_out = OutputNorm(width, kind=Base, dtype=dtype, rngs=rngs)
-        self.proj_out = Linear(width, out_channels, axes=("embed", None), dtype=dtype, rngs=rngs)
+    def __init__(self, width: int, out_channels: int, *, bias: bool = True, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.norm_out = OutputNorm(width, bias=bias, kind=Base, dtype=dtype, rngs=rngs)
+        self.proj_out = Linear(width, out_channels, bias=bias, axes=("embed", None), dtype=dtype, rngs=rngs)
 
     def __call__(self, hidden: jax.Array, temb: jax.Array) -> jax.Array:
         return self.proj_out(self.norm_out(hidden, temb)).astype(jnp.float32)
 
 
+def bias_of(layer: Linear) -> jax.Array:
+    """The bias of a layer, float32; zeros if it has none."""
+    return jnp.zeros(layer.kernel.shape[-1]) if layer.bias is None else layer.bias[...].astype(jnp.float32)
+
+
 class CurveHead(nnx.Module):
     """The student's head: its own output norm and linear projections, to a float32 curve with K coefficients.
 
-    Output rows are mode-major, feature k·4C + c·4 + pixel, as in the authors' export.
+    Output rows are mode-major, feature k·4C + c·4 + pixel, as in the authors' export. Its layers have biases also where
+    the teacher's have none: the noise that makes the modes differ is in one.
     """
 
     def __init__(self, width: int, out_channels: int, modes: int, *, rngs: nnx.Rngs):
@@ -58,7 +64,7 @@ class CurveHead(nnx.Module):
           noise: standard normal, [K, C]; it makes the modes of a mixture differ.
         """
         self.norm_out.linear.kernel[...] = output.norm_out.linear.kernel[...].astype(jnp.float32)
-        self.norm_out.linear.bias[...] = output.norm_out.linear.bias[...].astype(jnp.float32)
+        self.norm_out.linear.bias[...] = bias_of(output.norm_out.linear)
 
     def constant(self, change: np.ndarray) -> tuple[str, np.ndarray]:
         """A change [.., 4C] of the output of the teacher's last layer, as the head takes it.
@@ -101,9 +107,10 @@ class MomentumHead(CurveHead):
         """
         super().initialize_from(output, noise)
         kernel = output.proj_out.kernel[...].astype(jnp.float32)
-        bias = output.proj_out.bias[...].astype(jnp.float32)
         self.proj_out_means.kernel[...] = jnp.tile(kernel, (1, self.modes))
-        self.proj_out_means.bias[...] = jnp.tile(bias, self.modes) + 0.05 * jnp.repeat(noise.ravel(), 4)
+        self.proj_out_means.bias[...] = jnp.tile(bias_of(output.proj_out), self.modes) + 0.05 * jnp.repeat(
+            noise.ravel(), 4
+        )
         self.proj_out_logweights.kernel[...] = jnp.zeros_like(self.proj_out_logweights.kernel[...])
         self.proj_out_logweights.bias[...] = jnp.zeros_like(self.proj_out_logweights.bias[...])
         if self.proj_out_loggamma is not None:
@@ -130,10 +137,9 @@ class LegendreHead(CurveHead):
     def initialize_from(self, output: OutputLayer, noise: jax.Array) -> None:
         """See `CurveHead`. c_0 is the teacher's output layer and the other coefficients are 0; `noise` is not used."""
         super().initialize_from(output, noise)
-        for name in ("kernel", "bias"):
-            ours, theirs = (getattr(layer, name) for layer in (self.proj_out_coefficients, output.proj_out))
-            first = theirs[...].astype(jnp.float32)
-            ours[...] = jnp.zeros_like(ours[...]).at[..., : first.shape[-1]].set(first)
+        ours, theirs = self.proj_out_coefficients, output.proj_out
+        for weight, first in ((ours.kernel, theirs.kernel[...].astype(jnp.float32)), (ours.bias, bias_of(theirs))):
+            weight[...] = jnp.zeros_like(weight[...]).at[..., : first.shape[-1]].set(first)
 
     def constant(self, change: np.ndarray) -> tuple[str, np.ndarray]:
         """See `CurveHead`: for c_0 alone."""

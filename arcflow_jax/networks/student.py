@@ -89,11 +89,15 @@ class ArcModel(nnx.Module):
     """A teacher and, after `attach_student`, its student. They share the weights of the backbone.
 
     `Base` variables are the teacher's; `Adapter` variables are the student's own.
+
+    Args:
+      bias: whether the teacher's output layer has biases.
     """
 
-    def __init__(self, backbone: Backbone, *, param_dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, backbone: Backbone, *, bias: bool = True, param_dtype: Any, rngs: nnx.Rngs):
         self.backbone = backbone
-        self.output = OutputLayer(backbone.config.width, backbone.config.in_channels, dtype=param_dtype, rngs=rngs)
+        config = backbone.config
+        self.output = OutputLayer(config.width, config.in_channels, bias=bias, dtype=param_dtype, rngs=rngs)
         self.head: CurveHead | None = nnx.data(None)
 
     def attach_student(self, config: AdapterConfig, rngs: nnx.Rngs) -> ArcModel:

@@ -51,9 +51,9 @@ def sinusoid(value: jax.Array, width: int) -> jax.Array:
 class EmbeddingMLP(nnx.Module):
     """linear_1, SiLU, linear_2: [B, d_in] → [B, D]."""
 
-    def __init__(self, d_in: int, width: int, *, dtype: Any, rngs: nnx.Rngs):
-        self.linear_1 = Linear(d_in, width, dtype=dtype, rngs=rngs)
-        self.linear_2 = Linear(width, width, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
+    def __init__(self, d_in: int, width: int, *, bias: bool = True, dtype: Any, rngs: nnx.Rngs):
+        self.linear_1 = Linear(d_in, width, bias=bias, dtype=dtype, rngs=rngs)
+        self.linear_2 = Linear(width, width, bias=bias, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, mode: Mode = TEACHER) -> jax.Array:
         return self.linear_2(jax.nn.silu(self.linear_1(x, mode)), mode)
@@ -78,10 +78,10 @@ def rotate(x: jax.Array, rope: Rope) -> jax.Array:
 
 
 class Modulation(nnx.Module):
-    """The shifts, scales and gates of a block: `count` vectors [B, 1, D] computed from the time embedding."""
+    """The shifts, scales and gates of blocks: `count` vectors [B, 1, D] computed from the time embedding."""
 
-    def __init__(self, width: int, count: int, *, dtype: Any, rngs: nnx.Rngs):
-        self.linear = Linear(width, count * width, dtype=dtype, rngs=rngs)
+    def __init__(self, width: int, count: int, *, bias: bool = True, dtype: Any, rngs: nnx.Rngs):
+        self.linear = Linear(width, count * width, bias=bias, dtype=dtype, rngs=rngs)
         self.count = count
 
     def __call__(self, temb: jax.Array) -> list[jax.Array]:
@@ -108,18 +108,23 @@ class FeedForward(nnx.Module):
         return self.proj_out(jax.nn.gelu(self.proj_in(x, mode), approximate=True), mode)
 
 
-def head_projection(width: int, *, dtype: Any, rngs: nnx.Rngs) -> Linear:
+def head_projection(width: int, *, bias: bool = True, dtype: Any, rngs: nnx.Rngs) -> Linear:
     """A linear layer from tokens to all heads."""
-    return Linear(width, width, axes=("embed", "heads"), dtype=dtype, rngs=rngs)
+    return Linear(width, width, bias=bias, axes=("embed", "heads"), dtype=dtype, rngs=rngs)
 
 
 def qkv(x: jax.Array, to_q: Linear, to_k: Linear, to_v: Linear, norm_q: RMSNorm, norm_k: RMSNorm) -> Heads:
     """Queries, keys (both RMS-normed per head) and values of tokens x [B, S, D], each [B, S, H, E]."""
+    return split_heads([linear(x) for linear in (to_q, to_k, to_v)], norm_q, norm_k)
+
+
+def split_heads(projected: list[jax.Array], norm_q: RMSNorm, norm_k: RMSNorm) -> Heads:
+    """`qkv`, given the results [B, S, D] of its projections."""
     head_dim = norm_q.scale.shape[-1]
     # Without the barrier XLA for TPUs folds the split into heads into the products, and for that keeps a transposed
     # copy of all the stacked weights: 2.6 GiB for FLUX.1-dev
-    projected = jax.lax.optimization_barrier([linear(x) for linear in (to_q, to_k, to_v)])
-    heads = (y.reshape(*x.shape[:-1], -1, head_dim) for y in projected)
+    projected = jax.lax.optimization_barrier(projected)
+    heads = (y.reshape(*y.shape[:-1], -1, head_dim) for y in projected)
     q, k, v = (constrain(y, "batch", None, "attending_heads", None) for y in heads)
     return norm_q(q), norm_k(k), v
 
@@ -132,12 +137,12 @@ def join_heads(out: jax.Array) -> jax.Array:  # [B, S, H, E] -> [B, S, D]
 class JointProjections(nnx.Module):
     """The projections of an attention over text and image tokens together; text and image have their own weights."""
 
-    def __init__(self, width: int, head_dim: int, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, width: int, head_dim: int, *, bias: bool = True, dtype: Any, rngs: nnx.Rngs):
         def project() -> Linear:
-            return head_projection(width, dtype=dtype, rngs=rngs)
+            return head_projection(width, bias=bias, dtype=dtype, rngs=rngs)
 
         def output() -> Linear:
-            return Linear(width, width, axes=("heads", "embed"), dtype=dtype, rngs=rngs)
+            return Linear(width, width, bias=bias, axes=("heads", "embed"), dtype=dtype, rngs=rngs)
 
         def norm() -> RMSNorm:
             return RMSNorm(head_dim, eps=1e-6, dtype=dtype)

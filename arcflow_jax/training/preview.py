@@ -85,7 +85,7 @@ class Preview:
         channels = directory.config("transformer").in_channels
         drawn = seeded_noise(recipe.seed, len(prompts), rows * columns, channels)
         self.noise = from_rows(np.asarray(drawn)[own], mesh)
-        self.grid = teacher_grid(directory.scheduler, rows * columns)
+        self.grid = teacher_grid(directory, rows * columns)
         self.vae_graphdef, decoder = nnx.split(directory.abstract("vae", recipe.dtype).decoder_alone())
         self.vae = directory.load("vae", decoder, state_shardings(mesh, decoder), part="decoder")
         self.teacher: list[Image.Image] | None = None  # its images, drawn once

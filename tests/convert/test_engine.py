@@ -29,6 +29,7 @@ from arcflow_jax.convert.rules import (
     Rule,
     conv,
     fused,
+    grouped,
     linear,
 )
 from arcflow_jax.errors import UserError
@@ -122,10 +123,26 @@ def test_layouts_mean_the_same_function():
 def test_forms_are_inverse_to_each_other(array):
     even = np.concatenate([array[0, 0], array[0, 0] + 1])
     forms = [(AS_IS, array), (CONV, array), (POINTWISE, array[:, :, :1, :1]), (LINEAR, array[0, 0])]
-    for form, x in (*forms, (SWAPPED, even), (SWAPPED_LINEAR, even)):
+    for form, x in (*forms, (SWAPPED, even), (SWAPPED_LINEAR, even), (grouped(3, outputs=2), even)):
         np.testing.assert_array_equal(form.to_theirs(form.to_ours(x)), x)
     for form, x in ((AS_IS, array), (CONV, array), (LINEAR, array[0, 0]), (POINTWISE, array[0, 0])):
         np.testing.assert_array_equal(form.to_ours(form.to_theirs(x)), x)
+
+
+def test_grouped_features_of_two_parts():
+    """In the outputs and in the inputs of a layer, and of its LoRA."""
+    order = [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]  # two features of each part at a time
+    weight = np.arange(24).reshape(12, 2)
+    out, into = grouped(4, outputs=2), grouped(4, inputs=2)  # of four, two divide the six features of a part
+    np.testing.assert_array_equal(out.to_ours(weight), weight[order].T)
+    np.testing.assert_array_equal(into.to_ours(weight.T), weight[order])
+    for form, transposed in ((out, False), (into, True)):
+        a, b = form.lora
+        x, plain, moved = np.arange(8).reshape(4, 2), *((b, a) if transposed else (a, b))
+        np.testing.assert_array_equal(plain.to_ours(x), x.T)
+        found = moved.to_ours(weight.T if transposed else weight)
+        np.testing.assert_array_equal(found, weight[order] if transposed else weight[order].T)
+        assert moved.to_theirs(found).shape == (weight.T if transposed else weight).shape
 
 
 @settings(deadline=None, max_examples=30)

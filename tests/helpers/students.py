@@ -91,7 +91,9 @@ def attach_student(twin, folder: Path) -> None:
     )
     twin.proj_out = torch.nn.Linear(*reversed(weight.shape))
     twin.proj_out.load_state_dict({"weight": weight, "bias": bias})
-    twin.norm_out.load_state_dict({name: tensors[f"norm_out.{name}"] for name in ("linear.weight", "linear.bias")})
+    norm = {kind: tensors[f"norm_out.linear.{kind}"] for kind in ("weight", "bias")}
+    twin.norm_out.linear = torch.nn.Linear(*reversed(norm["weight"].shape))  # FLUX.2's has no bias
+    twin.norm_out.linear.load_state_dict(norm)
     lora = {name: tensor for name, tensor in tensors.items() if "lora" in name}
     twin.load_lora_adapter(dict(lora), prefix=None, adapter_name="student")
     loaded = get_peft_model_state_dict(twin, adapter_name="student")

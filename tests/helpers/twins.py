@@ -17,6 +17,7 @@ from flax import nnx
 
 from arcflow_jax.families.latents import centred_positions, position_ids
 from arcflow_jax.networks.flux import FluxConditioning, FluxConfig
+from arcflow_jax.networks.flux2 import Flux2Conditioning, Flux2Config
 from arcflow_jax.networks.qwen_image import QwenImageConditioning, QwenImageConfig
 from arcflow_jax.networks.states import flatten, unflatten
 
@@ -38,6 +39,17 @@ QWEN_IMAGE = QwenImageConfig(
     num_attention_heads=2,
     joint_attention_dim=48,
     axes_dims_rope=(8, 12, 12),
+)
+
+FLUX2 = Flux2Config(
+    in_channels=64,
+    num_layers=2,
+    num_single_layers=3,
+    attention_head_dim=32,
+    num_attention_heads=3,  # and as many groups
+    joint_attention_dim=48,
+    guidance_embeds=False,
+    axes_dims_rope=(8, 8, 8, 8),
 )
 
 
@@ -151,6 +163,42 @@ def qwen_twin_velocity(twin: Any, tokens, sigma, c: QwenImageConditioning, rows:
             encoder_hidden_states=torch.from_numpy(c.text),
             encoder_hidden_states_mask=torch.from_numpy(mask),
             img_shapes=[[(1, rows, columns)]] * len(tokens),
+        ).sample.numpy()
+
+
+def flux2_inputs(config: Flux2Config, rows: int, columns: int, length: int):
+    """Tokens, σ and conditioning for a batch of two."""
+    rng = np.random.default_rng(0)
+    tokens = rng.standard_normal((2, rows * columns, config.in_channels)).astype(np.float32)
+    conditioning = Flux2Conditioning(
+        text=10 * rng.standard_normal((2, length, config.joint_attention_dim)).astype(np.float32),
+        guidance=np.array([3.5, 1.0], np.float32) if config.guidance_embeds else None,
+        positions=jnp.pad(position_ids(rows, columns), ((0, 0), (0, 1))),
+    )
+    return tokens, np.array([0.9, 0.31], np.float32), conditioning
+
+
+def flux2_twin(config: Flux2Config) -> Any:
+    """diffusers' model with the same model config and random weights."""
+    pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    twin = diffusers.Flux2Transformer2DModel(**dataclasses.asdict(config))
+    return randomize(twin, transformer_scale, lambda name: 0.02)
+
+
+def flux2_twin_velocity(twin: Any, tokens: Any, sigma: Any, c: Flux2Conditioning) -> np.ndarray:
+    """The output of diffusers' Flux2Transformer2DModel for our inputs."""
+    import torch
+
+    index = torch.arange(c.text.shape[1])
+    with torch.no_grad():
+        return twin(
+            hidden_states=torch.from_numpy(np.array(tokens)),
+            timestep=torch.from_numpy(sigma),
+            encoder_hidden_states=torch.from_numpy(np.array(c.text)),
+            guidance=None if c.guidance is None else torch.from_numpy(np.array(c.guidance)),
+            img_ids=torch.from_numpy(np.array(c.positions)),
+            txt_ids=torch.stack([0 * index, 0 * index, 0 * index, index], -1),
         ).sample.numpy()
 
 

@@ -65,7 +65,7 @@ def description(rng: random.Random, folder: Path) -> Case:
             directory.dtype(component)
         for name in directory.family.tokenizers:
             directory.check_files(name)
-        teacher_grid(directory.scheduler, 16)
+        teacher_grid(directory, 16)
         return directory.description
 
     def wrong(result: dict[str, Any]) -> str | None:

@@ -34,7 +34,7 @@ def test_the_endpoint_error_falls(tiny_flux, tmp_path):
 
     noise = seeded_noise(7, len(PROMPTS) * 2, 4, plan.directory.config("transformer").in_channels)
     weights = nnx.merge_state(base, state.ema)
-    grid = teacher_grid(plan.directory.scheduler, 4)
+    grid = teacher_grid(plan.directory, 4)
     target = sample_teacher(plan.graphdef, weights, noise, conditioning, *grid, steps=TEACHER_STEPS)
 
     def error(ema: nnx.State) -> float:

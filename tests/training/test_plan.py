@@ -19,6 +19,8 @@ from tests.helpers.paths import ROOT
 
 MODELS = {
     **dict.fromkeys(("flux", "flux:published", "flux:legendre"), ROOT / "configs" / "flux.1-dev"),
+    "flux2": ROOT / "configs" / "flux.2-klein-4b",
+    "flux2:9b": ROOT / "configs" / "flux.2-klein-9b",
     **dict.fromkeys(("qwen", "qwen:compact", "qwen:legendre"), ROOT / "configs" / "qwen-image"),
     **dict.fromkeys(("tiny", "tiny:linear", "tiny:legendre", "tiny_ablation"), ASSETS / "tiny-flux"),
     "tiny_qwen": ASSETS / "tiny-qwen",

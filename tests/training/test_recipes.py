@@ -24,6 +24,7 @@ from arcflow_jax.training.recipe import SETTINGS, Recipe, bundled, read_config
 CONFIGS = Path(__file__).parents[2] / "configs"
 LARGE = {
     "flux": ("FluxPipeline", "flux.1-dev", ("default", "published", "legendre", "single")),
+    "flux2": ("Flux2KleinPipeline", "flux.2-klein-4b", ("4b", "9b", "single")),
     "qwen": ("QwenImagePipeline", "qwen-image", ("published", "compact", "legendre", "single")),
 }
 VARIANTS = {name: variants for name, (*_, variants) in LARGE.items()}
@@ -35,6 +36,7 @@ def test_recipe_fits_its_model(name, variant):
     """Every group of the optimizer finds its variables, and the student is under 5 % of its teacher, FLUX.1's published
     one excepted."""
     pipeline, folder, _ = LARGE[name]
+    folder = "flux.2-klein-9b" if variant == "9b" else folder
     family = families.of_pipeline(pipeline, name)
     network = family.networks["transformer"]
     recipe = Recipe.from_config(read_config(f"{name}:{variant}"))
@@ -79,7 +81,10 @@ def test_recipes_are_small(name):
     [
         ("flux:curved", "recipe flux:curved: known variants are default, published, legendre, single"),
         ("tiny_ablation:arcflow+faster", "recipe .*: no change is called faster; known are nfe-1, "),
-        ("fluks", "no recipe is called 'fluks': known are flux, qwen, tiny, tiny_ablation, tiny_qwen; a file's name"),
+        (
+            "fluks",
+            "no recipe is called 'fluks': known are flux, flux2, qwen, tiny, tiny_ablation, tiny_qwen; a",
+        ),
         ("nowhere/mine.py", "recipe nowhere/mine.py does not exist"),
     ],
 )

@@ -12,7 +12,7 @@ checkpoint.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -54,10 +54,36 @@ class Qwen2_5VLConfig:
     @staticmethod
     def flat(config: dict[str, Any]) -> dict[str, Any]:
         """A config.json with the nested fields of newer versions, `text_config` and `rope_parameters`, on top level."""
-        config = config | schema.nested(config, "text_config")
-        rope = schema.nested(config, "rope_parameters") or schema.nested(config, "rope_scaling")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        return config | rope | {"rope_type": "default" if kind == "mrope" else kind}
+        return with_rope(config | schema.nested(config, "text_config"))
+
+
+def with_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with its nested `rope_parameters`, or `rope_scaling` before transformers 5, on top level."""
+    rope = schema.nested(config, "rope_parameters") or schema.nested(config, "rope_scaling")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    return config | rope | {"rope_type": "default" if kind == "mrope" else kind}
+
+
+class LayerConfig(Protocol):
+    """What the decoder layers of Qwen2.5 and Qwen3 read of a model config."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def intermediate_size(self) -> int: ...
+
+    @property
+    def num_attention_heads(self) -> int: ...
+
+    @property
+    def num_key_value_heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def rms_norm_eps(self) -> float: ...
 
 
 def rotate_halves(x: jax.Array, rope: Rope) -> jax.Array:
@@ -68,31 +94,41 @@ def rotate_halves(x: jax.Array, rope: Rope) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Causal self-attention. Groups of H / G heads share keys and values (arXiv 2305.13245)."""
+    """Causal self-attention. Groups of H / G heads share keys and values (arXiv 2305.13245).
 
-    def __init__(self, config: Qwen2_5VLConfig, *, dtype: Any, rngs: nnx.Rngs):
+    Qwen3's has norms of queries and keys, and no biases.
+    """
+
+    def __init__(self, config: LayerConfig, *, normed: bool, dtype: Any, rngs: nnx.Rngs):
         def project(heads: int) -> Linear:
             width = heads * config.head_dim
-            return Linear(config.hidden_size, width, axes=("embed", "heads"), dtype=dtype, rngs=rngs)
+            return Linear(config.hidden_size, width, bias=not normed, axes=("embed", "heads"), dtype=dtype, rngs=rngs)
+
+        def norm() -> RMSNorm | None:
+            return RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype) if normed else None
 
         self.q_proj = project(config.num_attention_heads)
         self.k_proj = project(config.num_key_value_heads)
         self.v_proj = project(config.num_key_value_heads)
         inner = config.num_attention_heads * config.head_dim
         self.o_proj = Linear(inner, config.hidden_size, bias=False, axes=("heads", "embed"), dtype=dtype, rngs=rngs)
+        self.q_norm, self.k_norm = norm(), norm()
         self.head_dim = config.head_dim
 
-    def __call__(self, x: jax.Array, rope: Rope) -> jax.Array:  # [B, N, D] -> [B, N, D]
+    def __call__(self, x: jax.Array, rope: Rope, lengths: jax.Array | None = None) -> jax.Array:
+        """[B, N, D] to [B, N, D]. Of each sequence, only the first tokens are attended, by default all; lengths [B]."""
         q, k, v = (f(x).reshape(*x.shape[:2], -1, self.head_dim) for f in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate_halves(q, rope), rotate_halves(k, rope)
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)  # [B, N, H, E]
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True, key_value_seq_lengths=lengths)  # [B, N, H, E]
         return self.o_proj(y.reshape(*x.shape[:2], -1))
 
 
 class MLP(nnx.Module):
     """The gated MLP, SwiGLU (arXiv 2002.05202)."""
 
-    def __init__(self, config: Qwen2_5VLConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: LayerConfig, *, dtype: Any, rngs: nnx.Rngs):
         def linear(d_in: int, d_out: int, axes: tuple[str, str]) -> Linear:
             return Linear(d_in, d_out, bias=False, axes=axes, dtype=dtype, rngs=rngs)
 
@@ -107,14 +143,14 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """Attention, then the MLP, each on RMS-normed tokens and with a residual connection."""
 
-    def __init__(self, config: Qwen2_5VLConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: LayerConfig, *, normed: bool = False, dtype: Any, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.self_attn = Attention(config, normed=normed, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, rope: Rope) -> jax.Array:
-        x = x + self.self_attn(self.input_layernorm(x), rope)
+    def __call__(self, x: jax.Array, rope: Rope, lengths: jax.Array | None = None) -> jax.Array:
+        x = x + self.self_attn(self.input_layernorm(x), rope, lengths)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -26,24 +26,14 @@ from arcflow_jax.networks.vaes.vae import VAE, in_strips, moments, upsampled
 from arcflow_jax.schema import Depth, Offset, Pixels, Scale, Width, Widths
 
 
-@dataclasses.dataclass(frozen=True)
-class AutoencoderKLConfig:
-    """The model config of an AutoencoderKL, with the names of its config.json."""
-
-    REQUIRED: ClassVar[dict[str, Any]] = {
-        "act_fn": "silu",
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "latents_mean": None,
-        "latents_std": None,
-    }
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LevelsConfig:
+    """What describes encoder and decoder, with the names of a config.json."""
 
     block_out_channels: Widths
     layers_per_block: Depth
     latent_channels: Width
     norm_num_groups: Width
-    scaling_factor: Scale
-    shift_factor: Offset
     in_channels: Width = 3
     out_channels: Width = 3
     mid_block_add_attention: bool = True
@@ -61,6 +51,22 @@ class AutoencoderKLConfig:
     def factor(self) -> int:
         """f, the number of pixels per latent pixel along one side."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoencoderKLConfig(LevelsConfig):
+    """The model config of an AutoencoderKL, with the names of its config.json."""
+
+    REQUIRED: ClassVar[dict[str, Any]] = {
+        "act_fn": "silu",
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "latents_mean": None,
+        "latents_std": None,
+    }
+
+    scaling_factor: Scale
+    shift_factor: Offset
 
 
 class ResnetBlock(nnx.Module):
@@ -133,7 +139,7 @@ class MidBlock(nnx.Module):
 
 
 class DownBlock(nnx.Module):
-    def __init__(self, c_in: int, c_out: int, config: AutoencoderKLConfig, last: bool, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, c_in: int, c_out: int, config: LevelsConfig, last: bool, *, dtype: Any, rngs: nnx.Rngs):
         groups = config.norm_num_groups
         widths = [c_in] + [c_out] * config.layers_per_block
         self.resnets = nnx.List(
@@ -151,7 +157,7 @@ class DownBlock(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    def __init__(self, c_in: int, c_out: int, config: AutoencoderKLConfig, last: bool, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, c_in: int, c_out: int, config: LevelsConfig, last: bool, *, dtype: Any, rngs: nnx.Rngs):
         groups = config.norm_num_groups
         widths = [c_in] + [c_out] * (config.layers_per_block + 1)
         self.resnets = nnx.List(
@@ -166,7 +172,7 @@ class UpBlock(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    def __init__(self, config: AutoencoderKLConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: LevelsConfig, *, dtype: Any, rngs: nnx.Rngs):
         widths = config.block_out_channels
         self.conv_in = Conv(config.in_channels, widths[0], 3, dtype=dtype, rngs=rngs)
         self.down_blocks = nnx.List(
@@ -189,7 +195,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    def __init__(self, config: AutoencoderKLConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: LevelsConfig, *, dtype: Any, rngs: nnx.Rngs):
         widths = config.block_out_channels[::-1]
         groups = config.norm_num_groups
         self.conv_in = Conv(config.latent_channels, widths[0], 3, dtype=dtype, rngs=rngs)
