@@ -67,9 +67,9 @@ class ArcFlowPipeline(LoadedModel):
 
         Args:
           prompt: what the images should show, one text or several.
-          negative_prompt, strength, num_inference_steps, guidance_scale, height, width, seed, final_step_ratio,
-            norm_preserving: see `sampling_settings.resolve_settings`. By default, strength is 0.6 with an image, and
-            height and width are the image's.
+          negative_prompt, num_inference_steps, guidance_scale, height, width, seed, final_step_ratio, norm_preserving:
+            see `sampling_settings.resolve_settings`. With an image, height and width are the image's by default.
+          strength: see there; with an image 0.6 by default.
           image: what to start from instead of noise alone, one for all prompts or one for each, of one size: PIL
             images, or arrays [H, W, 3] of uint8 or of floating-point numbers between 0 and 1.
           mask_image: for inpainting, likewise, also [H, W]: white is repainted; other pixels stay exactly as given.
