@@ -138,7 +138,7 @@ async def soak(url: str, requests: int, restart) -> Counter:
         timeout = 0.02 if kind == "given up" else 120
         try:
             answer = await http.post(url, json={"prompt": PROMPT, "seed": seed}, timeout=timeout)
-        except httpx.ReadTimeout:
+        except httpx.TimeoutException:
             counts["given up by the client" if kind == "given up" else "LOST"] += 1
             return
         if answer.status_code in (429, 503):

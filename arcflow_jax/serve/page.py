@@ -32,6 +32,8 @@ STYLE = """
 .arcflow.small figure { flex: 0 0 96px; }
 .arcflow.small figcaption { display: none; }
 .arcflow .error { color: #b00020; font-weight: 600; }
+/* On a phone the image comes before the settings */
+@media (max-width: 640px) { #below { flex-direction: column-reverse; } }
 .dark .arcflow .error { color: #ff8a80; }
 """
 
@@ -125,9 +127,9 @@ def page(engine: Engine, teacher: Engine | None, limits: Limits, images: Images)
 
     with gr.Blocks(title=f"ArcFlow: {engine.name}", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.Markdown(f"# ArcFlow\n{engine.name}: type, and the image follows.")
-        with gr.Row():
+        prompt = gr.Textbox(label="Prompt", placeholder=EXAMPLE, lines=2, autofocus=True)
+        with gr.Row(elem_id="below"):
             with gr.Column(scale=2, min_width=300):
-                prompt = gr.Textbox(label="Prompt", placeholder=EXAMPLE, lines=3, autofocus=True)
                 with gr.Row():
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1, min_width=120)
                     other = gr.Button("Another seed", min_width=120)
@@ -137,8 +139,8 @@ def page(engine: Engine, teacher: Engine | None, limits: Limits, images: Images)
                 scale = gr.Slider(0, 10, own, step=0.1, label="Guidance", visible=guided)
                 with gr.Row():
                     keeps = gr.Button("Keep", variant="primary", min_width=120)
-                    compares = gr.Button("Beside the teacher", visible=teacher is not None, min_width=120)
-                file = gr.File(label="Settings of a PNG: drop it here", file_types=[".png"], height=120)
+                    compares = gr.Button("Compare", visible=teacher is not None, min_width=120)
+                file = gr.File(label="Settings of a PNG: drop it here", file_types=[".png"], height=140)
             with gr.Column(scale=3, min_width=300):
                 shown = gr.HTML(in_row(""), label="Image", show_label=False)
                 current, kept, gallery = gr.State(""), gr.State([]), gr.HTML(in_row("", "small"))

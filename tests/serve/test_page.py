@@ -109,7 +109,7 @@ def test_the_image_follows_the_text(tab, site, engine):
 
     tab.get_by_role("button", name="Keep").click()
     tab.locator(".arcflow.small img").wait_for()
-    tab.get_by_role("button", name="Beside the teacher").click()
+    tab.get_by_role("button", name="Compare").click()
     tab.wait_for_function("document.querySelectorAll('.arcflow.large img').length == 2")
     assert all(" s" in text for text in tab.locator(".arcflow.large figcaption").all_inner_texts())
 
