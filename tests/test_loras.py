@@ -115,11 +115,6 @@ def test_padded_ranks(rank):
     assert padded(rank) < 2 * max(rank, 9)
 
 
-def added(pipe: ArcFlowPipeline, file: Path) -> ArcFlowPipeline:
-    pipe.load_lora_weights(file)
-    return pipe
-
-
 def test_beside_the_weights_is_as_in_the_weights(tiny_flux, pipe, tmp_path):
     """Of a pair of LoRAs, in float32; and fused, the network runs the program of the plain one."""
     before = latents(pipe)
