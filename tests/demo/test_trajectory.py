@@ -11,6 +11,8 @@ from arcflow_jax.flow.schedule import sigma_of
 from arcflow_jax.pipeline import ArcFlowPipeline
 from tests.helpers.random_student import write_adapter
 
+pytestmark = pytest.mark.slow
+
 
 def inputs(pipeline: ArcFlowPipeline):
     rows, columns = pipeline.grid(32, 32)
