@@ -148,7 +148,13 @@ def random_key(seed: int) -> jax.Array:
 
 def seeded_noise(seed: int, count: int, tokens: int, channels: int, first: int = 0) -> jax.Array:
     """Standard normal [B, N, 4C]; image i of a seed gets the same noise whatever its batch."""
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(random_key(seed), first + jnp.arange(count))
+    return _noise(random_key(seed), first, count, tokens, channels)
+
+
+# One program, which the compilation cache keeps: its parts are too small for it, and were compiled in every process
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _noise(key: jax.Array, first: jax.Array, count: int, tokens: int, channels: int) -> jax.Array:
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(count))
     return jax.vmap(lambda key: jax.random.normal(key, (tokens, channels)))(keys)
 
 

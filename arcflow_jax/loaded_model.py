@@ -215,7 +215,7 @@ class LoadedModel(StyleLoRAs):
     def decode(self, tokens: jax.Array, rows: int, columns: int) -> np.ndarray:
         """Pixels [B, H, W, 3], uint8, of latent tokens [B, N, 4C]."""
         with self._running():
-            return self.vae.run(lambda state: self._decode(state, tokens, rows, columns))
+            return np.asarray(self.vae.run(lambda state: self._decode(state, tokens, rows, columns)))
 
     def _denoise(
         self,
@@ -237,9 +237,9 @@ class LoadedModel(StyleLoRAs):
         shift, ratio = jnp.float32(settings.shift), jnp.float32(final_step_ratio or settings.final_step_ratio)
         return sample_student(*network, latents, conditioning, shift, ratio, start, known, steps=steps)
 
-    def _decode(self, state: nnx.State, tokens: jax.Array, rows: int, columns: int) -> np.ndarray:
+    def _decode(self, state: nnx.State, tokens: jax.Array, rows: int, columns: int) -> jax.Array:
         size = {"rows": rows, "columns": columns, "tiled": self.vae_tiling}
-        return np.asarray(decode_latents(self.vae_graphdef, state, tokens, **size))
+        return decode_latents(self.vae_graphdef, state, tokens, **size)
 
     @contextlib.contextmanager
     def _running(self) -> Generator[None]:

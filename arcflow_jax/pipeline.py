@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,8 @@ from arcflow_jax.sampling_settings import (
     resolve_settings,
 )
 from arcflow_jax.schema import Batch
+
+Item = TypeVar("Item")
 
 
 class ArcFlowPipeline(LoadedModel):
@@ -197,14 +200,14 @@ class ArcFlowPipeline(LoadedModel):
             # The images of each batch; the last batch is filled up with its last image
             batches = [np.minimum(np.arange(i, i + job.batch_size), count - 1) for i in starts]
             with self._running():
-                job.progress("encoding", start)
+                job.progress("encoding", self._finished(job, start))
                 conditionings = self._encode([[job.prompts[i] for i in batch] for batch in batches], settings)
                 if job.latents is not None:
                     noises = [job.latents[batch] for batch in batches]
                 else:
                     seed, size = settings.seed or 0, (job.batch_size, settings.rows, settings.columns)
                     noises = [self.noise(seed, *size, job.first + i) for i in starts]
-                job.progress("denoising", start)
+                job.progress("denoising", self._finished(job, start))
                 begun = [beginning(noise, batch) for noise, batch in zip(noises, batches, strict=True)]
                 inputs = list(zip(begun, conditionings, strict=True))
                 tokens = self.transformer.run(
@@ -226,13 +229,36 @@ class ArcFlowPipeline(LoadedModel):
             return Beginning(self.directory, given, self._image_encoder(), strength, steps)
 
     def _images(self, job: Job) -> Iterator[Image.Image]:
-        size, described = (job.settings.rows, job.settings.columns), self._described(job.settings)
-        for start, tokens in self._latents(job):
+        described, batches = self._described(job.settings), self._pixels(job)
+        if not self.offload:  # the devices make the next batch while this one's images are fetched and written
+            batches = one_ahead(batches)
+        for start, pixels in batches:
             with self._running():
-                job.progress("decoding", start)
-                pixels = self.vae.run(lambda state, tokens=tokens: [self._decode(state, x, *size) for x in tokens])
-            for i, array in zip(range(start, job.wanted.stop), np.concatenate(pixels), strict=False):
+                arrays = np.concatenate(pixels)
+            for i, array in zip(range(start, job.wanted.stop), arrays, strict=False):
                 image = Image.fromarray(array if job.given is None else job.given.composite(i, array))
                 image.info = {"prompt": job.prompts[i], "image": job.first + i} | described
                 job.progress("writing", i + 1)
                 yield image
+
+    def _pixels(self, job: Job) -> Iterator[tuple[int, list[jax.Array]]]:
+        """`_latents`, decoded: each batch [B, H, W, 3], uint8, which may still be computed."""
+        size = (job.settings.rows, job.settings.columns)
+        for start, tokens in self._latents(job):
+            with self._running():
+                job.progress("decoding", self._finished(job, start))
+                pixels = self.vae.run(lambda state, tokens=tokens: [self._decode(state, x, *size) for x in tokens])
+            yield start, pixels
+
+    def _finished(self, job: Job, start: int) -> int:
+        """How many images are finished when the devices are given those from `start` on."""
+        return start if self.offload else max(job.wanted.start, start - job.batch_size)
+
+
+def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each of them only after the next one was asked for."""
+    held = list(itertools.islice(items, 1))
+    for item in items:
+        yield held.pop()
+        held.append(item)
+    yield from held

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -165,6 +166,14 @@ def image_grid(directory: ModelDirectory, height: int | None = None, width: int 
     if vae.sample_size is None and None in (height, width):
         raise UserError(f"{directory.path} does not say how large its images are: name height and width")
     return token_grid(height or vae.sample_size, width or vae.sample_size, vae.factor)
+
+
+def sides(size: object) -> tuple[int, int]:
+    """Width and height of a text such as 1024x768. Raises UserError."""
+    found = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", size) if isinstance(size, str) else None
+    if found is None:
+        raise UserError(f"size is {schema.shown(size)}, but has to be WIDTHxHEIGHT, such as 1024x1024")
+    return int(found[1]), int(found[2])
 
 
 def batch_for(mesh: Mesh, batch_size: int | None) -> int:

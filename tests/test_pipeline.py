@@ -266,6 +266,23 @@ def test_progress(pipe):
     assert [what for what, done in told[:3] if done == 0] == ["encoding", "denoising", "decoding"]
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_next_batch_is_made_while_images_are_written(pipe, monkeypatch, offload):
+    """Not with offload, where a network waits until the one before it has left the device."""
+    monkeypatch.setattr(pipe, "offload", offload)
+    monkeypatch.setattr(loaded_model, "OFFLOADED_BATCHES", 1)
+    told = []
+    for _ in pipe.stream(PROMPTS, **SIZE, progress=lambda *what: told.append(what)):
+        told.append("image")
+    order = [what[0] if what[0] == "decoding" else what for what in told if what == "image" or what[0] == "decoding"]
+    apart, together = ["decoding", "image"] * 3, ["decoding", "decoding", "image", "decoding", "image", "image"]
+    assert order == (apart if offload else together)
+    finished = 0
+    for what in told:
+        finished += what == "image"
+        assert what == "image" or what[1] == finished + (what[0] == "writing"), told
+
+
 # Meshes of the caller
 
 

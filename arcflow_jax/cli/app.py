@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import typer
 
-from arcflow_jax.cli import doctor, evaluate, exchange, reports, sample, serve, train
+from arcflow_jax.cli import doctor, evaluate, exchange, reports, sample, serve, train, warm
 from arcflow_jax.errors import report_errors
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command(context_settings=OVERRIDES)(train.train)
 app.command(context_settings=OVERRIDES)(train.embed_prompts)
 app.command()(sample.sample)
 app.command()(serve.serve)
+app.command()(warm.warm)
 app.add_typer(evaluate.app, name="evaluate")
 app.command()(exchange.export)
 app.command()(exchange.verify)

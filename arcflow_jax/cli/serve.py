@@ -77,6 +77,7 @@ def serve(
     import jax
 
     from arcflow_jax.parallel.mesh import parse_mesh
+    from arcflow_jax.sampling_settings import sides
     from arcflow_jax.serve import api, requests, server
     from arcflow_jax.serve.engine import Engine, declared
     from arcflow_jax.serve.images import Images
@@ -84,7 +85,7 @@ def serve(
 
     if api_key is not None and not api_key.strip():
         raise UserError("the API key is empty: leave it out, or choose a long one")
-    asked_sizes = [requests.sides(size) for size in filter(None, sizes.split(","))]
+    asked_sizes = [sides(size) for size in filter(None, sizes.split(","))]
     devices = jax.local_devices()
     share = len(devices) // replicas
     if not share:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import secrets
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -13,10 +12,10 @@ from msgspec import Meta
 
 from arcflow_jax import schema
 from arcflow_jax.errors import UserError
+from arcflow_jax.sampling_settings import sides
 from arcflow_jax.schema import NFE, Guidance, Seed
 from arcflow_jax.serve.engine import Settings
 
-SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 Images = Annotated[int, Meta(ge=1, le=10**6)]
 
 
@@ -149,14 +148,6 @@ def decoded(body: bytes) -> Any:
         return msgspec.json.decode(body)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise UserError(f"the body is not JSON: {error}") from None
-
-
-def sides(size: object) -> tuple[int, int]:
-    """Width and height of a text such as 1024x768. Raises UserError."""
-    found = SIZE.fullmatch(size) if isinstance(size, str) else None
-    if found is None:
-        raise UserError(f"size is {schema.shown(size)}, but has to be WIDTHxHEIGHT, such as 1024x1024")
-    return int(found[1]), int(found[2])
 
 
 def numbers(steps: str) -> list[int]:

@@ -1,0 +1,52 @@
+"""`arcflow warm`."""
+
+from __future__ import annotations
+
+import collections
+import time
+from typing import Annotated, Any
+
+import typer
+
+from arcflow_jax.cli import options
+from arcflow_jax.errors import UserError
+
+
+@options.expand_options
+def warm(
+    sizes: Annotated[
+        str,
+        typer.Option(help="Width x height in pixels, e.g. 1024x1024,768x1344. By default the model's."),
+    ] = "",
+    *,
+    sampling: options.SamplingOptions,
+) -> None:
+    """Compiles ahead, into the cache, all that sampling from a model takes, for each size.
+
+    Programs are kept for the same machine, versions, batch size and steps. Each size is sampled once, and no image is
+    written.
+    """
+    if sizes and (sampling.height or sampling.width):
+        raise UserError("--height and --width are one size, --sizes may be several: leave one or the other out")
+    import jax
+
+    from arcflow_jax.sampling_settings import batch_for, sides
+    from arcflow_jax.storage import cache
+
+    shapes = [sides(size) for size in filter(None, sizes.split(","))] or [(sampling.width, sampling.height)]
+    cache.enable_compilation_cache()
+    # Small programs too: dozens of them take longer to compile than to read
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    events: collections.Counter[str] = collections.Counter()
+    jax.monitoring.register_event_listener(lambda event, **_: events.update([event.split("/")[-1]]))
+    pipeline = sampling.load()
+    batch = batch_for(pipeline.mesh, sampling.batch_size)
+    calls: list[dict[str, Any]] = [sampling.settings() | {"height": height, "width": width} for width, height in shapes]
+    described = [pipeline.described(**settings) for settings in calls]  # all are checked before the first compiles
+    for settings, image in zip(calls, described, strict=True):
+        started = time.perf_counter()
+        for _ in pipeline.stream(["warm"] * batch, batch_size=batch, **settings):
+            pass
+        seconds = time.perf_counter() - started
+        print(f"{image['width']}x{image['height']}, {batch} a batch, {image['steps']} steps: {seconds:.1f} s")
+    print(f"{events['cache_misses']} programs compiled, {events['cache_hits']} found in the cache")
