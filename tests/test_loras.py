@@ -20,11 +20,14 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.families import text
 from arcflow_jax.flow.curve import Span
 from arcflow_jax.networks.layers import linear_layers
+from arcflow_jax.networks.states import flatten
 from arcflow_jax.networks.style import padded
 from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.storage.safetensors import write_tensors
 from tests.helpers.loras import LAYERS, OUTPUT, TEXT, write_lora
 from tests.helpers.random_student import write_adapter
 from tests.helpers.twins import relative_error
+from tools.train_style_lora import export, train
 
 # Those of `random_student.ADAPTER`
 ADAPTER_LAYERS = (
@@ -78,6 +81,7 @@ def test_switching_compiles_nothing(pipe, tmp_path):
         pipe.set_adapters(names, weights)
         results.append(latents(pipe))
     pipe.set_adapters([])
+    assert "loras" not in pipe.described()
     np.testing.assert_array_equal(latents(pipe), plain)
     pipe.unload_lora_weights()
     np.testing.assert_array_equal(latents(pipe), plain)
@@ -173,6 +177,19 @@ def test_quantized_weights(tiny_flux, tmp_path):
     assert relative_error(*changes) < 0.1
     with pytest.raises(UserError, match="cannot be fused into quantized weights: leave it beside them"):
         pipe.fuse_lora()
+
+
+def test_offloaded_weights(tiny_flux, teacher_pipe, tmp_path):
+    """The LoRA is the same beside weights that wait in host memory, and cannot be fused into them."""
+    file = write_lora(tmp_path / "lora.safetensors")
+    teacher_pipe.load_lora_weights(file)
+    expected = latents(teacher_pipe)
+    teacher_pipe.unload_lora_weights()
+    offloaded = ArcFlowPipeline.from_pretrained(tiny_flux, offload=True)
+    offloaded.load_lora_weights(file)
+    np.testing.assert_allclose(latents(offloaded), expected, atol=1e-5)
+    with pytest.raises(UserError, match="cannot be fused into offloaded weights"):
+        offloaded.fuse_lora()
 
 
 def test_text_encoders(teacher_pipe, tmp_path):
@@ -290,3 +307,19 @@ def test_conversion_of_a_lora_of_another_model(tmp_path):
     with pytest.raises(UserError, match=r"2 unknown \(transformer.transformer_blocks.7.attn.to_q.lora_A.weight, "):
         convert_model(ASSETS / "tiny-flux", tmp_path / "out", loras=[(file, 1.0)])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_tool_writes_what_it_trains(teacher_pipe, tmp_path):
+    pipe, file = teacher_pipe, tmp_path / "stripes.safetensors"
+    lora = train(pipe, "stripes", rank=4, steps=2, batch=2, images=4, rate=1e-2)
+    write_tensors(file, export(pipe.directory, lora))
+    pipe.load_lora_weights(file)
+    ours, trained = flatten(pipe.style.state), flatten(lora)
+    pipe.unload_lora_weights()
+    assert ours.keys() == trained.keys()
+    assert len(ours) == 2 * (12 + 5)  # linear layers with LoRA in a double and in a single block
+    for path, variable in trained.items():
+        own = ours[path][..., :4] if path.endswith(".a") else ours[path][..., :4, :]
+        assert np.abs(variable[...]).max() > 0
+        np.testing.assert_array_equal(own, variable[...])
