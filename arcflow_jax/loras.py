@@ -183,8 +183,9 @@ class StyleLoRAs:
             ]
             new[component] = self._beside(component, {update.layer for update in loaded}, active, old.get(component))
         self._set_styles(new)
-        active = [f"{lora.source}:{lora.weight:g}" for lora in self.loras.values() if lora.weight]
-        self.origin |= {"loras": ", ".join(active)}
+        self.origin.pop("loras", None)
+        if active := [f"{lora.source}:{lora.weight:g}" for lora in self.loras.values() if lora.weight]:
+            self.origin["loras"] = ", ".join(active)
 
     def _beside(self, component: str, layers: set[str], active: Sequence[Update], old: Applied | None) -> Applied:
         """The active updates of a component on all `layers`; with the graph definition of the old ones if it fits."""
@@ -193,9 +194,10 @@ class StyleLoRAs:
             ranks[update.layer, update.index] += update.a.shape[1]
         rank = style.padded(max(ranks.values(), default=1))
         if old is not None:
-            shapes = {path.removesuffix(".style.a"): x.shape for path, x in flatten(old.state).items()}
-            rank = max(rank, next(iter(shapes.values()))[-1])
-            if not layers <= shapes.keys() or rank != next(iter(shapes.values()))[-1]:
+            shapes = {path: x.shape for path, x in flatten(old.state).items() if path.endswith(".a")}
+            largest = max(shape[-1] for shape in shapes.values())
+            rank = max(rank, largest)  # it does not shrink, so that going back to fewer LoRAs compiles nothing
+            if rank > largest or not {f"{layer}.style.a" for layer in layers} <= shapes.keys():
                 old = None
         if old is None:
             graphdef, weights = self._plain(component)

@@ -81,6 +81,7 @@ def test_switching_compiles_nothing(pipe, tmp_path):
         pipe.set_adapters(names, weights)
         results.append(latents(pipe))
     pipe.set_adapters([])
+    assert "loras" not in pipe.described()
     np.testing.assert_array_equal(latents(pipe), plain)
     pipe.unload_lora_weights()
     np.testing.assert_array_equal(latents(pipe), plain)
@@ -176,6 +177,19 @@ def test_quantized_weights(tiny_flux, tmp_path):
     assert relative_error(*changes) < 0.1
     with pytest.raises(UserError, match="cannot be fused into quantized weights: leave it beside them"):
         pipe.fuse_lora()
+
+
+def test_offloaded_weights(tiny_flux, teacher_pipe, tmp_path):
+    """The LoRA is the same beside weights that wait in host memory, and cannot be fused into them."""
+    file = write_lora(tmp_path / "lora.safetensors")
+    teacher_pipe.load_lora_weights(file)
+    expected = latents(teacher_pipe)
+    teacher_pipe.unload_lora_weights()
+    offloaded = ArcFlowPipeline.from_pretrained(tiny_flux, offload=True)
+    offloaded.load_lora_weights(file)
+    np.testing.assert_allclose(latents(offloaded), expected, atol=1e-5)
+    with pytest.raises(UserError, match="cannot be fused into offloaded weights"):
+        offloaded.fuse_lora()
 
 
 def test_text_encoders(teacher_pipe, tmp_path):
