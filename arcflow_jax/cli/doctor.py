@@ -142,5 +142,5 @@ def what_fits(device: jax.Device) -> list[str]:
             continue  # it has one memory
         if device.platform == "cpu" and weights == "bf16":  # which it does not compute in
             weights, gib = "f32", 2 * gib
-        lines.append(f"  {model:<12}{task:<36}{weights:<6}{gib:>5.1f} GiB  {verdict(gib * GIB, limit, share)}")
+        lines.append(f"  {model:<19}{task:<36}{weights:<6}{gib:>5.1f} GiB  {verdict(gib * GIB, limit, share)}")
     return lines

@@ -136,7 +136,8 @@ class TimeGuidanceEmbedding(nnx.Module):
 
 
 def in_groups(x: jax.Array, parts: int) -> jax.Array:  # [B, S, P · D] -> [B, S, G, P, c]
-    """Grouped features with a dimension for the parts."""
+    """The grouped features that a layer has computed, with a dimension for the parts."""
+    x = jax.lax.optimization_barrier(x)  # for the reason that `split_heads` tells
     return x.reshape(*x.shape[:2], -1, parts, math.gcd(x.shape[2] // parts, GROUP))
 
 
@@ -202,7 +203,7 @@ class ParallelAttention(nnx.Module):
         parts = in_groups(self.to_qkv_mlp_proj(x, mode), 3 + 2 * MLP)
         projected = [parts[:, :, :, i].reshape(x.shape) for i in range(3)]
         q, k, v = split_heads(projected, self.norm_q, self.norm_k)
-        out = in_groups(join_heads(attention(rotate(q, rope), rotate(k, rope), v)), 1)
+        out = join_heads(attention(rotate(q, rope), rotate(k, rope), v)).reshape(*parts.shape[:3], 1, -1)
         both = jnp.concatenate([out, gated(parts[:, :, :, 3:])], axis=3)  # [B, S, G, 1 + MLP, c]
         return self.to_out(both.reshape(*x.shape[:2], -1), mode)
 
@@ -252,7 +253,8 @@ class Flux2(nnx.Module):
           mode: teacher, or student with its adapters.
         """
         image = self.x_embedder(tokens.astype(self.dtype))
-        text = self.context_embedder(conditioning.text.astype(self.dtype))
+        # States between the layers of a language model are not normed
+        text = self.context_embedder(saturated(conditioning.text.astype(self.dtype)))
         temb = self.time_guidance_embed(sigma, conditioning.guidance, self.dtype, mode.fold(0))
         of_image, of_text = self.double_stream_modulation_img(temb), self.double_stream_modulation_txt(temb)
         of_both = self.single_stream_modulation(temb)

@@ -21,7 +21,7 @@ DEFAULT_SHARE, LARGE_SHARE = 0.75, 0.9
 #   arcflow compile-report --topology h100 --config flux --config.model=configs/flux.1-dev --config.adapter.rank=64
 #       with --program text-encoder, sampler or vae-decoder, of which the largest counts, and --quantize or --offload
 #   and, for training, --program train-steady with --config flux:single --batch 16, or --config flux:published --batch 4
-#       --config.remat=full, in place of the rank (qwen, configs/qwen-image)
+#       --config.remat=full, in place of the rank (flux2, configs/flux.2-klein-4b; qwen, configs/qwen-image)
 Row = tuple[str, str, str, float]  # model, what it does, weights, GiB
 SAMPLING, STREAMING = "sampling, --offload networks", "sampling, --offload blocks"
 PUBLISHED, SMALL = "training, published recipe, batch 4", "training, recipe `single`"
@@ -33,6 +33,16 @@ MEASURED: tuple[Row, ...] = (
     ("FLUX.1-dev", PUBLISHED, "bf16", 44.3),
     ("FLUX.1-dev", SMALL, "int8", 15.7),
     ("FLUX.1-dev", SMALL, "int4", 10.8),
+    ("FLUX.2 [klein] 4B", SAMPLING, "bf16", 7.7),
+    ("FLUX.2 [klein] 4B", SAMPLING, "int8", 4.6),
+    ("FLUX.2 [klein] 4B", SAMPLING, "int4", 3.1),
+    ("FLUX.2 [klein] 4B", STREAMING, "bf16", 2.6),
+    ("FLUX.2 [klein] 4B", "training, flux2:4b, batch 4", "bf16", 19.0),
+    ("FLUX.2 [klein] 4B", SMALL, "int8", 9.8),
+    ("FLUX.2 [klein] 4B", SMALL, "int4", 8.3),
+    ("FLUX.2 [klein] 9B", SAMPLING, "bf16", 17.7),
+    ("FLUX.2 [klein] 9B", SAMPLING, "int8", 9.9),
+    ("FLUX.2 [klein] 9B", "training, rank 64, batch 1", "int8", 17.8),
     ("Qwen-Image", SAMPLING, "bf16", 38.2),
     ("Qwen-Image", SAMPLING, "int8", 19.7),
     ("Qwen-Image", SAMPLING, "int4", 11.4),
