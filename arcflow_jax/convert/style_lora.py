@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from arcflow_jax.convert.engine import DTYPES, Fill, Tensor, cast, fills
-from arcflow_jax.convert.rules import canonical, pattern
+from arcflow_jax.convert.rules import TRANSPOSED, canonical, pattern
 from arcflow_jax.errors import UserError, first_few
 from arcflow_jax.schema import Scale
 
@@ -188,8 +188,9 @@ def read_lora(
         else:
             scale = configs.get(component, PeftConfig()).scale(layer, len(a))
         for fill, index in components[component].parts(layer):
-            rows = fill.form.to_ours(b if fill.rows is None else b[fill.rows])
-            updates.append(Update(component, fill.target.removesuffix(".kernel"), index, a.T, rows, scale))
+            form_a, form_b = fill.form.lora or (TRANSPOSED, fill.form)
+            ours = form_a.to_ours(a), form_b.to_ours(b if fill.rows is None else b[fill.rows])
+            updates.append(Update(component, fill.target.removesuffix(".kernel"), index, *ours, scale))
     return updates
 
 

@@ -26,7 +26,7 @@ from arcflow_jax.convert import flux_original
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.convert.flux_original import OUR_SINGLE
 from arcflow_jax.convert.style_lora import Names, read_lora
-from arcflow_jax.families import flux, qwen_image
+from arcflow_jax.families import flux, flux2, qwen_image
 from arcflow_jax.families.family import Network
 from arcflow_jax.loras import stacked
 from arcflow_jax.networks import style
@@ -35,7 +35,11 @@ from arcflow_jax.networks.states import unflatten
 from tests.convert.test_convert_original import original_flux
 from tests.helpers.twins import (
     FLUX,
+    FLUX2,
     QWEN_IMAGE,
+    flux2_inputs,
+    flux2_twin,
+    flux2_twin_velocity,
     flux_inputs,
     flux_twin_output,
     qwen_inputs,
@@ -116,6 +120,12 @@ def qwen() -> Twin:
     )
 
 
+@pytest.fixture(scope="module")
+def klein() -> Twin:
+    inputs = flux2_inputs(FLUX2, 4, 6, 7)
+    return Twin(flux2.FLUX2, FLUX2, flux2_twin(FLUX2), inputs, lambda twin: flux2_twin_velocity(twin, *inputs))
+
+
 def lora(
     layers: Mapping[str, tuple[int, int]],
     name: Callable[[str], str],
@@ -145,11 +155,16 @@ def write(folder: Path, tensors: Tensors, metadata: Mapping[str, Any] | None = N
 # --- diffusers and PEFT ---
 
 
-@pytest.mark.parametrize("family", ["flux", "qwen"])
+@pytest.mark.parametrize("family", ["flux", "qwen", "klein"])
 def test_diffusers(family, request, tmp_path):
     """On all linear layers, of several ranks."""
-    twin = request.getfixturevalue({"flux": "flux_twin", "qwen": "qwen"}[family])
-    pipeline = {"flux": diffusers.FluxPipeline, "qwen": diffusers.QwenImagePipeline}[family]
+    twin = request.getfixturevalue({"flux": "flux_twin", "qwen": "qwen", "klein": "klein"}[family])
+    pipelines = {
+        "flux": diffusers.FluxPipeline,
+        "qwen": diffusers.QwenImagePipeline,
+        "klein": diffusers.Flux2KleinPipeline,
+    }
+    pipeline = pipelines[family]
     tensors = lora(twin.layers, "transformer.{}".format, ranks=(4, 7, 2))
     twin.check(write(tmp_path, tensors), twin.with_lora(pipeline, tensors))
 
