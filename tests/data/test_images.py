@@ -98,7 +98,7 @@ def test_images_are_turned_as_their_exif_data_say(tmp_path, orientation):
 
 @pytest.mark.parametrize("tag", [0, 26])
 def test_damaged_exif_data_are_refused(tmp_path, tag):
-    """A text under the number of a tag that has another type. Pillow fails when it writes the data of a turned image."""
+    """A text under the number of a tag of another type. Pillow fails when it writes the data of a turned image."""
     exif = Image.Exif()
     exif[0x010E], exif[0x0112] = "hello", 6
     damaged = exif.tobytes().replace(b"\x01\x0e\x00\x02", bytes([1, tag, 0, 2]))
