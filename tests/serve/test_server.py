@@ -38,7 +38,7 @@ def started(served_model, *options: object, log) -> tuple[subprocess.Popen, str]
         stdout=log.open("w"),
         stderr=subprocess.STDOUT,
     )
-    wait_until(lambda: "serving on" in log.read_text() or process.poll() is not None)
+    wait_until(lambda: "serving on" in log.read_text() or process.poll() is not None, 240)
     return process, re.search(r"serving on (\S+)", log.read_text())[1]
 
 
