@@ -11,7 +11,7 @@ BUCKETS = {"gcs": ["gcsfs>=2026.1"], "s3": ["s3fs>=2026.1"]}
 # Plots the results of `arcflow evaluate`
 PLOTS = ["matplotlib>=3.9"]
 # The server and its page
-SERVE = ["fastapi>=0.115", "gradio>=6.15,<7", "prometheus-client>=0.20", "uvicorn>=0.30"]
+SERVE = ["fastapi>=0.115", "gradio>=6.15,<7", "prometheus-client>=0.20", "python-multipart>=0.0.18", "uvicorn>=0.30"]
 
 setup(
     name="arcflow_jax",

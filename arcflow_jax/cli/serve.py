@@ -41,6 +41,12 @@ def serve(
             "--compile-on-request", help="Compile other sizes and NFEs when they are asked for, while others wait."
         ),
     ] = False,
+    edits: Annotated[
+        bool,
+        typer.Option(
+            "--edits", help="Serve /v1/images/edits: for each size and NFE, compile image to image and inpainting too."
+        ),
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch; smaller batches are filled up.")] = 4,
     wait_ms: Annotated[int, typer.Option(min=0, help="Milliseconds that an image waits for others of its batch.")] = 10,
     queue: Annotated[int, typer.Option(min=1, help="Images that may wait. More are refused, with status 429.")] = 64,
@@ -94,11 +100,12 @@ def serve(
     pipelines = [loading.load(mesh) for mesh in meshes]
     metrics = Metrics(batch_size)
     common = {"capacity": queue, "on_request": compile_on_request, "wait": wait_ms / 1000}
-    settings = declared(pipelines[0], asked_sizes, requests.numbers(steps))
+    settings = declared(pipelines[0], asked_sizes, requests.numbers(steps), edits)
     engine = Engine(pipelines, batch_size=batch_size, declared=settings, metrics=metrics, **common)
     teacher = None
     if compare:
-        loaded = dataclasses.replace(loading, adapter=None, raw=False, teacher=True).load(meshes[0])
+        of_teacher = dataclasses.replace(loading, adapter=None, adapter_scale=1.0, raw=False, teacher=True)
+        loaded = of_teacher.load(meshes[0])
         settings = declared(loaded, list(dict.fromkeys((each.width, each.height) for each in settings)), [])
         alone = loaded.together() if not loaded.offload else 1
         teacher = Engine([loaded], batch_size=alone, declared=settings, metrics=Metrics(alone), **common)

@@ -5,9 +5,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import struct
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -23,6 +26,11 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 METADATA = "metadata.jsonl"
 CAPTION = 2**20  # bytes of a caption's file
+# What Pillow raises for a file that is damaged, of another format, or too large
+BROKEN = (
+    *(OSError, ValueError, SyntaxError, TypeError, struct.error),  # the last two of damaged EXIF data
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,15 +124,29 @@ def read_image(file: Path) -> Image.Image:
     """
     file_size(file)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with file.open("rb") as data, Image.open(data, formats=FORMATS) as opened:
-                image = ImageOps.exif_transpose(opened)
+        with file.open("rb") as data:
+            image = upright(data)
         rgb = in_rgb(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except BROKEN as error:
         raise UserError(f"cannot read image {file}: {one_line(error)}") from None
-    rgb.info = opened.info
+    rgb.info = image.info
     return rgb
+
+
+def upright(data: IO[bytes], most: float = math.inf) -> Image.Image:
+    """An image in its own mode, turned as its EXIF data say, with the `info` of its file.
+
+    Raises one of `BROKEN`; if it has more than `most` pixels, or more than Pillow takes for harmless, before it is
+    decoded.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(data, formats=FORMATS) as opened:
+            if opened.width * opened.height > most:
+                raise Image.DecompressionBombError(f"it has more than {most} pixels")
+            image = ImageOps.exif_transpose(opened)
+    image.info = opened.info
+    return image
 
 
 def in_rgb(image: Image.Image) -> Image.Image:

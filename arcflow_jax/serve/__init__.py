@@ -4,6 +4,7 @@ engine.py      the queue, and the threads that make images in batches; knows no 
 images.py      images by a link that expires
 metrics.py     what Prometheus reads
 requests.py    what a client may ask for, and its errors in OpenAI's shape
+edits.py       the same with an image to start from
 api.py         the routes
 server.py      listening, and ending in order
 page.py        the page, by Gradio

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hmac
 import logging
 import secrets
 import time
-from concurrent.futures import Future
+from collections.abc import AsyncGenerator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -19,13 +21,14 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.serve.edits import read_edit, read_form
 from arcflow_jax.serve.engine import Busy, Closed, Engine
 from arcflow_jax.serve.images import Images
 from arcflow_jax.serve.metrics import Metrics
 from arcflow_jax.serve.requests import ApiError, Limits, Order, read_order
 
 LOG = logging.getLogger("arcflow.serve")
-GENERATIONS = "/v1/images/generations"
+GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 LINKS = "/v1/images/files/"
 OPEN = ("/health", LINKS)  # paths that need no key
 GONE = 499  # nginx's status for a client that went away; nobody reads it but the log
@@ -59,7 +62,7 @@ class Door:
 
         scope.setdefault("state", {})["id"] = name
         path = scope["path"]
-        self.active += path == GENERATIONS
+        self.active += path in (GENERATIONS, EDITS)
         try:
             if self.key is None or path.startswith(OPEN) or shows(scope, self.key):
                 await self.app(scope, receive, answer)
@@ -68,11 +71,11 @@ class Door:
                 browser = {} if path.startswith("/v1/") else {"WWW-Authenticate": 'Basic realm="arcflow"'}
                 await as_response(error, browser)(scope, receive, answer)
         finally:
-            self.active -= path == GENERATIONS
-            known = path if path in (GENERATIONS, "/v1/models", "/health", "/metrics") else "other"
+            self.active -= path in (GENERATIONS, EDITS)
+            known = path if path in (GENERATIONS, EDITS, "/v1/models", "/health", "/metrics") else "other"
             shown = LINKS if path.startswith(LINKS) else one_line(path)  # a link is for its client only
             self.metrics.requests.labels(known, status).inc()
-            if known == GENERATIONS:
+            if known in (GENERATIONS, EDITS):
                 self.metrics.request_seconds.observe(time.monotonic() - start)
             level = logging.INFO if path.startswith("/v1/") else logging.DEBUG
             LOG.log(level, "%s %s %s %d %.3f s", name, scope["method"], shown, status, time.monotonic() - start)
@@ -137,8 +140,23 @@ def build(engine: Engine, *, limits: Limits, images: Images) -> FastAPI:
 
     @app.post(GENERATIONS)
     async def generations(request: Request) -> Response:
-        body = await read_body(request, limits)
-        wanted = read_order(body, default, limits, model, engine.check)
+        check_type(request, "application/json")
+        async with arriving(request, limits.body, limits.seconds) as chunks:
+            body = b"".join([chunk async for chunk in chunks])
+        return await answered(request, read_order(body, default, limits, model, engine.check))
+
+    @app.post(EDITS)
+    async def edits(request: Request) -> Response:
+        check_origin(request)
+        check_type(request, "multipart/form-data")
+        async with arriving(request, limits.upload, limits.seconds) as chunks:
+            values = await read_form(request.headers, chunks)
+        loop = asyncio.get_running_loop()
+        return await answered(
+            request, await loop.run_in_executor(decoder, read_edit, values, default, limits, model, engine.check)
+        )
+
+    async def answered(request: Request, wanted: Order) -> Response:
         pngs = await made(request, submit(engine, wanted), limits.seconds)
         where = str(request.base_url).rstrip("/")
         data = [
@@ -161,36 +179,52 @@ def build(engine: Engine, *, limits: Limits, images: Images) -> FastAPI:
     async def no_route(request: Request) -> Response:
         raise ApiError(404, f"there is no {request.method} {one_line(request.url.path)} here", code="unknown_url")
 
-    card = {"id": model, "object": "model", "created": started, "owned_by": "arcflow"}
+    card = {"id": model, "object": "model", "created": started, "owned_by": "arcflow", "loras": engine.loras}
+    decoder = ThreadPoolExecutor(1, "decode")  # one image at a time, beside the other requests
     return app
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
-    """The body of a request. Raises ApiError if it is not said to be JSON, too large, or does not come.
+def check_type(request: Request, kind: str) -> None:
+    """Raises ApiError if the body is not said to be of this type.
 
-    A web page of another site can send other types without asking; JSON its browser sends only if we allow it.
+    A web page of another site can send some types without asking; JSON its browser sends only if we allow it.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(400, "the Content-Type has to be application/json")
-    body = bytearray()
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != kind:
+        raise ApiError(400, f"the Content-Type has to be {kind}")
+
+
+def check_origin(request: Request) -> None:
+    """Raises ApiError for a web page of another site, which can send a form without asking; its browser tells."""
+    origin = request.headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
+        raise ApiError(403, "a page of another site cannot ask for images")
+
+
+@contextlib.asynccontextmanager
+async def arriving(request: Request, most: int, seconds: float) -> AsyncGenerator[AsyncGenerator[bytes]]:
+    """The parts of a body. Inside, raises ApiError if it has more than `most` bytes, or does not come."""
+
+    async def chunks() -> AsyncGenerator[bytes]:
+        size = 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > most:
+                raise ApiError(413, f"the body has more than {most} bytes", code="request_too_large")
+            yield chunk
+
     try:
-        async with asyncio.timeout(limits.seconds):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limits.body:
-                    raise ApiError(413, f"the body has more than {limits.body} bytes", code="request_too_large")
+        async with asyncio.timeout(seconds):
+            yield chunks()
     except TimeoutError:
-        raise ApiError(408, f"the body did not come within {limits.seconds:g} s") from None
+        raise ApiError(408, f"the body did not come within {seconds:g} s") from None
     except ClientDisconnect:
         raise ApiError(GONE, "the client went away") from None
-    return bytes(body)
 
 
 def submit(engine: Engine, wanted: Order) -> list[Future[bytes]]:
     """Puts a request's images into the queue. Raises ApiError if they cannot get in."""
     try:
-        return engine.submit(wanted.prompt, wanted.settings, wanted.seed, wanted.count)
+        return engine.submit(wanted.prompt, wanted.settings, wanted.seed, wanted.count, wanted.start)
     except Busy as busy:
         raise ApiError(429, str(busy), code="queue_full", retry=busy.seconds) from None
     except Closed as closed:

@@ -1,10 +1,11 @@
 """The queue of images that clients wait for, and the threads that make them in batches. Knows no HTTP."""
 
-# B images, N tokens, C latent channels
+# B images, N tokens, C latent channels, H, W size in pixels
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 import threading
@@ -17,10 +18,11 @@ import numpy as np
 from PIL import Image
 
 from arcflow_jax.data.output import png
-from arcflow_jax.errors import UserError
+from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.generate import noise_of_each
+from arcflow_jax.image_to_image import STRENGTH
 from arcflow_jax.pipeline import ArcFlowPipeline
-from arcflow_jax.schema import NFE, Guidance, Pixels
+from arcflow_jax.schema import NFE, Guidance, Offset, Pixels, Strength
 from arcflow_jax.serve.metrics import Metrics
 
 LOG = logging.getLogger("arcflow.serve")
@@ -42,13 +44,23 @@ class Closed(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the images of a batch share. Guidance None: the model's default."""
+    """What the images of a batch share.
+
+    Attributes:
+      guidance: None: the model's default.
+      strength: of what starts from an image; None: from noise.
+      masked: whether a mask says what of the image is made anew.
+      loras: names and strengths of style LoRAs; None: those of the start.
+    """
 
     width: Pixels
     height: Pixels
     steps: NFE
     guidance: Guidance | None = None
     negative_prompt: str | None = None
+    strength: Strength | None = None
+    masked: bool = False
+    loras: tuple[tuple[str, Offset], ...] | None = None
 
     def arguments(self) -> dict[str, int | float | str | None]:
         """The same, as `ArcFlowPipeline` takes them."""
@@ -58,27 +70,55 @@ class Settings:
             "num_inference_steps": self.steps,
             "guidance_scale": self.guidance,
             "negative_prompt": self.negative_prompt,
+            "strength": self.strength,
         }
 
     @property
-    def program(self) -> tuple[int, int, int, bool]:
+    def program(self) -> tuple[int, int, int, bool, bool, bool]:
         """What a program is compiled for."""
-        return self.width, self.height, self.steps, self.negative_prompt is not None
+        kind = self.negative_prompt is not None, self.strength is not None, self.masked
+        return self.width, self.height, self.steps, *kind
 
 
-def declared(pipe: ArcFlowPipeline, sizes: Sequence[tuple[int, int]], steps: Sequence[int]) -> list[Settings]:
-    """The settings of each (width, height) with each NFE; of a teacher, also with a negative prompt.
+def declared(
+    pipe: ArcFlowPipeline, sizes: Sequence[tuple[int, int]], steps: Sequence[int], edits: bool = False
+) -> list[Settings]:
+    """The settings of each (width, height) with each NFE; of a teacher, also with a negative prompt; with `edits`, also
+    from an image, without and with a mask.
 
     Without sizes, the model's own; without steps, the pipeline's default. Raises UserError if they do not fit.
     """
     own = [pipe.described(width=width, height=height) for width, height in sizes] or [pipe.described()]
     negatives = [None] if pipe.student is not None else [None, ""]
+    starts = [(None, False), *[(STRENGTH, False), (STRENGTH, True)] * edits]
     return [
-        Settings(int(each["width"]), int(each["height"]), count, negative_prompt=negative)
+        Settings(
+            int(each["width"]),
+            int(each["height"]),
+            count,
+            None,
+            negative_prompt=negative,
+            strength=strength,
+            masked=mask,
+        )
+        for strength, mask in starts
         for each in own
         for count in steps or [int(each["steps"])]
         for negative in negatives
     ]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Start:
+    """An image to start from.
+
+    Attributes:
+      pixels: [H, W, 3], uint8.
+      repaint: [H, W], bool, which pixels are made anew; None: all of them.
+    """
+
+    pixels: np.ndarray
+    repaint: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,6 +131,7 @@ class Waiting:
     number: int
     future: Future[bytes]
     since: float
+    start: Start | None = None
 
 
 class Engine:
@@ -110,6 +151,7 @@ class Engine:
 
     Attributes:
       name: of the model: the last part of the adapter's path, or of the teacher's.
+      loras: strengths at the start of the style LoRAs that are loaded, by the last parts of their paths.
       failure: why the programs could not be compiled, if so.
 
     Raises:
@@ -135,6 +177,14 @@ class Engine:
         origin = self.pipeline.origin
         self._names = {key: Path(str(origin[key])).name for key in ("model", "adapter") if key in origin}
         self.name = self._names.get("adapter", self._names["model"])
+        self.loras: dict[str, float] = {}
+        self._adapters: dict[str, str] = {}  # their names in the pipelines
+        for adapter, lora in self.pipeline.loras.items():
+            last = Path(lora.source).name.removesuffix(".safetensors")
+            name = next(
+                name for i in itertools.count(1) if (name := f"{last}-{i}" if i > 1 else last) not in self.loras
+            )
+            self.loras[name], self._adapters[name] = lora.weight, adapter
         self.failure: BaseException | None = None
         self._programs = {settings.program for settings in declared}
         self._queue: list[Waiting] = []
@@ -156,14 +206,22 @@ class Engine:
     def check(self, settings: Settings) -> None:
         """Raises UserError if the settings do not fit the model, or have no compiled program and get none."""
         self.pipeline.settings(**settings.arguments())
+        if unknown := [name for name, _ in settings.loras or () if name not in self.loras]:
+            raise UserError(f"loras: {one_line(unknown[0])} is not loaded, only {', '.join(self.loras) or 'none'}")
         if not self.on_request and settings.program not in self._programs:
-            width, height, steps, guided = settings.program
-            offered = sorted({(w, h, s) for w, h, s, other in self._programs if other == guided})
+            width, height, steps, *kind = settings.program
+            if settings.strength is not None and not any(each[4] for each in self._programs):
+                raise UserError("image edits are not served: that takes `arcflow serve --edits`")
+            offered = sorted({(w, h, s) for w, h, s, *other in self._programs if other == kind})
             shown = ", ".join(f"{w}x{h} in {s}" for w, h, s in offered) or "none with a negative_prompt"
             raise UserError(f"size {width}x{height} in {steps} steps is not served; served are {shown} steps")
 
-    def submit(self, prompt: str, settings: Settings, seed: int, count: int = 1) -> list[Future[bytes]]:
+    def submit(
+        self, prompt: str, settings: Settings, seed: int, count: int = 1, start: Start | None = None
+    ) -> list[Future[bytes]]:
         """Images 0 … count − 1 of a seed, as PNGs with their settings. Cancel the futures if nobody waits any more.
+
+        `start` is the image to start from, of the settings' size, with or without a mask as they say.
 
         Raises:
           UserError: as `check`.
@@ -179,7 +237,7 @@ class Engine:
             if len(self._queue) + count > self.capacity:
                 batches = len(self._queue) / self.batch_size / len(self.pipelines)
                 raise Busy(max(1, math.ceil(batches * self._batch_seconds)))
-            added = [Waiting(prompt, settings, seed, number, Future(), now) for number in range(count)]
+            added = [Waiting(prompt, settings, seed, number, Future(), now, start) for number in range(count)]
             self._queue += added
             self.metrics.waiting.set(len(self._queue))
             self._changed.notify_all()
@@ -229,17 +287,27 @@ class Engine:
     def _work(self, pipe: ArcFlowPipeline) -> None:
         """The thread of a pipeline."""
         try:
+            # All at once first: with the largest rank compiled, no choice among them compiles anything
+            self._choose(pipe, [(name, 1.0) for name in self.loras])
+            self._choose(pipe, None)
             for settings in self.declared:
-                self._pixels(pipe, [Waiting("warm", settings, 0, 0, Future(), 0.0)])
+                size = settings.height, settings.width
+                start = Start(np.zeros((*size, 3), np.uint8), np.ones(size, bool) if settings.masked else None)
+                self._pixels(pipe, [Waiting("warm", settings, 0, 0, Future(), 0.0, start)])
         except BaseException as error:
             self.failure = error
             return
         with self._changed:
             self._warm += 1
             self.metrics.ready.set(float(self.ready))
+        active: object = None  # the LoRAs
         while batch := self._next():
-            start = time.monotonic()
+            start, loras = time.monotonic(), batch[0].settings.loras
             try:
+                if loras != active:
+                    active = "unknown"  # until it has succeeded
+                    self._choose(pipe, loras)
+                    active = loras
                 images = self._pixels(pipe, batch)
             except Exception as error:
                 LOG.exception("a batch failed")
@@ -252,6 +320,11 @@ class Engine:
             for each, image in zip(batch, images, strict=True):
                 self._encoders.submit(self._finish, each, image)
 
+    def _choose(self, pipe: ArcFlowPipeline, loras: Sequence[tuple[str, float]] | None) -> None:
+        """Makes these style LoRAs the active ones; None: those of the start."""
+        chosen = self.loras if loras is None else dict(loras)
+        pipe.set_adapters([self._adapters[name] for name in chosen], list(chosen.values()))
+
     def _pixels(self, pipe: ArcFlowPipeline, batch: Sequence[Waiting]) -> list[Image.Image]:
         """The images of one batch."""
         settings = batch[0].settings
@@ -261,13 +334,23 @@ class Engine:
         numbers = np.array([each.number for each in filled], np.int32)
         channels = pipe.directory.config("transformer").in_channels
         noise = noise_of_each(seeds, numbers, tokens=rows * columns, channels=channels)[: len(batch)]
+        given: dict[str, list[np.ndarray]] = {}
+        if settings.strength is not None:
+            same = all(each.start is batch[0].start for each in batch)  # it is encoded once
+            starts = [each.start for each in (batch[:1] if same else batch) if each.start is not None]
+            given["image"] = [start.pixels for start in starts]
+            if settings.masked:
+                given["mask_image"] = [start.repaint for start in starts if start.repaint is not None]
         prompts = [each.prompt for each in batch]
-        return list(pipe.stream(prompts, latents=noise, batch_size=self.batch_size, **settings.arguments()))
+        return list(pipe.stream(prompts, latents=noise, batch_size=self.batch_size, **given, **settings.arguments()))
 
     def _finish(self, waiting: Waiting, image: Image.Image) -> None:
         """Gives a client its image."""
         try:
             image.info |= {"image": waiting.number, "seed": waiting.seed} | self._names
+            if "loras" in image.info:
+                active = dict(waiting.settings.loras or self.loras)
+                image.info["loras"] = ", ".join(f"{name}:{strength:g}" for name, strength in active.items() if strength)
             waiting.future.set_result(png(image, FAST))
             self.metrics.images.inc()
         except BaseException as error:

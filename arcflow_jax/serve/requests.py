@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import secrets
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -13,9 +14,10 @@ from msgspec import Meta
 from arcflow_jax import schema
 from arcflow_jax.errors import UserError
 from arcflow_jax.sampling_settings import sides
-from arcflow_jax.schema import NFE, Guidance, Seed
-from arcflow_jax.serve.engine import Settings
+from arcflow_jax.schema import NFE, Guidance, Offset, Seed
+from arcflow_jax.serve.engine import Settings, Start
 
+Asked = TypeVar("Asked", bound="Generation")
 Images = Annotated[int, Meta(ge=1, le=10**6)]
 
 
@@ -49,7 +51,8 @@ class Limits:
       prompt: characters of a prompt.
       steps: NFE.
       pixels: of an image.
-      body: bytes of a request.
+      body: bytes of a request in JSON.
+      upload: bytes of a request with images.
       seconds: until a request gets its answer, or the error that there is none.
     """
 
@@ -59,6 +62,7 @@ class Limits:
     pixels: int
     seconds: float
     body: int = 2**18
+    upload: int = 2**25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +86,7 @@ class Generation:
     steps: NFE | None = None
     guidance: Guidance | None = None
     negative_prompt: str | None = None
+    loras: dict[str, Offset] | None = None
 
     def __post_init__(self) -> None:
         schema.check(self)
@@ -89,13 +94,14 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """A request's images: `count` of them, from noises 0 … of the seed."""
+    """A request's images: `count` of them, from noises 0 … of the seed, and from `start` if it has one."""
 
     prompt: str
     settings: Settings
     seed: int
     count: int
     links: bool
+    start: Start | None = None
 
 
 def read_order(body: bytes, default: Settings, limits: Limits, model: str, check: Callable[[Settings], None]) -> Order:
@@ -110,17 +116,29 @@ def read_order(body: bytes, default: Settings, limits: Limits, model: str, check
       ApiError: 400, or 404 for another model.
     """
     try:
-        asked = schema.parse(Generation, decoded(body), "the request", own=True)
-        if asked.model not in (None, model):
-            message = f"model {schema.shown(asked.model)} is not served here, only {model}"
-            raise ApiError(404, message, code="model_not_found", param="model")
-        return order(asked, default, limits, check)
+        return order(parsed(Generation, decoded(body), model), default, limits, check)
     except UserError as error:
         raise bad_request(error) from None
 
 
-def order(asked: Generation, default: Settings, limits: Limits, check: Callable[[Settings], None]) -> Order:
-    """What a request asks for. Raises UserError."""
+def parsed(cls: type[Asked], values: Any, model: str) -> Asked:
+    """The fields of a request. Raises UserError, or ApiError for another model than the one that is served."""
+    asked = schema.parse(cls, values, "the request", own=True)
+    if asked.model not in (None, model):
+        message = f"model {schema.shown(asked.model)} is not served here, only {model}"
+        raise ApiError(404, message, code="model_not_found", param="model")
+    return asked
+
+
+def order(
+    asked: Generation,
+    default: Settings,
+    limits: Limits,
+    check: Callable[[Settings], None],
+    start: Start | None = None,
+    strength: float | None = None,
+) -> Order:
+    """What a request asks for, from an image with a strength if it has one. Raises UserError."""
     width, height = (default.width, default.height) if asked.size in (None, "auto") else sides(asked.size)
     steps, count = asked.steps or default.steps, asked.n or 1
     texts = [(name, text) for name in ("prompt", "negative_prompt") if (text := getattr(asked, name)) is not None]
@@ -136,10 +154,12 @@ def order(asked: Generation, default: Settings, limits: Limits, check: Callable[
         raise UserError("prompt is empty: say in words what the image should show")
     if width * height > limits.pixels:
         raise UserError(f"size is {width}x{height}, but may have at most {limits.pixels} pixels")
-    settings = Settings(width, height, steps, asked.guidance, asked.negative_prompt)
+    masked = start is not None and start.repaint is not None
+    loras = None if asked.loras is None else tuple(sorted(asked.loras.items()))
+    settings = Settings(width, height, steps, asked.guidance, asked.negative_prompt, strength, masked, loras)
     check(settings)
     seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
-    return Order(asked.prompt, settings, seed, count, asked.response_format == "url")
+    return Order(asked.prompt, settings, seed, count, asked.response_format == "url", start)
 
 
 def decoded(body: bytes) -> Any:
@@ -156,8 +176,8 @@ def numbers(steps: str) -> list[int]:
     return [schema.converted(NFE, part, "steps") for part in parts]
 
 
-def bad_request(error: UserError) -> ApiError:
-    """A client's fault, as an answer; `param` is the field that the message begins with."""
+def bad_request(error: UserError, cls: type[Generation] = Generation) -> ApiError:
+    """A client's fault, as an answer; `param` is the field of `cls` that the message begins with."""
     message = str(error).removeprefix("the request: ")
-    first = message.split(" ")[0]
-    return ApiError(400, message, param=first if first in Generation.__dataclass_fields__ else None)
+    first = re.split(r"\W", message, maxsplit=1)[0]
+    return ApiError(400, message, param=first if first in cls.__dataclass_fields__ else None)

@@ -96,6 +96,18 @@ def test_images_are_turned_as_their_exif_data_say(tmp_path, orientation):
     assert seen.mean() == stored.mean()
 
 
+@pytest.mark.parametrize("tag", [0, 26])
+def test_damaged_exif_data_are_refused(tmp_path, tag):
+    """A text under the number of a tag of another type. Pillow fails when it writes the data of a turned image."""
+    exif = Image.Exif()
+    exif[0x010E], exif[0x0112] = "hello", 6
+    damaged = exif.tobytes().replace(b"\x01\x0e\x00\x02", bytes([1, tag, 0, 2]))
+    assert damaged != exif.tobytes()
+    Image.new("RGB", (8, 4)).save(tmp_path / "a.png", exif=damaged)
+    with pytest.raises(UserError, match="cannot read image"):
+        read_image(tmp_path / "a.png")
+
+
 def test_sixteen_bits_are_rounded_to_eight(tmp_path):
     values = np.array([[0, 128, 129, 257 * 7, 65535]], np.uint16)
     Image.fromarray(values).save(tmp_path / "a.png")

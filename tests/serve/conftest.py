@@ -18,6 +18,7 @@ from arcflow_jax.serve.images import Images
 from arcflow_jax.serve.metrics import Metrics
 from arcflow_jax.serve.requests import Limits
 from arcflow_jax.serve.server import listening
+from tests.helpers.loras import write_lora
 from tests.helpers.random_student import write_adapter
 
 LIMITS = Limits(images=4, prompt=200, steps=4, pixels=128 * 128, seconds=60)
@@ -33,12 +34,13 @@ def served_model(tiny_flux, tmp_path_factory) -> tuple[Path, Path]:
 @pytest.fixture(scope="session")
 def engine(served_model) -> Iterator[Engine]:
     pipe = ArcFlowPipeline.from_pretrained(*served_model)
+    pipe.load_lora_weights(write_lora(served_model[0].with_name("grain.safetensors")), scale=0.0)
     engine = Engine(
         [pipe],
         batch_size=4,
         wait=0.05,
         capacity=6,
-        declared=declared(pipe, [(64, 32)], []),
+        declared=declared(pipe, [(64, 32)], [], edits=True),
         on_request=False,
         metrics=Metrics(4),
     )

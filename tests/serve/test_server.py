@@ -17,10 +17,12 @@ import openai
 import pytest
 from PIL import Image
 
+from arcflow_jax.data.output import png
 from arcflow_jax.errors import UserError
 from arcflow_jax.serve import requests
 from arcflow_jax.serve.server import listening
 from tests.helpers.command_line import assert_refused
+from tests.helpers.loras import write_lora
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import with_devices
 from tests.serve.conftest import wait_until
@@ -36,14 +38,15 @@ def started(served_model, *options: object, log) -> tuple[subprocess.Popen, str]
         stdout=log.open("w"),
         stderr=subprocess.STDOUT,
     )
-    wait_until(lambda: "serving on" in log.read_text() or process.poll() is not None)
+    wait_until(lambda: "serving on" in log.read_text() or process.poll() is not None, 240)
     return process, re.search(r"serving on (\S+)", log.read_text())[1]
 
 
 @pytest.mark.slow
 def test_sigterm_finishes_what_waits(served_model, engine, tmp_path):
     log = tmp_path / "log"
-    options = ["--sizes", "64x32", "--batch-size", 4, "--replicas", 2, "--wait-ms", 2000, "--no-page"]
+    options = ["--sizes", "64x32", "--batch-size", 4, "--replicas", 2, "--wait-ms", 2000, "--no-page", "--edits"]
+    options += ["--lora", f"{write_lora(tmp_path / 'grain.safetensors')}:0"]
     process, address = started(served_model, *options, log=log)
     try:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="a-long-key", max_retries=0, timeout=100)
@@ -51,6 +54,11 @@ def test_sigterm_finishes_what_waits(served_model, engine, tmp_path):
         def image(seed: int) -> Image.Image:
             answer = client.images.generate(prompt="a red circle", extra_body={"seed": seed})
             return Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json)))
+
+        photo = png(Image.new("RGB", (64, 32), "red"))
+        edit = client.images.edit(image=photo, prompt="a red circle", extra_body={"loras": {"grain": 1}})
+        edited = Image.open(io.BytesIO(base64.b64decode(edit.data[0].b64_json)))
+        assert (edited.info["loras"], edited.info["strength"]) == ("grain:1", "0.6")
 
         with ThreadPoolExecutor(11) as pool:
             waiting = [pool.submit(image, seed) for seed in range(11)]
