@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from arcflow_jax import generate, pipeline
+from arcflow_jax import generate, loaded_model
 from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.student_formats import WEIGHTS, export_adapter, import_adapter
@@ -284,7 +284,7 @@ def test_encoder_and_transformer_are_never_on_the_device_together(model, student
 
         return call
 
-    for name, module in (("apply_encoder", text), ("sample_student", pipeline)):
+    for name, module in (("apply_encoder", text), ("sample_student", loaded_model)):
         monkeypatch.setattr(module, name, watched(getattr(module, name), name))
     settings = {"seed": 3, "height": 32, "width": 32}
     made = pixels(lean(PROMPTS, **settings).images)
