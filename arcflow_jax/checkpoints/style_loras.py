@@ -16,6 +16,7 @@ from arcflow_jax.convert.style_lora import Names, PeftConfig, Update, mentioned,
 from arcflow_jax.errors import UserError, first_few
 from arcflow_jax.families import Network
 from arcflow_jax.networks.layers import linear_layers
+from arcflow_jax.schema import Offset
 from arcflow_jax.storage import hub
 from arcflow_jax.storage.files import parse_json, read_json
 from arcflow_jax.storage.paths import as_path
@@ -27,12 +28,13 @@ METADATA = "lora_adapter_metadata"  # where diffusers has PEFT's config, in keys
 
 
 def split_scale(text: str) -> tuple[str, float]:
-    """Source and scale of FILE_OR_HUB_ID[:scale]; the scale is 1 by default."""
-    source, colon, scale = text.rpartition(":")
+    """Source and scale of FILE_OR_HUB_ID[:scale]; the scale is 1 by default. Raises UserError if it is not finite."""
+    source, colon, end = text.rpartition(":")
     try:
-        return (source, float(scale)) if colon else (text, 1.0)
+        scale = float(end) if colon else None
     except ValueError:  # the colon is part of the path, as in gs://
-        return text, 1.0
+        scale = None
+    return (text, 1.0) if scale is None else (source, schema.converted(Offset, scale, f"scale of LoRA {source}"))
 
 
 def read_style_lora(source: str | Path, networks: Mapping[str, tuple[Network, Any]]) -> list[Update]:

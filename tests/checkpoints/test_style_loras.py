@@ -168,6 +168,12 @@ def test_split_scale(text, expected):
     assert split_scale(text) == expected
 
 
+@pytest.mark.parametrize("scale", ["nan", "inf", "-1e9"])
+def test_scales_that_are_refused(scale):
+    with pytest.raises(UserError, match=r"scale of LoRA style\.safetensors"):
+        split_scale(f"style.safetensors:{scale}")
+
+
 # --- values ---
 
 
