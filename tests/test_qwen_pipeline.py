@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import textwrap
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from arcflow_jax import generate, loaded_model
 from arcflow_jax.checkpoints.conversion import convert_model
@@ -25,20 +23,19 @@ from arcflow_jax.families import text
 from arcflow_jax.families.latents import unpack
 from arcflow_jax.families.qwen_image import FAMILY, QwenPrompts
 from arcflow_jax.parallel import offload
-from arcflow_jax.parallel.mesh import MESH_AXES
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.training.embeddings import CachedPrompts, embed_prompts
 from arcflow_jax.training.loop import train
-from arcflow_jax.training.recipe import Recipe, read_config
+from arcflow_jax.training.recipe import Recipe
 from tests.helpers.processes import finish, start
 from tests.helpers.students import attach_student, metadata, predicted, write_run
 from tests.helpers.students import student as student_model
 from tests.helpers.tiny_run import losses
 from tests.helpers.twins import qwen_inputs, qwen_twin_velocity
+from tests.helpers.whole_path import PROMPTS, assert_same_path, cut_down, pixels, whole_path
 from tools.make_tiny_qwen import make_tiny_qwen
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-PROMPTS = ["a red circle", "a large green ring on the left, with {braces}"]
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +51,6 @@ def model(source) -> Path:
 @pytest.fixture(scope="module")
 def teacher(model) -> ArcFlowPipeline:
     return ArcFlowPipeline.from_pretrained(model)
-
-
-def pixels(images) -> np.ndarray:
-    return np.stack([np.asarray(image, np.int32) for image in images])
 
 
 def relative_error(a, b) -> float:
@@ -167,18 +160,7 @@ def test_tokenizer_without_room_for_a_prompt(source, tmp_path):
 
 def recipe(model: Path, out: Path, **changes) -> Recipe:
     """The published recipe, cut down."""
-    config = read_config(str(CONFIGS / "qwen.py"))
-    prompts = out.with_name("prompts.txt")
-    prompts.write_text("\n".join(PROMPTS * 2))
-    with config.unlocked():
-        config.update(model=str(model), prompts=str(prompts), out=str(out), resolutions=((32, 32),))
-        config.update(batch=2, steps=2, log_every=1, dtype="float32", mesh=(1, 1, 1, 1), preview_every=1)
-        config.adapter.update(modes=3, rank=2, alpha=2.0)
-        config.distillation.update(decay=4, states=2)  # no second program once the teacher no longer leads
-        config.optimizer.update(warmup=0, learning_rate=1e-2)
-        config.ema.update(start=0)
-        config.update(changes)
-    return Recipe.from_config(config)
+    return cut_down("qwen", model, out, 32, **{"preview_every": 1, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -315,43 +297,27 @@ def test_compiles_once_for_a_shape(teacher):
     assert count() == before
 
 
-def whole_path(source: Path, out: Path, mesh: tuple[int, ...]) -> None:
-    """Converts, trains with CFG, exports, and makes images with what it wrote, over a mesh."""
-    model = convert_model(source, out / "model")
-    settings = {"mesh": mesh, "steps": 6, "batch": 8, "preview_every": 0, "distillation": {"decay": 6}}
-    run = train(recipe(model, out / "run", **settings))
-    exported = export_adapter(run, out / "exported", dtype=np.float32)
-    named = ",".join(f"{name}={size}" for name, size in zip(MESH_AXES, mesh, strict=True))
-    size = {"height": 32, "width": 64, "seed": 3, "batch_size": 4}
-    few = ArcFlowPipeline.from_pretrained(model, exported, mesh=named)(PROMPTS, **size).images
-    many = ArcFlowPipeline.from_pretrained(model, mesh=named)(
-        PROMPTS, negative_prompt="", num_inference_steps=3, **size
-    ).images
-    np.save(out / "images.npy", pixels([*few, *many]))
+def longer(model: Path, out: Path, **changes) -> Recipe:
+    return recipe(model, out, steps=6, preview_every=0, distillation={"decay": 6}, **changes)
 
 
+SIZE = {"height": 32, "width": 64}
 ON_EIGHT = """
     import sys
     from pathlib import Path
-    from tests.test_qwen_pipeline import whole_path
-    whole_path(*map(Path, sys.argv[1:]), mesh=(2, 2, 2, 1))
+    from tests.helpers.whole_path import whole_path
+    from tests.test_qwen_pipeline import SIZE, longer
+    whole_path(longer, *map(Path, sys.argv[1:]), (2, 2, 2, 1), SIZE)
 """
 
 
 @pytest.mark.slow
 def test_whole_path_on_eight_devices_is_that_on_one(source, tmp_path):
-    for name in ("one", "eight"):
-        (tmp_path / name).mkdir()
-    process = start(8, "-c", textwrap.dedent(ON_EIGHT), source, tmp_path / "eight")
-    whole_path(source, tmp_path / "one", (1, 1, 1, 1))
+    one, eight = tmp_path / "one", tmp_path / "eight"
+    for out in (one, eight):
+        out.mkdir()
+    process = start(8, "-c", textwrap.dedent(ON_EIGHT), source, eight)
+    whole_path(longer, source, one, (1, 1, 1, 1), SIZE)
     finish(process)
-    one, eight = (losses(tmp_path / name / "run") for name in ("one", "eight"))
-    assert len(one) == 6
-    np.testing.assert_allclose(eight, one, rtol=1e-4)
-    one, eight = (load_file(tmp_path / name / "exported" / WEIGHTS) for name in ("one", "eight"))
-    assert one.keys() == eight.keys()
-    for name in one:
-        assert relative_error(eight[name], one[name]) < 2e-3, name
-    one, eight = (np.load(tmp_path / name / "images.npy") for name in ("one", "eight"))
-    np.testing.assert_allclose(eight, one, atol=1)
-    assert min(np.abs(a - b).max() for a, b in itertools.combinations(one, 2)) > 10
+    assert len(losses(one / "run")) == 6
+    assert_same_path(one, eight, 10)

@@ -91,6 +91,16 @@ def randomize(model: Any, scale: Any, centre: Any = lambda name: 0.0) -> Any:
     return model.eval()
 
 
+def language_scale(name: str, parameter: Any) -> float:
+    """Standard deviations for `randomize` of a language model."""
+    return 0.3 if parameter.ndim == 1 or "embed" in name else parameter.shape[1] ** -0.5
+
+
+def norm_centre(name: str) -> float:
+    """Means for `randomize`: 1 for the scales of norms."""
+    return 1.0 if "norm" in name else 0.0
+
+
 def flux_inputs(config: FluxConfig, rows: int = 4, columns: int = 6, length: int = 7):
     """Tokens, σ and conditioning for a batch of two."""
     rng = np.random.default_rng(0)

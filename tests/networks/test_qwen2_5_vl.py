@@ -16,7 +16,15 @@ from arcflow_jax.convert.engine import check, export_tensors, import_tensors
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.text.qwen2_5_vl import Qwen2_5VLConfig, Qwen2_5VLText
-from tests.helpers.twins import bfloat16_error, random_network, relative_error, rounding_bounds
+from tests.helpers.twins import (
+    bfloat16_error,
+    language_scale,
+    norm_centre,
+    random_network,
+    randomize,
+    relative_error,
+    rounding_bounds,
+)
 
 TINY = {
     "vocab_size": 50,
@@ -56,14 +64,7 @@ def twin(config, device="cpu"):
     their_config = Qwen2_5_VLConfig(text_config=text, vision_config=VISION | {"out_hidden_size": config["hidden_size"]})
     with torch.device(device):
         model = Qwen2_5_VLForConditionalGeneration(their_config).eval()
-    if device == "cpu":
-        torch.manual_seed(0)
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                centre = 1.0 if "norm" in name else 0.0
-                scale = 0.3 if weight.ndim == 1 or "embed" in name else weight.shape[1] ** -0.5
-                weight.copy_(centre + scale * torch.randn_like(weight))
-    return model
+    return randomize(model, language_scale, norm_centre) if device == "cpu" else model
 
 
 def abstract(config) -> tuple[nnx.GraphDef, nnx.State]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 from collections.abc import Iterator
@@ -57,7 +58,14 @@ def door(engine) -> api.Door:
 @pytest.fixture(scope="session")
 def address(door) -> Iterator[str]:
     """Where the server listens."""
-    server = uvicorn.Server(uvicorn.Config(door, log_level="warning"))
+    with served(door) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def served(door: api.Door) -> Iterator[str]:
+    """Answers in a thread of this process. Yields the address."""
+    server = uvicorn.Server(uvicorn.Config(door, log_level="warning", timeout_graceful_shutdown=5))
     with listening("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, args=[[listener]])
         thread.start()

@@ -5,21 +5,18 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from PIL import Image
 from playwright import sync_api as playwright
 
 from arcflow_jax.serve import api, page
 from arcflow_jax.serve.images import Images
-from arcflow_jax.serve.server import listening
-from tests.serve.conftest import LIMITS, wait_until
+from tests.serve.conftest import LIMITS, served, wait_until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -37,17 +34,8 @@ def site(engine) -> Iterator[str]:
     app = page.mount(
         api.build(engine, limits=LIMITS, images=images), engine, teacher=engine, limits=LIMITS, images=images
     )
-    server = uvicorn.Server(
-        uvicorn.Config(api.Door(app, None, engine.metrics), log_level="warning", timeout_graceful_shutdown=5)
-    )
-    with listening("127.0.0.1", 0) as listener:
-        thread = threading.Thread(target=server.run, args=[[listener]])
-        thread.start()
-        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        wait_until(lambda: httpx.get(f"{address}/health").status_code == 200)
+    with served(api.Door(app, None, engine.metrics)) as address:
         yield address
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="module")
