@@ -99,6 +99,8 @@ class PeftConfig:
                 re.compile(text)
             except re.error as error:
                 raise UserError(f"alpha_pattern has {text!r}, which is no regular expression: {error}") from None
+            if re.search(r"\)[*+?{]", text):  # it could take years to match
+                raise UserError(f"alpha_pattern has {text[:100]!r}, which repeats a group: name the layers")
 
     def scale(self, layer: str, rank: int) -> float:
         """By which the update of a layer is multiplied; 1 if no alpha is known."""

@@ -113,6 +113,9 @@ def test_damaged_configs(tmp_path):
     config.write_text('{"lora_alpha": 4, "alpha_pattern": {"(": 1}}')
     with pytest.raises(UserError, match="is no regular expression"):
         read_style_lora(file, NETWORKS)
+    config.write_text('{"lora_alpha": 4, "alpha_pattern": {"(a+)+$": 1}}')
+    with pytest.raises(UserError, match="which repeats a group"):
+        read_style_lora(file, NETWORKS)
 
 
 # --- places ---
