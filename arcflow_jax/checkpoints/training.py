@@ -142,7 +142,8 @@ def checksum(tree: Any) -> jax.Array:
 def patiently(list_checkpoints: Callable[[], T]) -> T:
     """Tries again if a run deletes a checkpoint while they are listed."""
     for _ in range(MOST_TRIES):
-        with contextlib.suppress(FileNotFoundError):
+        # Orbax asks whether a path exists, then whether it is a folder: one that goes between the two is neither
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return list_checkpoints()
     return list_checkpoints()
 
@@ -169,7 +170,7 @@ class Checkpoints:
         patiently(lambda: refuse_odd_files(directory))
         if not read_only:
             check_name(directory)
-        with self._writing(), without(of_a_reader):
+        with self._managing(), without(of_a_reader):
             self.manager = patiently(
                 lambda: ocp.CheckpointManager(directory, options=options, item_handlers=handler(self._arrays))
             )
@@ -181,7 +182,7 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
-            with self._writing():
+            with self._managing():
                 self.manager.close()
         except UserError:
             if kind is None:  # otherwise the first error is raised
@@ -210,17 +211,17 @@ class Checkpoints:
 
     def check(self) -> None:
         """Raises UserError if a save in the background has failed."""
-        with self._writing():
+        with self._managing():
             self.manager.check_for_errors()
 
     def _write(self, step: int, tree: dict[str, Any]) -> None:
         tree = to_dicts(tree)
-        with self._writing():
+        with self._managing():
             sums = {name: checksum(to_device(value)) for name, value in tree.items()}
             self.manager.save(step, args=ocp.args.PyTreeSave({**tree, "checksum": sums}))
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _managing(self) -> Iterator[None]:
         """Inside the `with` block, any error of Orbax or TensorStore becomes a UserError: also one of an older save."""
         try:
             yield
@@ -230,7 +231,8 @@ class Checkpoints:
             kind = NetworkError if cause_of(error) == "network" else UserError
             there = [int(path.name) for path in (self.run / "checkpoints").glob("*") if is_complete(path)]
             kept = f"; checkpoint {max(there)} is intact" if there else ""
-            raise kind(f"cannot write a checkpoint to {self.run}{kept}: {reason}") from error
+            failed = "cannot list the checkpoints of" if self.read_only else "cannot write a checkpoint to"
+            raise kind(f"{failed} {self.run}{kept}: {reason}") from error
 
     def restore(self, like: dict[str, Any], step: int | None = None) -> dict[str, Any]:
         """The state in a checkpoint, with the shapes and shardings of `like`.
@@ -249,7 +251,7 @@ class Checkpoints:
         read = self._read(to_dicts(like), step)
         restored = {name: from_dicts(value, read[name]) for name, value in like.items()}
         if newer := steps[steps.index(step) + 1 :]:  # only now: this checkpoint might have been damaged
-            with self._writing():
+            with self._managing():
                 move_aside(self.run, newer)
                 self.manager.reload()
         return restored

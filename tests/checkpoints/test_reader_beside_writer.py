@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
@@ -87,6 +88,31 @@ def test_the_checkpoint_that_was_chosen_is_gone(base, run, monkeypatch):
     with checkpoints:
         restored = checkpoints.restore_adapter(abstract)
     assert {float(x) for leaf in jax.tree.leaves(restored) for x in np.ravel(leaf)} == {7.0}
+
+
+@pytest.mark.parametrize("gone", [FileNotFoundError, NotADirectoryError])
+def test_a_checkpoint_goes_while_they_are_listed(run, monkeypatch, gone):
+    """Orbax reads the time of each checkpoint as it opens a run; a run that saves deletes one just then."""
+    manager, opened = ocp.CheckpointManager, []
+
+    def opens(*args, **kwargs):
+        opened.append(1)
+        if len(opened) == 1:
+            raise gone(str(run / "checkpoints" / "0"))
+        return manager(*args, **kwargs)
+
+    monkeypatch.setattr(ocp, "CheckpointManager", opens)
+    _, checkpoints = load_adapter(run)
+    assert checkpoints.latest == 0
+
+
+def test_checkpoints_that_cannot_be_listed(run, monkeypatch):
+    def opens(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(run / "checkpoints"))
+
+    monkeypatch.setattr(ocp, "CheckpointManager", opens)
+    with pytest.raises(UserError, match=r"cannot list the checkpoints of .*/run; checkpoint 0 is intact: Permission"):
+        load_adapter(run)
 
 
 def test_damage_is_still_damage(base, run):
