@@ -4,12 +4,14 @@
 
 A kill is SIGKILL, to one process, at a moment drawn uniformly from one and a half times what an undisturbed run takes.
 So some kills come while the program starts, some while it trains or saves. A run that reaches its end is compared, and
-the next begins. OUT may be a path in a bucket. The last line is the result; the exit code is 1 if an end differs.
+the next begins. OUT may be a path in a bucket; with --emulated, in one that an emulator on this machine holds in
+memory: gs://bucket/PATH or s3://bucket/PATH. The last line is the result; the exit code is 1 if an end differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -108,9 +110,24 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", required=True, help="a folder, or gs://BUCKET/PATH")
+    parser.add_argument("--emulated", action="store_true", help="the bucket of --out is an emulator's, on this machine")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--minutes", type=float, default=1e9, help="after which no further run begins")
     arguments = parser.parse_args()
+    with emulated_bucket(arguments.out) if arguments.emulated else contextlib.nullcontext():
+        different = kill_and_compare(arguments)
+    sys.exit(1 if different else 0)
+
+
+def emulated_bucket(out: str) -> contextlib.AbstractContextManager[str]:
+    """The emulator that the tests use, which needs what the tests need."""
+    from tests.helpers.buckets import bucket
+
+    return bucket(out.partition("://")[0])
+
+
+def kill_and_compare(arguments: argparse.Namespace) -> int:
+    """How many of the runs that were killed differ from the undisturbed one."""
     out, draw, began = arguments.out.rstrip("/"), random.Random(arguments.seed), time.monotonic()
 
     for name in ("warm", "undisturbed"):  # the first compiles, and fills the cache
@@ -145,7 +162,7 @@ def main() -> None:
     print(json.dumps({"processes": arguments.processes, "kills": kills, "runs": runs, "runs_that_differ": different,
                       "slowest_end_of_the_others_s": round(slow, 1),
                       "minutes": round((time.monotonic() - began) / 60, 1)}))  # fmt: skip
-    sys.exit(1 if different else 0)
+    return different
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "arcflow_jax"
 ROOMS = [
     *("errors", "schema", "console", "flow", "storage", "parallel", "data", "networks", "convert", "families"),
     *("checkpoints", "generate", "image_to_image", "sampling_settings", "loras", "training"),
-    *("loaded_model", "pipeline", "serve", "evaluate", "compile_report", "demo", "cli"),
+    *("loaded_model", "pipeline", "serve", "evaluate", "compile_report", "demo", "cli", "__main__"),
 ]
 
 

@@ -287,6 +287,12 @@ def test_help_does_not_wait_for_jax():
     assert "--dtype" in run.stdout
 
 
+def test_the_package_is_the_same_command():
+    command = [sys.executable, "-m", "arcflow_jax", "convert", "--help"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "--source" in run.stdout
+
+
 def test_the_script_is_the_same_command(source, tmp_path):
     script = [sys.executable, str(ROOT / "tools" / "convert.py")]
     command = [*script, "--source", str(source), "--out", str(tmp_path / "out")]
