@@ -1,5 +1,5 @@
 # make demo    converts the bundled teacher, distils it, compares 2 steps with 50: runs/demo/index.html
-# make test    make check, then the test suite, then on Python 3.12 and 3.13, where they are, the tests that need no torch
+# make test    make check, then the test suite, then on Python 3.12 and 3.13, where they are, a share of it (see below)
 # make check   linter, formatter and type checker, in seconds
 # make docs    the site, site/index.html, from docs/; fails on a broken link or a name that does not exist
 #
@@ -14,6 +14,12 @@ find_python = $(shell for p in python$(1) $(wildcard $(HOME)/.pyenv/versions/$(1
 PYTHON3.12 := $(call find_python,3.12)
 PYTHON3.13 := $(call find_python,3.13)
 PYTEST = -m pytest --numprocesses 2 --dist worksteal
+# With Python 3.12 come later versions of jax, flax and Orbax. There the tests of the code that calls them are run, and
+# of paths and files, which are the standard library's; none that is slow, and none that needs torch. With 3.13 come no
+# other versions: the mathematics, the paths and the public API
+ON_3.12 = $(addprefix tests/,flow networks parallel checkpoints training compile_report storage data test_pipeline.py \
+	test_pipeline_memory.py test_loras.py test_public_api.py)
+ON_3.13 = $(addprefix tests/,flow convert data test_public_api.py)
 
 .PHONY: demo test check docs clean
 
@@ -23,10 +29,10 @@ demo: .venv/demo.installed
 test: check $(if $(PYTHON3.12),.venv-3.12/test.installed) $(if $(PYTHON3.13),.venv-3.13/smoke.installed)
 	.venv/bin/python $(PYTEST)
 ifneq ($(PYTHON3.12),)
-	.venv-3.12/bin/python $(PYTEST) -m "not slow and not long"
+	.venv-3.12/bin/python $(PYTEST) -m "not slow and not long" $(ON_3.12)
 endif
 ifneq ($(PYTHON3.13),)
-	.venv-3.13/bin/python -m pytest tests/flow tests/convert tests/data tests/test_public_api.py -m "not slow and not long"
+	.venv-3.13/bin/python -m pytest -m "not slow and not long" $(ON_3.13)
 endif
 
 check: .venv/test.installed

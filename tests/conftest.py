@@ -1,5 +1,6 @@
 """What all tests share: a compilation cache, because many compile the same programs, and the converted teachers."""
 
+import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,13 @@ if version("jaxlib") < "0.11":  # later ones have no such choice, and XLA ends t
 os.environ.setdefault("XLA_FLAGS", FAST_TO_COMPILE)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the real hub; read when the hub's library is imported
+
+
+def pytest_collection_finish() -> None:
+    """What all imports have made stays to the end: Python need not search it for garbage, nor the rest so often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
 
 
 @pytest.fixture(scope="session")

@@ -21,13 +21,14 @@ from arcflow_jax.families.flux2 import FAMILY, log_shift
 from arcflow_jax.generate import teacher_grid
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.training.recipe import Recipe
+from tests.helpers.pixels import pixels
 from tests.helpers.processes import finish, start
 from tests.helpers.students import attach_student, predicted, write_run
 from tests.helpers.students import student as student_model
 from tests.helpers.tiny_flux2 import LENGTH, make_tiny_flux2
 from tests.helpers.tiny_run import losses
 from tests.helpers.twins import flux2_inputs, flux2_twin_velocity, relative_error
-from tests.helpers.whole_path import PROMPTS, assert_same_path, cut_down, pixels, whole_path
+from tests.helpers.whole_path import PROMPTS, assert_same_path, cut_down, whole_path
 
 
 def recipe(model: Path, out: Path, **changes) -> Recipe:

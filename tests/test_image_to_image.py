@@ -20,6 +20,7 @@ from arcflow_jax.flow.schedule import Scheduler, sigma_of
 from arcflow_jax.image_to_image import mask_tokens, start_level
 from arcflow_jax.pipeline import ArcFlowPipeline
 from tests.helpers.command_line import assert_refused, run
+from tests.helpers.pixels import pixels
 from tests.helpers.random_student import write_adapter
 
 PROMPTS = ["a red circle", "a large green ring", "a blue square on the left"]
@@ -42,10 +43,6 @@ def student(tiny_flux, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pipe(tiny_flux, student) -> ArcFlowPipeline:
     return ArcFlowPipeline.from_pretrained(tiny_flux, student)
-
-
-def pixels(images) -> np.ndarray:
-    return np.stack([np.asarray(image, np.int32) for image in images])
 
 
 def relative_error(a, b) -> float:

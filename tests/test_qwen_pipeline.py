@@ -27,12 +27,13 @@ from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.training.embeddings import CachedPrompts, embed_prompts
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe
+from tests.helpers.pixels import pixels
 from tests.helpers.processes import finish, start
 from tests.helpers.students import attach_student, metadata, predicted, write_run
 from tests.helpers.students import student as student_model
 from tests.helpers.tiny_run import losses
 from tests.helpers.twins import qwen_inputs, qwen_twin_velocity
-from tests.helpers.whole_path import PROMPTS, assert_same_path, cut_down, pixels, whole_path
+from tests.helpers.whole_path import PROMPTS, assert_same_path, cut_down, whole_path
 from tools.make_tiny_qwen import make_tiny_qwen
 
 CONFIGS = Path(__file__).parents[1] / "configs"

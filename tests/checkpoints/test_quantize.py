@@ -80,9 +80,10 @@ def test_a_student_on_a_quantized_base(tiny_flux, quantized, student, format):
     assert np.linalg.norm(endpoint(pipe) - exact) > 1e-3 * np.linalg.norm(exact)
 
 
+@pytest.mark.slow
 def test_training_on_a_quantized_base(quantized, tmp_path):
     """It trains, is the same after a resume, and its student samples; the codes are never trained."""
-    plan = recipe(quantized["int4"], tmp_path / "whole", optimizer={"learning_rate": 1e-2, "warmup": 0})
+    plan = recipe(quantized["int4"], tmp_path / "whole", optimizer={"learning_rate": 1e-2})
     train(plan)
     assert np.isfinite(losses(tmp_path / "whole")).all()
     assert not [name for name in saved(tmp_path / "whole") if "codes" in name]

@@ -24,6 +24,7 @@ from arcflow_jax.cli.options import SamplingOptions, expand_options
 from arcflow_jax.data.output import contact_sheet, read_latents
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError, report_errors
+from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe, read_config
 from tests.helpers.command_line import assert_refused, run
@@ -306,7 +307,17 @@ def test_no_pickle_is_loaded(tmp_path):
 
 
 @pytest.mark.slow
-def test_sample_refuses_bad_input(capfd, tmp_path, model, student):
+def test_sample_refuses_bad_input(capfd, tmp_path, monkeypatch, model, student):
+    load, loaded = ArcFlowPipeline.from_pretrained, {}
+
+    def load_once(model: object, adapter: object, *, mesh: str, **settings: object) -> ArcFlowPipeline:
+        key = str(model), str(adapter), mesh
+        if key not in loaded:
+            loaded[key] = load(model, adapter, mesh=mesh, **settings)
+        return loaded[key]
+
+    monkeypatch.setattr(ArcFlowPipeline, "from_pretrained", load_once)
+
     def refused(message: str, *arguments: object) -> None:
         assert_refused(capfd, tmp_path, "sample", "--out", tmp_path / "out", *arguments, message=message)
 

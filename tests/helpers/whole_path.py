@@ -15,14 +15,11 @@ from arcflow_jax.parallel.mesh import MESH_AXES
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe, read_config
+from tests.helpers.pixels import pixels
 from tests.helpers.tiny_run import losses
 from tests.helpers.twins import relative_error
 
 PROMPTS = ["a red circle", "a large green ring on the left, with {braces}"]
-
-
-def pixels(images) -> np.ndarray:
-    return np.stack([np.asarray(image, np.int32) for image in images])
 
 
 def cut_down(name: str, model: Path, out: Path, side: int, **changes) -> Recipe:

@@ -20,7 +20,17 @@ from arcflow_jax.families.flux import CLIP, T5
 from arcflow_jax.networks.student import split_model
 from arcflow_jax.networks.text.clip import CLIPTextConfig
 from arcflow_jax.networks.text.t5 import T5Config
-from arcflow_jax.parallel.mesh import MESH_AXES, Sizes, auto_sizes, check_batch, constrain, make_mesh, state_shardings
+from arcflow_jax.parallel.mesh import (
+    MESH_AXES,
+    Sizes,
+    auto_sizes,
+    check_batch,
+    constrain,
+    make_mesh,
+    parse_mesh,
+    partition_spec,
+    state_shardings,
+)
 from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.recipe import Recipe, read_config
 from arcflow_jax.training.state import TrainState
@@ -192,3 +202,44 @@ def test_activations_are_pinned_for_the_devices_of_the_mesh(platform, sequence, 
 def test_without_a_mesh_nothing_is_pinned():
     x = jnp.ones((2, 3))
     assert constrain(x, "batch", None) is x
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tensor=2", "mesh tensor=2 needs 2 devices, but 1 device is visible; use tensor=1, or start on 2 devices"),
+        ("heads=1", "'heads=1' is not AXIS=SIZE, where AXIS is one of data, fsdp, tensor, sequence"),
+        ("tensor", "'tensor' is not AXIS=SIZE"),
+        ("tensor=0", "'tensor=0' is not AXIS=SIZE"),
+    ],
+)
+def test_a_written_mesh_that_does_not_fit(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_mesh(text)
+
+
+def test_mesh_of_one_device():
+    for name in ("", "tensor=1", "sequence=-1"):
+        assert parse_mesh(name).devices.ravel().tolist() == jax.devices()[:1]
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "spec"),
+    [
+        (("embed", "heads"), (3072, 3072), ("fsdp", "tensor")),
+        (("embed", "heads"), (38, 3072, 3072), (None, "fsdp", "tensor")),  # stacked layers stay whole
+        (("embed", "heads"), (3071, 3072), (None, "tensor")),
+        (("embed", "rank"), (3072, 256), ("fsdp", None)),  # an axis splits an array once
+        (("batch", "tokens", None), (4, 4096, 64), (("data", "fsdp"), "sequence", None)),
+        (("batch", "tokens", None), (2, 4225, 64), ("data", None, None)),  # as far as it divides
+        (
+            ("batch", None, "attending_heads", None),
+            (4, 4608, 24, 128),
+            (("data", "fsdp"), None, ("tensor", "sequence"), None),
+        ),
+        (("batch", None, "attending_heads", None), (1, 4608, 4, 128), (None, None, "tensor", None)),
+    ],
+)
+def test_partition(axes, shape, spec):
+    mesh = AbstractMesh((2, 2, 4, 2), MESH_AXES)
+    assert partition_spec(mesh, axes, shape) == PartitionSpec(*spec)

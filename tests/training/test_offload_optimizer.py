@@ -28,12 +28,9 @@ def test_the_run_is_the_same_and_resumes(tiny_flux, tmp_path, monkeypatch):
         kinds.append({name: memory(items[name]) for name in ("adapter", "ema", "optimizer")})
         save(self, step, items)
 
-    one_phase = {"distillation": {"decay": 9, "states": 2}}
-    device = saved(loop.train(recipe(tiny_flux, tmp_path / "device", **one_phase)))
+    device = saved(loop.train(recipe(tiny_flux, tmp_path / "device")))
     monkeypatch.setattr(loop.Checkpoints, "save", watched)
-    straight, resumed = (
-        recipe(tiny_flux, tmp_path / name, offload_optimizer=True, **one_phase) for name in ("straight", "resumed")
-    )
+    straight, resumed = (recipe(tiny_flux, tmp_path / name, offload_optimizer=True) for name in ("straight", "resumed"))
     host = saved(loop.train(straight))
     loop.train(dataclasses.replace(resumed, steps=2))
     again = saved(loop.train(resumed))

@@ -30,7 +30,7 @@ def model(tiny_flux, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(model, tmp_path_factory) -> Path:
     """A student after three training steps, with EMA weights of its own."""
-    return train(recipe(model, tmp_path_factory.mktemp("run") / "run", steps=3, ema={"start": 0}))
+    return train(recipe(model, tmp_path_factory.mktemp("run") / "run", steps=3))
 
 
 def part(state: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:

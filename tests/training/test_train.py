@@ -24,6 +24,7 @@ def model(tiny_flux, tmp_path_factory) -> Path:
     return shutil.copytree(tiny_flux, tmp_path_factory.mktemp("model") / "teacher")
 
 
+@pytest.mark.slow
 def test_student_of_legendre_polynomials(model, tmp_path):
     with pytest.raises(UserError, match="mode_dropout has to be 0 with the basis legendre"):
         recipe(model, tmp_path / "run", adapter={"basis": "legendre"})

@@ -1,0 +1,93 @@
+"""The random numbers of a training step, the timesteps that they cut a segment at, and the settings' limits."""
+
+# B batch, K modes
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from arcflow_jax.errors import UserError
+from arcflow_jax.flow.distill import Distillation, Draws, teacher_share, visit_times
+
+B, K = 2, 3
+SETTINGS = Distillation()
+
+timed = jax.jit(visit_times, static_argnames="settings")
+
+
+@hypothesis_settings(deadline=None, max_examples=30)
+@given(
+    seed=st.integers(0, 2**16),
+    share=st.floats(0, 1, width=32),
+    start=st.floats(0.125, 1, width=32),
+    part=st.floats(0.05, 1),
+    window=st.sampled_from([0, 3, 8]),
+)
+def test_timesteps_stay_in_the_segment_and_leave_room_for_the_window(seed, share, start, part, window):
+    settings = dataclasses.replace(SETTINGS, window=window)
+    draws = Draws(*(np.random.default_rng(seed).random((B, size), np.float32) for size in (K, 4, 3)))
+    start = np.full(B, start, np.float32)
+    length = np.float32(part) * start
+    room = np.asarray(settings.window_length(length))
+    arrive, leave = map(np.asarray, timed(draws, start, length, settings=settings, teacher_share=share))
+    assert arrive.shape == leave.shape == (4, B)
+    assert (room <= length).all()
+    whole = np.concatenate([start[None], np.stack([arrive, leave], 1).reshape(-1, B)])
+    assert (np.diff(whole, axis=0) <= 1e-7).all()
+    assert (leave[-1] - room >= start - length - 1e-6).all()
+    # The teacher gets its whole share. The student gets the rest, less what it leaves for the end.
+    np.testing.assert_allclose((arrive - leave).sum(0), share * (length - room), atol=1e-5)
+    np.testing.assert_allclose(
+        start - leave[-1], (length - room) * (share + (1 - share) * draws.student.max(-1)), atol=1e-5
+    )
+
+
+def test_window_is_whole_substeps_that_divide_the_segment():
+    window = Distillation(window=3, substeps=128).window_length
+    assert window(jnp.float32(0.5)) == pytest.approx(3 / 128)
+    assert window(jnp.float32(0.3)) == pytest.approx(3 * 0.3 / 38)  # 38.4 substeps, of which 38 fit
+    assert window(jnp.float32(1 / 128)) == pytest.approx(1 / 128)  # no longer than the segment
+
+
+def test_draws_are_uniform_and_independent():
+    draws = Draws.draw(jax.random.key(0), 4000, 3, 4)
+    assert [leaf.shape for leaf in jax.tree.leaves(draws)] == [(4000, 3), (4000, 4), (4000, 3)]
+    columns = np.concatenate(jax.tree.leaves(draws), 1)
+    assert columns.min() >= 0
+    assert columns.max() < 1
+    np.testing.assert_allclose(columns.mean(0), 0.5, atol=5 * 12**-0.5 / 4000**0.5)
+    correlation = np.corrcoef(columns.T) - np.eye(10)
+    assert np.abs(correlation).max() < 5 / 4000**0.5
+
+
+def test_teacher_share_falls_to_zero():
+    np.testing.assert_allclose([teacher_share(step, 4) for step in (0, 1, 4, 9)], [1, 0.75, 0, 0])
+    assert teacher_share(jnp.int32(0), 0) == 0
+    assert jax.jit(lambda step: teacher_share(step, 2000))(jnp.int32(500)) == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("nfe", 0),
+        ("states", 0),
+        ("substeps", 0),
+        ("shift", 0.0),
+        ("final_step_ratio", -1.0),
+        ("mode_dropout", 1.0),
+        ("state_weight", -1.0),
+        ("data_weight", -1.0),
+        ("teacher_guidance", "none"),
+    ],
+)
+def test_invalid_settings_are_refused(name, value):
+    with pytest.raises(UserError, match=name):
+        dataclasses.replace(SETTINGS, **{name: value})
