@@ -148,39 +148,48 @@ def test_retrieval_and_hps(seeds, clip, tmp_path):
 
 def test_hps_sees_the_whole_image(clip, tmp_path):
     """The original scales the longer side and fills up with black, where CLIP crops."""
-    wide = write_images(tmp_path / "wide", 1, seed=0, width=64, height=32)[0]
-    filled = np.zeros((64, 64, 3), np.uint8)
-    filled[16:48] = wide
+    wide = write_images(tmp_path / "wide", 1, seed=0, width=32, height=16)[0]  # the size of the network's input
+    filled = np.zeros((32, 32, 3), np.uint8)
+    filled[8:24] = wide
     image = Image.fromarray(filled)
     image.info["prompt"] = PROMPTS[0]
     (tmp_path / "filled").mkdir()
     save_image(image, tmp_path / "filled" / "0.png")
     networks = {"hps": str(clip), "clip": str(clip)}
     reports = {n: evaluate(tmp_path / n, tmp_path / f"{n}.json", "hps", "clip", **networks) for n in ("wide", "filled")}
-    assert reports["wide"]["hps"]["score"] == pytest.approx(reports["filled"]["hps"]["score"], rel=1e-2)
-    assert reports["wide"]["hps"]["score"] == pytest.approx(100 * reports["filled"]["clip"]["score"], rel=1e-2)
+    assert reports["wide"]["hps"]["score"] == pytest.approx(reports["filled"]["hps"]["score"], rel=1e-5)
+    assert reports["wide"]["hps"]["score"] == pytest.approx(100 * reports["filled"]["clip"]["score"], rel=1e-5)
     assert reports["wide"]["hps"]["score"] != pytest.approx(100 * reports["wide"]["clip"]["score"], rel=1e-1)
 
 
 def test_several_seeds_straight_from_a_sampler(capfd, tiny_flux, dino, tmp_path):
-    """The images are those of `arcflow sample` with as many images per prompt, and an interrupted run resumes."""
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:3]))
+    """The images are those of `arcflow sample` with as many images of each prompt."""
+    for name, count in {"prompts": 2, "more": 3}.items():
+        (tmp_path / f"{name}.txt").write_text("\n".join(PROMPTS[:count]))
     sampling = ("--model", tiny_flux, "--teacher", "--steps", 1, "--seed", 3, "--batch-size", 2)
-    common = ("evaluate", "metrics", "--metric", "diversity", "--features", dino)
-    made = (*sampling, "--prompts", tmp_path / "prompts.txt", "--count", 2, "--images-per-prompt", 3)
-    code, _, stderr = run(capfd, *common, *made, "--out", tmp_path / "made.json")
-    assert code == 0, stderr
-    for prompt in PROMPTS[:2]:
-        images = ("--prompt", prompt, "--images-per-prompt", 3) if False else ()
-    del images
-    report = json.loads((tmp_path / "made.json").read_text())
-    assert (report["images"]["count"], report["images"]["images_per_prompt"]) == (6, 3)
-    assert report["diversity"]["score"] > 0
-    code, _, stderr = run(
-        capfd, *common, *made, "--teacher-images", tmp_path / "made.npz", "--out", tmp_path / "again.json"
-    )
-    assert code == 0, stderr
-    assert json.loads((tmp_path / "again.json").read_text())["diversity"]["relative"] == pytest.approx(1)
+    commands = {
+        "sample": ("--prompts-file", tmp_path / "prompts.txt", "--images", 3, "--out", tmp_path / "kept"),
+        "made": ("--prompts", tmp_path / "more.txt", "--count", 2, "--images-per-prompt", 3),
+        "kept": ("--images", tmp_path / "kept", "--teacher-images", tmp_path / "made.npz"),
+    }
+    for name, options in commands.items():
+        metric = (
+            "evaluate",
+            "metrics",
+            "--metric",
+            "diversity",
+            "--features",
+            dino,
+            "--out",
+            tmp_path / f"{name}.json",
+        )
+        start = (name,) if name == "sample" else metric
+        code, _, stderr = run(capfd, *start, *options, *(sampling if name != "kept" else ()))
+        assert code == 0, stderr
+    made, kept = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("made", "kept"))
+    assert (made["images"]["count"], made["images"]["images_per_prompt"]) == (6, 3)
+    assert made["diversity"]["score"] > 1e-6
+    assert kept["diversity"]["relative"] == pytest.approx(1, rel=1e-5)
 
 
 def test_an_interrupted_evaluation_resumes_with_whole_prompts(seeds, dino, tmp_path, monkeypatch):
@@ -242,7 +251,6 @@ def test_bad_input(capfd, seeds, clip, dino, tmp_path):
     count = ("--prompts", tmp_path / "prompts.txt", "--count", 2, "--metric", "diversity", "--teacher")
     refused("count is 2, but has to be from 1 to 1, the prompts that .*prompts.txt has", *count)
 
-    evaluate(tmp_path / "single", tmp_path / "clip.json", "clip", clip=str(clip))
     shutil.copytree(seeds / "student", tmp_path / "other")
     for file in sorted((tmp_path / "other").iterdir())[:4]:
         file.unlink()
