@@ -173,17 +173,8 @@ def test_several_seeds_straight_from_a_sampler(capfd, tiny_flux, dino, tmp_path)
         "kept": ("--images", tmp_path / "kept", "--teacher-images", tmp_path / "made.npz"),
     }
     for name, options in commands.items():
-        metric = (
-            "evaluate",
-            "metrics",
-            "--metric",
-            "diversity",
-            "--features",
-            dino,
-            "--out",
-            tmp_path / f"{name}.json",
-        )
-        start = (name,) if name == "sample" else metric
+        metric = ("evaluate", "metrics", "--metric", "diversity", "--features", dino)
+        start = (name,) if name == "sample" else (*metric, "--out", tmp_path / f"{name}.json")
         code, _, stderr = run(capfd, *start, *options, *(sampling if name != "kept" else ()))
         assert code == 0, stderr
     made, kept = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("made", "kept"))
