@@ -74,10 +74,11 @@ class Folder:
         if not self.files:
             raise UserError(f"{folder} contains no images: it needs {', '.join(SUFFIXES)} files")
         if by_prompt:
-            prompts = [self._prompt_of(file) for file in self.files]
-            place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-            pairs = zip(self.files, prompts, strict=True)
-            self.files = [file for file, _ in sorted(pairs, key=lambda pair: place[pair[1]])]
+            files = {prompt: [] for prompt in self.prompts}
+            for file, prompt in zip(self.files, self.prompts, strict=True):
+                files[prompt].append(file)
+            self.files = [file for group in files.values() for file in group]
+            self.prompts = [prompt for prompt, group in files.items() for _ in group]
         states = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
         self.identity = {"folder": str(folder), "count": self.count, "files_sha256": digest(states)}
 
@@ -92,7 +93,7 @@ class Folder:
 
     @functools.cached_property
     def prompts(self) -> list[str]:
-        return [self._prompt_of(file) for file in self.files]
+        return [text_in(file, "prompt") or self._captions[file] for file in self.files]
 
     @functools.cached_property
     def images_per_prompt(self) -> int:
@@ -106,9 +107,6 @@ class Folder:
         if many < 2:
             raise UserError(f"{self.folder} has one image of each prompt: diversity needs at least two")
         return many
-
-    def _prompt_of(self, file: Path) -> str:
-        return text_in(file, "prompt") or self._captions[file]
 
     @functools.cached_property
     def _captions(self) -> dict[Path, str]:

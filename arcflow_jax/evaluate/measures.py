@@ -123,7 +123,7 @@ class Networks:
             found["diversity"] = {
                 "network": self.diversity,
                 "images_per_prompt": images.images_per_prompt,
-                "prompts_sha256": digest(dict.fromkeys(images.prompts)),
+                "prompts_sha256": digest(sorted(set(images.prompts))),
             }
         return found
 

@@ -101,7 +101,7 @@ def measured(
         if known["teacher"].description["diversity"]["prompts_sha256"] != wanted:
             raise UserError(
                 f"{references['teacher']} shows other prompts than the images to judge: diversity compares images of "
-                "the same prompts, in the same order"
+                "the same prompts"
             )
     return gather(images, networks.metrics, networks, out.with_suffix(".npz"), progress), known
 
