@@ -79,7 +79,7 @@ class Networks:
         for first in range(0, len(texts), BATCH):
             progress("encoding prompts", first, len(texts))
             encoded.append(self._clip.prompts(texts[first : first + BATCH]))
-        self._prompts = {text: i for i, text in enumerate(texts)}, np.concatenate(encoded)
+        self._prompts = {text: i for i, text in enumerate(texts)}, np.concatenate(encoded).astype(np.float64)
 
     def features(
         self, metrics: Sequence[str], batch: Sequence[Image.Image], images: ImageSet
