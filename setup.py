@@ -77,7 +77,7 @@ setup(
         "cuda12-compile": ["jax[cuda12-local]", "nvidia-cudnn-cu12>=9.10,<10"],
         "data": DATA,
         **BUCKETS,
-        # The trajectory plot; FID, pFID and CLIP score, whose networks run in PyTorch
+        # The trajectory plot; the networks that judge images, which run in PyTorch
         "eval": [*PLOTS, "torch>=2.8", "transformers>=5.5,<6"],
         "serve": SERVE,
         "test": [

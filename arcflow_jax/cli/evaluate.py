@@ -19,6 +19,9 @@ class Metric(enum.StrEnum):
     fid = enum.auto()
     pfid = enum.auto()
     clip = enum.auto()
+    retrieval = enum.auto()
+    hps = enum.auto()
+    diversity = enum.auto()
 
 
 class Benchmark(enum.StrEnum):
@@ -82,14 +85,12 @@ def evaluate_trajectory(
         student.width,
     )
     with hosts.connected():
-        found = read_prompts(prompts, prompts_field).texts
-        if count is not None and not 1 <= count <= len(found):
-            raise UserError(f"count is {count}, but has to be from 1 to {len(found)}, the prompts that {prompts} has")
+        found = read_prompts(prompts, prompts_field).first(count).texts
         adapter = student.student()
         cache.enable_compilation_cache()
         model = converted(student.model)
         comparison = Comparison(model, adapter, settings, student.batch_size, student.mesh, student.raw)
-        evaluate(comparison, found[:count], out)
+        evaluate(comparison, found, out)
         if is_main():
             print(f"the figures and the plot are in {out}")
 
@@ -108,21 +109,29 @@ def evaluate_metrics(
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="Instead of --images: sample one image for each of these prompts. A .txt, .jsonl or .parquet "
+            help="Instead of --images: sample images for each of these prompts. A .txt, .jsonl or .parquet "
             "file, a folder of them, a data set's hub id OWNER/NAME or OWNER/NAME:SPLIT, hpsv2 or coco-10k."
         ),
     ] = None,
     prompts_field: Annotated[str, typer.Option(help="The field or column that has the prompt.")] = "prompt",
+    count: Annotated[int | None, typer.Option(help="Use only the first COUNT prompts.")] = None,
+    images_per_prompt: Annotated[
+        int | None,
+        typer.Option(help="Images to sample for each prompt. By default 1, and 16 if diversity is among the metrics."),
+    ] = None,
     real: Annotated[
         Path | None,
-        path_option(help="The reference of FID and pFID: a folder of real images, or their statistics, a .npz file."),
+        path_option(help="A reference of FID and pFID: a folder of real images, or their statistics, a .npz file."),
     ] = None,
     teacher_images: Annotated[
         Path | None,
-        path_option(help="A second reference, images of the teacher or their statistics, with figures of its own."),
+        path_option(
+            help="A second reference, images of the teacher or their statistics, with figures of its own. Diversity "
+            "compares with it, too."
+        ),
     ] = None,
     metric: Annotated[
-        list[Metric] | None, typer.Option(help="May be given several times. By default all three.")
+        list[Metric] | None, typer.Option(help="May be given several times. By default fid, pfid and clip.")
     ] = None,
     inception: Annotated[
         Path | None,
@@ -131,42 +140,60 @@ def evaluate_metrics(
     clip: Annotated[
         str | None,
         typer.Option(
-            help="A CLIP model in transformers' format, a folder or hub id. By default "
-            "openai/clip-vit-large-patch14-336."
+            help="A CLIP model in transformers' format, a folder or hub id, for the CLIP score and retrieval. By "
+            "default openai/clip-vit-large-patch14-336."
         ),
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="A DINOv2 or CLIP model in transformers' format, a folder or hub id, for diversity. By default "
+            "facebook/dinov2-base."
+        ),
+    ] = None,
+    hps: Annotated[
+        str | None,
+        typer.Option(help="The CLIP model of HPSv2 or HPSv2.1 in transformers' format, a folder or hub id."),
     ] = None,
     *,
     sampling: options.SamplingOptions,
     hosts: options.HostOptions,
 ) -> None:
-    """FID, pFID and CLIP score of a folder of images, or of a student or teacher directly.
+    """FID, pFID, CLIP score, retrieval, HPS and diversity of a folder of images, or of a student or teacher directly.
 
     Without a reference, only the images' statistics are computed, for use as a reference later. An interrupted
     evaluation resumes. Several machines share the images; run the same command on each, as for arcflow train. Needs
     PyTorch: pip install arcflow_jax[eval].
     """
     from arcflow_jax.data.prompts import read_prompts
-    from arcflow_jax.evaluate.features import CLIP
+    from arcflow_jax.evaluate.features import CLIP, DINO
     from arcflow_jax.evaluate.image_sets import Folder, Sampled
+    from arcflow_jax.evaluate.measures import DEFAULT, Networks
     from arcflow_jax.evaluate.metrics import REFERENCES, evaluate, table
-    from arcflow_jax.evaluate.statistics import METRICS, Networks
     from arcflow_jax.parallel.processes import is_main
 
     if (images is None) == (prompts is None):
         raise UserError("say what to judge: either --images, or what to sample with --prompts")
     if images is not None and (sampling.adapter is not None or sampling.teacher):
         raise UserError("--images are there already: leave --adapter and --teacher out, or name --prompts")
+    if images is not None and (count is not None or images_per_prompt is not None):
+        raise UserError("--images are there already: leave --count and --images-per-prompt out, or name --prompts")
+    metrics = DEFAULT if metric is None else [each.value for each in metric]
+    diverse = "diversity" in metrics
+    if diverse and images_per_prompt == 1:
+        raise UserError("diversity needs at least two images of each prompt: leave --images-per-prompt out for 16")
     references = {name: at for name, at in zip(REFERENCES, (real, teacher_images), strict=True) if at is not None}
     judged: Folder | Sampled
     with hosts.connected():
         # Before the model, which takes longest to load
-        networks = Networks(METRICS if metric is None else [each.value for each in metric], inception, clip or CLIP)
+        networks = Networks(metrics, inception, clip or CLIP, features or DINO, hps)
         if prompts is None:
             assert images is not None
-            judged = Folder(images)
+            judged = Folder(images, by_prompt=diverse)
         else:
-            found = read_prompts(prompts, prompts_field)
-            judged = Sampled(sampling.load(), found, batch_size=sampling.batch_size, **sampling.settings())
+            found = read_prompts(prompts, prompts_field).first(count)
+            each = images_per_prompt or (16 if diverse else 1)
+            judged = Sampled(sampling.load(), found, sampling.batch_size, each, **sampling.settings())
         with options.progress_bar() as progress:
             report = evaluate(judged, references, out, networks, progress)
         if is_main():

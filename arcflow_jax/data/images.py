@@ -133,6 +133,21 @@ def read_image(file: Path) -> Image.Image:
     return rgb
 
 
+def text_in(file: Path, name: str) -> str | None:
+    """A text among an image's `info`, None if it has none. A text before the pixels is found without decoding them.
+
+    Raises UserError as `read_image`.
+    """
+    file_size(file)
+    try:
+        with file.open("rb") as data, Image.open(data, formats=FORMATS) as image:
+            if name not in image.info and image.format == "PNG":
+                image.load()  # a text may stand after the pixels
+            return image.info.get(name)
+    except BROKEN as error:
+        raise UserError(f"cannot read image {file}: {one_line(error)}") from None
+
+
 def upright(data: IO[bytes], most: float = math.inf) -> Image.Image:
     """An image in its own mode, turned as its EXIF data say, with the `info` of its file.
 

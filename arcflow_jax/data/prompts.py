@@ -47,6 +47,15 @@ class Prompts:
         sized = ", each with height and width" if self.sizes else ""
         return f"{len(self.texts)} prompts from {self.source}{sized}{left_out}"
 
+    def first(self, count: int | None) -> Prompts:
+        """The first `count` prompts, all if it is None. Raises UserError if there are not so many."""
+        if count is None:
+            return self
+        if not 1 <= count <= len(self.texts):
+            has = len(self.texts)
+            raise UserError(f"count is {count}, but has to be from 1 to {has}, the prompts that {self.source} has")
+        return dataclasses.replace(self, texts=self.texts[:count], sizes=self.sizes and self.sizes[:count])
+
 
 class Row(NamedTuple):
     """One prompt of a source, which may be empty or None, the size of its image if given, and where it was read."""

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from flax import nnx
 from arcflow_jax.console import progress_bar
 from arcflow_jax.demo.judge import agreement, load_judge
 from arcflow_jax.demo.world import Caption, render
+from arcflow_jax.evaluate.diversity import mean_pairwise_distance
 from arcflow_jax.evaluate.frechet import Moments, frechet_distance
 from arcflow_jax.networks.conditioning import Guided
 from arcflow_jax.pipeline import ArcFlowPipeline
@@ -104,6 +106,42 @@ def with_cfg(
     return Guided(conditioning, negative, jnp.float32(guidance), norm_preserving=False)
 
 
+@functools.cache
+def judge() -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    """The bundled judge, compiled: features [B, F] and attributes [B, 5] of images [B, P, P, 3] in [-1, 1]."""
+    graphdef, state = nnx.split(load_judge())
+
+    @jax.jit
+    def judged(pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(graphdef, state)
+        return model(pixels)[0], model.read(pixels)
+
+    return judged
+
+
+def features_and_attributes(batches: Sequence[np.ndarray | jax.Array]) -> list[np.ndarray]:
+    """What the judge finds in batches of images, together."""
+    results = [judge()(jnp.asarray(batch)) for batch in batches]
+    return [np.concatenate(arrays) for arrays in zip(*results, strict=True)]
+
+
+def diversity(
+    samplers: dict[str, Sampler], captions: Sequence[Caption], guidance: float, negative_prompt: str | None = None
+) -> dict[str, float]:
+    """For each sampler, how different `BATCH` images of a caption are: the mean over captions.
+
+    The mean of 1 − cosine of the judge's features over all pairs of a caption's images. Arguments as for
+    `run_samplers`. All samplers start from the same noises.
+    """
+    repeated = [caption for caption in captions for _ in range(BATCH)]
+    results = run_samplers(samplers, repeated, guidance, negative_prompt)
+    found = {}
+    for name, result in results.items():
+        features, _ = features_and_attributes([batch / 127.5 - 1 for batch in result.pixels])
+        found[name] = float(mean_pairwise_distance(features.reshape(len(captions), BATCH, -1)).mean())
+    return found
+
+
 def measure(results: dict[str, Results], captions: Sequence[Caption], against: str) -> dict[str, dict[str, object]]:
     """The figures of each sampler.
 
@@ -112,17 +150,6 @@ def measure(results: dict[str, Results], captions: Sequence[Caption], against: s
     prompt_agreement: share of the requested attributes that the judge reads in the images, over all and by attribute.
     denoise_seconds_per_image, seconds_per_image: medians over batches; the second is from prompt to image.
     """
-    graphdef, judge = nnx.split(load_judge())
-
-    @jax.jit
-    def judged(pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(graphdef, judge)
-        return model(pixels)[0], model.read(pixels)
-
-    def features_and_attributes(batches: Sequence[np.ndarray]) -> list[np.ndarray]:
-        results = [judged(jnp.asarray(batch)) for batch in batches]
-        return [np.concatenate(arrays) for arrays in zip(*results, strict=True)]
-
     asked = np.stack([caption.as_array() for caption in captions])
     references = []
     for i in range(REFERENCES):

@@ -1,7 +1,7 @@
-"""The networks that judge images: Inception for FID and pFID, CLIP for the agreement with prompts.
+"""The networks that judge images: Inception for FID, CLIP for the agreement with prompts, DINOv2 for diversity.
 
-Both run in PyTorch, in float32. Published FIDs come from one TorchScript file, and transformers has CLIP's vision
-encoder for PyTorch only. Nothing else in the package needs PyTorch.
+They run in PyTorch, in float32. Published FIDs come from one TorchScript file, and transformers has CLIP's vision
+encoder and DINOv2 for PyTorch only. Nothing else in the package needs PyTorch.
 """
 
 # B images, F features
@@ -15,18 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from arcflow_jax.data.prompts import library
 from arcflow_jax.data.tokenizers import load_tokenizer, token_length, tokenize
 from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.storage.files import read_json
 from arcflow_jax.storage.hub import fetch, is_repository
 
 # The network of Heusel et al. 2017 as the authors of StyleGAN2-ADA publish it; later papers compare with the same file
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 CLIP = "openai/clip-vit-large-patch14-336"
-CLIP_FILES = ("*.json", "merges.txt", "model*.safetensors")
+DINO = "facebook/dinov2-base"
+MODEL_FILES = ("*.json", "merges.txt", "model*.safetensors")
 SIDE = 299  # pixels; the image size that Inception takes
 
 
@@ -118,52 +120,97 @@ def published_inception() -> Path:
 
 
 class Clip:
-    """CLIP's agreement between images and prompts.
+    """CLIP's features of images and of prompts.
 
     Args:
       source: a folder with a CLIP model as transformers saves it, including tokenizer and preprocessor, or its hub id.
+      whole: an image that is not square is filled up to a square with black. By default it is cropped, as CLIP does.
 
     Raises:
       UserError: if PyTorch is not installed, or the model does not exist or is incomplete.
     """
 
-    def __init__(self, source: str):
+    def __init__(self, source: str, whole: bool = False):
         self.torch, self.device = torch_and_device()
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()
-        if Path(source).is_dir():
-            folder = Path(source)
-        elif is_repository(source):
-            folder = fetch(source, None, CLIP_FILES)
-            if not any(folder.glob("*.safetensors")):  # PyTorch loads nothing but tensors from this pickle
-                folder = fetch(source, None, [*CLIP_FILES, "pytorch_model.bin"])
-        else:
-            raise UserError(f"there is no CLIP model {source}: give a folder, or OWNER/NAME on the hub")
-        self.tokenizer = load_tokenizer(folder)
-        try:
-            self.preprocess = transformers.CLIPImageProcessorPil.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-            self.model, loaded = transformers.CLIPModel.from_pretrained(
-                folder,
-                local_files_only=True,
-                trust_remote_code=False,
-                dtype=self.torch.float32,
-                output_loading_info=True,
-            )
-        except Exception as error:  # transformers raises many kinds
-            raise UserError(f"transformers cannot load a CLIP model from {folder}: {one_line(error)}") from None
-        if missing := sorted(loaded["missing_keys"]):  # transformers would initialize them at random
-            raise UserError(f"the CLIP model in {folder} is incomplete: it lacks {one_line(missing)}")
-        self.model.eval().to(self.device)
+        folder = model_folder(source, "CLIP model")
+        self.tokenizer, self.whole = load_tokenizer(folder), whole
+        self.preprocess, self.model = load(folder, "CLIPModel", "CLIP model")
         self.length = token_length(self.tokenizer, self.model.config.text_config.max_position_embeddings)
 
-    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:  # [B, 1] float32
-        """The cosine between each image and its prompt, which is cut to the model's length. Not scaled or clipped."""
-        ids, _ = tokenize(self.tokenizer, prompts, self.length)
-        ids = self.torch.from_numpy(ids).long().to(self.device)
+    def images(self, images: Sequence[Image.Image]) -> np.ndarray:  # [B, F] float32
+        """The features of images, of length 1."""
+        if self.whole:
+            size = self.preprocess.crop_size["width"], self.preprocess.crop_size["height"]
+            images = [ImageOps.pad(image, size, Image.Resampling.BICUBIC) for image in images]
         pixels = self.preprocess(list(images), return_tensors="pt")["pixel_values"].to(self.device)
         with self.torch.inference_mode():
-            out = self.model(input_ids=ids, pixel_values=pixels)
-            return (out.image_embeds * out.text_embeds).sum(-1, keepdim=True).cpu().numpy()
+            return self._unit(self.model.get_image_features(pixel_values=pixels))
+
+    def prompts(self, prompts: Sequence[str]) -> np.ndarray:  # [B, F] float32
+        """The features of prompts, of length 1. A prompt is cut to the model's length."""
+        ids, _ = tokenize(self.tokenizer, prompts, self.length)
+        with self.torch.inference_mode():
+            return self._unit(self.model.get_text_features(self.torch.from_numpy(ids).long().to(self.device)))
+
+    def _unit(self, output: Any) -> np.ndarray:
+        features = output.pooler_output
+        return (features / features.norm(dim=-1, keepdim=True)).cpu().numpy()
+
+
+class Dino:
+    """DINOv2's features of images: the class token after the last norm. Arguments and errors as for `Clip`."""
+
+    def __init__(self, source: str):
+        self.torch, self.device = torch_and_device()
+        self.preprocess, self.model = load(model_folder(source, "DINOv2 model"), "Dinov2Model", "DINOv2 model")
+
+    def images(self, images: Sequence[Image.Image]) -> np.ndarray:  # [B, F] float32
+        """The features of images."""
+        pixels = self.preprocess(list(images), return_tensors="pt")["pixel_values"].to(self.device)
+        with self.torch.inference_mode():
+            return self.model(pixel_values=pixels).pooler_output.cpu().numpy()
+
+
+def image_network(source: str) -> Clip | Dino:
+    """The CLIP or DINOv2 model in a folder or on the hub. Raises UserError as `Clip`, and if it is another model."""
+    kind = read_json(model_folder(source, "CLIP or DINOv2 model") / "config.json").get("model_type")
+    if kind not in ("clip", "dinov2"):
+        raise UserError(f"{source} is a model of type {one_line(repr(kind))}, but has to be of type clip or dinov2")
+    return Clip(source) if kind == "clip" else Dino(source)
+
+
+def model_folder(source: str, kind: str) -> Path:
+    """A folder with a model as transformers saves it, downloaded if `source` is a hub id. Raises UserError."""
+    if Path(source).is_dir():
+        return Path(source)
+    if not is_repository(source):
+        raise UserError(f"there is no {kind} {source}: give a folder, or OWNER/NAME on the hub")
+    folder = fetch(source, None, MODEL_FILES)
+    if any(folder.glob("*.safetensors")):
+        return folder
+    # PyTorch loads nothing but tensors from this pickle
+    return fetch(source, None, [*MODEL_FILES, "pytorch_model.bin"])
+
+
+def load(folder: Path, name: str, kind: str) -> tuple[Any, Any]:
+    """The preprocessor of images and the model, of transformers' class `name`, in a folder, in float32.
+
+    Raises:
+      UserError: if they cannot be loaded, or weights are missing.
+    """
+    torch, device = torch_and_device()
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    local = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        # DINOv2's preprocessor has the same options as CLIP's
+        preprocess = transformers.CLIPImageProcessorPil.from_pretrained(folder, **local)
+        model, loaded = getattr(transformers, name).from_pretrained(
+            folder, **local, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # transformers raises many kinds
+        raise UserError(f"transformers cannot load a {kind} from {folder}: {one_line(error)}") from None
+    if missing := sorted(loaded["missing_keys"]):  # transformers would initialize them at random
+        raise UserError(f"the {kind} in {folder} is incomplete: it lacks {one_line(missing)}")
+    return preprocess, model.eval().to(device)

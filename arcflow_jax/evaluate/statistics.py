@@ -10,32 +10,26 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
 from arcflow_jax import schema
 from arcflow_jax.errors import UserError, one_line
-from arcflow_jax.evaluate.features import CLIP, Clip, Inception, centre, resized
 from arcflow_jax.evaluate.frechet import Moments
 from arcflow_jax.evaluate.image_sets import Folder, ImageSet
+from arcflow_jax.evaluate.measures import BATCH, DISTANCES, METRICS, Networks, Progress
 from arcflow_jax.parallel.processes import is_main, process_index
 from arcflow_jax.parallel.together import check_same, from_first, gathered, writing_together
-from arcflow_jax.schema import SHA256, Count
+from arcflow_jax.schema import SHA256, Batch, Count
 from arcflow_jax.storage.atomic import cannot_write, write_file
 from arcflow_jax.storage.files import file_size, parse_json
 
-METRICS = ("fid", "pfid", "clip")
-DISTANCES = METRICS[:2]
-BATCH = 32  # images per call of a network
 LARGEST = 2**28  # bytes of a statistics file, or of an array in it: twice the scatter matrix of 4096 features
 SAVE_SECONDS = 300  # between saves
 FORMAT = "arcflow_jax statistics 1"
-
-Progress = Callable[[str, int, int], None]  # current activity, images done, images in total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +40,28 @@ class ImagesDescription:
 
 
 @dataclasses.dataclass(frozen=True)
+class DiversityDescription:
+    """What diversity depends on beside the images."""
+
+    network: str
+    images_per_prompt: Batch
+    prompts_sha256: SHA256
+
+
+@dataclasses.dataclass(frozen=True)
 class Description:
     """The types of a description."""
 
-    metrics: tuple[Literal["fid", "pfid", "clip"], ...]
+    metrics: tuple[Literal["fid", "pfid", "clip", "retrieval", "hps", "diversity"], ...]
     images: ImagesDescription
     inception: SHA256 | None = None
     clip: str | None = None
+    hps: str | None = None
+    diversity: DiversityDescription | None = None
+
+    def __post_init__(self):
+        if "diversity" in self.metrics and self.diversity is None:
+            raise UserError("diversity is missing")
 
 
 @dataclasses.dataclass
@@ -61,7 +70,7 @@ class Statistics:
 
     Attributes:
       description: what was measured, as JSON: `metrics`, their names; `images`, see `ImageSet.identity`; `inception`,
-        SHA-256 of the network; `clip`, where the network came from.
+        SHA-256 of the network; `clip` and `hps`, where the networks came from; `diversity`, see `DiversityDescription`.
       moments: of each metric's features, by the metric's name. All are of the same images.
     """
 
@@ -138,37 +147,6 @@ def moments_of(arrays: Mapping[str, np.ndarray], metric: str, file: Path) -> Mom
     return Moments(int(count), mean, scatter)
 
 
-class Networks:
-    """The networks of some metrics. Each is loaded at its first use.
-
-    Args:
-      metrics: names from `METRICS`.
-      inception: see `Inception`.
-      clip: see `Clip`.
-    """
-
-    def __init__(self, metrics: Sequence[str] = METRICS, inception: Path | None = None, clip: str = CLIP):
-        self.metrics = [metric for metric in METRICS if metric in metrics]
-        self.inception = Inception(inception) if set(metrics) & set(DISTANCES) else None
-        self.clip = clip if "clip" in metrics else None
-        self._clip: Clip | None = None
-
-    def features(self, metric: str, batch: Sequence[Image.Image], images: ImageSet) -> np.ndarray:  # [B, F]
-        """What a metric measures on a batch from a set of images."""
-        if metric == "clip":
-            self._clip = self._clip or Clip(self.clip)
-            return self._clip(batch, [images.prompt(image) for image in batch])
-        prepare = {"fid": resized, "pfid": centre}[metric]
-        return self.inception(np.stack([prepare(image) for image in batch]))
-
-    def description(self, metrics: Sequence[str]) -> dict[str, Any]:
-        return {
-            "metrics": list(metrics),
-            "inception": self.inception and self.inception.sha256,
-            "clip": self.clip if "clip" in metrics else None,
-        }
-
-
 def gather(images: ImageSet, metrics: Sequence[str], networks: Networks, file: Path, progress: Progress) -> Statistics:
     """The statistics of a set of images, written to `file`. Resumes from what the file already holds.
 
@@ -184,15 +162,18 @@ def complete(
     images: ImageSet, metrics: Sequence[str], networks: Networks, file: Path, progress: Progress
 ) -> Statistics:
     """`gather`, by the one writer of `file`. Of several processes, only the first gets all statistics."""
-    description = {**networks.description(metrics), "images": images.identity}
-    size = math.lcm(BATCH, images.together)  # of what a process measures at a time
+    description, batch = networks.description(metrics, images), batch_size(metrics, images)
+    size = math.lcm(batch, images.together)  # of what a process measures at a time
     check_same({"the images, the networks or the options": [description, size]})
     statistics = begun(description, file) if is_main() else Statistics(description, {})
     first, saved, saved_count = from_first(lambda: statistics.count), time.monotonic(), statistics.count
+    if first < images.count:
+        networks.prepare(metrics, images, progress)
     try:
         while first < images.count:
             own = range(first, images.count)[size * process_index() :][:size]
-            for count, features in itertools.chain(*gathered(measured(images, own, metrics, networks, progress))):
+            found = measured(images, own, batch, metrics, networks, progress)
+            for count, features in itertools.chain(*gathered(found)):
                 first += count
                 if is_main():
                     statistics.add(count, features)
@@ -203,6 +184,12 @@ def complete(
         if is_main() and statistics.count > saved_count:
             statistics.write(file)
     return statistics
+
+
+def batch_size(metrics: Sequence[str], images: ImageSet) -> int:
+    """How many images are measured together; for diversity, all images of some prompts."""
+    together = images.images_per_prompt if "diversity" in metrics else 1
+    return max(BATCH // together, 1) * together
 
 
 def begun(description: dict[str, Any], file: Path) -> Statistics:
@@ -220,14 +207,14 @@ def begun(description: dict[str, Any], file: Path) -> Statistics:
 
 
 def measured(
-    images: ImageSet, numbers: range, metrics: Sequence[str], networks: Networks, progress: Progress
+    images: ImageSet, numbers: range, size: int, metrics: Sequence[str], networks: Networks, progress: Progress
 ) -> list[tuple[int, dict[str, bytes]]]:
-    """What the metrics measure on some images, in batches: their number, and each metric's features, float32."""
+    """What the metrics measure on some images, `size` at a time: their number, each metric's features, float32."""
     stream, found = images.stream(numbers.start, numbers.stop), []
-    for first in numbers[::BATCH]:
+    for first in numbers[::size]:
         progress("measuring", first, images.count)
-        batch = list(itertools.islice(stream, BATCH))
-        features = {metric: networks.features(metric, batch, images) for metric in metrics}
+        batch = list(itertools.islice(stream, size))
+        features = networks.features(metrics, batch, images)
         found.append((len(batch), {metric: x.astype(np.float32).tobytes() for metric, x in features.items()}))
     return found
 
@@ -239,12 +226,14 @@ def reference(source: Path, metrics: Sequence[str], networks: Networks, file: Pa
       UserError: if there are none, they lack a metric, come from another network, or are incomplete.
     """
     if source.suffix != ".npz":
-        return gather(Folder(source), metrics, networks, file, progress)
+        return gather(Folder(source, by_prompt="diversity" in metrics), metrics, networks, file, progress)
     statistics = Statistics.read(source)
     if missing := [metric for metric in metrics if metric not in statistics.moments]:
         raise UserError(f"{source} has no statistics for {' and '.join(missing)}, only {', '.join(statistics.moments)}")
-    if statistics.description["inception"] != networks.inception.sha256:
+    if set(metrics) & set(DISTANCES) and statistics.description["inception"] != networks.inception.sha256:
         raise UserError(f"{source} was made with another Inception network than {networks.inception.file}")
+    if "diversity" in metrics and (network := statistics.description["diversity"]["network"]) != networks.diversity:
+        raise UserError(f"{source} has the diversity of features of {network}: name it with --features")
     if not statistics.complete:
         raise UserError(
             f"{source} covers {statistics.count} of {statistics.description['images']['count']} images: the "

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from arcflow_jax.demo import report as demo
+from arcflow_jax.demo.evaluate import BATCH
 from arcflow_jax.errors import UserError
 from arcflow_jax.storage.atomic import cannot_write
 from benchmarks.ablation.cells import (
@@ -32,12 +33,15 @@ from benchmarks.ablation.cells import (
     modes,
     nfe,
 )
-from benchmarks.ablation.study import EULER, Result, Study, teacher
+from benchmarks.ablation.study import DIVERSE, EULER, Result, Study, teacher
 
 COLOURS = {**demo.COLOURS, "legendre": "#0f766e", "teacher": "#1c1917"}
 MARKERS = {"linear": "s", "arcflow": "o", "legendre": "^", "teacher": "D"}
 LABELS = {"linear": "linear", "arcflow": "momentum (ArcFlow)", "legendre": "Legendre", "teacher": "teacher, Euler"}
-COLUMNS = ("", "seeds", "endpoint error", "Fréchet distance", "prompt agreement", "s per training step", "training, s")
+COLUMNS = (
+    *("", "seeds", "endpoint error", "Fréchet distance", "prompt agreement", "diversity"),
+    *("s per training step", "training, s"),
+)
 
 
 def write(study: Study) -> None:
@@ -109,7 +113,9 @@ def heading(study: Study) -> str:
         f"same noise for all; {machine}. A row is a variant of `configs/tiny_ablation.py`, with NFE "
         f"{usual.distillation.nfe}, timestep shift {usual.distillation.shift:g} and guidance {usual.guidance:g} unless "
         "its name says otherwise. Mean ± standard deviation over seeds 0, 1, …, where there are several. Endpoint "
-        f"error: against the teacher's {EULER[-1]} Euler steps at the same guidance. Seconds exclude compilation."
+        f"error: against the teacher's {EULER[-1]} Euler steps at the same guidance. Diversity: the mean distance, 1 − "
+        f"cosine of the judge's features, over the pairs of {BATCH} images of a prompt, relative to the teacher's in "
+        f"{EULER[-1]} steps; {min(DIVERSE, study.prompts)} prompts. Seconds exclude compilation."
     )
 
 
@@ -133,12 +139,13 @@ def figures_of(results: list[Result]) -> list[str]:
         mean, spread = mean_and_spread([read(result) for result in results])
         return f"{mean:.{digits}f} ± {spread:.{digits}f}" if len(results) > 1 else f"{mean:.{digits}f}"
 
-    trained = bool(results[0].steps)
+    trained, known = bool(results[0].steps), all("diversity" in result.figures for result in results)
     return [
         str(len(results)) if trained else "–",
         value(error, 4),
         value(lambda result: result.figures["frechet_distance"], 2),
         value(lambda result: 100 * result.figures["prompt_agreement"], 1) + " %",
+        value(lambda result: result.figures["diversity"], 3) if known else "–",
         f"{statistics.mean(result.seconds for result in results):.3f}" if trained else "–",
         f"{point(results).seconds:.0f}" if trained else "–",
     ]

@@ -19,7 +19,7 @@ from arcflow_jax.checkpoints.model_directory import DESCRIPTION
 from arcflow_jax.console import duration
 from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.demo import ASSETS
-from arcflow_jax.demo.evaluate import Results, Sampler, measure, run_samplers
+from arcflow_jax.demo.evaluate import Results, Sampler, diversity, measure, run_samplers
 from arcflow_jax.demo.run import TEST_PROMPTS, TRAIN_PROMPTS
 from arcflow_jax.demo.world import Caption, caption_of
 from arcflow_jax.errors import UserError
@@ -35,6 +35,7 @@ SOURCE = ASSETS / "tiny-flux"
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny_ablation.py"
 EULER = (2, 4, 8, 50)  # the teacher's steps; students are compared with the last
 DENSE = f"teacher_{EULER[-1]}"
+DIVERSE = 32  # captions whose images are compared with one another
 START = 150  # starting and evaluating a run takes about as long as this many training steps with NFE 1
 
 
@@ -46,7 +47,8 @@ class Result:
       cell: a variant of configs/tiny_ablation.py, or a teacher (see `teacher`).
       seed, steps: seed and training steps; 0 for a teacher.
       seconds: median seconds per training step, without compilation; 0 for a teacher.
-      figures: see `demo.evaluate.measure`.
+      figures: see `demo.evaluate.measure`; and `diversity`, see there, relative to the dense teacher's. Results of
+        version 0.1 have none.
     """
 
     cell: str
@@ -178,8 +180,11 @@ class Study:
             names = {steps: teacher(steps, guidance) for steps in EULER}
             if not all(self.file(name, 0, 0).exists() for name in names.values()):
                 figures = measure(teachers(self, guidance), self.captions, against=DENSE)
+                diverse = teachers_diversity(self, guidance)
                 for steps, name in names.items():
-                    self.keep(Result(name, 0, 0, 0.0, figures[f"teacher_{steps}"]))
+                    found = f"teacher_{steps}"
+                    relative = {"diversity": diverse[found] / diverse[DENSE]}
+                    self.keep(Result(name, 0, 0, 0.0, figures[found] | relative))
 
     def measure(self, cell: str, seed: int, stop: int) -> Result:
         """Trains a cell up to a step, from its last checkpoint, and evaluates it."""
@@ -188,18 +193,32 @@ class Study:
         lines = [json.loads(line) for line in (run / LOG).read_text().splitlines()]
         if lines[-1]["step"] != stop:
             raise UserError(f"{run} is past step {stop}, which was not evaluated: remove it to train it again")
-        student = Sampler(ArcFlowPipeline.from_pretrained(self.out / "teacher", adapter=run), recipe.distillation.nfe)
+        pipeline = ArcFlowPipeline.from_pretrained(self.out / "teacher", adapter=run)
+        student = {"student": Sampler(pipeline, recipe.distillation.nfe)}
         dense = teachers(self, recipe.guidance)[DENSE]
-        results = run_samplers({"student": student}, self.captions, recipe.guidance)
-        figures = measure({DENSE: dense} | results, self.captions, against=DENSE)
+        results = run_samplers(student, self.captions, recipe.guidance)
+        figures = measure({DENSE: dense} | results, self.captions, against=DENSE)["student"]
+        diverse = diversity(student, self.captions[:DIVERSE], recipe.guidance)["student"]
+        figures["diversity"] = diverse / teachers_diversity(self, recipe.guidance)[DENSE]
         if stop == self.steps:
             jax.clear_caches()  # no other cell runs these programs
         seconds = statistics.median(1 / line["steps_per_second"] for line in lines)
-        return Result(cell, seed, stop, seconds, figures["student"])
+        return Result(cell, seed, stop, seconds, figures)
 
 
 @functools.cache
 def teachers(study: Study, guidance: float) -> dict[str, Results]:
     """The teacher's results for each number of steps in `EULER`, under the name teacher_STEPS."""
+    return run_samplers(teacher_samplers(study), study.captions, guidance)
+
+
+@functools.cache
+def teachers_diversity(study: Study, guidance: float) -> dict[str, float]:
+    """The diversity of the teacher's images, under the same names."""
+    return diversity(teacher_samplers(study), study.captions[:DIVERSE], guidance)
+
+
+@functools.cache
+def teacher_samplers(study: Study) -> dict[str, Sampler]:
     pipeline = ArcFlowPipeline.from_pretrained(study.out / "teacher")
-    return run_samplers({f"teacher_{n}": Sampler(pipeline, n) for n in EULER}, study.captions, guidance)
+    return {f"teacher_{n}": Sampler(pipeline, n) for n in EULER}

@@ -103,6 +103,9 @@ def test_resumes_where_it_stopped(tmp_path, capsys, monkeypatch):
     assert set(errors) == {half, whole, ("teacher-2-guidance-1", 0), ("teacher-50-guidance-1", 0)}
     assert errors["teacher-2-guidance-1", 0] > errors["teacher-50-guidance-1", 0] == 0
     assert errors[half] != errors[whole]
+    diversity = {r.cell: r.figures["diversity"] for r in study.results()}
+    assert diversity["teacher-50-guidance-1"] == 1
+    assert 0.1 < diversity["legendre+nfe-1"] < 10
     said = capsys.readouterr().out
     assert "resumes after training step 1" in said
     assert "2 of 2: endpoint error" in said
@@ -125,8 +128,10 @@ def test_resumes_where_it_stopped(tmp_path, capsys, monkeypatch):
         study.run(["legendre+nfe-1"], 1)
 
 
-def result(cell: str, error: float, seed: int = 0, steps: int = 10) -> Result:
+def result(cell: str, error: float, seed: int = 0, steps: int = 10, diversity: float | None = 0.5) -> Result:
     figures = {"endpoint_error": error, "frechet_distance": 2.5, "prompt_agreement": 0.75}
+    if diversity is not None:
+        figures["diversity"] = diversity
     return Result(cell, seed, steps, 0.5, figures)
 
 
@@ -136,17 +141,17 @@ def test_table_has_the_finished_results(tmp_path):
         report.write(study)
     (tmp_path / "results").mkdir()
     for seed in range(3):
-        study.keep(result("arcflow", 0.01 * (seed + 1), seed))
+        study.keep(result("arcflow", 0.01 * (seed + 1), seed, diversity=0.7 + 0.1 * seed))
         study.keep(result("arcflow", 0.03 * (seed + 1), seed, steps=5))
-    study.keep(result("linear+nfe-4", 0.5))
+    study.keep(result("linear+nfe-4", 0.5, diversity=None))
     study.keep(result("linear+nfe-4+shift-1", 0.6))
     study.keep(result(teacher(2, 2.0), 0.7, steps=0))
     report.write(study)
     text = (tmp_path / "table.md").read_text()
-    assert "| arcflow | 3 | 0.0200 ± 0.0100 | 2.50 ± 0.00 | 75.0 ± 0.0 % | 0.500 | 5 |" in text
-    assert "| linear+nfe-4 | 1 | 0.5000 | 2.50 | 75.0 % | 0.500 | 5 |" in text
-    assert "| **others** |  |  |  |  |  |  |\n| linear+nfe-4+shift-1 | 1 | 0.6000 |" in text
-    assert "| teacher-2 | – | 0.7000 | 2.50 | 75.0 % | – | – |" in text
+    assert "| arcflow | 3 | 0.0200 ± 0.0100 | 2.50 ± 0.00 | 75.0 ± 0.0 % | 0.800 ± 0.100 | 0.500 | 5 |" in text
+    assert "| linear+nfe-4 | 1 | 0.5000 | 2.50 | 75.0 % | – | 0.500 | 5 |" in text
+    assert "| **others** |  |  |  |  |  |  |  |\n| linear+nfe-4+shift-1 | 1 | 0.6000 |" in text
+    assert "| teacher-2 | – | 0.7000 | 2.50 | 75.0 % | 0.500 | – | – |" in text
     assert "|  | 5 steps | 10 steps |\n| --- | --- | --- |\n| arcflow | 0.0600, 2 s | 0.0200, 5 s |" in text
     assert "legendre" not in text.replace("Legendre", "")
     with Image.open(tmp_path / "ablation.png") as figure:

@@ -17,7 +17,7 @@ COMMANDS = """
     import sys
     import numpy as np
     from arcflow_jax.cli.app import main
-    from arcflow_jax.evaluate import statistics
+    from arcflow_jax.evaluate import measures, statistics
     from arcflow_jax.training import embeddings
 
     class FakeInception:
@@ -27,7 +27,16 @@ COMMANDS = """
         def __call__(self, images):
             return images.reshape(len(images), -1)[:, ::7919].astype(np.float32)
 
-    statistics.Inception, statistics.BATCH, embeddings.SHARD = FakeInception, 2, 2
+    class FakeNetwork:
+        def __init__(self, source):
+            pass
+        def images(self, images):
+            return np.stack([np.asarray(image.resize((4, 4)), np.float32).ravel() + 1 for image in images])
+        def prompts(self, prompts):
+            return np.stack([np.random.default_rng(len(prompt)).random(48, np.float32) for prompt in prompts])
+
+    measures.Inception, measures.Clip, measures.image_network = FakeInception, FakeNetwork, FakeNetwork
+    statistics.BATCH, embeddings.SHARD = 2, 2
     folder, model, student, out, *several = sys.argv[1:]
     size = ["--height", "32", "--width", "32", "--model", model]
     made = [*size, "--adapter", student, "--batch-size", "2"]
@@ -36,6 +45,8 @@ COMMANDS = """
         ["sample", "--prompts-file", f"{folder}/prompts.txt", "--grid", "--out", f"{out}/images", *made],
         ["evaluate", "trajectory", *prompts, "--teacher-steps", "4", "--out", f"{out}/trajectory", *made],
         ["evaluate", "metrics", *prompts, "--metric", "fid", "--out", f"{out}/figures.json", *made],
+        ["evaluate", "metrics", *prompts, "--metric", "retrieval", "--metric", "diversity", "--images-per-prompt", "3",
+         "--out", f"{out}/diversity.json", *made],
         ["evaluate", "export", "--benchmark", "geneval", "--prompts", f"{folder}/geneval.jsonl",
          "--images", "1", "--out", f"{out}/geneval", *made],
         ["embed-prompts", "--config", "tiny", f"--config.model={model}", "--config.batch=2",

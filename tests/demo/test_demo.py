@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
+import itertools
 import json
 import re
 import shutil
@@ -19,7 +20,8 @@ from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.cli.reports import Teacher
 from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.demo import ASSETS, report, run, world
-from arcflow_jax.demo.evaluate import SEED, Results, Sampler, run_samplers
+from arcflow_jax.demo import evaluate as evaluation
+from arcflow_jax.demo.evaluate import BATCH, SEED, Results, Sampler, diversity, run_samplers
 from arcflow_jax.demo.judge import agreement, load_judge
 from arcflow_jax.demo.run import TEACHERS, bars
 from arcflow_jax.demo.trajectory import Film
@@ -60,6 +62,29 @@ def test_random_attributes_are_omitted_as_often_as_they_should():
     omitted = dict(zip(world.ATTRIBUTES, (drawn < 0).mean(0), strict=True))
     for name in world.ATTRIBUTES:
         np.testing.assert_allclose(omitted[name], world.OMITTED.get(name, 0), atol=0.05)
+
+
+def test_diversity_tells_a_sampler_that_ignores_the_seed(monkeypatch):
+    captions = [Caption(0, 1, 2), Caption(3, 4, 0), Caption(1, 2, 3)]  # size and background are left open
+    made = {}
+
+    def rendered(samplers: object, repeated: list[Caption], *_: object) -> dict[str, Results]:
+        asked = jnp.array([caption.as_array() for caption in repeated])
+        images = np.asarray(world.render(jax.random.key(0), asked)).reshape(3, BATCH, *2 * (world.SIDE,), 3)
+        pixels = np.round((images + 1) * 127.5).astype(np.uint8)
+        made.update({"all": pixels, "one": pixels[:, :1].repeat(BATCH, 1)})
+        return {name: Results(pixels=list(batches)) for name, batches in made.items()}
+
+    monkeypatch.setattr(evaluation, "run_samplers", rendered)
+    found = diversity({}, captions, guidance=1.0)
+    judge, distances = load_judge(), []
+    for batch in made["all"]:
+        features = np.asarray(judge(jnp.asarray(batch / 127.5 - 1))[0], np.float64)
+        pairs = itertools.combinations(features / np.linalg.norm(features, axis=1, keepdims=True), 2)
+        distances.append(np.mean([1 - a @ b for a, b in pairs]))
+    assert found["all"] == pytest.approx(np.mean(distances), rel=1e-4)
+    assert found["all"] > 0.01
+    assert found["one"] == pytest.approx(0, abs=1e-9)
 
 
 def test_images_show_what_was_asked():

@@ -13,19 +13,16 @@ import pytest
 import scipy.linalg
 from PIL import Image
 
-from arcflow_jax.data.output import save_image
-from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.evaluate import features, metrics, statistics
 from arcflow_jax.evaluate.features import Clip, Inception, centre, resized
 from arcflow_jax.evaluate.image_sets import Folder, ImageSet
-from arcflow_jax.evaluate.statistics import Networks
+from arcflow_jax.evaluate.measures import Networks
 from tests.helpers.command_line import assert_refused, run
+from tests.helpers.tiny_judges import PROMPTS, write_images
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-
-PROMPTS = ["a red circle", "a large green ring", "a blue square on the left", "a small red ring", "a green circle"]
 
 
 class TinyInception(torch.nn.Module):
@@ -52,44 +49,8 @@ def inception(tmp_path_factory) -> Path:
     return file
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> Path:
-    """A tiny CLIP model with the bundled tokenizer."""
-    folder = tmp_path_factory.mktemp("clip")
-    for file in (ASSETS / "tiny-flux" / "tokenizer").iterdir():
-        shutil.copy(file, folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = transformers.CLIPConfig(
-        text_config={**sizes, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 16},
-        vision_config={**sizes, "image_size": 32, "patch_size": 8},
-        projection_dim=12,
-    )
-    torch.manual_seed(0)
-    transformers.CLIPModel(config).save_pretrained(folder)
-    transformers.CLIPImageProcessorPil(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-    ).save_pretrained(folder)
-    return folder
-
-
 def evaluate(images: ImageSet, references: dict, out: Path, *networks: object, **more: object) -> dict:
     return metrics.evaluate(images, references, out, Networks(*networks, **more))
-
-
-def write_images(folder: Path, count: int, seed: int, width: int = 330, height: int = 310) -> np.ndarray:
-    """Writes smooth random images as PNGs with their prompts; returns their pixels [B, H, W, 3]."""
-    rng = np.random.default_rng(seed)
-    folder.mkdir()
-    pixels = []
-    for i in range(count):
-        coarse = rng.integers(0, 256, (5, 7, 3), np.uint8)
-        image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-        image.info["prompt"] = PROMPTS[i % len(PROMPTS)]
-        save_image(image, folder / f"{i:03d}.png")
-        pixels.append(np.asarray(image))
-    return np.stack(pixels)
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +200,7 @@ def test_an_interrupted_evaluation_resumes(folders, tmp_path, inception, clip, m
     assert evaluate(Breaking(folders / "mine"), references, tmp_path / "a.json", **settings) == whole
     assert started == [0, 8, 16, 16, 24, 32]
     # Complete statistics are not gathered again
-    monkeypatch.setattr(statistics.Networks, "features", None)
+    monkeypatch.setattr(Networks, "features", None)
     assert evaluate(Breaking(folders / "mine"), references, tmp_path / "a.json", **settings) == whole
 
 
