@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.errors import UserError
 from arcflow_jax.families import flux2
 from arcflow_jax.pipeline import ArcFlowPipeline
+from tests.helpers import random_student
 from tests.helpers.command_line import assert_refused, run
 from tests.helpers.random_student import write_adapter
 from tests.helpers.tiny_flux2 import LENGTH, make_tiny_flux2
@@ -32,6 +34,7 @@ def photo(height: int, width: int) -> Image.Image:
 
 
 PHOTOS = [photo(66, 71), photo(64, 64), photo(90, 65), photo(64, 64)]
+ADAPTER = dataclasses.replace(random_student.ADAPTER, targets=flux2.FAMILY.lora_targets)
 SIZE = {"height": 16, "width": 24}
 
 
@@ -52,7 +55,7 @@ def teacher(model) -> ArcFlowPipeline:
 
 @pytest.fixture(scope="module")
 def student(model) -> ArcFlowPipeline:
-    return ArcFlowPipeline.from_pretrained(model, write_adapter(model, model.with_name("student"), seed=0))
+    return ArcFlowPipeline.from_pretrained(model, write_adapter(model, model.with_name("student"), 0, ADAPTER))
 
 
 @pytest.mark.slow

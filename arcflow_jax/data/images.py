@@ -1,4 +1,4 @@
-"""Real images with captions, for distillation with data, and images to be judged."""
+"""Real images with captions, for distillation with data; reference images with instructions; images to be judged."""
 
 # H, W height and width in pixels
 
@@ -8,7 +8,7 @@ import dataclasses
 import math
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -41,6 +41,14 @@ class CaptionedImage:
     caption: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """The files of reference images, and what is to be made of them."""
+
+    files: tuple[Path, ...]
+    caption: str
+
+
 def read_images(folder: str | Path) -> list[CaptionedImage]:
     """The images of a folder with their captions, sorted by name.
 
@@ -51,17 +59,45 @@ def read_images(folder: str | Path) -> list[CaptionedImage]:
       UserError: if there are no images, an image or a caption is missing or empty, or metadata.jsonl names a file
         outside of the folder.
     """
+    return [CaptionedImage(example.files[0], example.caption) for example in read_examples(folder)]
+
+
+def read_instructions(folder: str | Path, most: int) -> list[Instruction]:
+    """The reference images of a folder with their instructions, in the form of `read_images`.
+
+    A line of metadata.jsonl may also be {"file_names": […], "text": …}, as Hugging Face's image folders have several
+    images of an example.
+
+    Args:
+      most: how many images an instruction may have.
+
+    Raises:
+      UserError: as `read_images`; also if the instructions have different numbers of images.
+    """
+    examples = read_examples(folder, most)
+    counts = {len(example.files): example for example in examples}
+    if len(counts) > 1:
+        first, other = list(counts.values())[:2]
+        raise UserError(
+            f"{first.files[0]} belongs to {len(first.files)} reference images, {other.files[0]} to "
+            f"{len(other.files)}: all instructions of a folder have to have as many"
+        )
+    return examples
+
+
+def read_examples(folder: str | Path, most: int = 1) -> list[Instruction]:
+    """Images, up to `most` together, with their captions. Raises UserError."""
     folder = as_path(folder)
     with cannot_read(folder):
         if not folder.is_dir():
             raise UserError(f"folder of images {folder} does not exist")
-        images = from_metadata(folder) if (folder / METADATA).is_file() else from_text_files(folder)
-    if not images:
+        examples = from_metadata(folder, most) if (folder / METADATA).is_file() else from_text_files(folder)
+    if not examples:
         raise UserError(f"{folder} holds no images: it has to have files {', '.join(SUFFIXES)}")
-    for image in images:
-        if not image.caption:
-            raise UserError(f"the caption of {image.file} is empty")
-    return images
+    for example in examples:
+        if not example.caption:
+            raise UserError(f"the caption of {example.files[0]} is empty")
+    return examples
 
 
 def read_images_once(folder: str | Path) -> list[CaptionedImage]:
@@ -69,36 +105,56 @@ def read_images_once(folder: str | Path) -> list[CaptionedImage]:
 
     Each process may have its own copy of the folder. If it lacks an image, the error comes when it opens the image.
     """
+    examples = once(folder, read_examples)
+    return [CaptionedImage(example.files[0], example.caption) for example in examples]
+
+
+def read_instructions_once(folder: str | Path, most: int) -> list[Instruction]:
+    """As `read_instructions`, for several processes as `read_images_once`."""
+    return once(folder, lambda folder: read_instructions(folder, most))
+
+
+def once(folder: str | Path, read: Callable[[str | Path], list[Instruction]]) -> list[Instruction]:
+    """What the first process reads of its copy of a folder, in the copies of all."""
     if not several():
-        return read_images(folder)
+        return read(folder)
     folder = as_path(folder)
     if not folder.is_dir():
         raise UserError(f"folder of images {folder} does not exist")
-    found = from_first(lambda: [(x.file.relative_to(folder).as_posix(), x.caption) for x in read_images(folder)])
-    return [CaptionedImage(folder / name, caption) for name, caption in found]
+    found = from_first(
+        lambda: [([x.relative_to(folder).as_posix() for x in each.files], each.caption) for each in read(folder)]
+    )
+    return [Instruction(tuple(folder / name for name in names), caption) for names, caption in found]
 
 
-def captions(folder: str, images: Sequence[CaptionedImage]) -> Prompts:
+def captions(folder: str, images: Sequence[CaptionedImage | Instruction]) -> Prompts:
     """The captions of a folder's images, as prompts."""
     return Prompts(folder, [image.caption for image in images], empty=0)
 
 
-def from_metadata(folder: Path) -> list[CaptionedImage]:
-    """Images with captions in metadata.jsonl."""
-    images, is_file = [], file_test(folder)
+def from_metadata(folder: Path, most: int) -> list[Instruction]:
+    """Images, up to `most` together, with captions in metadata.jsonl."""
+    examples, is_file = [], file_test(folder)
     for where, record in json_records(folder / METADATA):
-        name, caption = record.get("file_name"), record.get("text")
-        if not (isinstance(name, str) and isinstance(caption, str)):
-            raise UserError(f'{where}: it has to be {{"file_name": …, "text": …}}')
-        if not is_inside(name):
-            raise UserError(f"{where}: file_name is {one_line(repr(name))}, but has to be a path inside of the folder")
-        if not is_file(folder / name):
-            raise UserError(f"{where}: there is no {folder / name}")
-        images.append(CaptionedImage(folder / name, caption.strip()))
-    return images
+        names, caption = [record.get("file_name")], record.get("text")
+        if most > 1 and isinstance(record.get("file_names"), list):
+            names = record["file_names"]
+        if not (all(isinstance(name, str) for name in names) and isinstance(caption, str)):
+            lists = ', or {"file_names": […], "text": …}' if most > 1 else ""
+            raise UserError(f'{where}: it has to be {{"file_name": …, "text": …}}{lists}')
+        if not 1 <= len(names) <= most:
+            raise UserError(f"{where}: file_names has {len(names)} images, but has to have 1 to {most}")
+        for name in names:
+            if not is_inside(name):
+                wrong = one_line(repr(name))
+                raise UserError(f"{where}: file_name is {wrong}, but has to be a path inside of the folder")
+            if not is_file(folder / name):
+                raise UserError(f"{where}: there is no {folder / name}")
+        examples.append(Instruction(tuple(folder / name for name in names), caption.strip()))
+    return examples
 
 
-def from_text_files(folder: Path) -> list[CaptionedImage]:
+def from_text_files(folder: Path) -> list[Instruction]:
     """Images with captions in text files."""
     images, is_file = [], file_test(folder)
     for file in sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES):
@@ -107,7 +163,7 @@ def from_text_files(folder: Path) -> list[CaptionedImage]:
             raise UserError(f"{file} has no caption: there is neither {text.name} nor {METADATA}")
         file_size(text, CAPTION)
         try:
-            images.append(CaptionedImage(file, text.read_text(encoding="utf-8-sig").strip()))
+            images.append(Instruction((file,), text.read_text(encoding="utf-8-sig").strip()))
         except UnicodeDecodeError as error:
             raise UserError(f"{text} is not text in UTF-8: {error.reason}") from None
     return images

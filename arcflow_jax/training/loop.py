@@ -13,12 +13,14 @@ from arcflow_jax.checkpoints.training import DESCRIPTION, AdapterDescription, Ch
 from arcflow_jax.data.batches import Ahead, Size
 from arcflow_jax.errors import Preempted, UserError
 from arcflow_jax.generate import random_key
+from arcflow_jax.networks.conditioning import referring
 from arcflow_jax.parallel.failure import ends_together
 from arcflow_jax.parallel.mesh import state_shardings
 from arcflow_jax.parallel.offload import to_host
 from arcflow_jax.parallel.preemption import Preemption
 from arcflow_jax.parallel.processes import is_main
 from arcflow_jax.parallel.together import check_directory, writing_together
+from arcflow_jax.references import rules_of
 from arcflow_jax.storage.paths import as_path
 from arcflow_jax.training.compile import compile_steps, memory_errors
 from arcflow_jax.training.embeddings import CachedPrompts
@@ -31,7 +33,8 @@ from arcflow_jax.training.recipe import Recipe
 from arcflow_jax.training.start import starting_state
 from arcflow_jax.training.trace import Trace
 
-# What a training step takes: this process's prompts, the image size, and the pixels of images [B, H, W, 3]
+# What a training step takes: this process's prompts, the image size, and the pixels of images [B, H, W, 3], or of
+# reference images [I, B, H, W, 3]
 Loaded = tuple[list[str], Size, np.ndarray | None]
 
 
@@ -62,7 +65,9 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
     plan = Plan.make(recipe)
     recipe, mesh = plan.recipe, plan.mesh
     batches = plan.batches()
-    to_latents = LatentEncoder(plan.directory, recipe.dtype, mesh, recipe.accumulate) if plan.images else None
+    to_latents = None
+    if plan.images or plan.instructions:
+        to_latents = LatentEncoder(plan.directory, recipe.dtype, mesh, recipe.accumulate)
     if recipe.embeddings:
         needed = [*plan.prompts.texts, *recipe.other_prompts]
         encode = CachedPrompts(recipe.embeddings, plan.directory, recipe.dtype, mesh, needed)
@@ -99,9 +104,13 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
         def load(i: int) -> Loaded:
             """What a training step takes from the host's memory and disks, ready for the devices."""
             examples, size = batches[i]
-            prompts = [image.caption for image in examples] if to_latents is not None else examples
+            prompts = examples if to_latents is None else [example.caption for example in examples]
             encode.prepare(prompts)
-            return prompts, size, to_latents.pixels(examples, *size) if to_latents is not None else None
+            if to_latents is None:
+                return prompts, size, None
+            if plan.instructions:
+                return prompts, size, to_latents.reference_pixels(examples, *size)
+            return prompts, size, to_latents.pixels([image.file for image in examples], *size)
 
         data = Ahead(load, range(done, recipe.steps))
         with RunLog(run, recipe, done) as log, trace, data:
@@ -110,10 +119,13 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
             for i in range(done, recipe.steps):
                 trace.before(i + 1)
                 prompts, size, images = data.take(functools.partial(is_computing, values))
-                if images is not None:
-                    latents = to_latents(images)
                 rows, columns = plan.grids[size]
                 conditioning = encode(prompts, guidance=recipe.guidance, rows=rows, columns=columns)
+                if plan.instructions:
+                    positions = rules_of(plan.directory).positions([(rows, columns)] * len(images))
+                    conditioning = referring(conditioning, to_latents.references(images, positions))
+                elif images is not None:
+                    latents = to_latents(images)
                 arguments = (state, base, conditioning, key, negative, latents)
                 if i == done:
                     wanted, offload = plan.programs(batches, done), recipe.offload_optimizer

@@ -163,7 +163,7 @@ def test_latents_are_those_of_the_vae(tiny_flux, tmp_path):
         Image.fromarray(rng.integers(0, 255, (32, 48, 3), np.uint8)).save(file)
         images.append(CaptionedImage(file, "x"))
     encode = LatentEncoder(directory, "float32", make_mesh((1, 1, 1, 1)), accumulate=2)
-    pixels = encode.pixels(images, 32, 48)
+    pixels = encode.pixels([image.file for image in images], 32, 48)
     tokens = encode(pixels)
     assert tokens.shape == (2, 2 * 3, 16)
     one, two = (_encode.lower(encode.graphdef, encode.state, pixels, parts).compile() for parts in (1, 2))
