@@ -100,8 +100,10 @@ def read_edit(
         asked = parsed(Edit, values, model)
         most = references if asked.mask is None and asked.strength is None else 0
         if len(asked.image) > max(1, most):
-            times = "once" if most < 2 else f"{most} times"
-            raise UserError(f"image is there {len(asked.image)} times, but may be there {times}")
+            found, times = (
+                {1: "once", 2: "twice"}.get(count, f"{count} times") for count in (len(asked.image), max(1, most))
+            )
+            raise UserError(f"image is there {found}, but may be there {times}")
         if most:
             wanted = order(asked, default, limits, check, references=len(asked.image))
             side = wanted.settings.width, wanted.settings.height
