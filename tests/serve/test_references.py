@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import numpy as np
@@ -58,9 +59,16 @@ def fitted(image: Image.Image) -> Image.Image:
 
 
 @pytest.mark.slow
-def test_reference_images(engine):
+def test_reference_images(engine, monkeypatch):
     door = api.Door(api.build(engine, limits=LIMITS, images=Images(60)), None, engine.metrics)
-    sets = [PHOTOS[:2], [PHOTOS[2], PHOTOS[0]]]
+    sets, read = [PHOTOS[:2], [PHOTOS[2], PHOTOS[0]]], []
+    stream = engine.pipeline.stream
+
+    def recorded(prompts: list[str], **named: Any) -> Iterator[Image.Image]:
+        read.extend(named["image"] if "strength" not in named or named["strength"] is None else [])
+        return stream(prompts, **named)
+
+    monkeypatch.setattr(engine.pipeline, "stream", recorded)
     with served(door) as address, ThreadPoolExecutor(2) as pool:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
 
@@ -75,10 +83,11 @@ def test_reference_images(engine):
         kept = edit([fitted(PHOTOS[0])], mask=file(Image.fromarray(mask.astype(np.uint8))))
     size = {"height": 64, "width": 64, "seed": 3, "batch_size": 2}
     for made, images in zip([alone, *both], [PHOTOS[:1], *sets], strict=True):
-        (expected,) = engine.pipeline(PROMPT, image=[fitted(image) for image in images], **size).images
+        (expected,) = stream(PROMPT, image=[fitted(image) for image in images], **size)
         assert difference(made, expected) <= 1
         assert made.info["references"] == str(len(images))
-    assert difference(*both) > 3
+    shown = {np.stack(each).tobytes() for each in read}
+    assert shown == {np.stack([np.asarray(fitted(x)) for x in images]).tobytes() for images in [PHOTOS[:1], *sets]}
     np.testing.assert_array_equal(np.asarray(kept)[32:], np.asarray(fitted(PHOTOS[0]))[32:])
 
     def refused(count: int, **fields: str) -> str:
