@@ -22,7 +22,8 @@ COMMON = (
     *("parallel/together.py", "storage/hub.py", "storage/paths.py", "storage/atomic.py", "checkpoints/conversion.py"),
     *("checkpoints/kernels.py", "checkpoints/model_cache.py", "checkpoints/model_directory.py", "data/prompts.py"),
     *("training/recipe.py", "training/overrides.py", "training/start.py", "training/loop.py", "training/compile.py"),
-    *("training/embeddings.py", "training/trace.py", "training/plan.py", "sampling_settings.py", "generate.py", "references.py"),
+    *("training/embeddings.py", "training/trace.py", "training/plan.py", "sampling_settings.py", "generate.py"),
+    "references.py",
 )
 
 
