@@ -8,7 +8,7 @@ import dataclasses
 import math
 import struct
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -34,107 +34,69 @@ BROKEN = (
 
 
 @dataclasses.dataclass(frozen=True)
-class CaptionedImage:
-    """An image file and its caption."""
-
-    file: Path
-    caption: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """The files of reference images, and what is to be made of them."""
+class CaptionedImages:
+    """An image file, or several reference images that belong together, and the caption or instruction."""
 
     files: tuple[Path, ...]
     caption: str
 
 
-def read_images(folder: str | Path) -> list[CaptionedImage]:
+def read_images(folder: str | Path, most: int = 1) -> list[CaptionedImages]:
     """The images of a folder with their captions, sorted by name.
 
     The captions are in metadata.jsonl, as in Hugging Face's image folders, with a line {"file_name": …, "text": …} per
-    image. Without metadata.jsonl, each image has a text file of the same name beside it.
-
-    Raises:
-      UserError: if there are no images, an image or a caption is missing or empty, or metadata.jsonl names a file
-        outside of the folder.
-    """
-    return [CaptionedImage(example.files[0], example.caption) for example in read_examples(folder)]
-
-
-def read_instructions(folder: str | Path, most: int) -> list[Instruction]:
-    """The reference images of a folder with their instructions, in the form of `read_images`.
-
-    A line of metadata.jsonl may also be {"file_names": […], "text": …}, as Hugging Face's image folders have several
-    images of an example.
+    image, or {"file_names": […], "text": …} for several. Without metadata.jsonl, each image has a text file of the same
+    name beside it.
 
     Args:
-      most: how many images an instruction may have.
+      most: how many images a caption may have. All have as many.
 
     Raises:
-      UserError: as `read_images`; also if the instructions have different numbers of images.
+      UserError: if there are no images, an image or a caption is missing or empty, there are too many or different
+        numbers of images, or metadata.jsonl names a file outside of the folder.
     """
-    examples = read_examples(folder, most)
-    counts = {len(example.files): example for example in examples}
-    if len(counts) > 1:
-        first, other = list(counts.values())[:2]
-        raise UserError(
-            f"{first.files[0]} belongs to {len(first.files)} reference images, {other.files[0]} to "
-            f"{len(other.files)}: all instructions of a folder have to have as many"
-        )
-    return examples
-
-
-def read_examples(folder: str | Path, most: int = 1) -> list[Instruction]:
-    """Images, up to `most` together, with their captions. Raises UserError."""
     folder = as_path(folder)
     with cannot_read(folder):
         if not folder.is_dir():
             raise UserError(f"folder of images {folder} does not exist")
-        examples = from_metadata(folder, most) if (folder / METADATA).is_file() else from_text_files(folder)
-    if not examples:
+        images = from_metadata(folder, most) if (folder / METADATA).is_file() else from_text_files(folder)
+    if not images:
         raise UserError(f"{folder} holds no images: it has to have files {', '.join(SUFFIXES)}")
-    for example in examples:
-        if not example.caption:
-            raise UserError(f"the caption of {example.files[0]} is empty")
-    return examples
+    for image in images:
+        if not image.caption:
+            raise UserError(f"the caption of {image.files[0]} is empty")
+        if len(image.files) != len(images[0].files):
+            first, other = (f"{each.files[0]} belongs to {len(each.files)}" for each in (images[0], image))
+            raise UserError(f"{first} reference images, {other}: all captions of a folder have to have as many")
+    return images
 
 
-def read_images_once(folder: str | Path) -> list[CaptionedImage]:
+def read_images_once(folder: str | Path, most: int = 1) -> list[CaptionedImages]:
     """As `read_images`, but only the first process lists the folder, and tells the others.
 
     Each process may have its own copy of the folder. If it lacks an image, the error comes when it opens the image.
     """
-    examples = once(folder, read_examples)
-    return [CaptionedImage(example.files[0], example.caption) for example in examples]
-
-
-def read_instructions_once(folder: str | Path, most: int) -> list[Instruction]:
-    """As `read_instructions`, for several processes as `read_images_once`."""
-    return once(folder, lambda folder: read_instructions(folder, most))
-
-
-def once(folder: str | Path, read: Callable[[str | Path], list[Instruction]]) -> list[Instruction]:
-    """What the first process reads of its copy of a folder, in the copies of all."""
     if not several():
-        return read(folder)
+        return read_images(folder, most)
     folder = as_path(folder)
     if not folder.is_dir():
         raise UserError(f"folder of images {folder} does not exist")
     found = from_first(
-        lambda: [([x.relative_to(folder).as_posix() for x in each.files], each.caption) for each in read(folder)]
+        lambda: [
+            ([file.relative_to(folder).as_posix() for file in x.files], x.caption) for x in read_images(folder, most)
+        ]
     )
-    return [Instruction(tuple(folder / name for name in names), caption) for names, caption in found]
+    return [CaptionedImages(tuple(folder / name for name in names), caption) for names, caption in found]
 
 
-def captions(folder: str, images: Sequence[CaptionedImage | Instruction]) -> Prompts:
+def captions(folder: str, images: Sequence[CaptionedImages]) -> Prompts:
     """The captions of a folder's images, as prompts."""
     return Prompts(folder, [image.caption for image in images], empty=0)
 
 
-def from_metadata(folder: Path, most: int) -> list[Instruction]:
+def from_metadata(folder: Path, most: int) -> list[CaptionedImages]:
     """Images, up to `most` together, with captions in metadata.jsonl."""
-    examples, is_file = [], file_test(folder)
+    images, is_file = [], file_test(folder)
     for where, record in json_records(folder / METADATA):
         names, caption = [record.get("file_name")], record.get("text")
         if most > 1 and isinstance(record.get("file_names"), list):
@@ -150,11 +112,11 @@ def from_metadata(folder: Path, most: int) -> list[Instruction]:
                 raise UserError(f"{where}: file_name is {wrong}, but has to be a path inside of the folder")
             if not is_file(folder / name):
                 raise UserError(f"{where}: there is no {folder / name}")
-        examples.append(Instruction(tuple(folder / name for name in names), caption.strip()))
-    return examples
+        images.append(CaptionedImages(tuple(folder / name for name in names), caption.strip()))
+    return images
 
 
-def from_text_files(folder: Path) -> list[Instruction]:
+def from_text_files(folder: Path) -> list[CaptionedImages]:
     """Images with captions in text files."""
     images, is_file = [], file_test(folder)
     for file in sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES):
@@ -163,7 +125,7 @@ def from_text_files(folder: Path) -> list[Instruction]:
             raise UserError(f"{file} has no caption: there is neither {text.name} nor {METADATA}")
         file_size(text, CAPTION)
         try:
-            images.append(Instruction((file,), text.read_text(encoding="utf-8-sig").strip()))
+            images.append(CaptionedImages((file,), text.read_text(encoding="utf-8-sig").strip()))
         except UnicodeDecodeError as error:
             raise UserError(f"{text} is not text in UTF-8: {error.reason}") from None
     return images

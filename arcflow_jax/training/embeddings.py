@@ -95,7 +95,7 @@ def write_cache(recipe: Recipe, out: Path) -> int:
         recipe = dataclasses.replace(recipe, mesh="auto")
     held = {"text encoders": encoders(directory, recipe.dtype)}
     mesh = training_mesh(recipe, directory, held, jax.local_devices())
-    found, *_ = examples(recipe, directory)
+    found, _ = examples(recipe, directory)
     if is_main():
         print(found, flush=True)
     prompts = list(dict.fromkeys([*found.texts, *recipe.other_prompts]))

@@ -1,6 +1,6 @@
 """The VAE's part in distillation with images: real images, or reference images, to latents."""
 
-# B images, N tokens, R tokens of an example's reference images, C latent channels, I reference images of an example
+# B images, N tokens, R tokens of an example's reference images, C latent channels, I images of an example
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import functools
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
-from arcflow_jax.data.images import Instruction, pixels
+from arcflow_jax.data.images import CaptionedImages, pixels
 from arcflow_jax.families.latents import pack
 from arcflow_jax.networks.conditioning import References
 from arcflow_jax.parallel.mesh import batched, state_shardings
@@ -51,14 +50,11 @@ class LatentEncoder:
         self.mesh, self.accumulate = mesh, accumulate
         self.workers = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 
-    def pixels(self, files: Sequence[Path], height: int, width: int) -> np.ndarray:  # [B, H, W, 3]
-        """This process's images of a batch, decoded by several threads: Pillow works beside Python."""
-        return np.stack(list(self.workers.map(lambda file: pixels(file, height, width), files)))
-
-    def reference_pixels(self, examples: Sequence[Instruction], height: int, width: int) -> np.ndarray:
-        """[I, B, H, W, 3], likewise: a process's reference images, each with the size of the images of the batch."""
-        places = zip(*(example.files for example in examples), strict=True)
-        return np.stack([self.pixels(files, height, width) for files in places])
+    def pixels(self, examples: Sequence[CaptionedImages], height: int, width: int) -> np.ndarray:
+        """This process's images of a batch, [I, B, H, W, 3], decoded by several threads: Pillow works beside Python."""
+        files = [file for place in zip(*(example.files for example in examples), strict=True) for file in place]
+        images = np.stack(list(self.workers.map(lambda file: pixels(file, height, width), files)))
+        return images.reshape(-1, len(examples), *images.shape[1:])
 
     def references(self, own: np.ndarray, positions: jax.Array) -> References:
         """The reference images [I, B, H, W, 3] of a batch, of which each process gives its rows, with positions."""

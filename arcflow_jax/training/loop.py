@@ -33,8 +33,7 @@ from arcflow_jax.training.recipe import Recipe
 from arcflow_jax.training.start import starting_state
 from arcflow_jax.training.trace import Trace
 
-# What a training step takes: this process's prompts, the image size, and the pixels of images [B, H, W, 3], or of
-# reference images [I, B, H, W, 3]
+# What a training step takes: this process's prompts, the image size, and the pixels of images [I, B, H, W, 3]
 Loaded = tuple[list[str], Size, np.ndarray | None]
 
 
@@ -65,9 +64,7 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
     plan = Plan.make(recipe)
     recipe, mesh = plan.recipe, plan.mesh
     batches = plan.batches()
-    to_latents = None
-    if plan.images or plan.instructions:
-        to_latents = LatentEncoder(plan.directory, recipe.dtype, mesh, recipe.accumulate)
+    to_latents = LatentEncoder(plan.directory, recipe.dtype, mesh, recipe.accumulate) if plan.images else None
     if recipe.embeddings:
         needed = [*plan.prompts.texts, *recipe.other_prompts]
         encode = CachedPrompts(recipe.embeddings, plan.directory, recipe.dtype, mesh, needed)
@@ -104,13 +101,9 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
         def load(i: int) -> Loaded:
             """What a training step takes from the host's memory and disks, ready for the devices."""
             examples, size = batches[i]
-            prompts = examples if to_latents is None else [example.caption for example in examples]
+            prompts = [image.caption for image in examples] if to_latents is not None else examples
             encode.prepare(prompts)
-            if to_latents is None:
-                return prompts, size, None
-            if plan.instructions:
-                return prompts, size, to_latents.reference_pixels(examples, *size)
-            return prompts, size, to_latents.pixels([image.file for image in examples], *size)
+            return prompts, size, to_latents.pixels(examples, *size) if to_latents is not None else None
 
         data = Ahead(load, range(done, recipe.steps))
         with RunLog(run, recipe, done) as log, trace, data:
@@ -121,11 +114,11 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
                 prompts, size, images = data.take(functools.partial(is_computing, values))
                 rows, columns = plan.grids[size]
                 conditioning = encode(prompts, guidance=recipe.guidance, rows=rows, columns=columns)
-                if plan.instructions:
+                if images is not None and recipe.references:
                     positions = rules_of(plan.directory).positions([(rows, columns)] * len(images))
                     conditioning = referring(conditioning, to_latents.references(images, positions))
                 elif images is not None:
-                    latents = to_latents(images)
+                    latents = to_latents(images[0])
                 arguments = (state, base, conditioning, key, negative, latents)
                 if i == done:
                     wanted, offload = plan.programs(batches, done), recipe.offload_optimizer

@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh
 from arcflow_jax.checkpoints.model_cache import converted
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.data.batches import BucketedBatches, MixedBatches, Size
-from arcflow_jax.data.images import CaptionedImage, Instruction, captions, read_images_once, read_instructions_once
+from arcflow_jax.data.images import CaptionedImages, captions, read_images_once
 from arcflow_jax.data.prompts import Prompts, read_prompts
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import token_grid
@@ -57,8 +57,7 @@ class Plan:
     Attributes:
       recipe: with the LoRA targets of the model's family, where it named none.
       prompts: to train on; the images' captions, if there are images.
-      images: to start from; None for a run without data.
-      instructions: with reference images; None for a run without any.
+      images: to start from, or reference images; None for a run without any.
       grids: rows and columns of tokens, by image size.
       graphdef, base, adapter: of the model, split; shapes in place of arrays.
       held: what devices hold all the time, by name, as shapes.
@@ -69,8 +68,7 @@ class Plan:
     directory: ModelDirectory
     mesh: Mesh
     prompts: Prompts
-    images: list[CaptionedImage] | None
-    instructions: list[Instruction] | None
+    images: list[CaptionedImages] | None
     grids: dict[Size, tuple[int, int]]
     graphdef: nnx.GraphDef
     base: nnx.State
@@ -92,15 +90,15 @@ class Plan:
         if not recipe.embeddings:
             held["text encoders"] = encoders(directory, recipe.dtype)
         mesh = training_mesh(recipe, directory, held)
-        prompts, images, instructions = examples(recipe, directory)
+        prompts, images = examples(recipe, directory)
         factor = directory.config("vae").factor
         sizes = dict.fromkeys(prompts.sizes or recipe.resolutions)
         grids = {size: token_grid(*size, factor) for size in sizes}
         tokens = max(math.prod(grid) for grid in grids.values())
         network = (graphdef, base, adapter)
-        count = len(instructions[0].files) if instructions else 0
+        count = len(images[0].files) if images and recipe.references else 0
         remat = chosen_remat(recipe, directory, mesh, tokens, *network, held, count)
-        return cls(recipe, directory, mesh, prompts, images, instructions, grids, *network, optimizer, held, remat)
+        return cls(recipe, directory, mesh, prompts, images, grids, *network, optimizer, held, remat)
 
     @property
     def largest_grid(self) -> tuple[int, int]:
@@ -114,7 +112,7 @@ class Plan:
 
     def batches(self) -> MixedBatches | BucketedBatches:
         """What each training step takes: this process's rows of the batch, and the image size."""
-        recipe, examples, rows = self.recipe, self.images or self.instructions or self.prompts.texts, self.rows
+        recipe, examples, rows = self.recipe, self.images or self.prompts.texts, self.rows
         if self.prompts.sizes:
             return BucketedBatches(examples, self.prompts.sizes, recipe.batch, recipe.seed, rows)
         return MixedBatches(examples, recipe.resolutions, recipe.batch, recipe.seed, rows)
@@ -142,22 +140,19 @@ class Plan:
         return text
 
 
-def examples(
-    recipe: Recipe, directory: ModelDirectory
-) -> tuple[Prompts, list[CaptionedImage] | None, list[Instruction] | None]:
-    """What a recipe trains on: prompts, and the images to start from or the instructions that they belong to.
+def examples(recipe: Recipe, directory: ModelDirectory) -> tuple[Prompts, list[CaptionedImages] | None]:
+    """What a recipe trains on: prompts, and the images that they belong to.
 
     Raises:
       UserError: if they cannot be read, or the model reads no reference images.
     """
-    images = instructions = None
     if recipe.references:
-        instructions = read_instructions_once(recipe.references, rules_of(directory).most)
-        return captions(recipe.references, instructions), images, instructions
-    if recipe.images:
+        images = read_images_once(recipe.references, rules_of(directory).most)
+    elif recipe.images:
         images = read_images_once(recipe.images)
-        return captions(recipe.images, images), images, instructions
-    return read_prompts(recipe.prompts, recipe.prompts_field), images, instructions
+    else:
+        return read_prompts(recipe.prompts, recipe.prompts_field), None
+    return captions(recipe.references or recipe.images, images), images
 
 
 def held_in_training(base: nnx.State, adapter: nnx.State, optimizer: optax.GradientTransformation) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Recipe:
       images: a folder of real images to start from, with captions, which take the place of `prompts` (see
         `data.images.read_images`); "" starts from noise, without data.
       references: a folder of reference images with instructions, which take the place of `prompts` (see
-        `data.images.read_instructions`), for a model that reads such images; the run starts from noise. "" for none.
+        `data.images.read_images`), for a model that reads such images; the run starts from noise. "" for none.
       start_from: a student to begin from, with a new optimizer: a run's directory, or a released student's folder or
         hub id. Its EMA weights are taken. "" begins from the teacher.
       seed: of everything that is drawn.

@@ -18,7 +18,7 @@ from PIL import Image
 
 from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
-from arcflow_jax.data.images import Instruction, read_instructions
+from arcflow_jax.data.images import CaptionedImages, read_images
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.flux2 import reference_positions
 from arcflow_jax.families.latents import pack
@@ -67,13 +67,13 @@ def recipe(model: Path, out: Path, references: Path, **changes) -> Recipe:
 
 
 def test_instructions_of_a_folder(folder, tmp_path):
-    found = read_instructions(folder, 4)
-    assert found[3] == Instruction((folder / "3-0.png", folder / "3-1.png"), "put ring 3 onto the square")
+    found = read_images(folder, 4)
+    assert found[3] == CaptionedImages((folder / "3-0.png", folder / "3-1.png"), "put ring 3 onto the square")
     beside = tmp_path / "beside"
     beside.mkdir()
     save(beside / "a.png", 0)
     (beside / "a.txt").write_text("make it blue\n")
-    assert read_instructions(beside, 4) == [Instruction((beside / "a.png",), "make it blue")]
+    assert read_images(beside, 4) == [CaptionedImages((beside / "a.png",), "make it blue")]
 
 
 @pytest.mark.parametrize(
@@ -85,20 +85,20 @@ def test_instructions_of_a_folder(folder, tmp_path):
         ({"file_names": [], "text": "x"}, "line 9: file_names has 0 images, but has to have 1 to 4"),
         ({"file_names": ["0-0.png", "no.png"], "text": "x"}, "line 9: there is no .*no.png"),
         ({"file_names": ["0-0.png", "../a.png"], "text": "x"}, "line 9: file_name is '../a.png', but has to be a path"),
-        ({"file_name": "0-0.png", "text": "x"}, "belongs to 2 reference images, .*0-0.png to 1: all instructions"),
+        ({"file_name": "0-0.png", "text": "x"}, "belongs to 2 reference images, .*0-0.png belongs to 1: all captions"),
     ],
 )
 def test_wrong_instructions_are_refused(folder, line, message):
     with (folder / "metadata.jsonl").open("a") as file:
         file.write("\n" + json.dumps(line))
     with pytest.raises(UserError, match=message):
-        read_instructions(folder, 4)
+        read_images(folder, 4)
 
 
 def test_an_image_without_instruction_is_refused(folder):
     (folder / "metadata.jsonl").unlink()
     with pytest.raises(UserError, match=r"0-0.png has no caption: there is neither 0-0.txt nor metadata.jsonl"):
-        read_instructions(folder, 4)
+        read_images(folder, 4)
 
 
 def test_recipes_that_do_not_fit(model, tiny_flux, folder, tmp_path):
@@ -112,12 +112,12 @@ def test_what_a_training_step_gets(model, folder):
     """The latents of both images, one after the other; and the shapes of another size."""
     directory = ModelDirectory.open(model)
     encode = LatentEncoder(directory, "float32", make_mesh((1, 1, 1, 1)))
-    examples = read_instructions(folder, 4)[:2]
+    examples = read_images(folder, 4)[:2]
 
     def of(height: int, width: int):
         _, _, c = flux2_inputs(directory.config("transformer"), height // 4, width // 4, 3)
         positions = reference_positions([(height // 4, width // 4)] * 2)
-        return referring(c, encode.references(encode.reference_pixels(examples, height, width), positions))
+        return referring(c, encode.references(encode.pixels(examples, height, width), positions))
 
     conditioning = of(16, 12)
     vae = nnx.merge(encode.graphdef, encode.state)
