@@ -28,8 +28,10 @@ from arcflow_jax.parallel.offload import Offload, Weights, running_shardings
 
 STRENGTH = 0.6  # the default, as in diffusers
 LUMA = np.array([0.299, 0.587, 0.114])  # gray from RGB (ITU-R 601), as Pillow computes it
-# What a caller may give: one image or several, PIL images or arrays as they come from `output_type="np"`
-GivenImages = Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray]
+# What a caller may give: one image or several, PIL images or arrays as they come from `output_type="np"`; of reference
+# images also several for each prompt
+OneImage = Image.Image | np.ndarray
+GivenImages = OneImage | Sequence[OneImage | Sequence[OneImage]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +114,9 @@ def stacked(name: str, images: GivenImages, prompts: int) -> np.ndarray:  # [I, 
     several = isinstance(images, Sequence) or getattr(images, "ndim", 0) == 4
     arrays = [as_pixels(name, each) for each in (images if several else [images])]
     if len(arrays) not in (1, prompts):
-        raise UserError(f"{name} has {len(arrays)} images, but has to have one, or one for each prompt, {prompts}")
+        hint = "; reference images are for models that read them, without strength" if name == "image" else ""
+        found = f"{name} has {len(arrays)} images, but has to have one, or one for each prompt, {prompts}"
+        raise UserError(found + hint)
     if others := [array for array in arrays if array.shape != arrays[0].shape]:
         raise UserError(f"{name} has images of {size(arrays[0])} and {size(others[0])}: give one size in a call")
     return np.stack(arrays)
@@ -158,7 +162,7 @@ class ImageEncoder:
     def __init__(self, directory: ModelDirectory, dtype: Any, mesh: Mesh, offload: Offload | None):
         vae: Any = directory.abstract("vae", dtype)
         self.graphdef, abstract = nnx.split(vae.encoder_alone())
-        state = directory.load("vae", abstract, running_shardings(mesh, abstract, offload), part="encoder")
+        state = directory.load("vae", abstract, running_shardings(mesh, abstract, offload), vae.ENCODER)
         self.weights = Weights(state, offload is not None)
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:

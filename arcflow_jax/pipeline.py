@@ -21,7 +21,8 @@ from arcflow_jax.families.latents import PATCH, as_tokens
 from arcflow_jax.generate import TEACHER_STEPS
 from arcflow_jax.image_to_image import Beginning, GivenImages, given_images
 from arcflow_jax.loaded_model import LoadedModel
-from arcflow_jax.networks.conditioning import Conditioning, Guided
+from arcflow_jax.networks.conditioning import Conditioning, Guided, referring
+from arcflow_jax.references import ReferenceTokens, reads_references, reference_sets
 from arcflow_jax.sampling_settings import (
     Job,
     OutputType,
@@ -73,8 +74,10 @@ class ArcFlowPipeline(LoadedModel):
           negative_prompt, num_inference_steps, guidance_scale, height, width, seed, final_step_ratio, norm_preserving:
             see `sampling_settings.resolve_settings`. With an image, height and width are the image's by default.
           strength: see there; with an image 0.6 by default.
-          image: what to start from instead of noise alone, one for all prompts or one for each, of one size: PIL
-            images, or arrays [H, W, 3] of uint8 or of floating-point numbers between 0 and 1.
+          image: PIL images, or arrays [H, W, 3] of uint8 or of floating-point numbers between 0 and 1. Of a model that
+            reads reference images, without strength and mask_image: a reference image or a list of them for all
+            prompts, or a list of such lists, one for each prompt; the images made have the first one's size by default.
+            Otherwise: what to start from instead of noise alone, one for all prompts or one for each, of one size.
           mask_image: for inpainting, likewise, also [H, W]: white is repainted; other pixels stay exactly as given.
           num_images_per_prompt: each starts from noise of its own.
           latents: noise to use instead of the seed's, one of each image: packed [B, N, 4C] or, as a latent image
@@ -172,7 +175,11 @@ class ArcFlowPipeline(LoadedModel):
         check_prompts(prompts)
         batch_size = batch_for(self.mesh, batch_size)
         images_per_prompt = schema.converted(Batch, images_per_prompt, "num_images_per_prompt")
-        given, follows = given_images(image, mask_image, len(prompts), images_per_prompt, settings)
+        given = references = None
+        if image is not None and reads_references(self.directory, mask_image, settings):
+            references, follows = reference_sets(self.directory, image, len(prompts), images_per_prompt, settings)
+        else:
+            given, follows = given_images(image, mask_image, len(prompts), images_per_prompt, settings)
         resolved = self.settings(**{**settings, **follows})
         prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
         if latents is not None:
@@ -180,7 +187,7 @@ class ArcFlowPipeline(LoadedModel):
             size = (resolved.rows, resolved.columns, self.directory.config("transformer").in_channels)
             with self._running():
                 latents = as_tokens(np.asarray(latents), len(prompts), *size)
-        return Job(prompts, resolved, latents, given, batch_size, first, range(len(prompts)), progress)
+        return Job(prompts, resolved, latents, given, references, batch_size, first, range(len(prompts)), progress)
 
     def _encode(self, batches: Sequence[Sequence[str]], settings: SamplingSettings) -> Sequence[Conditioning | Guided]:
         """The conditioning of each batch of prompts, all of one size."""
@@ -194,7 +201,7 @@ class ArcFlowPipeline(LoadedModel):
     def _latents(self, job: Job) -> Iterator[tuple[int, list[jax.Array]]]:
         """Groups of batches that pass each network together: number of the first image, latent tokens of each batch."""
         settings, count = job.settings, len(job.prompts)
-        beginning = self._beginning(job)
+        beginning, references = self._beginning(job), self._references(job)
         for start in job.wanted[:: self.together(job.batch_size)]:
             starts = range(start, min(start + self.together(job.batch_size), job.wanted.stop), job.batch_size)
             # The images of each batch; the last batch is filled up with its last image
@@ -202,6 +209,9 @@ class ArcFlowPipeline(LoadedModel):
             with self._running():
                 job.progress("encoding", self._finished(job, start))
                 conditionings = self._encode([[job.prompts[i] for i in batch] for batch in batches], settings)
+                if references is not None:
+                    pairs = zip(conditionings, batches, strict=True)
+                    conditionings = [referring(conditioning, references(batch)) for conditioning, batch in pairs]
                 if job.latents is not None:
                     noises = [job.latents[batch] for batch in batches]
                 else:
@@ -228,8 +238,18 @@ class ArcFlowPipeline(LoadedModel):
             steps = job.settings.steps if self.student is None else TEACHER_STEPS
             return Beginning(self.directory, given, self._image_encoder(), strength, steps)
 
+    def _references(self, job: Job) -> ReferenceTokens | None:
+        """The latents of the reference images, if there are any; they load the VAE's encoder, at the first use."""
+        if job.references is None:
+            return None
+        with self._running():
+            job.progress("encoding", job.wanted.start)
+            return ReferenceTokens(self.directory, job.references, self._image_encoder(), self.mesh)
+
     def _images(self, job: Job) -> Iterator[Image.Image]:
         described, batches = self._described(job.settings), self._pixels(job)
+        if job.references is not None:
+            described["references"] = len(job.references.pixels)
         if not self.offload:  # the devices make the next batch while this one's images are fetched and written
             batches = one_ahead(batches)
         for start, pixels in batches:

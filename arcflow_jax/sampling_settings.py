@@ -20,6 +20,7 @@ from arcflow_jax.families.family import takes_guidance
 from arcflow_jax.families.latents import token_grid
 from arcflow_jax.generate import TEACHER_STEPS
 from arcflow_jax.image_to_image import Given
+from arcflow_jax.references import ReferenceSets
 from arcflow_jax.schema import NFE, Batch, Count, Guidance, Pixels, Ratio, Seed, Strength
 
 OutputType = Literal["pil", "np", "latent"]
@@ -75,12 +76,13 @@ class PipelineOutput:
 @dataclasses.dataclass(frozen=True)
 class Job:
     """The `wanted` ones of these images: one of each prompt, from `latents` or from noises `first` … of the seed; or
-    from `given` images with that noise."""
+    from `given` images with that noise. `references` are what is read beside the prompts."""
 
     prompts: Sequence[str]
     settings: SamplingSettings
     latents: jax.Array | None
     given: Given | None
+    references: ReferenceSets | None
     batch_size: int
     first: int
     wanted: range

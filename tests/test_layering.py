@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "arcflow_jax"
 
 ROOMS = [
     *("errors", "schema", "console", "flow", "storage", "parallel", "data", "networks", "convert", "families"),
-    *("checkpoints", "generate", "image_to_image", "sampling_settings", "loras", "training"),
+    *("checkpoints", "generate", "image_to_image", "references", "sampling_settings", "loras", "training"),
     *("loaded_model", "pipeline", "serve", "evaluate", "compile_report", "demo", "cli", "__main__"),
 ]
 

@@ -23,6 +23,7 @@ COMMON = (
     *("checkpoints/kernels.py", "checkpoints/model_cache.py", "checkpoints/model_directory.py", "data/prompts.py"),
     *("training/recipe.py", "training/overrides.py", "training/start.py", "training/loop.py", "training/compile.py"),
     *("training/embeddings.py", "training/trace.py", "training/plan.py", "sampling_settings.py", "generate.py"),
+    "references.py",
 )
 
 

@@ -220,7 +220,7 @@ class ModelDirectory:
         component: str,
         abstract_state: nnx.State,
         shardings: nnx.State | jax.sharding.Sharding | None = None,
-        part: str = "",
+        part: str | tuple[str, ...] = "",
     ) -> nnx.State:
         """The weights of a component, read directly to their devices: no host holds all of them.
 
@@ -229,7 +229,7 @@ class ModelDirectory:
           abstract_state: of the network, e.g. `nnx.state(directory.abstract(component))`; the weights get its dtypes.
           shardings: one for each variable, as from `mesh.state_shardings`, or one for all; by default the first
             device.
-          part: reads one module only, e.g. "decoder"; `abstract_state` has only that module then.
+          part: reads one module only, e.g. "decoder", or a few; `abstract_state` has only those then.
 
         Raises:
           UserError: if the checkpoint is damaged or does not fit the network.
@@ -247,7 +247,8 @@ class ModelDirectory:
         checkpoint = place(self.path / component / CHECKPOINT)
         try:
             stored = unnest(handler().metadata(checkpoint).tree)
-            stored = {path: array for path, array in stored.items() if not part or path.startswith(f"{part}.")}
+            parts = tuple(f"{each}." for each in ([part] if isinstance(part, str) else part))
+            stored = {path: array for path, array in stored.items() if not part or path.startswith(parts)}
             # Checked first, for one error that lists all that differ
             wrong = [in_memory(path) for path in sorted(wanted | stored) if shape(wanted, path) != shape(stored, path)]
             if not wrong:

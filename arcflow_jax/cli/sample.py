@@ -31,15 +31,19 @@ def sample(
         ),
     ] = None,
     image: Annotated[
-        Path | None, path_option(help="An image to start from; the images made have its size. PNG, JPEG or WebP.")
+        list[Path] | None,
+        path_option(
+            help="A reference image, of a model that reads such; may be given several times. Otherwise, or with --mask "
+            "or --strength, an image to start from. PNG, JPEG or WebP."
+        ),
     ] = None,
     mask: Annotated[
         Path | None,
-        path_option(help="With --image: what to paint anew, white on an image of the same size. The rest stays."),
+        path_option(help="With one --image: what to paint anew, white on an image of the same size. The rest stays."),
     ] = None,
     strength: Annotated[
         float | None,
-        typer.Option(help="With --image: how much of it is made anew, above 0 and at most 1. By default 0.6."),
+        typer.Option(help="With one --image: how much of it is made anew, above 0 and at most 1. By default 0.6."),
     ] = None,
     grid: Annotated[bool, typer.Option("--grid", help="Also write grid.png, all images on one sheet.")] = False,
     out: Annotated[Path, path_option(help="Directory for the images.")] = Path("images"),
@@ -57,19 +61,19 @@ def sample(
         raise UserError("say what the images should show: either with --prompt or with --prompts-file")
     with hosts.connected():
         prompts = prompt if prompts_file is None else read_prompts(prompts_file).texts
-        make_images(prompts or [], images, latents, (image, mask, strength), grid, out, sampling)
+        make_images(prompts or [], images, latents, (image or [], mask, strength), grid, out, sampling)
 
 
 def make_images(
     prompts: Sequence[str],
     images: int,
     latents: Path | None,
-    given: tuple[Path | None, Path | None, float | None],
+    given: tuple[Sequence[Path], Path | None, float | None],
     grid: bool,
     out: Path,
     sampling: options.SamplingOptions,
 ) -> None:
-    """`sample`, once the processes are connected; `given` are image, mask and strength."""
+    """`sample`, once the processes are connected; `given` are images, mask and strength."""
     from arcflow_jax.data.images import read_image
     from arcflow_jax.data.output import contact_sheet, file_name, read_latents, save_image, unused
     from arcflow_jax.data.prompts import check_prompts
@@ -80,17 +84,18 @@ def make_images(
     from arcflow_jax.storage.paths import as_path
 
     check_prompts(prompts)
-    *files, strength = given
+    image_files, mask_file, strength = given
     settings: dict[str, Any] = {**sampling.settings(), "strength": strength}
     check_same({"the prompts": list(prompts), "the options": [images, sampling.batch_size, settings]})
     noise = None if latents is None else read_latents(latents)
-    image, mask = (None if file is None else read_image(file) for file in files)
+    given_images = [read_image(file) for file in image_files] or None
+    mask = None if mask_file is None else read_image(mask_file)
     pipeline = sampling.load()
     wanted = own_share(len(prompts) * images, batch_for(pipeline.mesh, sampling.batch_size))
     with options.progress_bar() as progress:
         stream = pipeline.stream(
             prompts,
-            image=image,
+            image=given_images,
             mask_image=mask,
             num_images_per_prompt=images,
             latents=noise,

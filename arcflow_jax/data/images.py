@@ -1,4 +1,4 @@
-"""Real images with captions, for distillation with data, and images to be judged."""
+"""Real images with captions, for distillation with data; reference images with instructions; images to be judged."""
 
 # H, W height and width in pixels
 
@@ -34,71 +34,89 @@ BROKEN = (
 
 
 @dataclasses.dataclass(frozen=True)
-class CaptionedImage:
-    """An image file and its caption."""
+class CaptionedImages:
+    """An image file, or several reference images that belong together, and the caption or instruction."""
 
-    file: Path
+    files: tuple[Path, ...]
     caption: str
 
 
-def read_images(folder: str | Path) -> list[CaptionedImage]:
+def read_images(folder: str | Path, most: int = 1) -> list[CaptionedImages]:
     """The images of a folder with their captions, sorted by name.
 
     The captions are in metadata.jsonl, as in Hugging Face's image folders, with a line {"file_name": …, "text": …} per
-    image. Without metadata.jsonl, each image has a text file of the same name beside it.
+    image, or {"file_names": […], "text": …} for several. Without metadata.jsonl, each image has a text file of the same
+    name beside it.
+
+    Args:
+      most: how many images a caption may have. All have as many.
 
     Raises:
-      UserError: if there are no images, an image or a caption is missing or empty, or metadata.jsonl names a file
-        outside of the folder.
+      UserError: if there are no images, an image or a caption is missing or empty, there are too many or different
+        numbers of images, or metadata.jsonl names a file outside of the folder.
     """
     folder = as_path(folder)
     with cannot_read(folder):
         if not folder.is_dir():
             raise UserError(f"folder of images {folder} does not exist")
-        images = from_metadata(folder) if (folder / METADATA).is_file() else from_text_files(folder)
+        images = from_metadata(folder, most) if (folder / METADATA).is_file() else from_text_files(folder)
     if not images:
         raise UserError(f"{folder} holds no images: it has to have files {', '.join(SUFFIXES)}")
     for image in images:
         if not image.caption:
-            raise UserError(f"the caption of {image.file} is empty")
+            raise UserError(f"the caption of {image.files[0]} is empty")
+        if len(image.files) != len(images[0].files):
+            first, other = (f"{each.files[0]} belongs to {len(each.files)}" for each in (images[0], image))
+            raise UserError(f"{first} reference images, {other}: all captions of a folder have to have as many")
     return images
 
 
-def read_images_once(folder: str | Path) -> list[CaptionedImage]:
+def read_images_once(folder: str | Path, most: int = 1) -> list[CaptionedImages]:
     """As `read_images`, but only the first process lists the folder, and tells the others.
 
     Each process may have its own copy of the folder. If it lacks an image, the error comes when it opens the image.
     """
     if not several():
-        return read_images(folder)
+        return read_images(folder, most)
     folder = as_path(folder)
     if not folder.is_dir():
         raise UserError(f"folder of images {folder} does not exist")
-    found = from_first(lambda: [(x.file.relative_to(folder).as_posix(), x.caption) for x in read_images(folder)])
-    return [CaptionedImage(folder / name, caption) for name, caption in found]
+    found = from_first(
+        lambda: [
+            ([file.relative_to(folder).as_posix() for file in x.files], x.caption) for x in read_images(folder, most)
+        ]
+    )
+    return [CaptionedImages(tuple(folder / name for name in names), caption) for names, caption in found]
 
 
-def captions(folder: str, images: Sequence[CaptionedImage]) -> Prompts:
+def captions(folder: str, images: Sequence[CaptionedImages]) -> Prompts:
     """The captions of a folder's images, as prompts."""
     return Prompts(folder, [image.caption for image in images], empty=0)
 
 
-def from_metadata(folder: Path) -> list[CaptionedImage]:
-    """Images with captions in metadata.jsonl."""
+def from_metadata(folder: Path, most: int) -> list[CaptionedImages]:
+    """Images, up to `most` together, with captions in metadata.jsonl."""
     images, is_file = [], file_test(folder)
     for where, record in json_records(folder / METADATA):
-        name, caption = record.get("file_name"), record.get("text")
-        if not (isinstance(name, str) and isinstance(caption, str)):
-            raise UserError(f'{where}: it has to be {{"file_name": …, "text": …}}')
-        if not is_inside(name):
-            raise UserError(f"{where}: file_name is {one_line(repr(name))}, but has to be a path inside of the folder")
-        if not is_file(folder / name):
-            raise UserError(f"{where}: there is no {folder / name}")
-        images.append(CaptionedImage(folder / name, caption.strip()))
+        names, caption = [record.get("file_name")], record.get("text")
+        if most > 1 and isinstance(record.get("file_names"), list):
+            names = record["file_names"]
+        if not (all(isinstance(name, str) for name in names) and isinstance(caption, str)):
+            lists = ', or {"file_names": […], "text": …}' if most > 1 else ""
+            raise UserError(f'{where}: it has to be {{"file_name": …, "text": …}}{lists}')
+        if not 1 <= len(names) <= most:
+            raise UserError(f"{where}: file_names has {len(names)} images, but has to have 1 to {most}")
+        for name in names:
+            if not is_inside(name):
+                wrong = one_line(repr(name))
+                raise UserError(f"{where}: file_name is {wrong}, but has to be a path inside of the folder")
+            if not is_file(folder / name):
+                raise UserError(f"{where}: there is no {folder / name}")
+        images.append(CaptionedImages(tuple(folder / name for name in names), caption.strip()))
     return images
 
 
-def from_text_files(folder: Path) -> list[CaptionedImage]:
+def from_text_files(folder: Path) -> list[CaptionedImages]:
     """Images with captions in text files."""
     images, is_file = [], file_test(folder)
     for file in sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES):
@@ -107,7 +125,7 @@ def from_text_files(folder: Path) -> list[CaptionedImage]:
             raise UserError(f"{file} has no caption: there is neither {text.name} nor {METADATA}")
         file_size(text, CAPTION)
         try:
-            images.append(CaptionedImage(file, text.read_text(encoding="utf-8-sig").strip()))
+            images.append(CaptionedImages((file,), text.read_text(encoding="utf-8-sig").strip()))
         except UnicodeDecodeError as error:
             raise UserError(f"{text} is not text in UTF-8: {error.reason}") from None
     return images

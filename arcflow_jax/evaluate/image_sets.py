@@ -110,7 +110,7 @@ class Folder:
 
     @functools.cached_property
     def _captions(self) -> dict[Path, str]:
-        return {image.file: image.caption for image in read_images(self.folder)}
+        return {image.files[0]: image.caption for image in read_images(self.folder)}
 
 
 class Sampled:

@@ -1,4 +1,4 @@
-"""Model families, one file each (`flux.py`, `flux2.py`, `qwen_image.py`), which defines the family's record `FAMILY`.
+"""Model families, one file each (`flux.py`, `qwen_image.py`, …), which defines the family's record `FAMILY`.
 
 Only this room, the networks and convert's tables know a family by name. `family.py` defines the record. `text.py` and
 `latents.py` have what families share. To add a family, add a file here and its `FAMILY` below; another package calls
@@ -8,7 +8,7 @@ Only this room, the networks and convert's tables know a family by name. `family
 from __future__ import annotations
 
 from arcflow_jax.errors import UserError, one_line
-from arcflow_jax.families import flux, flux2, qwen_image
+from arcflow_jax.families import flux, flux2, kontext, qwen_image
 from arcflow_jax.families.family import Family, Network
 
 _FAMILIES: dict[str, Family] = {}
@@ -19,7 +19,7 @@ def register(family: Family) -> None:
     _FAMILIES[family.pipeline] = family
 
 
-for _family in (flux.FAMILY, flux2.FAMILY, qwen_image.FAMILY):
+for _family in (flux.FAMILY, kontext.FAMILY, flux2.FAMILY, qwen_image.FAMILY):
     register(_family)
 
 
@@ -31,8 +31,13 @@ def of_pipeline(pipeline: object, where: object) -> Family:
 
 
 def of_transformer(class_name: object, where: object) -> Family:
-    """The family whose transformer has this class. Raises UserError, which begins with `where`, if there is none."""
-    known = {family.networks["transformer"].class_name: family for family in _FAMILIES.values()}
+    """The family, of several the first, whose transformer has this class.
+
+    Raises UserError, which begins with `where`, if there is none.
+    """
+    known: dict[str, Family] = {}
+    for family in _FAMILIES.values():
+        known.setdefault(family.networks["transformer"].class_name, family)
     if not isinstance(class_name, str) or class_name not in known:
         raise UserError(f"{where} has the transformer {one_line(class_name)}, supported are {', '.join(known)}")
     return known[class_name]

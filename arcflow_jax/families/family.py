@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from PIL import Image
 
 from arcflow_jax.families.text import PromptEncoder
 from arcflow_jax.networks import layers
@@ -65,6 +67,22 @@ class Network:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReferenceImages:
+    """How a family's transformer reads reference images.
+
+    Attributes:
+      most: how many there may be.
+      fitted: makes of an RGB image the one that is encoded, whose sides are multiples of `side`, a token's in pixels.
+        Raises UserError, which begins with "a reference image", if it cannot be used.
+      positions: of the tokens of images with so many (rows, columns), one image after another: [R, axes].
+    """
+
+    most: int
+    fitted: Callable[[Image.Image, int], Image.Image]
+    positions: Callable[[Sequence[tuple[int, int]]], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """A model family.
 
@@ -78,6 +96,7 @@ class Family:
       cfg_guidance: default scale of classifier-free guidance.
       log_shift: μ of (image tokens, Euler steps), where its pipeline computes it: the logarithm of the teacher's
         timestep shift, if the scheduler shifts dynamically (see `schedule.Scheduler.shift_for`).
+      references: None if its transformer reads no reference images.
       settings: of the pipeline, in `model_index.json` beside its components; another value is refused.
     """
 
@@ -88,6 +107,7 @@ class Family:
     embedded_guidance: float = 3.5
     cfg_guidance: float = 4.0
     log_shift: Callable[[int, int], float] | None = None
+    references: ReferenceImages | None = None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property

@@ -4,10 +4,11 @@ FLUX.2-dev's transformer and VAE are of the same classes, but its text encoder, 
 [klein] models are refused: they have no classifier-free guidance left, which the teacher needs.
 """
 
-# B prompts, N image tokens, T text tokens
+# B prompts, N image tokens, R tokens of reference images, T text tokens
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -17,10 +18,12 @@ import numpy as np
 from flax import nnx
 from jax import ShapeDtypeStruct
 from jax.sharding import Mesh
+from PIL import Image
 
 from arcflow_jax.convert import flux2, flux2_original, qwen3, vae_flux2
 from arcflow_jax.data.tokenizers import max_length
-from arcflow_jax.families.family import Family, Network, takes_guidance
+from arcflow_jax.errors import UserError
+from arcflow_jax.families.family import Family, Network, ReferenceImages, takes_guidance
 from arcflow_jax.families.latents import position_ids
 from arcflow_jax.families.text import Model, PromptEncoder
 from arcflow_jax.networks.flux2 import Flux2, Flux2Conditioning, Flux2Config
@@ -107,6 +110,32 @@ def log_shift(tokens: int, steps: int) -> float:
     return of_200 if tokens > 4300 else of_200 + (of_200 - of_10) * (steps - 200) / 190
 
 
+LEAST_SIDE, MOST_RATIO, MOST_PIXELS = 64, 8, 1024**2  # of a reference image; larger ones are scaled down
+
+
+def fitted(image: Image.Image, side: int) -> Image.Image:
+    """A reference image as FLUX.2's pipeline in diffusers has it: scaled down to a megapixel if it has more, and
+    cropped at its center to multiples of `side`. Raises UserError if it is too small or too long."""
+    width, height = image.size
+    if min(width, height) < LEAST_SIDE or max(width, height) > MOST_RATIO * min(width, height):
+        raise UserError(
+            f"a reference image is {height}x{width}, but has to have at least {LEAST_SIDE} pixels a side, and one "
+            f"side at most {MOST_RATIO} times as long as the other"
+        )
+    if width * height > MOST_PIXELS:
+        scale = math.sqrt(MOST_PIXELS / (width * height))
+        width, height = int(width * scale), int(height * scale)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = width % side // 2, height % side // 2
+    return image.crop((left, top, left + width // side * side, top + height // side * side))
+
+
+def reference_positions(grids: Sequence[tuple[int, int]]) -> jax.Array:  # [R, 4]
+    """(10 · i, row, column, 0) of each token of reference image i, counted from 1."""
+    images = [position_ids(*grid).at[:, 0].set(10 * i) for i, grid in enumerate(grids, 1)]
+    return jnp.pad(jnp.concatenate(images), ((0, 0), (0, 1)))
+
+
 FAMILY = Family(
     pipeline="Flux2KleinPipeline",
     networks={"transformer": FLUX2, "text_encoder": QWEN3, "vae": VAE},
@@ -119,5 +148,6 @@ FAMILY = Family(
         "time_guidance_embed.timestep_embedder.*",
     ),
     log_shift=log_shift,
+    references=ReferenceImages(4, fitted, reference_positions),
     settings={"is_distilled": False},
 )

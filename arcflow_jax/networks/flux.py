@@ -9,12 +9,12 @@ The output norm and projection are in `head.OutputLayer`, because the student re
 of the checkpoint.
 """
 
-# B batch, N image tokens, T text tokens, S = T + N, D width, H heads, E head dim, L / M stacked blocks
+# B batch, N image tokens, R tokens of a reference image, T text tokens, S = T + N + R
+# D width, H heads, E head dim, L / M stacked blocks
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, ClassVar
 
 import jax
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from arcflow_jax.networks.attention import attention
-from arcflow_jax.networks.conditioning import interleave
+from arcflow_jax.networks.conditioning import References, beside_references, interleave, repeated
 from arcflow_jax.networks.float16 import saturated
 from arcflow_jax.networks.layers import TEACHER, Linear, Mode, RMSNorm, scan_blocks, stack
 from arcflow_jax.networks.transformer import (
@@ -69,9 +69,7 @@ class FluxConfig:
         return self.num_attention_heads * self.attention_head_dim
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["text", "pooled", "guidance", "positions"], meta_fields=[]
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FluxConditioning:
     """What a FLUX velocity depends on besides the state and σ; see `conditioning.Conditioning`.
@@ -81,12 +79,14 @@ class FluxConditioning:
       pooled: CLIP pooled state, [B, pooled_projection_dim].
       guidance: embedded guidance scale, [B]; None for a checkpoint without guidance embedding.
       positions: (0, row, column) of each image token, [N, 3], as `latents.position_ids` gives.
+      references: the reference image of FLUX.1-Kontext, if there is one.
     """
 
     text: jax.Array
     pooled: jax.Array
     guidance: jax.Array | None
     positions: jax.Array
+    references: References | None = None
 
     @property
     def batch_size(self) -> int:
@@ -99,13 +99,16 @@ class FluxConditioning:
         text, pooled, guidance = jax.tree.map(
             lambda x: jnp.repeat(x, times, axis=0), (self.text, self.pooled, self.guidance)
         )
-        return FluxConditioning(text, pooled, guidance, self.positions)
+        return FluxConditioning(text, pooled, guidance, self.positions, repeated(self.references, times))
 
     def paired(self, negative: FluxConditioning) -> FluxConditioning:
-        """Each example followed by its negative prompt's conditioning. Embedded guidance is 1."""
+        """Each example followed by its negative prompt's conditioning, with the same references.
+
+        Embedded guidance is 1.
+        """
         text, pooled = interleave(self.text, negative.text), interleave(self.pooled, negative.pooled)
         guidance = None if self.guidance is None else jnp.ones(len(text), self.guidance.dtype)
-        return FluxConditioning(text, pooled, guidance, self.positions)
+        return FluxConditioning(text, pooled, guidance, self.positions, repeated(self.references, 2))
 
 
 class TimeTextEmbedding(nnx.Module):
@@ -221,12 +224,14 @@ class Flux(nnx.Module):
           conditioning: see FluxConditioning.
           mode: teacher, or student with its adapters.
         """
+        count = tokens.shape[1]
+        tokens, positions = beside_references(tokens, conditioning.positions, conditioning.references)
         image = self.x_embedder(tokens.astype(self.dtype))
         text = self.context_embedder(conditioning.text.astype(self.dtype))
         temb = self.time_text_embed(sigma, conditioning, self.dtype, mode.fold(0))
         length = text.shape[1]
-        text_positions = jnp.zeros((length, conditioning.positions.shape[1]), conditioning.positions.dtype)
-        rope = rotary(jnp.concatenate([text_positions, conditioning.positions]), self.config.axes_dims_rope)
+        text_positions = jnp.zeros((length, positions.shape[1]), positions.dtype)
+        rope = rotary(jnp.concatenate([text_positions, positions]), self.config.axes_dims_rope)
 
         def shard(tokens: jax.Array) -> jax.Array:  # [B, .., D]
             return constrain(saturated(tokens), "batch", "tokens", None)
@@ -240,4 +245,4 @@ class Flux(nnx.Module):
         text, image = scan_blocks(self.transformer_blocks, (shard(text), shard(image)), double, mode.fold(1))
         joined = shard(jnp.concatenate([text, image], axis=1))  # [B, S, D]
         joined = scan_blocks(self.single_transformer_blocks, joined, single, mode.fold(2))
-        return shard(joined[:, length:]), temb
+        return shard(joined[:, length : length + count]), temb

@@ -1,6 +1,6 @@
 """FLUX.2's transformer (diffusers' Flux2Transformer2DModel) up to, not including, its output layer.
 
-    tokens, σ, text, guidance
+    tokens, σ, text, reference images, guidance
       → shifts, scales and gates, the same for all blocks of a kind
       → L double blocks: text and image have their own weights and attend to each other
       → M single blocks: text and image in one sequence, attention and MLP in parallel
@@ -16,13 +16,13 @@ device that has some of the features has the same ones of each part, and none ha
 features that a layer reads are grouped in the same way. `convert.rules.grouped` does that to the checkpoint's weights.
 """
 
-# B batch, N image tokens, T text tokens, S = T + N, D width, H heads, E head dim, L / M stacked blocks
+# B batch, N image tokens, R tokens of reference images, T text tokens, S = T + N + R
+# D width, H heads, E head dim, L / M stacked blocks
 # G groups, P parts, c features of a part in a group: D = G · c
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any, ClassVar
 
@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from arcflow_jax.networks.attention import attention
-from arcflow_jax.networks.conditioning import interleave
+from arcflow_jax.networks.conditioning import References, beside_references, interleave, repeated
 from arcflow_jax.networks.float16 import saturated
 from arcflow_jax.networks.flux import JointAttention
 from arcflow_jax.networks.layers import TEACHER, Linear, Mode, RMSNorm, scan_blocks, stack
@@ -85,7 +85,7 @@ class Flux2Config:
         return self.num_attention_heads * self.attention_head_dim
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["text", "guidance", "positions"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Flux2Conditioning:
     """What a FLUX.2 velocity depends on besides the state and σ; see `conditioning.Conditioning`.
@@ -94,11 +94,13 @@ class Flux2Conditioning:
       text: hidden states of the text encoder, those of its padding as well, [B, T, joint_attention_dim].
       guidance: embedded guidance scale, [B]; None for a checkpoint without guidance embedding.
       positions: (0, row, column, 0) of each image token, [N, 4].
+      references: reference images, if there are any.
     """
 
     text: jax.Array
     guidance: jax.Array | None
     positions: jax.Array
+    references: References | None = None
 
     @property
     def batch_size(self) -> int:
@@ -109,13 +111,16 @@ class Flux2Conditioning:
         if times == 1:
             return self
         text, guidance = jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), (self.text, self.guidance))
-        return Flux2Conditioning(text, guidance, self.positions)
+        return Flux2Conditioning(text, guidance, self.positions, repeated(self.references, times))
 
     def paired(self, negative: Flux2Conditioning) -> Flux2Conditioning:
-        """Each example followed by its negative prompt's conditioning. Embedded guidance is 1."""
+        """Each example followed by its negative prompt's conditioning, with the same references.
+
+        Embedded guidance is 1.
+        """
         text = interleave(self.text, negative.text)
         guidance = None if self.guidance is None else jnp.ones(len(text), self.guidance.dtype)
-        return Flux2Conditioning(text, guidance, self.positions)
+        return Flux2Conditioning(text, guidance, self.positions, repeated(self.references, 2))
 
 
 class TimeGuidanceEmbedding(nnx.Module):
@@ -252,6 +257,8 @@ class Flux2(nnx.Module):
           conditioning: see Flux2Conditioning.
           mode: teacher, or student with its adapters.
         """
+        count = tokens.shape[1]
+        tokens, positions = beside_references(tokens, conditioning.positions, conditioning.references)
         image = self.x_embedder(tokens.astype(self.dtype))
         # States between the layers of a language model are not normed
         text = self.context_embedder(saturated(conditioning.text.astype(self.dtype)))
@@ -260,7 +267,7 @@ class Flux2(nnx.Module):
         of_both = self.single_stream_modulation(temb)
         length = text.shape[1]
         rope = rotary(
-            jnp.concatenate([text_positions(length), conditioning.positions]),
+            jnp.concatenate([text_positions(length), positions]),
             self.config.axes_dims_rope,
             self.config.rope_theta,
         )
@@ -277,7 +284,7 @@ class Flux2(nnx.Module):
         text, image = scan_blocks(self.transformer_blocks, (shard(text), shard(image)), double, mode.fold(1))
         joined = shard(jnp.concatenate([text, image], axis=1))  # [B, S, D]
         joined = scan_blocks(self.single_transformer_blocks, joined, single, mode.fold(2))
-        return shard(joined[:, length:]), temb
+        return shard(joined[:, length : length + count]), temb
 
 
 def text_positions(length: int) -> jax.Array:  # [T, 4]

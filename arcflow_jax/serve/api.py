@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
 import hmac
 import logging
 import secrets
@@ -22,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.serve.edits import read_edit, read_form
-from arcflow_jax.serve.engine import Busy, Closed, Engine
+from arcflow_jax.serve.engine import Busy, Closed, Engine, most_references
 from arcflow_jax.serve.images import Images
 from arcflow_jax.serve.metrics import Metrics
 from arcflow_jax.serve.requests import ApiError, Limits, Order, read_order
@@ -151,10 +152,9 @@ def build(engine: Engine, *, limits: Limits, images: Images) -> FastAPI:
         check_type(request, "multipart/form-data")
         async with arriving(request, limits.upload, limits.seconds) as chunks:
             values = await read_form(request.headers, chunks)
-        loop = asyncio.get_running_loop()
-        return await answered(
-            request, await loop.run_in_executor(decoder, read_edit, values, default, limits, model, engine.check)
-        )
+        loop, most = asyncio.get_running_loop(), most_references(engine.pipeline)
+        read = functools.partial(read_edit, values, default, limits, model, engine.check, most)
+        return await answered(request, await loop.run_in_executor(decoder, read))
 
     async def answered(request: Request, wanted: Order) -> Response:
         pngs = await made(request, submit(engine, wanted), limits.seconds)

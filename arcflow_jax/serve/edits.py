@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -24,6 +24,7 @@ from arcflow_jax.serve.engine import Settings, Start
 from arcflow_jax.serve.requests import Generation, Limits, Order, bad_request, order, parsed
 
 FILES = ("image", "mask")
+IMAGES = 16  # as many as OpenAI's API takes
 NUMBERS = ("n", "seed", "steps", "guidance", "strength", "stream")  # a form has texts only
 FIELDS = 64
 
@@ -32,31 +33,33 @@ FIELDS = 64
 class Edit(Generation):
     """The body of /v1/images/edits: OpenAI's fields, and ours; files as they were sent."""
 
-    image: bytes
+    image: tuple[bytes, ...]
     mask: bytes | None = None
-    strength: Strength = STRENGTH
+    strength: Strength | None = None
 
 
 async def read_form(headers: Headers, chunks: AsyncGenerator[bytes]) -> dict[str, Any]:
     """The fields of a form, of which files are bytes. Raises ApiError 400, and what `chunks` raises.
 
-    Clients write a list as image[], and an object as loras[name].
+    Clients write a list as image[], and an object as loras[name]. There may be several images.
     """
     values: dict[str, Any] = {}
     try:
         charset = parse_options_header(headers.get("content-type"))[1].get(b"charset", b"utf-8")
         if charset.lower() not in (b"utf-8", b"utf8"):  # Python knows some that take minutes to decode
             raise UserError("the form has to be in UTF-8")
-        parser = MultiPartParser(headers, chunks, max_files=len(FILES), max_fields=FIELDS)
+        parser = MultiPartParser(headers, chunks, max_files=IMAGES + 1, max_fields=FIELDS)
         form = await parser.parse()
         try:
             for key, value in form.multi_items():
                 name, bracket, inner = key.partition("[")
                 kept = values.setdefault("loras", {}) if name == "loras" and bracket else values
                 name = inner.removesuffix("]") if kept is not values else name if inner == "]" else key
-                if name in kept:
+                if name == "image" and isinstance(value, UploadFile):
+                    kept.setdefault(name, []).append(await value.read())
+                elif name in kept:
                     raise UserError(f"{one_line(name)} is there twice, but may be there once")
-                if isinstance(value, UploadFile):
+                elif isinstance(value, UploadFile):
                     kept[name] = await value.read()
                 elif name in FILES:
                     raise UserError(f"{name} is a text, but has to be a file")
@@ -80,12 +83,37 @@ def number(text: str) -> Any:
 
 
 def read_edit(
-    values: dict[str, Any], default: Settings, limits: Limits, model: str, check: Callable[[Settings], None]
+    values: dict[str, Any],
+    default: Settings,
+    limits: Limits,
+    model: str,
+    check: Callable[[Settings], None],
+    references: int = 0,
 ) -> Order:
-    """What the fields of a form ask for. Arguments and errors as for `requests.read_order`."""
+    """What the fields of a form ask for. Arguments and errors as for `requests.read_order`, and:
+
+    Args:
+      references: how many reference images the model reads at most. They are what a form's images are, unless it has a
+        mask or a strength; scaled to cover the size of the image made, and cropped, as in distillation.
+    """
     try:
         asked = parsed(Edit, values, model)
-        pixels, repaint = opened("image", asked.image, limits.pixels, in_rgb), None
+        most = references if asked.mask is None and asked.strength is None else 0
+        if len(asked.image) > max(1, most):
+            found, times = (
+                {1: "once", 2: "twice"}.get(count, f"{count} times") for count in (len(asked.image), max(1, most))
+            )
+            raise UserError(f"image is there {found}, but may be there {times}")
+        if most:
+            wanted = order(asked, default, limits, check, references=len(asked.image))
+            side = wanted.settings.width, wanted.settings.height
+
+            def fitted(image: Image.Image) -> Image.Image:
+                return ImageOps.fit(in_rgb(image), side, Image.Resampling.LANCZOS)
+
+            images = [opened("image", data, limits.pixels, fitted) for data in asked.image]
+            return dataclasses.replace(wanted, start=Start(np.stack(images), None))
+        pixels, repaint = opened("image", asked.image[0], limits.pixels, in_rgb), None
         size = shown(pixels)
         if asked.size not in (None, "auto", size):
             raise UserError(f"size is {one_line(asked.size)}, but image has {size}: resize it, or leave size out")
@@ -96,7 +124,7 @@ def read_edit(
             if not repaint.any():
                 raise UserError("mask is nowhere fully transparent (alpha 0), which is what is made anew")
         asked, start = dataclasses.replace(asked, size=size), Start(pixels, repaint)
-        return order(asked, default, limits, check, start, asked.strength)
+        return order(asked, default, limits, check, start, asked.strength or STRENGTH)
     except UserError as error:
         raise bad_request(error, Edit) from None
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -50,6 +51,7 @@ class Settings:
       guidance: None: the model's default.
       strength: of what starts from an image; None: from noise.
       masked: whether a mask says what of the image is made anew.
+      references: how many reference images there are, which have the size of the image made.
       loras: names and strengths of style LoRAs; None: those of the start.
     """
 
@@ -60,6 +62,7 @@ class Settings:
     negative_prompt: str | None = None
     strength: Strength | None = None
     masked: bool = False
+    references: int = 0
     loras: tuple[tuple[str, Offset], ...] | None = None
 
     def arguments(self) -> dict[str, int | float | str | None]:
@@ -74,9 +77,9 @@ class Settings:
         }
 
     @property
-    def program(self) -> tuple[int, int, int, bool, bool, bool]:
+    def program(self) -> tuple[int, int, int, bool, bool, bool, int]:
         """What a program is compiled for."""
-        kind = self.negative_prompt is not None, self.strength is not None, self.masked
+        kind = self.negative_prompt is not None, self.strength is not None, self.masked, self.references
         return self.width, self.height, self.steps, *kind
 
 
@@ -84,13 +87,16 @@ def declared(
     pipe: ArcFlowPipeline, sizes: Sequence[tuple[int, int]], steps: Sequence[int], edits: bool = False
 ) -> list[Settings]:
     """The settings of each (width, height) with each NFE; of a teacher, also with a negative prompt; with `edits`, also
-    from an image, without and with a mask.
+    from an image, without and with a mask, and with each number of reference images that the model reads.
 
     Without sizes, the model's own; without steps, the pipeline's default. Raises UserError if they do not fit.
     """
     own = [pipe.described(width=width, height=height) for width, height in sizes] or [pipe.described()]
     negatives = [None] if pipe.student is not None else [None, ""]
-    starts = [(None, False), *[(STRENGTH, False), (STRENGTH, True)] * edits]
+    starts = [(None, False, 0)]
+    if edits:
+        numbers = range(1, most_references(pipe) + 1)
+        starts += [(STRENGTH, False, 0), (STRENGTH, True, 0), *((None, False, number) for number in numbers)]
     return [
         Settings(
             int(each["width"]),
@@ -100,20 +106,27 @@ def declared(
             negative_prompt=negative,
             strength=strength,
             masked=mask,
+            references=references,
         )
-        for strength, mask in starts
+        for strength, mask, references in starts
         for each in own
         for count in steps or [int(each["steps"])]
         for negative in negatives
     ]
 
 
+def most_references(pipe: ArcFlowPipeline) -> int:
+    """How many reference images a model reads at most."""
+    rules = pipe.directory.family.references
+    return 0 if rules is None else rules.most
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Start:
-    """An image to start from.
+    """An image to start from, or reference images.
 
     Attributes:
-      pixels: [H, W, 3], uint8.
+      pixels: [H, W, 3], uint8; of several reference images [n, H, W, 3].
       repaint: [H, W], bool, which pixels are made anew; None: all of them.
     """
 
@@ -210,7 +223,8 @@ class Engine:
             raise UserError(f"loras: {one_line(unknown[0])} is not loaded, only {', '.join(self.loras) or 'none'}")
         if not self.on_request and settings.program not in self._programs:
             width, height, steps, *kind = settings.program
-            if settings.strength is not None and not any(each[4] for each in self._programs):
+            edited = settings.strength is not None or settings.references
+            if edited and not any(each[4] for each in self._programs):
                 raise UserError("image edits are not served: that takes `arcflow serve --edits`")
             offered = sorted({(w, h, s) for w, h, s, *other in self._programs if other == kind})
             shown = ", ".join(f"{w}x{h} in {s}" for w, h, s in offered) or "none with a negative_prompt"
@@ -292,7 +306,8 @@ class Engine:
             self._choose(pipe, None)
             for settings in self.declared:
                 size = settings.height, settings.width
-                start = Start(np.zeros((*size, 3), np.uint8), np.ones(size, bool) if settings.masked else None)
+                shape = (*([settings.references] if settings.references else []), *size, 3)
+                start = Start(np.zeros(shape, np.uint8), np.ones(size, bool) if settings.masked else None)
                 self._pixels(pipe, [Waiting("warm", settings, 0, 0, Future(), 0.0, start)])
         except BaseException as error:
             self.failure = error
@@ -334,11 +349,11 @@ class Engine:
         numbers = np.array([each.number for each in filled], np.int32)
         channels = pipe.directory.config("transformer").in_channels
         noise = noise_of_each(seeds, numbers, tokens=rows * columns, channels=channels)[: len(batch)]
-        given: dict[str, list[np.ndarray]] = {}
-        if settings.strength is not None:
+        given: dict[str, list[Any]] = {}
+        if settings.strength is not None or settings.references:
             same = all(each.start is batch[0].start for each in batch)  # it is encoded once
             starts = [each.start for each in (batch[:1] if same else batch) if each.start is not None]
-            given["image"] = [start.pixels for start in starts]
+            given["image"] = [list(start.pixels) if settings.references else start.pixels for start in starts]
             if settings.masked:
                 given["mask_image"] = [start.repaint for start in starts if start.repaint is not None]
         prompts = [each.prompt for each in batch]

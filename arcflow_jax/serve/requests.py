@@ -94,7 +94,8 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """A request's images: `count` of them, from noises 0 … of the seed, and from `start` if it has one."""
+    """A request's images: `count` of them, from noises 0 … of the seed, and from `start` if it has one, which may be
+    reference images."""
 
     prompt: str
     settings: Settings
@@ -137,8 +138,12 @@ def order(
     check: Callable[[Settings], None],
     start: Start | None = None,
     strength: float | None = None,
+    references: int = 0,
 ) -> Order:
-    """What a request asks for, from an image with a strength if it has one. Raises UserError."""
+    """What a request asks for, from an image with a strength, or from so many reference images.
+
+    Raises UserError.
+    """
     width, height = (default.width, default.height) if asked.size in (None, "auto") else sides(asked.size)
     steps, count = asked.steps or default.steps, asked.n or 1
     texts = [(name, text) for name in ("prompt", "negative_prompt") if (text := getattr(asked, name)) is not None]
@@ -156,7 +161,8 @@ def order(
         raise UserError(f"size is {width}x{height}, but may have at most {limits.pixels} pixels")
     masked = start is not None and start.repaint is not None
     loras = None if asked.loras is None else tuple(sorted(asked.loras.items()))
-    settings = Settings(width, height, steps, asked.guidance, asked.negative_prompt, strength, masked, loras)
+    kind = (asked.negative_prompt, strength, masked, references, loras)
+    settings = Settings(width, height, steps, asked.guidance, *kind)
     check(settings)
     seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
     return Order(asked.prompt, settings, seed, count, asked.response_format == "url", start)

@@ -1,6 +1,6 @@
 """Compiles a run's training steps before the first one: one program a phase and image size."""
 
-# B batch, N tokens, C latent channels
+# B batch, N tokens, R tokens of reference images, C latent channels
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from arcflow_jax.errors import UserError, one_line, out_of_memory
+from arcflow_jax.networks.conditioning import References, referring
 from arcflow_jax.parallel.mesh import sharded
 from arcflow_jax.parallel.offload import to_device, to_host
 from arcflow_jax.training.state import OF_GRADIENT, OF_UPDATE, TrainState, gradient, train_step, update
@@ -88,7 +89,7 @@ def compile_steps(
     programs = {}
     for (rows, columns), steady in wanted:
         tokens = rows * columns
-        placed = dataclasses.replace(conditioning, positions=resized(conditioning.positions, 0, tokens))
+        placed = of_size(conditioning, tokens)
         images = None if latents is None else resized(latents, 1, tokens)
         with jax.set_mesh(mesh), memory_errors(tokens):
             others = (base, placed, key, negative, images)
@@ -97,6 +98,16 @@ def compile_steps(
             compiled = [each.lower().compile() for each in traced]
             programs[(rows, columns), steady] = Program(compiled, sum(flops(each.jaxpr.jaxpr) for each in traced))
     return programs
+
+
+def of_size(conditioning: Any, tokens: int) -> Any:
+    """The conditioning of images of N tokens, and of reference images that have the size of the images, as shapes."""
+    placed = dataclasses.replace(conditioning, positions=resized(conditioning.positions, 0, tokens))
+    references = getattr(conditioning, "references", None)
+    if references is None:
+        return placed
+    count = references.tokens.shape[1] // len(conditioning.positions) * tokens  # R
+    return referring(placed, References(resized(references.tokens, 1, count), resized(references.positions, 0, count)))
 
 
 def resized(x: jax.Array, axis: int, size: int) -> jax.ShapeDtypeStruct:

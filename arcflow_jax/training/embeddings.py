@@ -30,8 +30,6 @@ from arcflow_jax.data.embeddings import (
     shard_path,
     write_shard,
 )
-from arcflow_jax.data.images import captions, read_images_once
-from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.errors import UserError
 from arcflow_jax.parallel.processes import from_rows, is_main, several
 from arcflow_jax.parallel.together import (
@@ -46,7 +44,7 @@ from arcflow_jax.storage.atomic import cannot_write, check_room, finish, unfinis
 from arcflow_jax.storage.files import digest, file_digest, read_own, write_own
 from arcflow_jax.storage.paths import UNFINISHED, as_path
 from arcflow_jax.storage.safetensors import read_header
-from arcflow_jax.training.plan import encoders, training_mesh
+from arcflow_jax.training.plan import encoders, examples, training_mesh
 from arcflow_jax.training.recipe import Recipe
 
 
@@ -97,10 +95,7 @@ def write_cache(recipe: Recipe, out: Path) -> int:
         recipe = dataclasses.replace(recipe, mesh="auto")
     held = {"text encoders": encoders(directory, recipe.dtype)}
     mesh = training_mesh(recipe, directory, held, jax.local_devices())
-    if recipe.images:
-        found = captions(recipe.images, read_images_once(recipe.images))
-    else:
-        found = read_prompts(recipe.prompts, recipe.prompts_field)
+    found, _ = examples(recipe, directory)
     if is_main():
         print(found, flush=True)
     prompts = list(dict.fromkeys([*found.texts, *recipe.other_prompts]))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from arcflow_jax.parallel.together import check_same
 from arcflow_jax.training.plan import Plan
 
-PLACES = {"model", "prompts", "images", "embeddings", "start_from"}  # of a recipe; each host may have its own copy
+# Of a recipe; each host may have its own copy
+PLACES = {"model", "prompts", "images", "references", "embeddings", "start_from"}
 
 
 def check_plan(plan: Plan) -> None:

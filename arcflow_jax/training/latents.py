@@ -1,6 +1,6 @@
-"""The VAE's part in distillation with data: real images to latents."""
+"""The VAE's part in distillation with images: real images, or reference images, to latents."""
 
-# B images, N tokens, C latent channels
+# B images, N tokens, R tokens of an example's reference images, C latent channels, I images of an example
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
-from arcflow_jax.data.images import CaptionedImage, pixels
+from arcflow_jax.data.images import CaptionedImages, pixels
 from arcflow_jax.families.latents import pack
+from arcflow_jax.networks.conditioning import References
 from arcflow_jax.parallel.mesh import batched, state_shardings
 from arcflow_jax.parallel.processes import from_rows
 from arcflow_jax.training.state import in_parts
@@ -34,7 +35,7 @@ def _encode(graphdef: nnx.GraphDef, state: nnx.State, images: jax.Array, parts: 
 
 
 class LatentEncoder:
-    """Encodes images with the VAE, for distillation with data.
+    """Encodes images with the VAE, for distillation with images.
 
     Args:
       directory: a converted model.
@@ -49,9 +50,16 @@ class LatentEncoder:
         self.mesh, self.accumulate = mesh, accumulate
         self.workers = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 
-    def pixels(self, images: Sequence[CaptionedImage], height: int, width: int) -> np.ndarray:  # [B, H, W, 3]
-        """This process's images of a batch, decoded by several threads: Pillow works beside Python."""
-        return np.stack(list(self.workers.map(lambda image: pixels(image.file, height, width), images)))
+    def pixels(self, examples: Sequence[CaptionedImages], height: int, width: int) -> np.ndarray:
+        """This process's images of a batch, [I, B, H, W, 3], decoded by several threads: Pillow works beside Python."""
+        files = [file for place in zip(*(example.files for example in examples), strict=True) for file in place]
+        images = np.stack(list(self.workers.map(lambda file: pixels(file, height, width), files)))
+        return images.reshape(-1, len(examples), *images.shape[1:])
+
+    def references(self, own: np.ndarray, positions: jax.Array) -> References:
+        """The reference images [I, B, H, W, 3] of a batch, of which each process gives its rows, with positions."""
+        tokens = jnp.concatenate([self(images) for images in own], axis=1)  # [B, R, 4C]
+        return References(jax.device_put(tokens, batched(self.mesh)), positions)
 
     def __call__(self, own: np.ndarray) -> jax.Array:  # [B, N, 4C] float32
         """Packed latents of the whole batch; each process gives the pixels of its rows (see `processes.local_rows`)."""

@@ -13,12 +13,14 @@ from arcflow_jax.checkpoints.training import DESCRIPTION, AdapterDescription, Ch
 from arcflow_jax.data.batches import Ahead, Size
 from arcflow_jax.errors import Preempted, UserError
 from arcflow_jax.generate import random_key
+from arcflow_jax.networks.conditioning import referring
 from arcflow_jax.parallel.failure import ends_together
 from arcflow_jax.parallel.mesh import state_shardings
 from arcflow_jax.parallel.offload import to_host
 from arcflow_jax.parallel.preemption import Preemption
 from arcflow_jax.parallel.processes import is_main
 from arcflow_jax.parallel.together import check_directory, writing_together
+from arcflow_jax.references import rules_of
 from arcflow_jax.storage.paths import as_path
 from arcflow_jax.training.compile import compile_steps, memory_errors
 from arcflow_jax.training.embeddings import CachedPrompts
@@ -31,7 +33,7 @@ from arcflow_jax.training.recipe import Recipe
 from arcflow_jax.training.start import starting_state
 from arcflow_jax.training.trace import Trace
 
-# What a training step takes: this process's prompts, the image size, and the pixels of images [B, H, W, 3]
+# What a training step takes: this process's prompts, the image size, and the pixels of images [I, B, H, W, 3]
 Loaded = tuple[list[str], Size, np.ndarray | None]
 
 
@@ -110,10 +112,13 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
             for i in range(done, recipe.steps):
                 trace.before(i + 1)
                 prompts, size, images = data.take(functools.partial(is_computing, values))
-                if images is not None:
-                    latents = to_latents(images)
                 rows, columns = plan.grids[size]
                 conditioning = encode(prompts, guidance=recipe.guidance, rows=rows, columns=columns)
+                if images is not None and recipe.references:
+                    positions = rules_of(plan.directory).positions([(rows, columns)] * len(images))
+                    conditioning = referring(conditioning, to_latents.references(images, positions))
+                elif images is not None:
+                    latents = to_latents(images[0])
                 arguments = (state, base, conditioning, key, negative, latents)
                 if i == done:
                     wanted, offload = plan.programs(batches, done), recipe.offload_optimizer

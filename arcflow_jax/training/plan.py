@@ -18,24 +18,28 @@ from jax.sharding import AbstractMesh, Mesh
 from arcflow_jax.checkpoints.model_cache import converted
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.data.batches import BucketedBatches, MixedBatches, Size
-from arcflow_jax.data.images import CaptionedImage, captions, read_images_once
+from arcflow_jax.data.images import CaptionedImages, captions, read_images_once
 from arcflow_jax.data.prompts import Prompts, read_prompts
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import token_grid
+from arcflow_jax.networks.conditioning import References, referring
 from arcflow_jax.networks.layers import Remat
 from arcflow_jax.networks.student import initial_adapter, split_model
 from arcflow_jax.parallel.mesh import (
     MESH_AXES,
     Sizes,
     auto_sizes,
+    batched,
     check_batch,
     islands,
     make_mesh,
     memory_limit,
+    replicated,
     slices,
     state_shardings,
 )
 from arcflow_jax.parallel.processes import local_rows
+from arcflow_jax.references import rules_of
 from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.recipe import Recipe
 from arcflow_jax.training.remat import remat_policy
@@ -53,7 +57,7 @@ class Plan:
     Attributes:
       recipe: with the LoRA targets of the model's family, where it named none.
       prompts: to train on; the images' captions, if there are images.
-      images: to start from; None for a run without data.
+      images: to start from, or reference images; None for a run without any.
       grids: rows and columns of tokens, by image size.
       graphdef, base, adapter: of the model, split; shapes in place of arrays.
       held: what devices hold all the time, by name, as shapes.
@@ -64,7 +68,7 @@ class Plan:
     directory: ModelDirectory
     mesh: Mesh
     prompts: Prompts
-    images: list[CaptionedImage] | None
+    images: list[CaptionedImages] | None
     grids: dict[Size, tuple[int, int]]
     graphdef: nnx.GraphDef
     base: nnx.State
@@ -86,17 +90,15 @@ class Plan:
         if not recipe.embeddings:
             held["text encoders"] = encoders(directory, recipe.dtype)
         mesh = training_mesh(recipe, directory, held)
-        images = read_images_once(recipe.images) if recipe.images else None
-        if images is None:
-            prompts = read_prompts(recipe.prompts, recipe.prompts_field)
-        else:
-            prompts = captions(recipe.images, images)
+        prompts, images = examples(recipe, directory)
         factor = directory.config("vae").factor
         sizes = dict.fromkeys(prompts.sizes or recipe.resolutions)
         grids = {size: token_grid(*size, factor) for size in sizes}
         tokens = max(math.prod(grid) for grid in grids.values())
-        remat = chosen_remat(recipe, directory, mesh, tokens, graphdef, base, adapter, held)
-        return cls(recipe, directory, mesh, prompts, images, grids, graphdef, base, adapter, optimizer, held, remat)
+        network = (graphdef, base, adapter)
+        count = len(images[0].files) if images and recipe.references else 0
+        remat = chosen_remat(recipe, directory, mesh, tokens, *network, held, count)
+        return cls(recipe, directory, mesh, prompts, images, grids, *network, optimizer, held, remat)
 
     @property
     def largest_grid(self) -> tuple[int, int]:
@@ -136,6 +138,21 @@ class Plan:
             shown = ", ".join(f"{height} × {width} ({count} prompts)" for (height, width), count in counts[:SHOWN])
             text += f"\n{len(counts)} image sizes: {shown}" + (", …" if len(counts) > SHOWN else "")
         return text
+
+
+def examples(recipe: Recipe, directory: ModelDirectory) -> tuple[Prompts, list[CaptionedImages] | None]:
+    """What a recipe trains on: prompts, and the images that they belong to.
+
+    Raises:
+      UserError: if they cannot be read, or the model reads no reference images.
+    """
+    if recipe.references:
+        images = read_images_once(recipe.references, rules_of(directory).most)
+    elif recipe.images:
+        images = read_images_once(recipe.images)
+    else:
+        return read_prompts(recipe.prompts, recipe.prompts_field), None
+    return captions(recipe.references or recipe.images, images), images
 
 
 def held_in_training(base: nnx.State, adapter: nnx.State, optimizer: optax.GradientTransformation) -> dict[str, Any]:
@@ -198,16 +215,24 @@ def chosen_remat(
     base: nnx.State,
     adapter: nnx.State,
     held: Mapping[str, Any],
+    references: int = 0,
 ) -> Remat:
     """What the backward pass computes again: the recipe's `remat` or, if that is "auto", what fits.
 
     Args:
       tokens: of the largest image.
       held: what devices hold all the time, as shapes.
+      references: how many reference images of that size an example has.
     """
     conditioning = directory.family.prompts.abstract_conditioning(
         directory, mesh, recipe.batch // recipe.accumulate, tokens, jnp.dtype(recipe.dtype)
     )
+    if references:
+        batch, each = conditioning.batch_size, (references * tokens,)
+        whole = jax.ShapeDtypeStruct((*each, *conditioning.positions.shape[1:]), jnp.float32, sharding=replicated(mesh))
+        features = directory.config("transformer").in_channels
+        latents = jax.ShapeDtypeStruct((batch, *each, features), jnp.float32, sharding=batched(mesh))
+        conditioning = referring(conditioning, References(latents, whole))
     kept = {name: x for name, x in held.items() if not (recipe.offload_optimizer and name in OFFLOADED)}
     return remat_policy(recipe.remat, graphdef, base, adapter, conditioning, mesh, bytes_per_device(mesh, kept))
 

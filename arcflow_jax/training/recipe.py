@@ -69,6 +69,8 @@ class Recipe:
       embeddings: a cache that `arcflow embed-prompts` wrote; "" encodes the prompts as they come.
       images: a folder of real images to start from, with captions, which take the place of `prompts` (see
         `data.images.read_images`); "" starts from noise, without data.
+      references: a folder of reference images with instructions, which take the place of `prompts` (see
+        `data.images.read_images`), for a model that reads such images; the run starts from noise. "" for none.
       start_from: a student to begin from, with a new optimizer: a run's directory, or a released student's folder or
         hub id. Its EMA weights are taken. "" begins from the teacher.
       seed: of everything that is drawn.
@@ -102,6 +104,7 @@ class Recipe:
     prompts_field: str = "prompt"
     embeddings: str = ""
     images: str = ""
+    references: str = ""
     start_from: str = ""
     seed: Seed = 0
     resolutions: Sizes = ((1024, 1024),)
@@ -131,7 +134,9 @@ class Recipe:
             check_sizes(self.mesh)
         if self.batch % self.accumulate:
             raise UserError(f"batch {self.batch} does not divide into accumulate={self.accumulate} micro-batches")
-        if not self.prompts and not self.images:
+        if self.images and self.references:
+            raise UserError("images and references are both set: a run with reference images starts from noise")
+        if not (self.prompts or self.images or self.references):
             raise UserError("the recipe has no prompts: set --config.prompts, or --config.images for real images")
         if self.preview_every and not self.preview_prompts:
             raise UserError(f"preview_every is {self.preview_every}, but preview_prompts is empty: list some, or set 0")

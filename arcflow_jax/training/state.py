@@ -130,12 +130,13 @@ def gradient(
     def add_gradient(total: nnx.State | None, index: jax.Array | int) -> tuple[nnx.State, Any]:
         """The total with a micro-batch's gradient; and the micro-batch's loss and log."""
 
-        def rows(x: jax.Array) -> jax.Array:
-            if accumulate == 1 or x is conditioning.positions or (negative is not None and x is negative.positions):
+        def rows(path: Any, x: jax.Array) -> jax.Array:
+            if accumulate == 1 or path[-1] == jax.tree_util.GetAttrKey("positions"):  # which the batch shares
                 return x
             return jax.lax.with_sharding_constraint(part_of(x, index, accumulate), batched(mesh))
 
-        prompts, negatives, start, images = jax.tree.map(rows, (conditioning, negative, noise, latents))
+        inputs = (conditioning, negative, noise, latents)
+        prompts, negatives, start, images = jax.tree.map_with_path(rows, inputs)
         teachers = prompts if negatives is None else Guided(prompts, negatives, guidance)
 
         def student(adapter, x, sigma, dropout_key):

@@ -12,7 +12,7 @@ from flax import nnx
 from PIL import Image
 
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
-from arcflow_jax.data.images import CaptionedImage, pixels, read_image, read_images
+from arcflow_jax.data.images import CaptionedImages, pixels, read_image, read_images
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import pack
 from arcflow_jax.parallel.mesh import make_mesh
@@ -30,8 +30,8 @@ def test_captions_beside_the_images(tmp_path):
         (tmp_path / name).with_suffix(".txt").write_text(caption)
     (tmp_path / "notes.md").write_text("not an image")
     assert read_images(tmp_path) == [
-        CaptionedImage(tmp_path / "a.jpg", "a cat"),
-        CaptionedImage(tmp_path / "b.png", "a dog"),
+        CaptionedImages((tmp_path / "a.jpg",), "a cat"),
+        CaptionedImages((tmp_path / "b.png",), "a dog"),
     ]
 
 
@@ -39,7 +39,7 @@ def test_captions_in_one_file(tmp_path):
     (tmp_path / "sub").mkdir()
     save(tmp_path / "sub" / "x.png")
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "sub/x.png", "text": "a fox", "width": 8}) + "\n")
-    assert read_images(tmp_path) == [CaptionedImage(tmp_path / "sub" / "x.png", "a fox")]
+    assert read_images(tmp_path) == [CaptionedImages((tmp_path / "sub" / "x.png",), "a fox")]
 
 
 def test_folders_that_do_not_do_are_refused(tmp_path):
@@ -161,13 +161,13 @@ def test_latents_are_those_of_the_vae(tiny_flux, tmp_path):
     for i in range(2):
         file = tmp_path / f"{i}.png"
         Image.fromarray(rng.integers(0, 255, (32, 48, 3), np.uint8)).save(file)
-        images.append(CaptionedImage(file, "x"))
+        images.append(CaptionedImages((file,), "x"))
     encode = LatentEncoder(directory, "float32", make_mesh((1, 1, 1, 1)), accumulate=2)
-    pixels = encode.pixels(images, 32, 48)
+    (pixels,) = encode.pixels(images, 32, 48)
     tokens = encode(pixels)
     assert tokens.shape == (2, 2 * 3, 16)
     one, two = (_encode.lower(encode.graphdef, encode.state, pixels, parts).compile() for parts in (1, 2))
     assert two.memory_analysis().temp_size_in_bytes < 0.7 * one.memory_analysis().temp_size_in_bytes
     vae = nnx.merge(encode.graphdef, encode.state)
-    images = jnp.stack([jnp.asarray(np.asarray(Image.open(p.file)), jnp.float32) / 127.5 - 1 for p in images])
+    images = jnp.stack([jnp.asarray(np.asarray(Image.open(p.files[0])), jnp.float32) / 127.5 - 1 for p in images])
     np.testing.assert_allclose(tokens, pack(vae.encode(images)), atol=1e-4)

@@ -20,15 +20,15 @@ ADAPTER = AdapterConfig(
 )
 
 
-def write_adapter(model: Path, run: Path, seed: int) -> Path:
-    """Writes a student of a converted FLUX to the new directory `run`, and returns it."""
+def write_adapter(model: Path, run: Path, seed: int, config: AdapterConfig = ADAPTER) -> Path:
+    """Writes a student of a converted model, by default a FLUX, to the new directory `run`, and returns it."""
     directory = ModelDirectory.open(model)
-    _, _, abstract = split_model(directory.student(ADAPTER, jnp.float32))
+    _, _, abstract = split_model(directory.student(config, jnp.float32))
     rng = np.random.default_rng(seed)
     adapter = jax.tree.map(lambda x: jnp.asarray(0.05 * rng.standard_normal(x.shape), x.dtype), abstract)
     run.mkdir()
     transformer = directory.description.components["transformer"]
-    AdapterDescription(directory.fingerprint, ADAPTER, Distillation(shift=1.0), 2.0, transformer).write(run)
+    AdapterDescription(directory.fingerprint, config, Distillation(shift=1.0), 2.0, transformer).write(run)
     with Checkpoints(run) as checkpoints:
         checkpoints.save(0, TrainState.create(adapter, optax.identity()).items())
     return run

@@ -112,7 +112,7 @@ def image_file(rng: random.Random, folder: Path) -> Case:
     def run() -> np.ndarray:
         if trains:
             (image,) = read_images(place)
-            return np.round((pixels(image.file, height, width) + 1) * 127.5).astype(np.uint8)
+            return np.round((pixels(image.files[0], height, width) + 1) * 127.5).astype(np.uint8)
         (image,) = Folder(place).stream(0)
         return np.asarray(image)
 
@@ -183,7 +183,7 @@ def captions(rng: random.Random, folder: Path) -> Case:
     def run() -> list[str]:
         images = read_images(place)
         for image in images:
-            pixels(image.file, *SIDE)
+            pixels(image.files[0], *SIDE)
         return [image.caption for image in images]
 
     def wrong(result: list[str]) -> str | None:

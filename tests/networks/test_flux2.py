@@ -14,7 +14,8 @@ from arcflow_jax import schema
 from arcflow_jax.convert import flux2 as table
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.errors import UserError
-from arcflow_jax.networks.conditioning import Guided
+from arcflow_jax.families.flux2 import reference_positions
+from arcflow_jax.networks.conditioning import Guided, References
 from arcflow_jax.networks.flux2 import Flux2, Flux2Conditioning, Flux2Config
 from arcflow_jax.networks.student import AdapterConfig, ArcModel
 from tests.helpers.twins import FLUX2, flux2_inputs, flux2_twin, flux2_twin_velocity, relative_error
@@ -128,3 +129,37 @@ def test_other_architectures_are_refused(setting):
 def test_rotary_axes_must_add_up_to_the_head():
     with pytest.raises(UserError, match=r"axes_dims_rope \(8, 8, 8, 8\) adds up to 32, but .* attention_head_dim, 64"):
         dataclasses.replace(FLUX2, attention_head_dim=64)
+
+
+def with_references(c: Flux2Conditioning, channels: int) -> Flux2Conditioning:
+    """With reference images of 2 × 3 and 1 × 2 tokens, others for each example."""
+    rng = np.random.default_rng(1)
+    tokens = rng.standard_normal((c.batch_size, 8, channels)).astype(np.float32)
+    return dataclasses.replace(c, references=References(tokens, reference_positions([(2, 3), (1, 2)])))
+
+
+def test_references_are_further_tokens_of_diffusers_transformer():
+    twin = flux2_twin(FLUX2)
+    tokens, sigma, c = flux2_inputs(FLUX2, 3, 4, 5)
+    c = with_references(c, FLUX2.in_channels)
+    longer = dataclasses.replace(c, positions=jnp.concatenate([c.positions, c.references.positions]))
+    theirs = flux2_twin_velocity(twin, np.concatenate([tokens, c.references.tokens], axis=1), sigma, longer)[:, :12]
+    tensors = {name: tensor.numpy() for name, tensor in twin.state_dict().items()}
+    with jax.default_matmul_precision("highest"):
+        ours = velocity(teacher(FLUX2, tensors), tokens, sigma, c)
+    assert relative_error(ours, theirs) < 1e-5
+
+
+def test_cfg_shows_references_to_both():
+    model = new_teacher(FLUX2)
+    tokens, sigma, c = flux2_inputs(FLUX2, 2, 2, 3)
+    positive = with_references(c, FLUX2.in_channels)
+    negative = Flux2Conditioning(c.text[::-1], None, c.positions)
+    u, away = (
+        np.asarray(velocity(model, tokens, sigma, dataclasses.replace(each, references=positive.references)))
+        for each in (c, negative)
+    )
+    guided = velocity(model, tokens, sigma, Guided(positive, negative, 4.0))
+    assert relative_error(guided, away + 4 * (u - away)) < 1e-5
+    twice = positive.repeat(2)
+    np.testing.assert_array_equal(twice.references.tokens, np.repeat(positive.references.tokens, 2, axis=0))

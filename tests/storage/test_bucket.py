@@ -190,7 +190,7 @@ def test_images_and_prompts(folder):
     (folder / "listed" / "deep" / "c.png").write_bytes(encoded.getvalue())
     (folder / "listed" / "metadata.jsonl").write_text('{"file_name": "deep/c.png", "text": "image c"}\n')
     (image,) = read_images(str(folder / "listed"))
-    assert read_image(image.file).size == (4, 2)
+    assert read_image(image.files[0]).size == (4, 2)
     (folder / "listed" / "deep" / "c.png").unlink()
     with pytest.raises(UserError, match=r"metadata\.jsonl, line 1: there is no .*/listed/deep/c\.png"):
         read_images(str(folder / "listed"))

@@ -13,7 +13,7 @@ decoding needs is in the decoder, which is loaded without the encoder. Attribute
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -98,12 +98,25 @@ class Decoder(kl.Decoder):
         return z if self.post_quant_conv is None else self.post_quant_conv(z)
 
 
+class Statistics(nnx.Module):
+    """What encoding needs of the decoder."""
+
+    def __init__(self, bn: BatchNorm):
+        self.bn = bn
+
+
 class AutoencoderKLFlux2(VAE):
     """See the module docstring. `encode` and `decode` compute in the dtype of their input."""
+
+    ENCODER: ClassVar[tuple[str, ...]] = ("encoder", "decoder.bn")
 
     def __init__(self, config: AutoencoderKLFlux2Config, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         options = {"dtype": dtype, "rngs": rngs}
         super().__init__(config, Encoder(config, **options), Decoder(config, **options))
+
+    def encoder_alone(self) -> Self:
+        self.decoder = Statistics(self.decoder.bn)
+        return self
 
     def normalise(self, mean: jax.Array) -> jax.Array:
         """Latents as the transformer sees them; of an even height and width."""

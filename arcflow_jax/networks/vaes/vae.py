@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,12 @@ from flax import nnx
 
 
 class VAE(nnx.Module, abc.ABC):
-    """A VAE; `config.factor` is f, the number of pixels per latent pixel along one side."""
+    """A VAE; `config.factor` is f, the number of pixels per latent pixel along one side.
+
+    `ENCODER` names the modules that `encoder_alone` leaves.
+    """
+
+    ENCODER: ClassVar[tuple[str, ...]] = ("encoder",)
 
     def __init__(self, config: Any, encoder: nnx.Module, decoder: nnx.Module):
         self.config = config
@@ -37,7 +42,7 @@ class VAE(nnx.Module, abc.ABC):
         return self
 
     def encoder_alone(self) -> Self:
-        """This VAE without its decoder."""
+        """This VAE without what encoding does not need."""
         self.decoder = None
         return self
 

@@ -1,0 +1,103 @@
+"""Reference images over HTTP, of a tiny FLUX.2 [klein]: OpenAI's client, a batch of two clients, wrong forms."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image, ImageOps
+
+from arcflow_jax.checkpoints.conversion import convert_model
+from arcflow_jax.families import flux2
+from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.serve import api
+from arcflow_jax.serve.engine import Engine, declared
+from arcflow_jax.serve.images import Images
+from arcflow_jax.serve.metrics import Metrics
+from tests.helpers import random_student
+from tests.helpers.tiny_flux2 import make_tiny_flux2
+from tests.serve.conftest import LIMITS, served
+from tests.serve.test_api import asked, difference, opened
+from tests.serve.test_edits import EDITS, file
+
+RNG = np.random.default_rng(0)
+PHOTOS = [
+    Image.fromarray(RNG.integers(0, 256, (9, 8, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    for size in ((64, 72), (90, 66), (80, 64))
+]
+PROMPT = "put the ring onto the square"
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory) -> Iterator[Engine]:
+    """Serves one and two reference images, and inpainting."""
+    source = make_tiny_flux2(tmp_path_factory.mktemp("flux2") / "source")
+    model = convert_model(source, source.with_name("model"))
+    adapter = dataclasses.replace(random_student.ADAPTER, targets=flux2.FAMILY.lora_targets)
+    run = random_student.write_adapter(model, source.with_name("student"), 0, adapter)
+    pipe = ArcFlowPipeline.from_pretrained(model, run)
+    kinds = declared(pipe, [(64, 64)], [], edits=True)
+    assert [(each.strength, each.masked, each.references) for each in kinds] == [
+        *((None, False, 0), (0.6, False, 0), (0.6, True, 0)),
+        *((None, False, count) for count in (1, 2, 3, 4)),
+    ]
+    kinds = [kind for kind in kinds if kind.masked or kind.references in (1, 2)]
+    engine = Engine([pipe], batch_size=2, wait=0.5, capacity=6, declared=kinds, on_request=False, metrics=Metrics(2))
+    engine.start()
+    yield engine
+    engine.stop()
+
+
+def fitted(image: Image.Image) -> Image.Image:
+    return ImageOps.fit(image, (64, 64), Image.Resampling.LANCZOS)
+
+
+@pytest.mark.slow
+def test_reference_images(engine, monkeypatch):
+    door = api.Door(api.build(engine, limits=LIMITS, images=Images(60)), None, engine.metrics)
+    sets, read = [PHOTOS[:2], [PHOTOS[2], PHOTOS[0]]], []
+    stream = engine.pipeline.stream
+
+    def recorded(prompts: list[str], **named: Any) -> Iterator[Image.Image]:
+        read.extend(named["image"] if "strength" not in named or named["strength"] is None else [])
+        return stream(prompts, **named)
+
+    monkeypatch.setattr(engine.pipeline, "stream", recorded)
+    with served(door) as address, ThreadPoolExecutor(2) as pool:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+        def edit(images: list[Image.Image], **more: object) -> Image.Image:
+            sent = [file(image) for image in images]
+            answer = client.images.edit(image=sent, prompt=PROMPT, extra_body={"seed": 3}, **more)
+            return opened(answer.data[0].b64_json)
+
+        alone = edit(PHOTOS[:1])
+        both = list(pool.map(edit, sets))
+        mask = np.dstack([np.zeros((64, 64, 3), np.uint8), np.repeat([[0], [255]], 32, 0).repeat(64, 1)])
+        kept = edit([fitted(PHOTOS[0])], mask=file(Image.fromarray(mask.astype(np.uint8))))
+    size = {"height": 64, "width": 64, "seed": 3, "batch_size": 2}
+    for made, images in zip([alone, *both], [PHOTOS[:1], *sets], strict=True):
+        (expected,) = stream(PROMPT, image=[fitted(image) for image in images], **size)
+        assert difference(made, expected) <= 1
+        assert made.info["references"] == str(len(images))
+    shown = {np.stack(each).tobytes() for each in read}
+    assert shown == {np.stack([np.asarray(fitted(x)) for x in images]).tobytes() for images in [PHOTOS[:1], *sets]}
+    np.testing.assert_array_equal(np.asarray(kept)[32:], np.asarray(fitted(PHOTOS[0]))[32:])
+
+    def refused(count: int, **fields: str) -> str:
+        sent = [("image[]", ("photo.png", file(fitted(PHOTOS[0])))) for _ in range(count)]
+        request = httpx.Request("POST", f"http://test{EDITS}", data={"prompt": "x"} | fields, files=sent)
+        (answer,) = asked(door, request)
+        assert answer.status_code == 400
+        return answer.json()["error"]["message"]
+
+    assert refused(5) == "image is there 5 times, but may be there 4 times"
+    assert refused(2, strength="0.5") == "image is there twice, but may be there once"
+    assert refused(3).startswith("size 64x64 in 2 steps is not served")
+    assert refused(1, size="99999x99999").startswith("size is 99999x99999, but may have at most")
