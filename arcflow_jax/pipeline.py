@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -143,6 +143,30 @@ class ArcFlowPipeline(LoadedModel):
         job = self._job(prompt, settings, *images, latents, batch_size, first, progress)
         return self._images(job if wanted is None else dataclasses.replace(job, wanted=wanted))
 
+    def begin(
+        self,
+        prompts: Sequence[str],
+        noise: jax.Array,
+        *,
+        image: GivenImages | None = None,
+        mask_image: GivenImages | None = None,
+        **settings: Any,
+    ) -> Iterator[Image.Image]:
+        """Hands one batch to the devices, and does not wait for it: the iterator does.
+
+        Args:
+          prompts: at most B. The batch is filled up with the last one.
+          noise: [B, N, 4C], float32, on the devices. It is not checked, which would wait for what runs on them.
+          image, mask_image, settings: as for `stream`.
+
+        Raises:
+          UserError: as for `stream`.
+        """
+        settings = {"negative_prompt": None} | settings
+        job = self._job(prompts, settings, image, mask_image, 1, None, len(noise), 0, lambda activity, done: None)
+        job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, seed=None), latents=noise)
+        return self._fetched(job, self._described(job.settings), list(self._pixels(job)))
+
     def settings(self, **settings: Any) -> SamplingSettings:
         """The settings of a call, defaults filled in. Arguments and errors as for `resolve_settings`."""
         return resolve_settings(self.directory, self.student, **settings)
@@ -229,9 +253,15 @@ class ArcFlowPipeline(LoadedModel):
             return Beginning(self.directory, given, self._image_encoder(), strength, steps)
 
     def _images(self, job: Job) -> Iterator[Image.Image]:
-        described, batches = self._described(job.settings), self._pixels(job)
+        batches = self._pixels(job)
         if not self.offload:  # the devices make the next batch while this one's images are fetched and written
             batches = one_ahead(batches)
+        return self._fetched(job, self._described(job.settings), batches)
+
+    def _fetched(
+        self, job: Job, described: Mapping[str, Any], batches: Iterable[tuple[int, list[jax.Array]]]
+    ) -> Iterator[Image.Image]:
+        """The images of batches of pixels, with what is `described` in their `info`."""
         for start, pixels in batches:
             with self._running():
                 arrays = np.concatenate(pixels)

@@ -90,12 +90,12 @@ class Gate:
     """Holds every batch until `open`."""
 
     def __init__(self, engine: Engine):
-        self.engine, self.stream, self.opened, self.entered = engine, engine.pipeline.stream, threading.Event(), 0
+        self.engine, self.begin, self.opened, self.entered = engine, engine.pipeline.begin, threading.Event(), 0
 
     def __call__(self, *arguments, **named):
         self.entered += 1
         assert self.opened.wait(60)
-        return self.stream(*arguments, **named)
+        return self.begin(*arguments, **named)
 
     def wait_for(self, waiting: int) -> None:
         """Until a batch is held, and so many images wait behind it."""
@@ -108,7 +108,7 @@ class Gate:
 @pytest.fixture
 def gate(engine, monkeypatch) -> Iterator[Gate]:
     gate = Gate(engine)
-    monkeypatch.setattr(engine.pipeline, "stream", gate)
+    monkeypatch.setattr(engine.pipeline, "begin", gate)
     yield gate
     gate.open()
     wait_until(lambda: not engine._queue)

@@ -202,7 +202,7 @@ def test_a_batch_that_fails(door, engine, monkeypatch):
         raise RuntimeError("secret")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.pipeline, "stream", failing)
+        patch.setattr(engine.pipeline, "begin", failing)
         (answer,) = asked(door, post({"prompt": PROMPT}))
     assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
     assert "secret" not in answer.text
