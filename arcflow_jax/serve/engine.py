@@ -138,12 +138,7 @@ class Waiting:
 
 @dataclasses.dataclass(eq=False)
 class Begun:
-    """A batch that the devices have.
-
-    Attributes:
-      images: wait for the devices.
-      since: when they were free for it.
-    """
+    """A batch that the devices have, since they were free for it. The images wait for them."""
 
     batch: Sequence[Waiting]
     images: Iterator[Image.Image]
