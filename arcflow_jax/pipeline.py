@@ -259,7 +259,7 @@ class ArcFlowPipeline(LoadedModel):
         return self._fetched(job, self._described(job.settings), batches)
 
     def _fetched(
-        self, job: Job, described: Mapping[str, Any], batches: Iterable[tuple[int, list[jax.Array]]]
+        self, job: Job, described: dict[str, int | float | str], batches: Iterable[tuple[int, list[jax.Array]]]
     ) -> Iterator[Image.Image]:
         """The images of batches of pixels, with what is `described` in their `info`."""
         for start, pixels in batches:

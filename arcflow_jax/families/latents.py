@@ -75,7 +75,7 @@ def as_tokens(latents: Any, count: int, rows: int, columns: int, features: int) 
 
 def position_ids(rows: int, columns: int) -> jax.Array:  # [N, 3]
     """(0, row, column) of every token in the order of `pack`: FLUX.1's positions for the rotary embedding."""
-    return jnp.asarray(_positions(rows, columns))
+    return jax.device_put(_positions(rows, columns))
 
 
 def centred_positions(rows: int, columns: int) -> jax.Array:  # [N, 3]
@@ -84,7 +84,7 @@ def centred_positions(rows: int, columns: int) -> jax.Array:  # [N, 3]
     Of an odd number of tokens, one more lies before the center than from there on.
     """
     center = np.array([0, rows - rows // 2, columns - columns // 2], np.float32)
-    return jnp.asarray(_positions(rows, columns) - center)
+    return jax.device_put(_positions(rows, columns) - center)
 
 
 def _positions(rows: int, columns: int) -> np.ndarray:
