@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -183,6 +184,7 @@ class Engine:
         self.pipelines, self.batch_size, self.wait, self.capacity = pipelines, batch_size, wait, capacity
         self.declared, self.on_request, self.metrics = declared, on_request, metrics
         self.pipeline = pipelines[0]
+        self._resolved = functools.lru_cache(64)(lambda settings: self.pipeline.settings(**settings.arguments()))
         self._sizes = batch_sizes(self.pipeline.mesh, batch_size)
         # An image's `info` names the weights; where they lie concerns no client
         origin = self.pipeline.origin
@@ -216,7 +218,7 @@ class Engine:
 
     def check(self, settings: Settings) -> None:
         """Raises UserError if the settings do not fit the model, or have no compiled program and get none."""
-        self.pipeline.settings(**settings.arguments())
+        self._resolved(settings)
         if unknown := [name for name, _ in settings.loras or () if name not in self.loras]:
             raise UserError(f"loras: {one_line(unknown[0])} is not loaded, only {', '.join(self.loras) or 'none'}")
         if not self.on_request and settings.program not in self._programs:
