@@ -227,7 +227,8 @@ class ArcFlowPipeline(LoadedModel):
                 job.progress("encoding", self._finished(job, start))
                 conditionings = self._encode([[job.prompts[i] for i in batch] for batch in batches], settings)
                 if job.latents is not None:
-                    noises = [job.latents[batch] for batch in batches]
+                    whole = len(job.latents) == job.batch_size  # what fills a batch up may have any noise
+                    noises = [job.latents if whole else job.latents[batch] for batch in batches]
                 else:
                     seed, size = settings.seed or 0, (job.batch_size, settings.rows, settings.columns)
                     noises = [self.noise(seed, *size, job.first + i) for i in starts]
