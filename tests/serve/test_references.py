@@ -69,8 +69,8 @@ def test_reference_images(engine, monkeypatch):
         read.extend(named["image"] if "strength" not in named or named["strength"] is None else [])
         return begin(prompts, noise, **named)
 
-    monkeypatch.setattr(engine.pipeline, "begin", recorded)
     with served(door) as address, ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(engine.pipeline, "begin", recorded)
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
 
         def edit(images: list[Image.Image], **more: object) -> Image.Image:
