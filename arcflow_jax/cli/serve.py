@@ -106,7 +106,7 @@ def serve(
     if compare:
         of_teacher = dataclasses.replace(loading, adapter=None, adapter_scale=1.0, raw=False, teacher=True)
         loaded = of_teacher.load(meshes[0])
-        settings = declared(loaded, list(dict.fromkeys((each.width, each.height) for each in settings)), [])
+        settings = declared(loaded, list(dict.fromkeys((each.width, each.height) for each in settings)), [], edits)
         alone = loaded.together() if not loaded.offload else 1
         teacher = Engine([loaded], batch_size=alone, declared=settings, metrics=Metrics(alone), **common)
 
