@@ -25,7 +25,7 @@ CANVAS = f"""
 CANVAS_STYLE = """
 div { background-size: 100% 100%; border-radius: 8px; overflow: hidden; max-width: 512px; }
 canvas { display: block; width: 100%; opacity: 0.7; cursor: crosshair; touch-action: none; }
-button { text-decoration: underline; padding: 4px 0; }
+button { padding: 4px 12px; border-radius: 8px; margin-top: 8px; }
 """
 # gr.ImageEditor tells of a stroke when the next one ends, and uploads without end
 PAINTING = """
