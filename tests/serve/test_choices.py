@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import dataclasses
 import io
@@ -109,8 +110,6 @@ def test_a_choice_becomes_a_request(tmp_path):
 def data_url(alpha: np.ndarray) -> str:
     data = io.BytesIO()
     Image.fromarray(np.dstack([np.zeros((*alpha.shape, 3), np.uint8), alpha])).save(data, "PNG")
-    import base64
-
     return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
