@@ -197,7 +197,7 @@ def test_an_image_to_start_from(tab, site, tmp_path):
     assert np.abs(pixels(shown(tab, site))[:8] - fitted[:8]).max() > 20
     tab.get_by_role("button", name="Remove the image").click()
     wait_until(lambda: "strength" not in shown(tab, site).info, 30)
-    assert np.array_equal(pixels(shown(tab, site)), from_noise)
+    assert np.abs(pixels(shown(tab, site)) - from_noise).max() <= 1
 
     (tmp_path / "photo.png").write_text("no image")
     drop(tab, "Image: drop it here", tmp_path / "photo.png")
