@@ -20,7 +20,8 @@ from arcflow_jax.serve.start_image import StartImage
 SEED = 2**53 - 1  # the largest that a browser's numbers have exactly
 GUIDANCE = 10.0
 WEAKEST, STRONGEST = -1.0, 2.0  # strengths of a style LoRA
-FIXED = ("model", "adapter", "final_step_ratio", "negative_prompt", "norm_preserving")  # what a user cannot choose
+# What a user cannot choose
+FIXED = ("model", "adapter", "final_step_ratio", "negative_prompt", "norm_preserving", "references")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +161,7 @@ def read_back(file: str, offer: Offer, limits: Limits) -> Found:
         notes.append(f"It started from an image. {what}")
     for key, ours in offer.fixed.items():
         if (theirs := fixed(key, info)) != ours:
-            notes.append(f"Its {key} is {one_line(theirs) or 'none'}. Here it is {ours or 'none'}.")
+            notes.append(f"Its {key.replace('_', ' ')}: {one_line(theirs) or 'none'}. Here: {ours or 'none'}.")
     return found
 
 

@@ -27,7 +27,13 @@ OFFER = Offer(
     guidance=(2.0, 10.0),
     loras={"grain": 0.0, "water, colour:2": 0.5},
     edits=True,
-    fixed={"model": "teacher", "adapter": "student", "final_step_ratio": "1.0", "negative_prompt": ""},
+    fixed={
+        "model": "teacher",
+        "adapter": "student",
+        "final_step_ratio": "1.0",
+        "negative_prompt": "",
+        "references": "",
+    },
 )
 INFO = {
     "prompt": "a red fox",
@@ -67,9 +73,10 @@ def test_all_settings_are_read_back(tmp_path):
         ({"loras": "other:1"}, None, "Its LoRA other is not loaded here."),
         ({"image": 2}, None, "It is image 2 of its seed."),
         ({"strength": 0.8}, None, "Choose that image again."),
-        ({"adapter": None}, None, "Its adapter is none. Here it is student."),
-        ({"model": "another"}, None, "Its model is another. Here it is teacher."),
-        ({"negative_prompt": "a/b"}, None, "Its negative_prompt is a/b. Here it is none."),
+        ({"adapter": None}, None, "Its adapter: none. Here: student."),
+        ({"model": "another"}, None, "Its model: another. Here: teacher."),
+        ({"references": 2}, None, "Its references: 2. Here: none."),
+        ({"negative_prompt": "a/b"}, None, "Its negative prompt: a/b. Here: none."),
     ],
 )
 def test_what_cannot_be_had_again_is_told(tmp_path, change, kept, note):
@@ -98,7 +105,7 @@ def test_a_choice_becomes_a_request(tmp_path):
     default = Settings(32, 64, 2)
     start = fitted["64x32"]
     wanted = order(choice.generation(OFFER), default, LIMITS, lambda settings: None, start, choice.strength)
-    assert wanted.settings == Settings(64, 32, 4, 3.0, None, 0.5, False, ())
+    assert wanted.settings == Settings(64, 32, 4, 3.0, strength=0.5, loras=())
     assert (wanted.prompt, wanted.seed, wanted.count) == ("a red fox", 0, 1)
     without = dataclasses.replace(OFFER, guidance=None)
     assert choice.generation(without, negative_prompt="").guidance is None
