@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from PIL import Image
 from arcflow_jax.data.images import BROKEN
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.families.family import takes_guidance
-from arcflow_jax.serve.engine import Engine
+from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.serve.engine import Engine, Settings, declared
 from arcflow_jax.serve.requests import Generation, Limits
 from arcflow_jax.serve.start_image import StartImage
 
@@ -22,6 +23,18 @@ GUIDANCE = 10.0
 WEAKEST, STRONGEST = -1.0, 2.0  # strengths of a style LoRA
 # What a user cannot choose
 FIXED = ("model", "adapter", "final_step_ratio", "negative_prompt", "norm_preserving", "references")
+
+
+def comparison(teacher: ArcFlowPipeline, sizes: Sequence[tuple[int, int]], edits: bool) -> list[Settings]:
+    """The settings that the page compares a teacher in, so that no other program is compiled. Raises UserError."""
+    negative = negative_prompt(teacher)
+    settings = declared(teacher, sizes, [], edits)
+    return [each for each in settings if each.negative_prompt == negative and not each.references]
+
+
+def negative_prompt(teacher: ArcFlowPipeline) -> str | None:
+    """Of a comparison: without a guidance embedding a teacher needs classifier-free guidance."""
+    return None if takes_guidance(teacher.directory.config("transformer")) else ""
 
 
 @dataclasses.dataclass(frozen=True)

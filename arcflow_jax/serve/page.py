@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from arcflow_jax.errors import UserError
 from arcflow_jax.image_to_image import STRENGTH
 from arcflow_jax.serve.api import LINKS
-from arcflow_jax.serve.choices import SEED, Choice, Offer, read_back
+from arcflow_jax.serve.choices import SEED, Choice, Offer, negative_prompt, read_back
 from arcflow_jax.serve.engine import Busy, Closed, Engine
 from arcflow_jax.serve.images import Images
 from arcflow_jax.serve.page_image import QUIET, start_image
@@ -98,13 +98,13 @@ class Maker:
     def __init__(self, offer: Offer, limits: Limits, images: Images):
         self.offer, self.limits, self.images = offer, limits, images
 
-    async def __call__(self, engine: Engine, choice: Choice, negative_prompt: str | None = None) -> str:
+    async def __call__(self, engine: Engine, choice: Choice, negative: str | None = None) -> str:
         """A figure with the image and its time, or with what was wrong."""
         begin = time.monotonic()
         start = choice.start and choice.start.start(choice.size)
         strength = choice.strength if start else None
         try:
-            asked = choice.generation(self.offer, negative_prompt)
+            asked = choice.generation(self.offer, negative)
             wanted = order(asked, engine.declared[0], self.limits, engine.check, start, strength)
             (future,) = engine.submit(wanted.prompt, wanted.settings, wanted.seed, start=start)
         except (UserError, Busy, Closed) as error:
@@ -153,7 +153,8 @@ def page(engine: Engine, teacher: Engine | None, limits: Limits, images: Images)
         session.shown = await make(engine, choice)
         if session.latest == mine:
             yield in_row(session.shown + BUSY)
-            others = await make(teacher, dataclasses.replace(choice, steps=None), None if offer.guidance else "")
+            published = dataclasses.replace(choice, steps=None)
+            others = await make(teacher, published, negative_prompt(teacher.pipeline))
         if session.latest == mine:
             session.shown += others
             yield in_row(session.shown)

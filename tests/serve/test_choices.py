@@ -6,6 +6,7 @@ import base64
 import copy
 import dataclasses
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from arcflow_jax.data.output import png
 from arcflow_jax.errors import UserError
 from arcflow_jax.sampling_settings import sides
-from arcflow_jax.serve.choices import SEED, Choice, Offer, read_back
+from arcflow_jax.serve.choices import SEED, Choice, Offer, comparison, read_back
 from arcflow_jax.serve.engine import Settings, Start
 from arcflow_jax.serve.images import Images
 from arcflow_jax.serve.requests import order
@@ -109,6 +110,26 @@ def test_a_choice_becomes_a_request(tmp_path):
     assert (wanted.prompt, wanted.seed, wanted.count) == ("a red fox", 0, 1)
     without = dataclasses.replace(OFFER, guidance=None)
     assert choice.generation(without, negative_prompt="").guidance is None
+
+
+def test_a_teacher_compiles_what_it_is_compared_in():
+    """Not each number of reference images, and either classifier-free guidance or a guidance embedding."""
+
+    def pipeline(embedded: bool):
+        def described(**size):
+            return {"width": 64, "height": 32, "steps": 50}
+
+        directory = SimpleNamespace(
+            config=lambda name: SimpleNamespace(guidance_embeds=embedded),
+            family=SimpleNamespace(references=SimpleNamespace(most=4)),
+        )
+        return SimpleNamespace(student=None, directory=directory, described=described)
+
+    starts = [{}, {"strength": 0.6}, {"strength": 0.6, "masked": True}]
+    for embedded, negative in ((True, None), (False, "")):
+        expected = [Settings(64, 32, 50, negative_prompt=negative, **start) for start in starts]
+        assert comparison(pipeline(embedded), [(64, 32)], True) == expected
+        assert comparison(pipeline(embedded), [(64, 32)], False) == expected[:1]
 
 
 # --- the image to start from ---
