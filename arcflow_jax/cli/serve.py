@@ -85,6 +85,7 @@ def serve(
     from arcflow_jax.parallel.mesh import parse_mesh
     from arcflow_jax.sampling_settings import sides
     from arcflow_jax.serve import api, requests, server
+    from arcflow_jax.serve.choices import comparison
     from arcflow_jax.serve.engine import Engine, declared
     from arcflow_jax.serve.images import Images
     from arcflow_jax.serve.metrics import Metrics
@@ -106,7 +107,7 @@ def serve(
     if compare:
         of_teacher = dataclasses.replace(loading, adapter=None, adapter_scale=1.0, raw=False, teacher=True)
         loaded = of_teacher.load(meshes[0])
-        settings = declared(loaded, list(dict.fromkeys((each.width, each.height) for each in settings)), [])
+        settings = comparison(loaded, list(dict.fromkeys((each.width, each.height) for each in settings)), edits)
         alone = loaded.together() if not loaded.offload else 1
         teacher = Engine([loaded], batch_size=alone, declared=settings, metrics=Metrics(alone), **common)
 

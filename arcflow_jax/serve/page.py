@@ -3,37 +3,57 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import html
 import random
 import time
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
-from PIL import Image
 from starlette.middleware.cors import CORSMiddleware
 
 from arcflow_jax.errors import UserError
-from arcflow_jax.families.family import takes_guidance
+from arcflow_jax.image_to_image import STRENGTH
 from arcflow_jax.serve.api import LINKS
+from arcflow_jax.serve.choices import SEED, Choice, Offer, negative_prompt, read_back
 from arcflow_jax.serve.engine import Busy, Closed, Engine
 from arcflow_jax.serve.images import Images
-from arcflow_jax.serve.requests import Generation, Limits, order
+from arcflow_jax.serve.page_image import QUIET, start_image
+from arcflow_jax.serve.requests import Limits, order
 
 KEPT = 12  # images of the gallery
 UPLOAD = "16mb"
 EXAMPLE = "a red fox in the snow"
+EMPTY = '<p class="empty">The image appears here.</p>'
+BUSY = '<figure><p class="empty" role="status">The teacher makes its image.</p></figure>'
+# Gradio's own gray and orange have less than the 4.5:1 of WCAG 2
+CONTRAST = {
+    "body_text_color_subdued": "*neutral_600",
+    "body_text_color_subdued_dark": "*neutral_300",
+    "block_info_text_color": "*neutral_600",
+    "block_info_text_color_dark": "*neutral_300",
+    "input_placeholder_color": "*neutral_500",
+    "input_placeholder_color_dark": "*neutral_400",
+    "button_primary_background_fill": "*primary_700",
+    "button_primary_background_fill_hover": "*primary_800",
+    "button_primary_background_fill_dark": "*primary_700",
+    "button_primary_background_fill_hover_dark": "*primary_800",
+}
 STYLE = """
-.gradio-container { max-width: 1200px !important; }
+.gradio-container { max-width: 1200px !important; width: 100%; margin: 0 auto !important; }
+#seed { align-items: center; }
 .arcflow { display: flex; flex-wrap: wrap; gap: 12px; }
-.arcflow figure { margin: 0; flex: 1 1 220px; min-width: 0; max-width: 512px; }
-.arcflow img { width: 100%; border-radius: 8px; image-rendering: auto; display: block; background: #8882; }
+.arcflow figure { margin: 0; flex: 1 1 140px; min-width: 0; max-width: 512px; }
+.arcflow img { width: 100%; border-radius: 8px; display: block; background: #8882; margin: 0; }
 .arcflow figcaption { font-size: 14px; padding: 4px 0; }
+.arcflow a { margin: 0; padding: 0; }
 .arcflow.small figure { flex: 0 0 96px; }
-.arcflow.small figcaption { display: none; }
+.arcflow.small figcaption span { display: none; }
+.arcflow .empty { flex: 1 1 140px; max-width: 512px; aspect-ratio: 1; margin: 0; border-radius: 8px; display: grid;
+  place-items: center; background: #8882; }
 .arcflow .error { color: #b00020; font-weight: 600; }
-/* On a phone the image comes before the settings */
-@media (max-width: 640px) { #below { flex-direction: column-reverse; } }
 .dark .arcflow .error { color: #ff8a80; }
 """
 
@@ -43,7 +63,7 @@ def mount(app: FastAPI, engine: Engine, *, teacher: Engine | None, limits: Limit
     # No other site may read anything; Gradio would let some in
     app.add_middleware(CORSMiddleware, allow_origins=[])
     # System fonts, so that a browser asks no other server
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(**CONTRAST)
     return gr.mount_gradio_app(
         app,
         page(engine, teacher, limits, images),
@@ -58,110 +78,167 @@ def mount(app: FastAPI, engine: Engine, *, teacher: Engine | None, limits: Limit
     )
 
 
-def page(engine: Engine, teacher: Engine | None, limits: Limits, images: Images) -> gr.Blocks:
-    """The page's parts, and what each of them does."""
-    default = engine.declared[0]
-    sizes = list(dict.fromkeys(f"{each.width}x{each.height}" for each in engine.declared))
-    steps = sorted({each.steps for each in engine.declared})
-    pipe = engine.pipeline
-    own = pipe.settings(**default.arguments()).guidance
-    guided = takes_guidance(pipe.directory.config("transformer"))
+@dataclasses.dataclass
+class Session:
+    """What the server knows of an open page.
 
-    async def make(maker: Engine, prompt: str, seed: float, size: str, count: int | None, scale: float) -> str:
+    Attributes:
+      latest: what was asked for last, and whether as a comparison. Only that is shown.
+      shown, kept: figures, now and in the gallery.
+    """
+
+    latest: tuple[Choice, bool] | None = None
+    shown: str = ""
+    kept: list[str] = dataclasses.field(default_factory=list)
+
+
+class Maker:
+    """Makes an engine's images for the page."""
+
+    def __init__(self, offer: Offer, limits: Limits, images: Images):
+        self.offer, self.limits, self.images = offer, limits, images
+
+    async def __call__(self, engine: Engine, choice: Choice, negative: str | None = None) -> str:
         """A figure with the image and its time, or with what was wrong."""
-        start = time.monotonic()
-        given = {"guidance": float(scale)} if guided else {} if maker is engine else {"negative_prompt": ""}
+        begin = time.monotonic()
+        start = choice.start and choice.start.start(choice.size)
+        strength = choice.strength if start else None
         try:
-            asked = Generation(prompt=prompt, seed=int(seed or 0), size=size, steps=count, **given)
-            wanted = order(asked, maker.declared[0], limits, maker.check)
-            (future,) = maker.submit(wanted.prompt, wanted.settings, wanted.seed)
-            png = await asyncio.wait_for(asyncio.wrap_future(future), limits.seconds)
-        except (UserError, Busy, Closed, TimeoutError) as error:
-            return f'<p class="error">{html.escape(str(error) or "it took too long")}</p>'
-        took, link = time.monotonic() - start, f"{LINKS.lstrip('/')}{images.keep(png)}.png"
-        who = "teacher" if maker.pipeline.student is None else "student"
-        caption = f"{who}, {wanted.settings.steps} steps, {took:.2f} s"
-        target = f'href="{link}" download="{who}-seed{wanted.seed}.png"'
+            asked = choice.generation(self.offer, negative)
+            wanted = order(asked, engine.declared[0], self.limits, engine.check, start, strength)
+            (future,) = engine.submit(wanted.prompt, wanted.settings, wanted.seed, start=start)
+        except (UserError, Busy, Closed) as error:
+            return wrong(str(error))
+        try:
+            png = await asyncio.wait_for(asyncio.wrap_future(future), self.limits.seconds)
+        except TimeoutError:
+            return wrong(f"there was no image after {self.limits.seconds:g} s, try again")
+        except UserError:  # as for the API
+            return wrong("the device ran out of memory")
+        except Exception:  # which the engine has logged
+            return wrong("the server has an error; its log says more")
+        took, link = time.monotonic() - begin, f"{LINKS.lstrip('/')}{self.images.keep(png)}.png"
+        who = "teacher" if engine.pipeline.student is None else "student"
         return (
-            f'<figure><a {target}><img src="{link}" alt="{html.escape(prompt)}"></a>'
-            f"<figcaption>{caption} · <a {target}>download</a></figcaption></figure>"
+            f'<figure><img src="{link}" alt="{html.escape(choice.prompt)}"><figcaption>'
+            f"<span>{who}, {wanted.settings.steps} steps, {took:.2f} s · </span>"
+            f'<a href="{link}" download="{who}-seed{wanted.seed}.png">download</a></figcaption></figure>'
         )
 
-    async def live(prompt: str, *settings: Any) -> Any:
-        if not prompt.strip():
-            return gr.skip(), gr.skip()
-        figure = await make(engine, prompt, *settings)
-        return in_row(figure), figure
 
-    async def compared(prompt: str, seed: float, size: str, count: int, scale: float) -> tuple[str, str]:
+def page(engine: Engine, teacher: Engine | None, limits: Limits, images: Images) -> gr.Blocks:
+    """The page's parts, and what each of them does."""
+    offer = Offer.of(engine)
+    make = Maker(offer, limits, images)
+
+    def chosen(*values: Any) -> Choice:
+        return Choice(*values[: -len(offer.loras) or None], loras=values[len(values) - len(offer.loras) :])
+
+    async def live(session: Session, *values: Any) -> Any:
+        choice = chosen(*values)
+        # A change can arrive after the comparison that has it
+        if not choice.prompt.strip() or session.latest == (choice, True):
+            return gr.skip()
+        session.latest = mine = choice, False
+        figure = await make(engine, choice)
+        if session.latest != mine:
+            return gr.skip()
+        session.shown = figure
+        return in_row(figure)
+
+    async def compared(session: Session, *values: Any) -> AsyncGenerator[Any]:
         assert teacher is not None
-        figures = await make(engine, prompt, seed, size, count, scale)
-        figures += await make(teacher, prompt, seed, size, None, scale)
-        return in_row(figures), figures
+        choice = chosen(*values)
+        session.latest = mine = choice, True
+        session.shown = await make(engine, choice)
+        if session.latest == mine:
+            yield in_row(session.shown + BUSY)
+            published = dataclasses.replace(choice, steps=None)
+            others = await make(teacher, published, negative_prompt(teacher.pipeline))
+        if session.latest == mine:
+            session.shown += others
+            yield in_row(session.shown)
 
-    def keep(figures: str, kept: list[str]) -> tuple[list[str], str]:
-        kept = [figures, *kept][:KEPT] if "<img" in figures else kept
-        return kept, in_row("".join(kept), "small")
+    def keep(session: Session) -> str:
+        if "<img" in session.shown and session.shown not in session.kept[:1]:
+            session.kept = [session.shown, *session.kept][:KEPT]
+        return in_row("".join(session.kept), "small")
 
-    def read_back(file: str | None) -> list[Any]:
-        """The prompt and settings of a PNG that the page or `arcflow sample` has made."""
+    def drop(file: str) -> list[Any]:
         try:
-            with Image.open(file or "", formats=["PNG"]) as opened:
-                info, size = dict(opened.info), f"{opened.width}x{opened.height}"
-            found = [str(info["prompt"])[: limits.prompt], int(info["seed"]), size, int(info["steps"])]
-            scale, number = float(info.get("guidance", own)), int(info.get("image", 0))
-        except (OSError, KeyError, ValueError, SyntaxError, Image.DecompressionBombError):
-            gr.Warning("This file has no settings in it: drop a PNG that was made here.")
-            return [gr.skip()] * 5
-        if number:
-            gr.Warning(f"It is image {number} of its seed; the page makes image 0.")
-        for name, value, choices in (("size", size, sizes), ("steps", found[3], steps)):
-            if value not in choices:
-                gr.Warning(f"Its {name} {value} is not served; the page keeps its own.")
-        return [
-            *found[:2],
-            size if size in sizes else gr.skip(),
-            found[3] if found[3] in steps else gr.skip(),
-            scale,
-        ]
+            found = read_back(file, offer, limits)
+        except UserError as error:
+            gr.Warning(str(error))
+            return [None, *[gr.skip()] * (len(settings) - 1)]
+        for note in found.notes:
+            gr.Warning(html.escape(note))
+        values = [found.prompt, found.seed, found.size, found.steps, found.guidance, found.strength, *found.loras]
+        return [None, *(gr.skip() if value is None else value for value in values)]
 
     with gr.Blocks(title=f"ArcFlow: {engine.name}", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+        session, start = gr.State(Session()), gr.State(None)
         gr.Markdown(f"# ArcFlow\n{engine.name}: type, and the image follows.")
-        prompt = gr.Textbox(label="Prompt", placeholder=EXAMPLE, lines=2, autofocus=True)
-        with gr.Row(elem_id="below"):
-            with gr.Column(scale=2, min_width=300):
-                with gr.Row():
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1, min_width=120)
-                    other = gr.Button("Another seed", min_width=120)
-                with gr.Row():
-                    size = gr.Dropdown(sizes, value=sizes[0], label="Size", min_width=120)
-                    count = gr.Dropdown(steps, value=default.steps, label="Steps", min_width=80)
-                scale = gr.Slider(0, 10, own, step=0.1, label="Guidance", visible=guided)
+        prompt = gr.Textbox(label="Prompt", placeholder=EXAMPLE, lines=1, max_lines=4, autofocus=True)
+        with gr.Row():
+            with gr.Column(scale=3, min_width=300):
+                shown = gr.HTML(in_row(EMPTY))
                 with gr.Row():
                     keeps = gr.Button("Keep", variant="primary", min_width=120)
                     compares = gr.Button("Compare", visible=teacher is not None, min_width=120)
+                gallery = gr.HTML(in_row("", "small"))
+            with gr.Column(scale=2, min_width=300):
+                with gr.Row(elem_id="seed"):
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=SEED, min_width=120)
+                    other = gr.Button("Another seed", min_width=120)
+                with gr.Row():
+                    size = dropdown("Size", offer.sizes, offer.sizes[0])
+                    count = dropdown("Steps", offer.steps, engine.declared[0].steps)
+                own, most = offer.guidance or (0.0, 1.0)
+                scale = gr.Slider(0, most, own, step=0.01, label="Guidance", visible=offer.guidance is not None)
+                loras = lora_sliders(offer)
+                with gr.Accordion("Start from an image", open=False, visible=offer.edits):
+                    if offer.edits:
+                        start_image(offer.sizes, size, start)
+                    strength = gr.Slider(
+                        0.01, 1, STRENGTH, step=0.01, label="Strength", info="How much of the image is made anew"
+                    )
                 file = gr.File(label="Settings of a PNG: drop it here", file_types=[".png"], height=140)
-            with gr.Column(scale=3, min_width=300):
-                shown = gr.HTML(in_row(""), label="Image", show_label=False)
-                current, kept, gallery = gr.State(""), gr.State([]), gr.HTML(in_row("", "small"))
-        settings = [prompt, seed, size, count, scale]
-        hidden = {"api_visibility": "private", "show_progress": "hidden"}
+        settings = [prompt, seed, size, count, scale, strength, start, *loras]
         # While an image is made, only the newest change waits: the latest text wins. `input` would miss a pasted text
         gr.on(
             [each.change for each in settings],
             live,
-            settings,
-            [shown, current],
+            [session, *settings],
+            shown,
             trigger_mode="always_last",
             concurrency_limit=None,
-            **hidden,
+            **QUIET,
         )
-        other.click(lambda: random.randrange(2**32), None, seed, **hidden)
-        gr.on([keeps.click, prompt.submit], keep, [current, kept], [kept, gallery], **hidden)
-        file.upload(read_back, file, settings, **hidden)
+        other.click(lambda: random.randrange(2**32), None, seed, **QUIET)
+        gr.on([keeps.click, prompt.submit], keep, session, gallery, **QUIET)
+        file.upload(drop, file, [file, *(each for each in settings if each is not start)], **QUIET)
         if teacher is not None:
-            compares.click(compared, settings, [shown, current], concurrency_limit=None, **hidden)
+            compares.click(compared, [session, *settings], shown, concurrency_limit=None, **QUIET)
     return blocks.queue(max_size=64, api_open=False)
+
+
+def dropdown(label: str, choices: tuple[Any, ...], value: Any) -> gr.Dropdown:
+    return gr.Dropdown(list(choices), value=value, label=label, filterable=False, min_width=120)
+
+
+def lora_sliders(offer: Offer) -> list[gr.Slider]:
+    """A strength for each style LoRA."""
+    if not offer.loras:
+        return []
+    with gr.Accordion("Style LoRAs", open=True):
+        return [
+            gr.Slider(*offer.strengths(name), strength, step=0.01, label=name, info="Strength, 0 is off")
+            for name, strength in offer.loras.items()
+        ]
+
+
+def wrong(text: str) -> str:
+    return f'<p class="error" role="alert">{html.escape(text[:1].upper() + text[1:])}</p>'
 
 
 def in_row(figures: str, kind: str = "large") -> str:

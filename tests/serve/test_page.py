@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,9 +63,21 @@ def tab(browser, site) -> Iterator:
     assert all("iframe-resizer" in url or "cdnjs" in url for url in foreign), foreign
 
 
-def shows(tab, site: str, prompt: str) -> bool:
-    """Whether the page shows the image of a prompt."""
-    return bool(tab.locator(".arcflow.large img").count()) and shown(tab, site).info["prompt"] == prompt
+def shows(tab, site: str, prompt: str, **settings: str) -> bool:
+    """Whether the page shows the image of a prompt, with these settings."""
+    if not tab.locator(".arcflow.large img").count():
+        return False
+    return ({"prompt": prompt} | settings).items() <= shown(tab, site).info.items()
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, np.int32)
+
+
+def drop(tab, label: str, file: Path) -> None:
+    """Gives a file to the place of that name."""
+    block = tab.locator(".block", has_text=label).filter(has=tab.locator("input[type=file]")).last
+    block.locator("input[type=file]").set_input_files(file)
 
 
 def shown(tab, site: str) -> Image.Image:
@@ -88,7 +102,7 @@ def test_the_image_follows_the_text(tab, site, engine):
     wait_until(lambda: shows(tab, site, PROMPT), 30)
     image = shown(tab, site)
     alone = engine.pipeline(PROMPT, seed=0, height=32, width=64).images[0]
-    assert np.abs(np.asarray(image, np.int32) - np.asarray(alone, np.int32)).max() <= 1
+    assert np.abs(pixels(image) - pixels(alone)).max() <= 1
     first = changed(tab, None)
     tab.get_by_role("button", name="Another seed").click()
     changed(tab, first)
@@ -110,21 +124,170 @@ def test_the_image_follows_the_text(tab, site, engine):
     )
 
 
-def test_an_error_is_shown(tab):
-    tab.get_by_label("Prompt").fill("<b>" * LIMITS.prompt)
-    tab.locator(".error").wait_for()
-    assert "but may be at most 200" in tab.locator(".error").inner_text()
+def test_style_loras_download_and_settings_that_come_back(tab, browser, site, engine, tmp_path):
+    """What one browser downloads gives another one all settings again, and the same image."""
+    tab.get_by_label("Prompt").fill("a large green ring")
+    for name, value in {"Seed": 77, "number input for Guidance": 2.25, "number input for grain": 1.75}.items():
+        tab.get_by_label(name, exact=True).fill(str(value))
+        tab.get_by_label(name, exact=True).press("Tab")
+    wait_until(lambda: shows(tab, site, "a large green ring", seed="77", guidance="2.25", loras="grain:1.75"), 30)
+    settings = dataclasses.replace(engine.declared[0], guidance=2.25, loras=(("grain", 1.75),))
+    (future,) = engine.submit("a large green ring", settings, 77)
+    expected = pixels(Image.open(io.BytesIO(future.result())))
+    assert np.abs(pixels(shown(tab, site)) - expected).max() <= 1
+    (future,) = engine.submit("a large green ring", dataclasses.replace(settings, loras=()), 77)
+    assert np.abs(pixels(Image.open(io.BytesIO(future.result()))) - expected).max() > 5
 
-
-def test_settings_of_a_png_are_read_back(tab, site, engine, tmp_path):
-    (future,) = engine.submit("a large green ring", engine.declared[0], 77)
+    with tab.expect_download() as download:
+        tab.get_by_role("link", name="download").first.click()
+    assert download.value.suggested_filename == "student-seed77.png"
     file = tmp_path / "image.png"
+    download.value.save_as(file)
+    other = browser.new_page()
+    other.goto(site)
+    drop(other, "Settings of a PNG", file)
+    wait_until(lambda: shows(other, site, "a large green ring", loras="grain:1.75"), 30)
+    for name, value in {"Seed": "77", "number input for Guidance": "2.25", "number input for grain": "1.75"}.items():
+        assert other.get_by_label(name, exact=True).input_value() == value
+    assert shown(other, site).info == Image.open(file).info
+    assert np.abs(pixels(shown(other, site)) - expected).max() <= 1
+    # Without a style LoRA
+    (future,) = engine.submit("a red circle", engine.declared[0], 3)
     file.write_bytes(future.result())
-    tab.locator("input[type=file]").first.set_input_files(file)
-    wait_until(lambda: shows(tab, site, "a large green ring"), 30)
-    assert tab.get_by_label("Prompt").input_value() == "a large green ring"
-    assert tab.get_by_label("Seed", exact=True).input_value() == "77"
-    assert np.array_equal(np.asarray(shown(tab, site)), np.asarray(Image.open(file)))
+    drop(other, "Settings of a PNG", file)
+    wait_until(lambda: shows(other, site, "a red circle", seed="3"), 30)
+    assert "loras" not in shown(other, site).info
+    other.close()
+
+
+def test_an_image_to_start_from(tab, site, tmp_path):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (2, 4, 3), np.uint8)).resize((128, 64))
+    photo.save(tmp_path / "photo.png")
+    fitted = pixels(photo.resize((64, 32), Image.Resampling.LANCZOS))
+    tab.get_by_label("Prompt").fill(PROMPT)
+    first = changed(tab, None)
+    from_noise = pixels(shown(tab, site))
+    tab.get_by_role("button", name="Start from an image").click()
+    drop(tab, "Image: drop it here", tmp_path / "photo.png")
+    second = changed(tab, first)
+    assert shown(tab, site).info["strength"] == "0.6"
+    assert np.abs(pixels(shown(tab, site)) - fitted).max() > 20
+    tab.get_by_label("number input for Strength").fill("0.9")
+    tab.get_by_label("number input for Strength").press("Tab")
+    wait_until(lambda: shown(tab, site).info["strength"] == "0.9", 30)
+
+    # A stroke in the middle: around it the photo stays
+    canvas = tab.locator("canvas")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    tab.mouse.move(x - 40, y)
+    tab.mouse.down()
+    tab.mouse.move(x + 40, y, steps=4)
+    tab.mouse.up()
+    wait_until(lambda: np.array_equal(pixels(shown(tab, site))[:8], fitted[:8]), 30)
+    differs = np.abs(pixels(shown(tab, site)) - fitted).max(-1)
+    assert differs[14:18, 24:40].max() > 20
+    assert not differs[:, :8].any()
+    assert not differs[:, -8:].any()
+
+    third = changed(tab, second)
+    tab.get_by_role("button", name="Clear the mask").click()
+    changed(tab, third)
+    assert np.abs(pixels(shown(tab, site))[:8] - fitted[:8]).max() > 20
+    tab.get_by_role("button", name="Remove the image").click()
+    wait_until(lambda: "strength" not in shown(tab, site).info, 30)
+    assert np.abs(pixels(shown(tab, site)) - from_noise).max() <= 1
+
+    (tmp_path / "photo.png").write_text("no image")
+    drop(tab, "Image: drop it here", tmp_path / "photo.png")
+    tab.get_by_text("This image cannot be read. It has to be one of PNG, JPEG, WEBP").wait_for()
+    drop(tab, "Settings of a PNG", tmp_path / "photo.png")
+    tab.get_by_text("This file has no settings in it").wait_for()
+
+
+def test_the_latest_text_wins(tab, browser, site, gate):
+    """While an image is made, one change waits, the newest; and another browser gets its own."""
+    made = gate.entered
+    tab.get_by_label("Prompt").press_sequentially(PROMPT, delay=5)
+    gate.wait_for(0)
+    tab.wait_for_timeout(300)
+    other = browser.new_page()
+    other.goto(site)
+    other.get_by_label("Prompt").fill("a blue ring")
+    gate.wait_for(1)
+    gate.open()
+    wait_until(lambda: shows(tab, site, PROMPT) and shows(other, site, "a blue ring"), 30)
+    assert gate.entered - made <= 3  # not one for each letter
+    other.close()
+
+
+def test_a_comparison_gives_way_to_newer_text(tab, site, gate):
+    prompt = tab.get_by_label("Prompt")
+    gate.open()
+    prompt.fill(PROMPT)
+    changed(tab, None)
+    gate.opened.clear()
+    entered = gate.entered
+    tab.get_by_role("button", name="Compare").click()
+    wait_until(lambda: gate.entered > entered)
+    prompt.fill("a blue ring")
+    gate.wait_for(1)
+    gate.open()
+    wait_until(lambda: shows(tab, site, "a blue ring"), 30)
+    tab.wait_for_timeout(500)
+    assert tab.locator(".arcflow.large img").count() == 1
+
+
+def test_errors_are_shown(tab, site, engine, gate, monkeypatch):
+    prompt, error = tab.get_by_label("Prompt"), tab.get_by_role("alert")
+    prompt.fill("<b>" * LIMITS.prompt)
+    error.wait_for()
+    assert error.inner_text() == "Prompt is 600 characters long, but may be at most 200"
+
+    held = [*engine.submit("a red circle", engine.declared[0], 1)]
+    gate.wait_for(0)
+    held += engine.submit("a red circle", engine.declared[0], 1, engine.capacity)
+    prompt.fill(PROMPT)
+    tab.get_by_text("The queue is full, try again in").wait_for()
+    gate.open()
+    for future in held:
+        future.result()
+
+    def broken(*arguments, **named):
+        raise RuntimeError("a path of the server")
+
+    monkeypatch.setattr(engine.pipeline, "stream", broken)
+    prompt.fill("a blue ring")
+    tab.get_by_text("The server has an error; its log says more").wait_for()
+    monkeypatch.setattr(engine.pipeline, "stream", gate)
+    prompt.fill("a green ring")
+    wait_until(lambda: shows(tab, site, "a green ring"), 30)
+
+
+def test_every_control_has_a_name(tab, tmp_path):
+    """As a screen reader reads them out; and all of them are reached with the keyboard."""
+    prompt = tab.get_by_label("Prompt")
+    words = 'a "red" <b>ring</b> ${1 + 1} {{x}} `y`'
+    prompt.fill(words)
+    changed(tab, None)
+    prompt.press("Enter")
+    tab.locator(".arcflow.small img").wait_for()
+    tab.get_by_role("button", name="Start from an image").click()
+    Image.new("RGB", (64, 32)).save(tmp_path / "photo.png")
+    drop(tab, "Image: drop it here", tmp_path / "photo.png")
+    tab.locator("canvas").wait_for()
+    read_out = tab.locator("body").aria_snapshot()
+    controls = re.findall(r"- (button|textbox|slider|spinbutton|combobox|link)\b(.*)", read_out)
+    assert len(controls) >= 15
+    assert [control for control in controls if not control[1].startswith(' "')] == []
+    assert tab.locator(".arcflow img").evaluate_all("all => all.map(each => each.alt)") == [words] * 2
+    assert tab.get_by_role("img", name="Paint what is made anew").count() == 1
+    reached = set()
+    for _ in range(40):
+        tab.keyboard.press("Tab")
+        reached.add(tab.evaluate("(document.activeElement.ariaLabel || document.activeElement.innerText || '').trim()"))
+    assert {"download", "Keep", "Compare", "Another seed", "Clear the mask", "Remove the image"} <= reached
 
 
 @pytest.mark.parametrize("width", [1300, 400])

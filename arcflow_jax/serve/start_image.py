@@ -1,0 +1,65 @@
+"""The page's image to start from: opened, fitted to the sizes that are served, and painted where it is made anew."""
+
+# H, W size in pixels
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from arcflow_jax.data.images import BROKEN, FORMATS, in_rgb, upright
+from arcflow_jax.errors import UserError
+from arcflow_jax.sampling_settings import sides
+from arcflow_jax.serve.engine import Start
+
+MOST = 2**25  # pixels of a photo
+OPAQUE = 128  # alpha from which a pixel counts as painted
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StartImage:
+    """An image in each of the sizes that are served.
+
+    Attributes:
+      fitted: without a mask, by size.
+      masked: with a mask, in the size that it was painted in.
+    """
+
+    fitted: dict[str, Start]
+    masked: tuple[str, Start] | None = None
+
+    def start(self, size: str) -> Start:
+        """What an image of this size starts from."""
+        return self.masked[1] if self.masked and self.masked[0] == size else self.fitted[size]
+
+    def painted(self, repaint: np.ndarray) -> StartImage:
+        """The same, but made anew only where `repaint` [H, W], bool, is true; everywhere if it is true nowhere."""
+        size = f"{repaint.shape[1]}x{repaint.shape[0]}"
+        if size not in self.fitted or not repaint.any():
+            return StartImage(self.fitted)
+        return StartImage(self.fitted, (size, Start(self.fitted[size].pixels, repaint)))
+
+
+def open_image(file: str | Path, sizes: tuple[str, ...]) -> StartImage:
+    """An image file, scaled to cover each of these sizes and cropped at its center. Raises UserError."""
+    try:
+        with Path(file).open("rb") as data:
+            image = in_rgb(upright(data, MOST))
+    except BROKEN:
+        formats = ", ".join(FORMATS)
+        raise UserError(
+            f"This image cannot be read. It has to be one of {formats}, with at most {MOST // 10**6} million pixels."
+        ) from None
+    fitted = {size: ImageOps.fit(image, sides(size), Image.Resampling.LANCZOS) for size in sizes}
+    return StartImage({size: Start(np.asarray(each), None) for size, each in fitted.items()})
+
+
+def read_mask(url: str, most: int) -> np.ndarray:  # [H, W], bool
+    """Where a canvas of at most so many pixels is painted; its content as a data URL. Raises one of `BROKEN`."""
+    image = upright(io.BytesIO(base64.b64decode(url.partition(",")[2])), most)
+    return np.asarray(image.convert("RGBA").getchannel("A")) >= OPAQUE
