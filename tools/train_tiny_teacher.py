@@ -23,9 +23,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.tiny_teacher import qwen
+from tools.tiny_teacher import emoji, qwen
 from tools.tiny_teacher.assemble import assemble
 from tools.tiny_teacher.denoiser import make_denoiser, make_embeddings, make_guided, make_latents
+from tools.tiny_teacher.glyphs import make_glyphs
 from tools.tiny_teacher.judge import make_judge
 from tools.tiny_teacher.text import make_text
 from tools.tiny_teacher.vae import make_vae
@@ -49,12 +50,16 @@ QWEN = {
     "denoiser": (qwen.make_denoiser, "denoiser.safetensors"),
     "assemble": (qwen.assemble, "tiny-qwen"),
 }
-KINDS = {"flux": FLUX, "qwen": QWEN}
+EMOJI = {
+    "glyphs": (make_glyphs, "glyphs.safetensors"),
+    "vae": (emoji.make_vae, "vae.safetensors"),
+}
+KINDS = {"flux": FLUX, "qwen": QWEN, "emoji": EMOJI}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", choices=[[], *FLUX], help="default: all that are not done yet")
+    parser.add_argument("stages", nargs="*", choices=[[], *dict.fromkeys(stage for kind in KINDS.values() for stage in kind)], help="default: all that are not done yet")
     parser.add_argument("--kind", choices=KINDS, default="flux")
     parser.add_argument("--work", type=Path, required=True, help="folder for the stages' results")
     args = parser.parse_args()
