@@ -13,14 +13,13 @@ reads them from the font.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from arcflow_jax.demo import ASSETS
+from arcflow_jax.demo.captions import Captions, within
 
 SIDE = 64  # pixels
 
@@ -93,29 +92,7 @@ class Caption:
         return np.array(dataclasses.astuple(self))
 
 
-def all_captions() -> list[Caption]:
-    """Every caption of this world, in a fixed order."""
-    choices = (range(-1 if name in OMITTED else 0, len(values)) for name, values in ATTRIBUTES.items())
-    return [Caption(*attributes) for attributes in itertools.product(*choices)]
-
-
-@functools.cache
-def _captions_by_words() -> dict[str, Caption]:
-    return {str(caption): caption for caption in all_captions()}
-
-
-def caption_of(prompt: str) -> Caption:
-    """The caption with these words. Raises KeyError if there is none."""
-    return _captions_by_words()[prompt]
-
-
-def random_attributes(key: jax.Array, count: int) -> jax.Array:
-    """Attributes [B, 4] of random captions: every value equally likely, -1 with the probability in OMITTED."""
-    value_key, omit_key = jax.random.split(key)
-    counts = jnp.array([len(values) for values in ATTRIBUTES.values()])
-    drawn = jax.random.randint(value_key, (count, len(ATTRIBUTES)), 0, counts)
-    chance = jnp.array([OMITTED.get(name, 0.0) for name in ATTRIBUTES])
-    return jnp.where(jax.random.bernoulli(omit_key, chance, drawn.shape), -1, drawn)
+CAPTIONS = Captions(Caption, ATTRIBUTES, OMITTED)
 
 
 def render(key: jax.Array, attributes: jax.Array, glyphs: jax.Array) -> jax.Array:
@@ -130,12 +107,8 @@ def render(key: jax.Array, attributes: jax.Array, glyphs: jax.Array) -> jax.Arra
     batch = len(attributes)
     size_key, place_key, mix_key, other_key, share_key, shade_key = jax.random.split(key, 6)
 
-    def draw(key: jax.Array, ranges: np.ndarray, chosen: jax.Array) -> jax.Array:
-        low, high = jnp.moveaxis(jnp.asarray(ranges)[chosen], -1, 0)  # -1: the last entry
-        return jax.random.uniform(key, low.shape, minval=low, maxval=high)
-
-    width = draw(size_key, WIDTH, size)
-    corner = (draw(place_key, PLACE, position) + 1) / 2 * (SIDE - width)[:, None]  # x, y
+    width = within(size_key, WIDTH, size)
+    corner = (within(place_key, PLACE, position) + 1) / 2 * (SIDE - width)[:, None]  # x, y
 
     colours = jnp.asarray(BACKGROUND_RGB)
     first, second = (colours[jax.random.randint(key, (batch,), 0, len(colours))] for key in (mix_key, other_key))
@@ -157,5 +130,5 @@ def render(key: jax.Array, attributes: jax.Array, glyphs: jax.Array) -> jax.Arra
 def random_images(key: jax.Array, count: int, glyphs: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`count` images [B, P, P, 3] of random captions, and the captions' attributes [B, 4]."""
     caption_key, render_key = jax.random.split(key)
-    attributes = random_attributes(caption_key, count)
+    attributes = CAPTIONS.random(caption_key, count)
     return render(render_key, attributes, glyphs), attributes

@@ -1,39 +1,55 @@
-"""The teacher of the emoji world, a FLUX.1: what differs from the bundled shapes teacher."""
-
-# C latent channels
+"""The teacher of the emoji world, `tiny-emoji`."""
 
 from __future__ import annotations
 
 import functools
 from pathlib import Path
 
-import jax
-from flax import nnx
+import jax.numpy as jnp
 
 from arcflow_jax.demo import emoji as world
-from arcflow_jax.networks.vaes.kl import AutoencoderKL, AutoencoderKLConfig
-from tools.tiny_teacher import vae
+from arcflow_jax.networks.flux import FluxConfig
+from arcflow_jax.networks.vaes.kl import AutoencoderKLConfig
 from tools.tiny_teacher.common import Draw
 from tools.tiny_teacher.glyphs import load_glyphs
-
-VAE = AutoencoderKLConfig(
-    block_out_channels=(16, 32, 64, 128),
-    layers_per_block=1,
-    latent_channels=8,
-    norm_num_groups=4,
-    scaling_factor=1.0,  # set at assembly, from the latents' mean and standard deviation
-    shift_factor=0.0,
-)
-VAE_TRAINING = vae.VAETraining(steps=7_000, horizon=7_000, ema=0.995, absolute=0.1, kl=5e-4, every=250)
-
-
-def new_vae() -> AutoencoderKL:
-    return AutoencoderKL(VAE, rngs=nnx.Rngs(0))
+from tools.tiny_teacher.teacher import Round, Teacher, VAETraining
 
 
 def drawer(work: Path) -> Draw:
-    return functools.partial(world.random_images, glyphs=jax.numpy.asarray(load_glyphs(work)))
+    return functools.partial(world.random_images, glyphs=jnp.asarray(load_glyphs(work)))
 
 
-def make_vae(work: Path) -> None:
-    vae.make_vae(work, new_vae, drawer(work), VAE_TRAINING)
+EMOJI = Teacher(
+    name="tiny-emoji",
+    captions=world.CAPTIONS,
+    draw=drawer,
+    vae=AutoencoderKLConfig(
+        block_out_channels=(16, 32, 64, 128),
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=4,
+        scaling_factor=1.0,  # set at assembly, from the latents' mean and standard deviation
+        shift_factor=0.0,
+    ),
+    vae_training=VAETraining(steps=5_000, horizon=5_000, ema=0.995, absolute=0.1, kl=5e-4),
+    judge={"widths": (32, 64, 128, 128), "features": 128},
+    judge_steps=6_000,
+    text_steps=2_000,
+    text_dtype="bfloat16",
+    transformer=FluxConfig(
+        in_channels=32,
+        num_layers=2,
+        num_single_layers=6,
+        attention_head_dim=32,
+        num_attention_heads=8,
+        joint_attention_dim=128,
+        pooled_projection_dim=64,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
+    ),
+    images=80_000,
+    rounds=(Round(10_000, 1.5e-3, 0.999, centre=0.2),),
+    guided_steps=3_000,
+    guidance=(1.0, 4.0),
+    every=250,
+)

@@ -1,8 +1,7 @@
-"""The tiny AutoencoderKL: pixels to 8×8 latents of 4 channels, and back."""
+"""The tiny AutoencoderKL: pixels to 8×8 latents, and back."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,45 +9,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from arcflow_jax.demo import world
-from arcflow_jax.networks.vaes.kl import AutoencoderKL, AutoencoderKLConfig
+from arcflow_jax.networks.vaes.kl import AutoencoderKL
 from arcflow_jax.networks.vaes.vae import VAE
-from tools.tiny_teacher.common import Draw, psnr, save_state, train
-
-CONFIG = AutoencoderKLConfig(
-    block_out_channels=(16, 32, 64, 64),
-    layers_per_block=1,
-    latent_channels=4,  # enough for these images, and less for the denoiser to learn than FLUX.1's 16
-    norm_num_groups=4,
-    scaling_factor=1.0,  # set at assembly, from the latents' mean and standard deviation
-    shift_factor=0.0,
-)
+from tools.tiny_teacher.common import psnr, train
+from tools.tiny_teacher.teacher import Teacher
 
 
-def new_vae() -> AutoencoderKL:
-    return AutoencoderKL(CONFIG, rngs=nnx.Rngs(0))
+def new_vae(teacher: Teacher) -> AutoencoderKL:
+    return AutoencoderKL(teacher.vae, rngs=nnx.Rngs(0))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class VAETraining:
-    steps: int = 4_500
-    horizon: int = 6_000  # steps that the learning rate decays over
-    every: int = 500  # steps from report to report, and from one saving of the progress to the next
-    batch: int = 8
-    peak: float = 1.5e-3  # learning rate
-    ema: float = 0.0
-    # Weights of the terms beside the mean squared error
-    absolute: float = 0.0
-    kl: float = 1e-3
-    bend: float = 1e-2
-
-
-def make_vae(
-    work: Path,
-    new: Callable[[], VAE] = new_vae,
-    draw: Draw = world.random_images,
-    settings: VAETraining = VAETraining(),  # noqa: B008
-) -> None:
+def make_vae(work: Path, teacher: Teacher, new: Callable[[Teacher], VAE] = new_vae) -> None:
     """Trains a VAE on mean squared and absolute error, a KL term and a straightness term. Resumes.
 
     The KL term keeps invisible detail out of the latents. At λ = 1e-3 it costs at most λ/2 of squared error and gives
@@ -56,7 +27,8 @@ def make_vae(
     close together. Trajectories then split between the two ends, and a two-step student cannot choose one. The
     straightness term prevents this: the latents of the mean of two images must be the mean of their latents.
     """
-    graphdef, state = nnx.split(new())
+    graphdef, state = nnx.split(new(teacher))
+    draw, settings = teacher.draw(work), teacher.vae_training
 
     def loss(state: nnx.State, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         image_key, noise_key = jax.random.split(key)
@@ -81,15 +53,14 @@ def make_vae(
     def report(state: nnx.State) -> dict[str, float]:
         return {"held-out PSNR in dB": psnr(held_out(state))}
 
-    state = train(
+    train(
         loss,
         state,
         steps=settings.steps,
         horizon=settings.horizon,
         peak=settings.peak,
         ema=settings.ema,
-        every=settings.every,
+        every=teacher.every,
         report=report,
-        progress=work / "vae.progress",
+        result=work / "vae.safetensors",
     )
-    save_state(work / "vae.safetensors", state)
