@@ -70,6 +70,6 @@ class Captions(Generic[C]):
 
 
 def within(key: jax.Array, ranges: np.ndarray, chosen: jax.Array) -> jax.Array:
-    """Random numbers [B, …] between the lowest and the highest value, ranges [·, …, 2], of the chosen entries [B]."""
-    low, high = jnp.moveaxis(jnp.asarray(ranges)[chosen], -1, 0)  # -1: the last entry
+    """Random numbers [B, …] between the lowest and the highest value, ranges [·, 2, …], of the chosen entries [B]."""
+    low, high = jnp.moveaxis(jnp.asarray(ranges)[chosen], 1, 0)  # -1: the last entry
     return jax.random.uniform(key, low.shape, minval=low, maxval=high)

@@ -40,16 +40,10 @@ OMITTED = {"size": 0.3, "position": 0.3, "background": 0.5}  # probability that 
 
 # Lowest and highest value of each number that an image is drawn with; the last entry is for an omitted attribute.
 WIDTH = np.array([[40, 42], [54, 56], [40, 56]], np.float32)  # pixels along a side
-PLACE = np.array(  # x and y, from -1 where the emoji's square touches the left or upper edge to 1
-    [
-        [[-1, -0.8], [-0.1, 0.1]],
-        [[0.8, 1], [-0.1, 0.1]],
-        [[-0.1, 0.1], [-1, -0.8]],
-        [[-0.1, 0.1], [0.8, 1]],
-        [[-0.1, 0.1], [-0.1, 0.1]],
-        [[-1, 1], [-1, 1]],
-    ],
-    np.float32,
+# x and y, from -1, where the emoji's square touches the left or upper edge of the image, to 1
+PLACE = np.array([[-0.9, 0], [0.9, 0], [0, -0.9], [0, 0.9], [0, 0]], np.float32)
+PLACE = np.concatenate(  # [POSITIONS + 1, 2, 2]
+    [np.stack([PLACE - 0.1, PLACE + 0.1], axis=1), np.array([[[-1, -1], [1, 1]]], np.float32)]
 )
 BACKGROUND_RGB = np.array(
     [
