@@ -37,6 +37,7 @@ from tools.tiny_teacher.denoiser import make_denoiser, make_guided, make_latents
 from tools.tiny_teacher.emoji import EMOJI
 from tools.tiny_teacher.glyphs import make_glyphs
 from tools.tiny_teacher.judge import make_judge
+from tools.tiny_teacher.measure import check_vae, measure
 from tools.tiny_teacher.shapes import SHAPES
 from tools.tiny_teacher.teacher import Teacher
 from tools.tiny_teacher.text import make_text
@@ -52,11 +53,13 @@ def flux(teacher: Teacher) -> Stages:
     made = {
         "vae": (make_vae, "vae.safetensors"),
         "judge": (make_judge, "judge.safetensors"),
+        "check": (check_vae, "vae.png"),
         "text": (make_text, "text"),
         "latents": (make_latents, "latents.safetensors"),
         "denoiser": (make_denoiser, "denoiser.safetensors"),
         "guided": (make_guided, "guided.safetensors"),
         "assemble": (assemble, teacher.name),
+        "measure": (measure, "measures.json"),
     }
     return {stage: (functools.partial(make, teacher=teacher), result) for stage, (make, result) in made.items()}
 
