@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from arcflow_jax.networks.layers import Linear
 from tools.tiny_teacher import common
+from tools.tiny_teacher.measure import as_grid, judged
 
 
 def regression(state: nnx.State, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -64,3 +65,24 @@ def test_weights_of_half_precision_are_loaded_in_float32(tmp_path):
     for ours, rounded in zip(jax.tree.leaves(nnx.state(loaded)), jax.tree.leaves(half), strict=True):
         assert ours.dtype == np.float32
         np.testing.assert_array_equal(ours, rounded.astype("float32"))
+
+
+class Reader(nnx.Module):
+    """Reads answers that are written in the images."""
+
+    def __call__(self, images: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        return images, [images[:, :8], images[:, 8:]]
+
+
+def test_first_answers_of_the_judge():
+    ranked = np.array([[9, 8, 7, 6, 5, 4, 3, 2], [1, 9, 8, 7, 6, 5, 4, 3], [1, 9, 8, 7, 6, 5, 4, 3]], float)
+    second = np.array([[0, 1], [1, 0], [1, 0]], float)
+    asked = np.array([[0, 1], [5, 1], [0, -1]])  # the best answer, the fifth, the last
+    figures = judged(Reader(), jax.numpy.asarray(np.hstack([ranked, second])), asked, ("name", "size"))
+    assert figures == {"name": 1 / 3, "size": 0.5, "mean": 2 / 5, "name, top 5": 2 / 3}
+
+
+def test_grid_goes_row_by_row():
+    images = np.linspace(-1, 1, 6)[:, None, None, None] * np.ones((2, 2, 3))
+    grid = np.asarray(as_grid(images, 3))
+    np.testing.assert_array_equal(grid[::2, ::2, 0], [[0, 51, 102], [153, 204, 255]])
