@@ -15,7 +15,7 @@ rate 1e-3, without the straightness term), the denoiser for 3 500 (as in its sec
 The emoji world's teacher is not finished: `tools/tiny_teacher/trained/emoji` has its VAE and its judge. The script
 starts from these; the other stages take hours.
 
-Everything is seeded. Each stage reads what earlier stages left in the work folder. A training that was stopped goes on
+Everything is seeded. Each stage reads what earlier stages left in the work folder. A training that was stopped resumes
 from its last report, every few hundred steps. Copy `tiny-flux/`, `judge.safetensors` or `tiny-qwen/` from the work
 folder to `arcflow_jax/assets/`.
 """

@@ -39,7 +39,7 @@ def run(result: Path, killed_at: int | None = None) -> nnx.State:
     return common.train(regression, state, steps=7, peak=1e-2, every=2, ema=0.5, report=report, result=result)
 
 
-def test_training_goes_on_where_it_was_killed(tmp_path):
+def test_training_resumes_where_it_was_killed(tmp_path):
     whole = run(tmp_path / "whole.safetensors")
     with pytest.raises(KilledError):
         run(tmp_path / "part.safetensors", killed_at=3)  # after step 6, before its progress is saved

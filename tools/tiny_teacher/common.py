@@ -77,7 +77,7 @@ def train(
 
     Prints the values, and what `report` makes of the EMA weights, every `every` steps. The learning rate decays over
     `horizon` steps, by default all of them. With a file `result`, it writes the weights there. Until then it saves its
-    progress beside it, and goes on from there.
+    progress beside it, and resumes from there.
     """
     optimizer = adam(peak, horizon or steps)
 

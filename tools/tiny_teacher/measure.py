@@ -29,7 +29,7 @@ TOP = 5
 
 
 def as_grid(images: np.ndarray, columns: int) -> Image.Image:
-    """One picture of images [·, P, P, 3] in [-1, 1], row by row."""
+    """One image of images [·, P, P, 3] in [-1, 1], row by row."""
     rows, side = len(images) // columns, images.shape[1]
     cells = images[: rows * columns].reshape(rows, columns, side, side, 3).transpose(0, 2, 1, 3, 4)
     pixels = np.rint((np.clip(cells, -1, 1) + 1) * 127.5).astype(np.uint8)
