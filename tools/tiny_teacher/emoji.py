@@ -33,7 +33,7 @@ EMOJI = Teacher(
     ),
     vae_training=VAETraining(steps=5_000, horizon=5_000, ema=0.995, absolute=0.1, kl=5e-4),
     judge={"widths": (32, 64, 128, 128), "features": 128},
-    judge_steps=4_000,
+    judge_steps=2_500,
     text_steps=1_000,
     text_dtype="bfloat16",
     transformer=FluxConfig(
