@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -11,8 +12,10 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from arcflow_jax.networks.layers import Linear
-from tools.tiny_teacher import common
+from tools.tiny_teacher import common, vae
 from tools.tiny_teacher.measure import as_grid, judged
+from tools.tiny_teacher.shapes import SHAPES
+from tools.tiny_teacher.teacher import VAERound
 
 
 def regression(state: nnx.State, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -86,3 +89,26 @@ def test_grid_goes_row_by_row():
     images = np.linspace(-1, 1, 6)[:, None, None, None] * np.ones((2, 2, 3))
     grid = np.asarray(as_grid(images, 3))
     np.testing.assert_array_equal(grid[::2, ::2, 0], [[0, 51, 102], [153, 204, 255]])
+
+
+def test_rounds_start_from_the_last_one(tmp_path, monkeypatch):
+    """A finished round is not run again; the next one starts from its weights."""
+    config = dataclasses.replace(SHAPES.vae, block_out_channels=(4, 4))
+    one = VAERound(steps=1, horizon=1)
+    teacher = dataclasses.replace(SHAPES, vae=config, vae_rounds=(one, one, one))
+    first = jax.tree.map(lambda x: x + 1, nnx.state(vae.new_vae(teacher)))
+    common.save_state(tmp_path / "vae-1.safetensors", first)
+    starts = []
+
+    def train(loss: object, state: nnx.State, *, result: Path, **settings: object) -> nnx.State:
+        starts.append((result.name, settings["seed"], jax.tree.leaves(state)))
+        return jax.tree.map(lambda x: x * 2, state)
+
+    monkeypatch.setattr(vae, "train", train)
+    vae.make_vae(tmp_path, teacher)
+    assert [start[:2] for start in starts] == [("vae-2.safetensors", 2), ("vae-3.safetensors", 3)]
+    for factor, (_, _, leaves) in zip((1, 2), starts, strict=True):
+        for leaf, of_first in zip(leaves, jax.tree.leaves(first), strict=True):
+            np.testing.assert_array_equal(leaf, factor * of_first)
+    made = common.load_state(tmp_path / "vae.safetensors", vae.new_vae(teacher))
+    np.testing.assert_array_equal(jax.tree.leaves(nnx.state(made))[0], 4 * jax.tree.leaves(first)[0])

@@ -12,7 +12,7 @@ from arcflow_jax.networks.flux import FluxConfig
 from arcflow_jax.networks.vaes.kl import AutoencoderKLConfig
 from tools.tiny_teacher.common import Draw
 from tools.tiny_teacher.glyphs import load_glyphs
-from tools.tiny_teacher.teacher import Round, Teacher, VAETraining
+from tools.tiny_teacher.teacher import Round, Teacher, VAERound
 
 
 def drawer(work: Path) -> Draw:
@@ -31,7 +31,10 @@ EMOJI = Teacher(
         scaling_factor=1.0,  # set at assembly, from the latents' mean and standard deviation
         shift_factor=0.0,
     ),
-    vae_training=VAETraining(steps=5_000, horizon=5_000, ema=0.995, absolute=0.1, kl=5e-4),
+    vae_rounds=(
+        VAERound(steps=5_000, horizon=5_000, ema=0.995, absolute=0.1, kl=5e-4),
+        VAERound(steps=8_000, horizon=8_000, peak=1e-3, ema=0.999, absolute=0.1, kl=5e-4),
+    ),
     judge={"widths": (32, 64, 128, 128), "features": 128},
     judge_steps=2_500,
     text_steps=1_000,

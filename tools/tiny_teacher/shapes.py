@@ -5,7 +5,7 @@ from __future__ import annotations
 from arcflow_jax.demo import world
 from arcflow_jax.networks.flux import FluxConfig
 from arcflow_jax.networks.vaes.kl import AutoencoderKLConfig
-from tools.tiny_teacher.teacher import Round, Teacher, VAETraining
+from tools.tiny_teacher.teacher import Round, Teacher, VAERound
 
 SHAPES = Teacher(
     name="tiny-flux",
@@ -19,7 +19,7 @@ SHAPES = Teacher(
         scaling_factor=1.0,  # set at assembly, from the latents' mean and standard deviation
         shift_factor=0.0,
     ),
-    vae_training=VAETraining(steps=4_500, horizon=6_000),
+    vae_rounds=(VAERound(steps=4_500, horizon=6_000),),
     judge={},
     judge_steps=2_500,
     text_steps=800,

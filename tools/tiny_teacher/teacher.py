@@ -16,7 +16,9 @@ from tools.tiny_teacher.common import Draw
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VAETraining:
+class VAERound:
+    """A round of the VAE's training; each starts from the last one's weights."""
+
     steps: int
     horizon: int  # steps that the learning rate decays over
     batch: int = 8
@@ -44,7 +46,7 @@ class Teacher:
     captions: Captions[Any]
     draw: Callable[[Path], Draw]  # from the work folder
     vae: AutoencoderKLConfig
-    vae_training: VAETraining
+    vae_rounds: tuple[VAERound, ...]
     judge: dict[str, Any]  # sizes
     judge_steps: int
     text_steps: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from flax import nnx
 
 from arcflow_jax.networks.vaes.kl import AutoencoderKL
 from arcflow_jax.networks.vaes.vae import VAE
-from tools.tiny_teacher.common import psnr, train
-from tools.tiny_teacher.teacher import Teacher
+from tools.tiny_teacher.common import load_state, psnr, save_state, train
+from tools.tiny_teacher.teacher import Teacher, VAERound
 
 
 def new_vae(teacher: Teacher) -> AutoencoderKL:
@@ -20,7 +21,7 @@ def new_vae(teacher: Teacher) -> AutoencoderKL:
 
 
 def make_vae(work: Path, teacher: Teacher, new: Callable[[Teacher], VAE] = new_vae) -> None:
-    """Trains a VAE on mean squared and absolute error, a KL term and a straightness term. Resumes.
+    """Trains a VAE on mean squared and absolute error, a KL and a straightness term. Resumes.
 
     The KL term keeps invisible detail out of the latents. At λ = 1e-3 it costs at most λ/2 of squared error and gives
     the denoiser smoother latents. The KL term alone may fold the line from black to white into an arc whose ends lie
@@ -28,9 +29,9 @@ def make_vae(work: Path, teacher: Teacher, new: Callable[[Teacher], VAE] = new_v
     straightness term prevents this: the latents of the mean of two images must be the mean of their latents.
     """
     graphdef, state = nnx.split(new(teacher))
-    draw, settings = teacher.draw(work), teacher.vae_training
+    draw = teacher.draw(work)
 
-    def loss(state: nnx.State, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(state: nnx.State, key: jax.Array, settings: VAERound) -> tuple[jax.Array, dict[str, jax.Array]]:
         image_key, noise_key = jax.random.split(key)
         images, _ = draw(image_key, settings.batch)
         model = nnx.merge(graphdef, state)
@@ -53,14 +54,21 @@ def make_vae(work: Path, teacher: Teacher, new: Callable[[Teacher], VAE] = new_v
     def report(state: nnx.State) -> dict[str, float]:
         return {"held-out PSNR in dB": psnr(held_out(state))}
 
-    train(
-        loss,
-        state,
-        steps=settings.steps,
-        horizon=settings.horizon,
-        peak=settings.peak,
-        ema=settings.ema,
-        every=teacher.every,
-        report=report,
-        result=work / "vae.safetensors",
-    )
+    for number, settings in enumerate(teacher.vae_rounds, 1):
+        result = work / f"vae-{number}.safetensors"
+        if result.exists():
+            state = nnx.state(load_state(result, new(teacher)))
+            continue
+        state = train(
+            functools.partial(loss, settings=settings),
+            state,
+            steps=settings.steps,
+            horizon=settings.horizon,
+            peak=settings.peak,
+            ema=settings.ema,
+            every=teacher.every,
+            report=report,
+            seed=number,
+            result=result,
+        )
+    save_state(work / "vae.safetensors", state)
