@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from fontTools.ttLib import TTFont
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -28,6 +27,8 @@ def read_glyphs(characters: Iterable[str], font: Path = FONT) -> np.ndarray:
     A bitmap is cut to a square of 128 pixels and halved. The mean of four premultiplied pixels is what these four show
     over any background. Without the premultiplication, the colours of invisible pixels would show at the edges.
     """
+    from fontTools.ttLib import TTFont  # which only the emoji world needs
+
     file = TTFont(font)
     names, bitmaps = file.getBestCmap(), file["CBDT"].strikeData[0]
     glyphs = []
