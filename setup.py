@@ -86,6 +86,8 @@ setup(
             *BUCKETS["gcs"],
             *BUCKETS["s3"],
             *SERVE,
+            "emoji>=2.14",  # the names of the emoji world
+            "fonttools>=4.50",  # reads the emoji font, if it is installed
             "gcp-storage-emulator>=2026.7",
             "hypothesis>=6.100",
             "flask>=3",  # for moto's server

@@ -3,45 +3,68 @@
     python tools/train_tiny_teacher.py --work /tmp/tiny                # every stage that is not done yet
     python tools/train_tiny_teacher.py --work /tmp/tiny guided         # one stage again
     python tools/train_tiny_teacher.py --work /tmp/qwen --kind qwen    # the same images as a Qwen-Image
+    python tools/train_tiny_teacher.py --work /tmp/emoji --kind emoji  # the emoji world's FLUX.1; needs its font
 
-On two free CPU cores a step of the VAE or the denoiser takes about 0.17 s, and there are 4 500 and 11 000 of them.
+On two free CPU cores a step of the shapes' VAE or denoiser takes about 0.17 s, and there are 4 500 and 11 000 of them.
 
 This script makes the bundled Qwen-Image exactly, in 53 minutes on a busy machine. The bundled FLUX.1 is not exactly
 what it makes. Its text encoders, judge, VAE and denoiser come from an earlier version of `arcflow_jax.demo.world`,
 whose captions could also omit the position. On the present version, the VAE was trained for 1 000 more steps (learning
 rate 1e-3, without the straightness term), the denoiser for 3 500 (as in its second round), then `guided` in two parts.
 
-Everything is seeded. Each stage reads what earlier stages left in the work folder. Copy `tiny-flux/`,
-`judge.safetensors` or `tiny-qwen/` from there to `arcflow_jax/assets/`.
+The emoji world's teacher is not finished: `tools/tiny_teacher/trained/emoji` has its VAE and its judge. The script
+starts from these; the other stages take hours.
+
+Everything is seeded. Each stage reads what earlier stages left in the work folder. A training that was stopped resumes
+from its last report, every few hundred steps. Copy `tiny-flux/`, `judge.safetensors` or `tiny-qwen/` from the work
+folder to `arcflow_jax/assets/`.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.tiny_teacher import qwen
 from tools.tiny_teacher.assemble import assemble
-from tools.tiny_teacher.denoiser import make_denoiser, make_embeddings, make_guided, make_latents
+from tools.tiny_teacher.denoiser import make_denoiser, make_guided, make_latents
+from tools.tiny_teacher.emoji import EMOJI
+from tools.tiny_teacher.glyphs import make_glyphs
 from tools.tiny_teacher.judge import make_judge
+from tools.tiny_teacher.measure import check_vae, measure
+from tools.tiny_teacher.shapes import SHAPES
+from tools.tiny_teacher.teacher import Teacher
 from tools.tiny_teacher.text import make_text
 from tools.tiny_teacher.vae import make_vae
 
+TRAINED = Path(__file__).parent / "tiny_teacher" / "trained"  # results of unfinished teachers, by kind
+
 # stage: its function, and what it leaves in the work folder
-FLUX = {
-    "vae": (make_vae, "vae.safetensors"),
-    "judge": (make_judge, "judge.safetensors"),
-    "text": (lambda work: make_text(work / "text"), "text"),
-    "latents": (make_latents, "latents.safetensors"),
-    "embeddings": (make_embeddings, "embeddings.safetensors"),
-    "denoiser": (make_denoiser, "denoiser.safetensors"),
-    "guided": (make_guided, "guided.safetensors"),
-    "assemble": (assemble, "tiny-flux"),
-}
-QWEN = {
+Stages = dict[str, tuple[Callable[[Path], None], str]]
+
+
+def flux(teacher: Teacher) -> Stages:
+    made = {
+        "vae": (make_vae, "vae.safetensors"),
+        "judge": (make_judge, "judge.safetensors"),
+        "check": (check_vae, "vae.png"),
+        "text": (make_text, "text"),
+        "latents": (make_latents, "latents.safetensors"),
+        "denoiser": (make_denoiser, "denoiser.safetensors"),
+        "guided": (make_guided, "guided.safetensors"),
+        "assemble": (assemble, teacher.name),
+        "measure": (measure, "measures.json"),
+    }
+    return {stage: (functools.partial(make, teacher=teacher), result) for stage, (make, result) in made.items()}
+
+
+QWEN: Stages = {
     "vae": (qwen.make_vae, "vae.safetensors"),
     "text": (qwen.make_text, "text"),
     "latents": (qwen.make_latents, "latents.safetensors"),
@@ -49,12 +72,17 @@ QWEN = {
     "denoiser": (qwen.make_denoiser, "denoiser.safetensors"),
     "assemble": (qwen.assemble, "tiny-qwen"),
 }
-KINDS = {"flux": FLUX, "qwen": QWEN}
+KINDS: dict[str, Stages] = {
+    "flux": flux(SHAPES),
+    "qwen": QWEN,
+    "emoji": {"glyphs": (make_glyphs, "glyphs.safetensors"), **flux(EMOJI)},
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", choices=[[], *FLUX], help="default: all that are not done yet")
+    names = [stage for stages in KINDS.values() for stage in stages]
+    parser.add_argument("stages", nargs="*", choices=[[], *dict.fromkeys(names)], help="default: all not done yet")
     parser.add_argument("--kind", choices=KINDS, default="flux")
     parser.add_argument("--work", type=Path, required=True, help="folder for the stages' results")
     args = parser.parse_args()
@@ -62,6 +90,9 @@ def main() -> None:
     stages = KINDS[args.kind]
     if unknown := set(args.stages) - stages.keys():
         parser.error(f"{args.kind} has no stage {', '.join(unknown)}")
+    for trained in (TRAINED / args.kind).glob("*.safetensors"):
+        if not (args.work / trained.name).exists():
+            shutil.copy(trained, args.work)
     for name in args.stages or [name for name, (_, made) in stages.items() if not (args.work / made).exists()]:
         print(f"== {name}", flush=True)
         stages[name][0](args.work)

@@ -1,6 +1,8 @@
 """The demo: the whole job, from PyTorch weights to a comparison of samplers, on a teacher small enough to bundle.
 
+captions.py    attributes and captions of a world
 world.py       the images and captions that the bundled teachers know
+emoji.py       the emoji world: captions, and images for whoever has the font
 judge.py       a small classifier of these images
 evaluate.py    runs and measures samplers
 trajectory.py  the states between noise and data

@@ -4,9 +4,11 @@ It takes the place of Inception and CLIP in full-size evaluation. It was trained
 is the same for every sampler.
 """
 
-# B batch, P pixels along a side, F features
+# B batch, P pixels along a side, F features, A attributes
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +20,29 @@ from arcflow_jax.demo import ASSETS
 from arcflow_jax.demo.world import ATTRIBUTES, SIDE
 from arcflow_jax.networks.layers import Conv, GroupNorm, Linear
 
-FEATURES = 64
-
 
 class Judge(nnx.Module):
-    """Four strided convolutions, a layer of features, and one classifier per attribute."""
+    """Four strided convolutions, a layer of features, and one classifier per attribute.
 
-    WIDTHS = (16, 32, 64, 64)
+    Args:
+      attributes: the values of each attribute of a world.
+      widths: channels after each convolution.
+      features: F.
+    """
 
-    def __init__(self, *, rngs: nnx.Rngs):
-        pairs = zip((3, *self.WIDTHS), self.WIDTHS, strict=False)
+    def __init__(
+        self,
+        attributes: Mapping[str, Sequence[str]] = ATTRIBUTES,
+        widths: Sequence[int] = (16, 32, 64, 64),
+        features: int = 64,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        pairs = zip((3, *widths), widths, strict=False)
         self.convs = nnx.List([Conv(a, b, 3, stride=2, rngs=rngs) for a, b in pairs])
-        self.norms = nnx.List([GroupNorm(width, 4) for width in self.WIDTHS])
-        self.features = Linear((SIDE // 16) ** 2 * self.WIDTHS[-1], FEATURES, rngs=rngs)
-        self.classifiers = nnx.List([Linear(FEATURES, len(values), rngs=rngs) for values in ATTRIBUTES.values()])
+        self.norms = nnx.List([GroupNorm(width, 4) for width in widths])
+        self.features = Linear((SIDE // 16) ** 2 * widths[-1], features, rngs=rngs)
+        self.classifiers = nnx.List([Linear(features, len(values), rngs=rngs) for values in attributes.values()])
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         """Features [B, F] and the logits of each attribute, of images [B, P, P, 3] in [-1, 1]."""
@@ -42,7 +53,7 @@ class Judge(nnx.Module):
         return features, [classifier(features) for classifier in self.classifiers]
 
     def read(self, images: jax.Array) -> jax.Array:
-        """The most likely value of each attribute, [B, 5]."""
+        """The most likely value of each attribute, [B, A]."""
         return jnp.stack([logits.argmax(-1) for logits in self(images)[1]], axis=-1)
 
 
@@ -54,8 +65,8 @@ def load_judge() -> Judge:
     return nnx.merge(graphdef, nnx.from_flat_state(weights))
 
 
-def agreement(read: np.ndarray, asked: np.ndarray) -> dict[str, float]:
-    """Share of the requested attributes (asked ≥ 0) that were read, both [B, 5]: by attribute, and "mean" over all."""
+def agreement(read: np.ndarray, asked: np.ndarray, names: Iterable[str] = ATTRIBUTES) -> dict[str, float]:
+    """Share of the requested attributes (asked ≥ 0) that were read, both [B, A]: by attribute, and "mean" over all."""
     named, right = asked >= 0, read == asked
-    shares = {name: float(right[named[:, i], i].mean()) for i, name in enumerate(ATTRIBUTES) if named[:, i].any()}
+    shares = {name: float(right[named[:, i], i].mean()) for i, name in enumerate(names) if named[:, i].any()}
     return {**shares, "mean": float(right[named].mean())}

@@ -11,12 +11,12 @@ sampler's trajectories most, and a network of this size can still learn it.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from arcflow_jax.demo.captions import Captions, within
 
 SIDE = 64  # pixels
 
@@ -69,30 +69,8 @@ class Caption:
         return np.array(dataclasses.astuple(self))
 
 
-def all_captions() -> list[Caption]:
-    """Every caption of this world, in a fixed order."""
-    choices = (range(-1 if name in OMITTED else 0, len(values)) for name, values in ATTRIBUTES.items())
-    return [Caption(*attributes) for attributes in itertools.product(*choices)]
-
-
-def caption_of(prompt: str) -> Caption:
-    """The caption with these words. Raises KeyError if there is none."""
-    return _captions_by_words()[prompt]
-
-
-@functools.cache
-def _captions_by_words() -> dict[str, Caption]:
-    return {str(caption): caption for caption in all_captions()}
-
-
-def random_attributes(key: jax.Array, count: int) -> jax.Array:
-    """Attributes [B, 5] of random captions: every value equally likely, -1 with the probability in OMITTED."""
-    value_key, omit_key = jax.random.split(key)
-    counts = jnp.array([len(values) for values in ATTRIBUTES.values()])
-    drawn = jax.random.randint(value_key, (count, len(ATTRIBUTES)), 0, counts)
-    chance = jnp.array([OMITTED.get(name, 0.0) for name in ATTRIBUTES])
-    omitted = jax.random.bernoulli(omit_key, chance, drawn.shape)
-    return jnp.where(omitted, -1, drawn)
+CAPTIONS = Captions(Caption, ATTRIBUTES, OMITTED)
+all_captions, caption_of, random_attributes = CAPTIONS.all, CAPTIONS.of, CAPTIONS.random
 
 
 def render(key: jax.Array, attributes: jax.Array) -> jax.Array:
@@ -102,13 +80,9 @@ def render(key: jax.Array, attributes: jax.Array) -> jax.Array:
     """
     shape, colour, position, size, background = attributes.T
 
-    def draw(key: jax.Array, ranges: np.ndarray, chosen: jax.Array) -> jax.Array:
-        low, high = jnp.moveaxis(jnp.asarray(ranges)[chosen], 1, 0)  # -1: the last entry
-        return jax.random.uniform(key, low.shape, minval=low, maxval=high)
-
     keys = jax.random.split(key, 3)
-    centre, radius = draw(keys[0], CENTRE, position), draw(keys[1], RADIUS, size)
-    lightness = draw(keys[2], LIGHTNESS, background)
+    centre, radius = within(keys[0], CENTRE, position), within(keys[1], RADIUS, size)
+    lightness = within(keys[2], LIGHTNESS, background)
 
     grid = jnp.arange(SIDE) + 0.5
     x = (grid[None, None, :] - centre[:, 0, None, None]) / radius[:, None, None]  # [B, 1, P], in radii

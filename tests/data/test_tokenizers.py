@@ -26,8 +26,8 @@ STRANGE = ["", "A FOX, naïve: 中 ring's 12", "  red\t ring\n", "<|endoftext|> 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("model")
-    make_clip_tokenizer(root / "tokenizer")
-    make_t5_tokenizer(root / "tokenizer_2")
+    make_clip_tokenizer(root / "tokenizer", world.CAPTIONS.words())
+    make_t5_tokenizer(root / "tokenizer_2", world.CAPTIONS.words())
     return root
 
 

@@ -12,6 +12,7 @@ from arcflow_jax import schema
 from arcflow_jax.convert import clip as table
 from arcflow_jax.convert.engine import check, export_tensors, import_tensors
 from arcflow_jax.data.tokenizers import load_tokenizer, token_length, tokenize
+from arcflow_jax.demo.world import CAPTIONS
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.text.clip import CLIPTextConfig, CLIPTextEncoder
@@ -141,9 +142,9 @@ def test_tiny_teacher_files(tmp_path):
     torch = pytest.importorskip("torch")
     from transformers import CLIPTextModel
 
-    make_clip_tokenizer(tmp_path / "tokenizer")
+    make_clip_tokenizer(tmp_path / "tokenizer", CAPTIONS.words())
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
-    encoder = random_network(lambda: new_clip(tokenizer, nnx.Rngs(0)))
+    encoder = random_network(lambda: new_clip(tokenizer, 64, nnx.Rngs(0)))
     write_clip(tmp_path / "encoder", tokenizer, encoder)
     model = CLIPTextModel.from_pretrained(tmp_path / "encoder").eval()
     ids, _ = tokenize(tokenizer, ["a small red ring at the top", ""], token_length(tokenizer))

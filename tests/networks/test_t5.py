@@ -12,6 +12,7 @@ from arcflow_jax import schema
 from arcflow_jax.convert import t5 as table
 from arcflow_jax.convert.engine import check, export_tensors, import_tensors
 from arcflow_jax.data.tokenizers import load_tokenizer, token_length, tokenize
+from arcflow_jax.demo.world import CAPTIONS
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.text.t5 import T5Config, T5Encoder, distance_buckets
@@ -134,9 +135,9 @@ def test_tiny_teacher_files(tmp_path):
     torch = pytest.importorskip("torch")
     from transformers import T5EncoderModel
 
-    make_t5_tokenizer(tmp_path / "tokenizer")
+    make_t5_tokenizer(tmp_path / "tokenizer", CAPTIONS.words())
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
-    encoder = random_network(lambda: new_t5(tokenizer, nnx.Rngs(0)))
+    encoder = random_network(lambda: new_t5(tokenizer, 64, nnx.Rngs(0)))
     write_t5(tmp_path / "encoder", tokenizer, encoder)
     model = T5EncoderModel.from_pretrained(tmp_path / "encoder").eval()
     ids, _ = tokenize(tokenizer, ["a small red ring at the top", ""], token_length(tokenizer))

@@ -16,11 +16,11 @@ from safetensors.numpy import load_file, save_file
 from arcflow_jax.convert import flux as flux_table
 from arcflow_jax.convert import vae_kl as vae_table
 from arcflow_jax.convert.engine import export_tensors
-from arcflow_jax.demo import world
+from arcflow_jax.demo.captions import Captions
 from arcflow_jax.networks.vaes.kl import AutoencoderKL
 from arcflow_jax.storage.files import write_json
 from tools.tiny_teacher import common, denoiser
-from tools.tiny_teacher.vae import CONFIG as VAE_CONFIG
+from tools.tiny_teacher.teacher import Teacher
 
 MODEL_INDEX = {
     "_class_name": "FluxPipeline",
@@ -54,36 +54,36 @@ HELD_OUT = 0.3  # share of the captions that distillation never sees, and that t
 TRAIN_PROMPTS, TEST_PROMPTS = 2048, 512
 
 
-def write_prompts(work: Path) -> None:
+def write_prompts(work: Path, captions: Captions[Any]) -> None:
     """Writes prompts as often as random images have them, so captions that omit much appear more than once."""
-    captions = world.all_captions()
-    order = np.random.default_rng(0).permutation(len(captions))
-    held_out = np.zeros(len(captions), bool)
-    held_out[order[: int(HELD_OUT * len(captions))]] = True
+    every = captions.all()
+    order = np.random.default_rng(0).permutation(len(every))
+    held_out = np.zeros(len(every), bool)
+    held_out[order[: int(HELD_OUT * len(every))]] = True
     for name, count, seed in (("train", TRAIN_PROMPTS, 1), ("test", TEST_PROMPTS, 2)):
         # Draws far more than needed, and keeps the first ones of this part
-        drawn = np.asarray(denoiser.caption_index(world.random_attributes(jax.random.key(seed), 20 * count)))
-        lines = [str(captions[i]) for i in drawn if held_out[i] == (name == "test")][:count]
+        drawn = np.asarray(captions.index(captions.random(jax.random.key(seed), 20 * count)))
+        lines = [str(every[i]) for i in drawn if held_out[i] == (name == "test")][:count]
         (work / f"prompts-{name}.txt").write_text("\n".join(lines) + "\n")
 
 
-def assemble(work: Path) -> None:
-    """Writes `work`/tiny-flux: transformer and VAE in bfloat16, text encoders in float32."""
-    write_prompts(work)
-    out = work / "tiny-flux"
+def assemble(work: Path, teacher: Teacher) -> None:
+    """Writes the folder: transformer and VAE in bfloat16."""
+    write_prompts(work, teacher.captions)
+    out = work / teacher.name
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(work / "text", out)
     write_json(out / "model_index.json", MODEL_INDEX)
     (out / "scheduler").mkdir()
     write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
 
-    model = common.load_state(work / "guided.safetensors", denoiser.new_model())
-    config = {"_class_name": "FluxTransformer2DModel", "patch_size": 1, **dataclasses.asdict(denoiser.CONFIG)}
+    model = common.load_state(work / "guided.safetensors", denoiser.new_model(teacher))
+    config = {"_class_name": "FluxTransformer2DModel", "patch_size": 1, **dataclasses.asdict(teacher.transformer)}
     write_component(out / "transformer", config, flux_table, nnx.state(model), ml_dtypes.bfloat16)
 
     latents = load_file(work / "latents.safetensors")
     vae_config = dataclasses.replace(
-        VAE_CONFIG, shift_factor=float(latents["shift"]), scaling_factor=float(latents["scale"])
+        teacher.vae, shift_factor=float(latents["shift"]), scaling_factor=float(latents["scale"])
     )
     vae = common.load_state(work / "vae.safetensors", AutoencoderKL(vae_config, rngs=nnx.Rngs(0)))
     levels = len(vae_config.block_out_channels)

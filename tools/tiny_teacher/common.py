@@ -6,13 +6,18 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
 from flax import nnx
+from safetensors import safe_open
 from safetensors.flax import load_file, save
 
 from arcflow_jax.storage.atomic import write_file
+
+# Draws images [B, P, P, 3] in [-1, 1] and their attributes [B, A] from a key and B
+Draw = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
 
 
 def save_state(path: Path, state: nnx.State) -> None:
@@ -25,8 +30,23 @@ def load_state(path: Path, module: nnx.Module) -> nnx.Module:
     """Fills a module from a file that `save_state` wrote."""
     saved = load_file(path)
     for key, value in nnx.to_flat_state(nnx.state(module)):
-        value[...] = saved[".".join(map(str, key))]
+        value[...] = saved[".".join(map(str, key))].astype(value.dtype)
     return module
+
+
+def save_progress(path: Path, step: int, progress: Any) -> None:
+    """Writes a training loop's arrays after `step` steps. The file appears whole or not at all."""
+    arrays = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(progress))}
+    write_file(path, save(arrays, metadata={"step": str(step)}))
+
+
+def load_progress(path: Path, like: Any) -> tuple[int, Any]:
+    """The steps and the arrays that `save_progress` wrote, in the structure of `like`; 0 and `like` without a file."""
+    if not path.exists():
+        return 0, like
+    with safe_open(path, "flax") as file:
+        arrays = [file.get_tensor(str(i)) for i in range(len(jax.tree.leaves(like)))]
+        return int(file.metadata()["step"]), jax.tree.unflatten(jax.tree.structure(like), arrays)
 
 
 def psnr(mean_square: jax.Array | float) -> float:
@@ -51,11 +71,13 @@ def train(
     ema: float = 0.0,
     report: Callable[[nnx.State], dict[str, float]] = lambda state: {},
     seed: int = 1,
+    result: Path | None = None,
 ) -> nnx.State:
     """Minimises `loss(state, key) -> (loss, values to print)` and returns the EMA weights.
 
     Prints the values, and what `report` makes of the EMA weights, every `every` steps. The learning rate decays over
-    `horizon` steps, by default all of them.
+    `horizon` steps, by default all of them. With a file `result`, it writes the weights there. Until then it saves its
+    progress beside it, and resumes from there.
     """
     optimizer = adam(peak, horizon or steps)
 
@@ -69,11 +91,20 @@ def train(
         average = optax.incremental_update(state, average, rate)
         return state, average, opt_state, values
 
-    average, opt_state, start = state, optimizer.init(state), time.time()
-    for i in range(steps):
+    first, (state, average, opt_state) = 0, (state, state, optimizer.init(state))
+    progress = result and result.with_suffix(".progress")
+    if progress:
+        first, (state, average, opt_state) = load_progress(progress, (state, average, opt_state))
+    start = time.time()
+    for i in range(first, steps):
         state, average, opt_state, values = step(state, average, opt_state, i)
         if (i + 1) % every == 0:
             shown = {**{name: float(value) for name, value in values.items()}, **report(average)}
             text = "  ".join(f"{name} {value:.5g}" for name, value in shown.items())
             print(f"{i + 1:6d} of {steps}  {time.time() - start:5.0f} s  {text}", flush=True)
+            if progress:
+                save_progress(progress, i + 1, (state, average, opt_state))
+    if result:
+        save_state(result, average)
+        result.with_suffix(".progress").unlink(missing_ok=True)
     return average

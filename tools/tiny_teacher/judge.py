@@ -10,9 +10,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from arcflow_jax.demo import world
 from arcflow_jax.demo.judge import Judge, agreement
-from tools.tiny_teacher.common import save_state, train
+from tools.tiny_teacher.common import train
+from tools.tiny_teacher.teacher import Teacher
 
 
 def spoil(key: jax.Array, images: jax.Array) -> jax.Array:
@@ -26,26 +26,27 @@ def spoil(key: jax.Array, images: jax.Array) -> jax.Array:
     return images + share * (mean - images) + strength * jax.random.normal(noise_key, images.shape)
 
 
-def make_judge(work: Path, steps: int = 2_500, batch: int = 32) -> None:
-    graphdef, state = nnx.split(Judge(rngs=nnx.Rngs(0)))
+def make_judge(work: Path, teacher: Teacher, batch: int = 32) -> None:
+    attributes, draw = teacher.captions.values, teacher.draw(work)
+    graphdef, state = nnx.split(Judge(attributes, **teacher.judge, rngs=nnx.Rngs(0)))
 
     def loss(state: nnx.State, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         image_key, spoil_key = jax.random.split(key)
-        images, attributes = world.random_images(image_key, batch)
+        images, asked = draw(image_key, batch)
         _, logits = nnx.merge(graphdef, state)(spoil(spoil_key, images))
         losses = []
         for i, each in enumerate(logits):
-            loss_of_each = optax.softmax_cross_entropy_with_integer_labels(each, attributes[:, i])
-            losses.append(jnp.where(attributes[:, i] >= 0, loss_of_each, 0.0))
+            loss_of_each = optax.softmax_cross_entropy_with_integer_labels(each, asked[:, i])
+            losses.append(jnp.where(asked[:, i] >= 0, loss_of_each, 0.0))
         return sum(losses).mean(), {"cross-entropy": sum(losses).mean()}
 
     @jax.jit
     def read(state: nnx.State) -> tuple[jax.Array, jax.Array]:
-        images, attributes = world.random_images(jax.random.key(10**6), 2048)
-        return nnx.merge(graphdef, state).read(images), attributes
+        images, asked = draw(jax.random.key(10**6), 2048)
+        return nnx.merge(graphdef, state).read(images), asked
 
     def report(state: nnx.State) -> dict[str, float]:
-        save_state(work / "judge.safetensors", state)
-        return agreement(*map(np.asarray, read(state)))
+        return agreement(*map(np.asarray, read(state)), attributes)
 
-    train(loss, state, steps=steps, peak=3e-3, report=report)
+    result = work / "judge.safetensors"
+    train(loss, state, steps=teacher.judge_steps, peak=3e-3, every=teacher.every, report=report, result=result)

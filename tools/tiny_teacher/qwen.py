@@ -37,13 +37,16 @@ from arcflow_jax.storage.safetensors import read_folder
 from tools.make_tiny_qwen import CONFIGS, LENGTH, PIPELINE, SCHEDULER, make_tokenizer
 from tools.tiny_teacher import common, denoiser, text, vae
 from tools.tiny_teacher.assemble import write_component, write_prompts
+from tools.tiny_teacher.shapes import SHAPES
+from tools.tiny_teacher.teacher import Teacher
 
+WIDTH = 64  # of the text encoder
 CONFIG = QwenImageConfig(
     in_channels=16,
     num_layers=5,
     attention_head_dim=32,
     num_attention_heads=4,
-    joint_attention_dim=text.WIDTH,
+    joint_attention_dim=WIDTH,
     axes_dims_rope=(8, 12, 12),
 )
 CHANNELS = CONFIG.in_channels // 4
@@ -58,12 +61,12 @@ VAE = AutoencoderKLQwenImageConfig(
 )
 
 
-def new_vae() -> AutoencoderKLQwenImage:
+def new_vae(teacher: Teacher) -> AutoencoderKLQwenImage:
     return AutoencoderKLQwenImage(VAE, rngs=nnx.Rngs(0))
 
 
 def make_vae(work: Path) -> None:
-    vae.make_vae(work, new_vae)
+    vae.make_vae(work, SHAPES, new_vae)
 
 
 def token_ids(tokenizer: Any, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -78,11 +81,11 @@ def make_text(work: Path, seed: int = 0) -> None:
     with whole_directory(work / "text", needed=0) as aside:
         vocabulary = make_tokenizer(aside / "tokenizer")
         tokenizer = load_tokenizer(aside / "tokenizer")
-        prompts, answers = text.prompts_and_answers()
+        prompts, answers = text.prompts_and_answers(SHAPES.captions)
         ids, _ = token_ids(tokenizer, prompts)
 
         config = CONFIGS["text_encoder"]
-        sizes = {"hidden_size": text.WIDTH, "intermediate_size": 2 * text.WIDTH, "vocab_size": vocabulary}
+        sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "vocab_size": vocabulary}
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
         config |= {"text_config": config["text_config"] | sizes}
         encoder = Qwen2_5VLText(schema.parse(Qwen2_5VLConfig, config, "text_encoder"), rngs=nnx.Rngs(seed))
@@ -91,8 +94,9 @@ def make_text(work: Path, seed: int = 0) -> None:
             last = (ids != tokenizer.pad_token_id).sum(axis=1) - 1
             return jnp.take_along_axis(encoder(ids), last[:, None, None], axis=1)[:, 0]
 
-        encoder = text.train_encoder(encoder, ids, answers, features, norm="norm", seed=seed)
-        text.write_encoder(aside / "text_encoder", config, text_table, encoder)
+        counts = text.answers_of(SHAPES.captions)
+        encoder = text.train_encoder(encoder, ids, answers, counts, features, norm="norm", seed=seed, width=WIDTH)
+        text.write_encoder(aside / "text_encoder", config, text_table, encoder, "float32")
 
 
 def make_latents(work: Path) -> None:
@@ -101,7 +105,9 @@ def make_latents(work: Path) -> None:
     The standard deviation is shared by all channels. The VAE may leave a channel nearly empty, and its own deviation
     would scale that up to the size of the others, for the denoiser to learn.
     """
-    tokens, attributes = denoiser.encode_images(common.load_state(work / "vae.safetensors", new_vae()))
+    tokens, attributes = denoiser.encode_images(
+        common.load_state(work / "vae.safetensors", new_vae(SHAPES)), SHAPES.draw(work), SHAPES.images
+    )
     pixels = tokens.reshape(-1, CHANNELS, 4)
     mean = pixels.mean((0, 2))
     centred = pixels - mean[:, None]
@@ -117,7 +123,7 @@ def make_embeddings(work: Path) -> None:
     config = schema.parse(Qwen2_5VLConfig, read_json(folder / "config.json"), str(folder))
     graphdef, abstract = nnx.split(QWEN2_5_VL.abstract(config))
     state = import_tensors(text_table, read_folder(folder), abstract)
-    ids, ends = token_ids(load_tokenizer(work / "text" / "tokenizer"), [*map(str, denoiser.CAPTIONS), ""])
+    ids, ends = token_ids(load_tokenizer(work / "text" / "tokenizer"), [*map(str, SHAPES.captions.all()), ""])
     states = jax.jit(lambda state, ids: nnx.merge(graphdef, state)(ids))(state, ids)
     embedded = {"text": states[:, QwenPrompts.BEFORE :], "lengths": jnp.asarray(ends - QwenPrompts.BEFORE, jnp.int32)}
     save_file(embedded, work / "embeddings.safetensors")
@@ -128,23 +134,28 @@ class Data:
     """As `denoiser.Data`."""
 
     tokens: jax.Array  # [·, 16, 16]
-    attributes: jax.Array  # [·, 5]
+    caption: jax.Array  # [·]
     text: jax.Array  # [captions + 1, T, D]; the last is the empty prompt
     lengths: jax.Array  # [captions + 1]
 
     draw = denoiser.Data.draw
 
+    @property
+    def empty(self) -> int:
+        return len(self.text) - 1
+
     @classmethod
-    def load(cls, work: Path) -> Data:
+    def load(cls, work: Path, teacher: Teacher) -> Data:
         latents, embedded = load_file(work / "latents.safetensors"), load_file(work / "embeddings.safetensors")
-        return cls(latents["tokens"], latents["attributes"], embedded["text"], embedded["lengths"])
+        caption = teacher.captions.index(latents["attributes"])
+        return cls(latents["tokens"], caption, embedded["text"], embedded["lengths"])
 
     def conditioning(self, caption: jax.Array, guidance: jax.Array) -> QwenImageConditioning:
         positions = packing.centred_positions(denoiser.GRID, denoiser.GRID)
         return QwenImageConditioning(self.text[caption], self.lengths[caption], positions)
 
 
-def new_model() -> ArcModel:
+def new_model(teacher: Teacher) -> ArcModel:
     """With gates and output at zero, as for FLUX.1."""
     rngs = nnx.Rngs(0)
     model = ArcModel(QwenImage(CONFIG, rngs=rngs), param_dtype=jnp.float32, rngs=rngs)
@@ -157,12 +168,12 @@ def new_model() -> ArcModel:
 
 
 def make_denoiser(work: Path) -> None:
-    denoiser.make_denoiser(work, Data.load, new_model)
+    denoiser.make_denoiser(work, SHAPES, Data.load, new_model)
 
 
 def assemble(work: Path) -> None:
     """Writes `work`/tiny-qwen: transformer and VAE in bfloat16, the text encoder in float32."""
-    write_prompts(work)
+    write_prompts(work, SHAPES.captions)
     out = work / "tiny-qwen"
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(work / "text", out)
@@ -175,12 +186,12 @@ def assemble(work: Path) -> None:
     (out / "scheduler").mkdir()
     write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
 
-    model = common.load_state(work / "denoiser.safetensors", new_model())
+    model = common.load_state(work / "denoiser.safetensors", new_model(SHAPES))
     config = CONFIGS["transformer"] | dataclasses.asdict(CONFIG) | {"out_channels": CHANNELS}
     write_component(out / "transformer", config, transformer_table, nnx.state(model), ml_dtypes.bfloat16)
 
     latents = load_file(work / "latents.safetensors")
-    model = common.load_state(work / "vae.safetensors", new_vae())
+    model = common.load_state(work / "vae.safetensors", new_vae(SHAPES))
     stats = {f"latents_{name}": latents[name].tolist() for name in ("mean", "std")}
     config = CONFIGS["vae"] | dataclasses.asdict(VAE) | stats
     write_component(out / "vae", config, vae_table, nnx.state(model), ml_dtypes.bfloat16)

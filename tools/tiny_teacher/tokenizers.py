@@ -16,15 +16,9 @@ import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer, T5TokenizerFast, TokenizersBackend
 
-from arcflow_jax.demo import world
-
-CLIP_LENGTH, T5_LENGTH = 32, 16  # tokens; the longest caption has 11 words
+CLIP_LENGTH, T5_LENGTH = 32, 16  # tokens; the longest caption has 13 words
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 WORD_SCORE, CHARACTER_SCORE = -2.0, -10.0  # log-probabilities: a word always beats its spelling
-
-
-def caption_words() -> list[str]:
-    return sorted({word for caption in world.all_captions() for word in str(caption).split()})
 
 
 def byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
@@ -53,9 +47,9 @@ def write(folder: Path, tokenizer: TokenizersBackend, config: dict[str, Any], sp
     write_json(folder / "special_tokens_map.json", special)
 
 
-def make_clip_tokenizer(folder: Path) -> None:
+def make_clip_tokenizer(folder: Path, words: list[str]) -> None:
     """Ids in OpenAI's order: bytes, bytes that end a word, merges, start, end. The end token has the highest id."""
-    merges = byte_pair_merges(caption_words())
+    merges = byte_pair_merges(words)
     alphabet = sorted(ByteLevel.alphabet())
     tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *map("".join, merges), CLIP_START, CLIP_END]
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -86,12 +80,12 @@ def lowercase_map() -> bytes:
     return np.uint32(trie.nbytes).astype("<u4").tobytes() + trie.astype("<u4").tobytes() + replacements
 
 
-def make_t5_tokenizer(folder: Path) -> None:
+def make_t5_tokenizer(folder: Path, words: list[str]) -> None:
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}  # ids 0, 1, 2
     characters = ["▁", *string.digits, *string.ascii_letters, *string.punctuation]
     pieces = [
         *((token, 0.0) for token in special.values()),
-        *((f"▁{word}", WORD_SCORE) for word in caption_words()),
+        *((f"▁{word}", WORD_SCORE) for word in words),
         *((character, CHARACTER_SCORE) for character in characters),
     ]
     tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0, _spm_precompiled_charsmap=lowercase_map(), **special)
