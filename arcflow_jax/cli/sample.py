@@ -70,7 +70,8 @@ def sample(
 def rare_collections() -> Generator[None]:
     """Inside the `with` block, Python looks for garbage two hundred times less often.
 
-    Imports, loading and tracing make many objects that stay: the search took an eighth of the processor time to the first image.
+    Imports, loading and tracing make many objects that stay, and the search took an eighth of the processor time to the
+    first image.
     """
     before = gc.get_threshold()
     gc.set_threshold(200 * before[0], *before[1:])
