@@ -132,7 +132,7 @@ def test_images_in_a_batch_are_those_made_alone(client, address, engine, gate):
     assert after["arcflow_images_total"] - before["arcflow_images_total"] == 6
     assert gate.sizes == [1, 4, 1]
     for image, (prompt, seed) in zip(together, requests, strict=True):
-        assert difference(image, ask(client, prompt, seed)) == 0
+        assert difference(image, ask(client, prompt, seed)) <= 1  # in a batch of another size
         assert difference(image, engine.pipeline(prompt, seed=seed, height=32, width=64).images[0]) <= 1
 
 
