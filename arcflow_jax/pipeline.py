@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -22,7 +22,7 @@ from arcflow_jax.generate import TEACHER_STEPS
 from arcflow_jax.image_to_image import Beginning, GivenImages, given_images
 from arcflow_jax.loaded_model import LoadedModel
 from arcflow_jax.networks.conditioning import Conditioning, Guided, referring
-from arcflow_jax.references import ReferenceTokens, reads_references, reference_sets
+from arcflow_jax.references import ReferenceSets, ReferenceTokens, reads_references, reference_sets
 from arcflow_jax.sampling_settings import (
     Job,
     OutputType,
@@ -146,6 +146,30 @@ class ArcFlowPipeline(LoadedModel):
         job = self._job(prompt, settings, *images, latents, batch_size, first, progress)
         return self._images(job if wanted is None else dataclasses.replace(job, wanted=wanted))
 
+    def begin(
+        self,
+        prompts: Sequence[str],
+        noise: jax.Array,
+        *,
+        image: GivenImages | None = None,
+        mask_image: GivenImages | None = None,
+        **settings: Any,
+    ) -> Iterator[Image.Image]:
+        """Hands one batch to the devices, and does not wait for it: the iterator does.
+
+        Args:
+          prompts: at most B. The batch is filled up with the last one.
+          noise: [B, N, 4C], float32, on the devices. It is not checked, which would wait for what runs on them.
+          image, mask_image, settings: as for `stream`.
+
+        Raises:
+          UserError: as for `stream`.
+        """
+        settings = {"negative_prompt": None} | settings
+        job = self._job(prompts, settings, image, mask_image, 1, None, len(noise), 0, lambda activity, done: None)
+        job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, seed=None), latents=noise)
+        return self._fetched(job, self._described(job.settings, job.references), list(self._pixels(job)))
+
     def settings(self, **settings: Any) -> SamplingSettings:
         """The settings of a call, defaults filled in. Arguments and errors as for `resolve_settings`."""
         return resolve_settings(self.directory, self.student, **settings)
@@ -154,10 +178,13 @@ class ArcFlowPipeline(LoadedModel):
         """What images of these settings have in their `info`; arguments and errors as for `resolve_settings`."""
         return self._described(self.settings(**settings))
 
-    def _described(self, settings: SamplingSettings) -> dict[str, int | float | str]:
+    def _described(
+        self, settings: SamplingSettings, references: ReferenceSets | None = None
+    ) -> dict[str, int | float | str]:
         side = PATCH * self.directory.config("vae").factor  # of a token, in pixels
         size = {"height": settings.rows * side, "width": settings.columns * side}
-        return size | settings.described() | self.origin
+        count = {} if references is None else {"references": len(references.pixels)}
+        return size | settings.described() | self.origin | count
 
     def _job(
         self,
@@ -213,7 +240,8 @@ class ArcFlowPipeline(LoadedModel):
                     pairs = zip(conditionings, batches, strict=True)
                     conditionings = [referring(conditioning, references(batch)) for conditioning, batch in pairs]
                 if job.latents is not None:
-                    noises = [job.latents[batch] for batch in batches]
+                    whole = len(job.latents) == job.batch_size  # what fills a batch up may have any noise
+                    noises = [job.latents if whole else job.latents[batch] for batch in batches]
                 else:
                     seed, size = settings.seed or 0, (job.batch_size, settings.rows, settings.columns)
                     noises = [self.noise(seed, *size, job.first + i) for i in starts]
@@ -247,11 +275,15 @@ class ArcFlowPipeline(LoadedModel):
             return ReferenceTokens(self.directory, job.references, self._image_encoder(), self.mesh)
 
     def _images(self, job: Job) -> Iterator[Image.Image]:
-        described, batches = self._described(job.settings), self._pixels(job)
-        if job.references is not None:
-            described["references"] = len(job.references.pixels)
+        batches = self._pixels(job)
         if not self.offload:  # the devices make the next batch while this one's images are fetched and written
             batches = one_ahead(batches)
+        return self._fetched(job, self._described(job.settings, job.references), batches)
+
+    def _fetched(
+        self, job: Job, described: dict[str, int | float | str], batches: Iterable[tuple[int, list[jax.Array]]]
+    ) -> Iterator[Image.Image]:
+        """The images of batches of pixels, with what is `described` in their `info`."""
         for start, pixels in batches:
             with self._running():
                 arrays = np.concatenate(pixels)

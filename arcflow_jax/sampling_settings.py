@@ -185,3 +185,11 @@ def batch_for(mesh: Mesh, batch_size: int | None) -> int:
     if batch_size % shards:
         raise UserError(f"batch_size is {batch_size}, but has to be a multiple of data × fsdp = {shards} of the mesh")
     return batch_size
+
+
+def batch_sizes(mesh: Mesh, largest: int) -> list[int]:
+    """The sizes that batches of up to `largest` images have, the largest first: it, and below it the powers of two, in
+    units of data × fsdp of the mesh. Raises UserError as `batch_for`."""
+    unit = batch_for(mesh, None)
+    units = batch_for(mesh, largest) // unit
+    return sorted({largest, *(2**i * unit for i in range(units.bit_length()))}, reverse=True)

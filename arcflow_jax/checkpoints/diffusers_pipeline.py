@@ -144,19 +144,31 @@ class ArcFlowPipeline(BasePipeline):
           num_inference_steps: by default as many as the student was distilled for.
           guidance_scale: for a base model with guidance embedding; by default the one of the distillation. The
             student needs no classifier-free guidance.
+
+        Raises:
+          ValueError: if there is no student yet, or it has no use for a setting.
         """
         if self.student is None:
             raise ValueError("there is no student yet: load it with load_student(FOLDER)")
-        if refused := REFUSED & settings.keys():
+        # Some pipelines take the scale of classifier-free guidance by this name, others have one name for both
+        two_scales = "true_cfg_scale" in inspect.signature(BasePipeline.__call__).parameters
+        refused = REFUSED & settings.keys()
+        if not two_scales and guidance_scale is not None:
+            refused |= {"guidance_scale"}
+        if refused:
             raise ValueError(f"a student has its own schedule and guidance: leave out {', '.join(sorted(refused))}")
-        if guidance_scale is None and self.transformer.config.guidance_embeds:
-            guidance_scale = self.student["guidance"]
+        if two_scales:
+            settings["true_cfg_scale"] = 1.0
+            if guidance_scale is None and self.transformer.config.guidance_embeds:
+                guidance_scale = self.student["guidance"]
+        else:
+            guidance_scale = 1.0
         # As in the distillation, where a smaller maximum of the tokenizer counts
         tokenizer = getattr(self, "tokenizer_2", self.tokenizer)
         most = tokenizer.model_max_length - getattr(self, "prompt_template_encode_start_idx", 0)
-        settings = {"max_sequence_length": min(512, most), "true_cfg_scale": 1.0, **settings}
+        settings = {"max_sequence_length": min(512, most), "guidance_scale": guidance_scale, **settings}
         steps = num_inference_steps or self.student["steps"]
-        return super().__call__(prompt, num_inference_steps=steps, guidance_scale=guidance_scale, **settings)
+        return super().__call__(prompt=prompt, num_inference_steps=steps, **settings)
 
 
 def output_layer(tensors, names, rows, like):

@@ -47,7 +47,7 @@ def serve(
             "--edits", help="Serve /v1/images/edits: for each size and NFE, compile image to image and inpainting too."
         ),
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch; smaller batches are filled up.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Most images of a batch.")] = 4,
     wait_ms: Annotated[int, typer.Option(min=0, help="Milliseconds that an image waits for others of its batch.")] = 10,
     queue: Annotated[int, typer.Option(min=1, help="Images that may wait. More are refused, with status 429.")] = 64,
     timeout: Annotated[float, typer.Option(min=0, help="Seconds until a request fails with status 504.")] = 120,

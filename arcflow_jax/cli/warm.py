@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import time
 from typing import Annotated, Any
 
@@ -23,14 +24,14 @@ def warm(
 ) -> None:
     """Compiles ahead, into the cache, all that sampling from a model takes, for each size.
 
-    Programs are kept for the same machine, versions, batch size and steps. Each size is sampled once, and no image is
-    written.
+    Programs are kept for the same machine, versions, batch size and steps. With --batch-size, the smaller batches that
+    arcflow serve makes are compiled as well. Each size is sampled once for each batch size, and no image is written.
     """
     if sizes and (sampling.height or sampling.width):
         raise UserError("--height and --width are one size, --sizes may be several: leave one or the other out")
     import jax
 
-    from arcflow_jax.sampling_settings import batch_for, sides
+    from arcflow_jax.sampling_settings import batch_for, batch_sizes, sides
     from arcflow_jax.storage import cache
 
     shapes = [sides(size) for size in filter(None, sizes.split(","))] or [(sampling.width, sampling.height)]
@@ -40,10 +41,10 @@ def warm(
     events: collections.Counter[str] = collections.Counter()
     jax.monitoring.register_event_listener(lambda event, **_: events.update([event.split("/")[-1]]))
     pipeline = sampling.load()
-    batch = batch_for(pipeline.mesh, sampling.batch_size)
+    batches = batch_sizes(pipeline.mesh, batch_for(pipeline.mesh, sampling.batch_size))
     calls: list[dict[str, Any]] = [sampling.settings() | {"height": height, "width": width} for width, height in shapes]
     described = [pipeline.described(**settings) for settings in calls]  # all are checked before the first compiles
-    for settings, image in zip(calls, described, strict=True):
+    for batch, (settings, image) in itertools.product(batches, zip(calls, described, strict=True)):
         started = time.perf_counter()
         for _ in pipeline.stream(["warm"] * batch, batch_size=batch, **settings):
             pass

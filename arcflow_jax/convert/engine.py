@@ -49,6 +49,7 @@ class Fill(NamedTuple):
       form: the layout.
       source_shape: shape of each source tensor.
       rows: the rows of the source tensor that belong to the target; None for all.
+      least: of its values.
     """
 
     target: str
@@ -58,6 +59,7 @@ class Fill(NamedTuple):
     form: Form
     source_shape: tuple[int, ...]
     rows: slice | None
+    least: float
 
 
 def source_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -91,7 +93,7 @@ def fills(table: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[Fill]:
             ends = list(itertools.accumulate(source_shape(rule, shapes[part])[0] for part in parts))
             end = ends[parts.index(target)]
             whole, rows = (ends[-1], *whole[1:]), slice(end - whole[0], end)
-        plan.append(Fill(target, shape, names, stacked, rule.form, whole, rows))
+        plan.append(Fill(target, shape, names, stacked, rule.form, whole, rows, rule.least))
     return plan
 
 
@@ -175,11 +177,13 @@ def layers(fill: Fill, tensors: Sequence[Tensor], dtype: Any = None, where: str 
       where: name of the source in error messages.
 
     Raises:
-      UserError: if a value is NaN or infinite in the source, or becomes so in `dtype`.
+      UserError: if a value is NaN or infinite in the source, or becomes so in `dtype`, or is less than it may be.
     """
     dtype = np.dtype(dtype or jnp.result_type(*(tensor.dtype for tensor in tensors)))
     for name, tensor in zip(fill.names, tensors, strict=True):
         array = cast(np.asarray(tensor), dtype, f"{where}: {name}")
+        if fill.least > -np.inf and array.size and array.min() < fill.least:
+            raise UserError(f"{where}: {name} holds {array.min():.3g}, but has to be at least {fill.least:g}")
         yield np.asarray(fill.form.to_ours(array), order="C")
 
 

@@ -86,12 +86,15 @@ class Rule:
 
     A source tensor may contain several targets, concatenated along its first axis. Then `fused` lists them all, in that
     order, and each has its own rule. The number of rows of each follows from the shapes of the targets.
+
+    `least` is the least value that a tensor may have.
     """
 
     source: str
     target: str
     form: Form = AS_IS
     fused: tuple[str, ...] = ()
+    least: float = -math.inf
 
 
 def linear(source: str, target: str) -> tuple[Rule, Rule]:

@@ -11,7 +11,7 @@ RULES: tuple[Rule, ...] = (
     *conv("quant_conv", "encoder.quant_conv"),
     *conv("post_quant_conv", "decoder.post_quant_conv"),
     Rule("bn.running_mean", "decoder.bn.running_mean"),
-    Rule("bn.running_var", "decoder.bn.running_var"),
+    Rule("bn.running_var", "decoder.bn.running_var", least=0.0),  # a variance
 )
 
 # How many batches the running statistics are of

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from arcflow_jax.errors import UserError
 
@@ -74,8 +75,7 @@ def as_tokens(latents: Any, count: int, rows: int, columns: int, features: int) 
 
 def position_ids(rows: int, columns: int) -> jax.Array:  # [N, 3]
     """(0, row, column) of every token in the order of `pack`: FLUX.1's positions for the rotary embedding."""
-    row, column = jnp.mgrid[:rows, :columns]
-    return jnp.stack([jnp.zeros_like(row), row, column], -1).reshape(-1, 3).astype(jnp.float32)
+    return jax.device_put(_positions(rows, columns))
 
 
 def centred_positions(rows: int, columns: int) -> jax.Array:  # [N, 3]
@@ -83,4 +83,10 @@ def centred_positions(rows: int, columns: int) -> jax.Array:  # [N, 3]
 
     Of an odd number of tokens, one more lies before the center than from there on.
     """
-    return position_ids(rows, columns) - jnp.array([0, rows - rows // 2, columns - columns // 2], jnp.float32)
+    center = np.array([0, rows - rows // 2, columns - columns // 2], np.float32)
+    return jax.device_put(_positions(rows, columns) - center)
+
+
+def _positions(rows: int, columns: int) -> np.ndarray:
+    # In NumPy: each operation of jax.numpy is a program, which every process would compile or load
+    return np.indices((1, rows, columns), np.float32).reshape(3, -1).T

@@ -92,7 +92,7 @@ class PromptEncoder:
       offload: what stays in host memory (see `offload.Offload`).
 
     Attributes:
-      cut: how many prompts so far had more tokens than the encoder takes, and were cut.
+      cut: how many of this process's prompts so far had more tokens than the encoder takes, and were cut.
     """
 
     TEMPLATE: ClassVar[str] = "{}"  # what the encoders read of a prompt

@@ -33,6 +33,10 @@ SHORT = 1024  # up to this many tokens, the memory for all scores at once is not
 CPU_CHUNK, CHUNK = 128, 512
 SPLASH_BLOCKS = (512, 384, 256)
 SPLASH_MOST = 2048  # keys that the backward pass has in fast memory
+# Queries, and keys, that the forward pass has there, where a head's features take at most SPLASH_BYTES: fewer steps of
+# the kernel, and keys and values are read less often. MaxDiffusion has as many for FLUX.1 on v6e (base_flux_dev.yml).
+# Wider heads do not fit into v5p's 16 MiB. BENCHMARKS.md has cycles
+SPLASH_FORWARD, SPLASH_BYTES = 1536, 256
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
@@ -118,15 +122,17 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, 
 
     b, s, t = q.shape[0], q.shape[1], k.shape[1]
     (block_q, padded_s), (block_k, padded_t) = blocking(s), blocking(t)
+    large = q.shape[-1] * q.dtype.itemsize <= SPLASH_BYTES
     q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)  # the kernel does not scale its scores
     q, k, v = (pad(x, length).swapaxes(1, 2) for x, length in ((q, padded_s), (k, padded_t), (v, padded_t)))
     kernel = lib.make_splash_mha(
         lib.MultiHeadMask([lib.FullMask((padded_s, padded_t))] * q.shape[1]),
         block_sizes=lib.BlockSizes(
-            block_q=block_q,
-            block_kv=block_k,
+            block_q=several(block_q, padded_s, SPLASH_FORWARD if large else block_q),
+            block_kv=several(block_k, padded_t, SPLASH_FORWARD if large else block_k),
+            block_kv_compute=block_k,
             block_q_dkv=block_q,
-            block_kv_dkv=several(block_k, padded_t),
+            block_kv_dkv=several(block_k, padded_t, SPLASH_MOST),
             block_kv_dkv_compute=block_k,
             # One kernel for all gradients computes scores and their gradients once, where two kernels do it twice. Each
             # of its blocks of keys writes a gradient of the queries, so the blocks are large
@@ -152,9 +158,9 @@ def blocking(length: int) -> tuple[int, int]:
     return -block, padded
 
 
-def several(block: int, padded: int) -> int:
-    """The largest multiple of a block that divides a padded length, up to `SPLASH_MOST`."""
-    return max(size for size in range(block, max(block, SPLASH_MOST) + 1, block) if padded % size == 0)
+def several(block: int, padded: int, most: int) -> int:
+    """The largest multiple of a block that divides a padded length, up to `most`."""
+    return max(size for size in range(block, most + 1, block) if padded % size == 0)
 
 
 def pad(x: jax.Array, length: int) -> jax.Array:

@@ -15,10 +15,11 @@ import msgspec
 import numpy as np
 from jax._src import distributed  # its barrier has no public name
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from arcflow_jax.errors import UserError
 from arcflow_jax.parallel.failure import ends_together
-from arcflow_jax.parallel.processes import is_main, several
+from arcflow_jax.parallel.processes import is_main, local_rows, several
 from arcflow_jax.storage.atomic import new_output
 from arcflow_jax.storage.files import digest
 from arcflow_jax.storage.lock import one_writer, writing
@@ -71,6 +72,17 @@ def own_share(count: int, batch: int = 1) -> range:
     batches = -(-count // batch)
     first, end = (min(i * batches // processes * batch, count) for i in (index, index + 1))
     return range(first, end)
+
+
+def sum_over_rows(own: int, mesh: Mesh) -> int:
+    """The number of rows of which something is so, from what each process has counted in those that it loads.
+
+    Where `tensor` or `sequence` spans processes, several load the same rows (see `processes.local_rows`), which count
+    once. All processes call it.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    counted, loaded = map(sum, zip(*gathered([own, len(local_rows(mesh, shards))]), strict=True))
+    return counted * shards // loaded
 
 
 def check_same(seen: Mapping[str, Any]) -> None:

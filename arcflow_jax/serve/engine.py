@@ -5,16 +5,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -23,6 +25,7 @@ from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.generate import noise_of_each
 from arcflow_jax.image_to_image import STRENGTH
 from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.sampling_settings import batch_sizes
 from arcflow_jax.schema import NFE, Guidance, Offset, Pixels, Strength
 from arcflow_jax.serve.metrics import Metrics
 
@@ -147,16 +150,25 @@ class Waiting:
     start: Start | None = None
 
 
+@dataclasses.dataclass(eq=False)
+class Begun:
+    """A batch that the devices have, since they were free for it. The images wait for them."""
+
+    batch: Sequence[Waiting]
+    images: Iterator[Image.Image]
+    since: float
+
+
 class Engine:
     """Makes images of waiting requests in batches, in one thread for each pipeline.
 
     A batch starts once `batch_size` images of the same settings wait, or the oldest one has waited for `wait` seconds.
-    Every batch is filled up to one size, so it runs the same compiled program; and each image has noise of its own, so
-    it does not depend on the others.
+    It is filled up to the next of a few sizes, so it runs a compiled program; and each image has noise of its own, so
+    it does not depend on the others. A full batch is handed to the devices while another one runs.
 
     Args:
       pipelines: replicas of one model, each on devices of its own.
-      batch_size: images per batch, a multiple of data × fsdp of the mesh.
+      batch_size: most images of a batch, a multiple of data × fsdp of the mesh. Smaller sizes: see `batch_sizes`.
       wait: seconds.
       capacity: images in the queue.
       declared: settings whose programs are compiled before the engine is ready.
@@ -185,7 +197,8 @@ class Engine:
         self.pipelines, self.batch_size, self.wait, self.capacity = pipelines, batch_size, wait, capacity
         self.declared, self.on_request, self.metrics = declared, on_request, metrics
         self.pipeline = pipelines[0]
-        self.pipeline.together(batch_size)
+        self._resolved = functools.lru_cache(64)(lambda settings: self.pipeline.settings(**settings.arguments()))
+        self._sizes = batch_sizes(self.pipeline.mesh, batch_size)
         # An image's `info` names the weights; where they lie concerns no client
         origin = self.pipeline.origin
         self._names = {key: Path(str(origin[key])).name for key in ("model", "adapter") if key in origin}
@@ -218,7 +231,7 @@ class Engine:
 
     def check(self, settings: Settings) -> None:
         """Raises UserError if the settings do not fit the model, or have no compiled program and get none."""
-        self.pipeline.settings(**settings.arguments())
+        self._resolved(settings)
         if unknown := [name for name, _ in settings.loras or () if name not in self.loras]:
             raise UserError(f"loras: {one_line(unknown[0])} is not loaded, only {', '.join(self.loras) or 'none'}")
         if not self.on_request and settings.program not in self._programs:
@@ -277,26 +290,30 @@ class Engine:
         self._queue[:] = left
         self.metrics.waiting.set(len(left))
 
-    def _next(self) -> list[Waiting]:
-        """Waits for a batch, and takes it out of the queue; [] once the engine is closed and nothing waits."""
+    def _next(self, wait: bool) -> list[Waiting]:
+        """Takes a batch out of the queue: waits for one, or only looks whether there is a full one.
+
+        [] if there is none, or once the engine is closed and nothing waits.
+        """
         with self._changed:
             while True:
                 self._forget_cancelled()
+                left = None
                 if self._queue:
                     oldest = self._queue[0]
                     batch = [each for each in self._queue if each.settings == oldest.settings][: self.batch_size]
                     left = oldest.since + self.wait - time.monotonic()
-                    if len(batch) == self.batch_size or left <= 0 or self._closed:
+                    if len(batch) == self.batch_size or (wait and (left <= 0 or self._closed)):
                         taken = set(batch)
                         self._queue[:] = [each for each in self._queue if each not in taken]
                         self.metrics.waiting.set(len(self._queue))
                         # From here on a future cannot be cancelled
-                        return [each for each in batch if each.future.set_running_or_notify_cancel()]
-                    self._changed.wait(left)
-                elif self._closed:
+                        if batch := [each for each in batch if each.future.set_running_or_notify_cancel()]:
+                            return batch
+                        continue
+                if not wait or (self._closed and not self._queue):
                     return []
-                else:
-                    self._changed.wait()
+                self._changed.wait(left)
 
     def _work(self, pipe: ArcFlowPipeline) -> None:
         """The thread of a pipeline."""
@@ -304,11 +321,11 @@ class Engine:
             # All at once first: with the largest rank compiled, no choice among them compiles anything
             self._choose(pipe, [(name, 1.0) for name in self.loras])
             self._choose(pipe, None)
-            for settings in self.declared:
+            for count, settings in itertools.product(self._sizes, self.declared):
                 size = settings.height, settings.width
                 shape = (*([settings.references] if settings.references else []), *size, 3)
                 start = Start(np.zeros(shape, np.uint8), np.ones(size, bool) if settings.masked else None)
-                self._pixels(pipe, [Waiting("warm", settings, 0, 0, Future(), 0.0, start)])
+                list(self._begin(pipe, [Waiting("warm", settings, 0, 0, Future(), 0.0, start)] * count))
         except BaseException as error:
             self.failure = error
             return
@@ -316,39 +333,58 @@ class Engine:
             self._warm += 1
             self.metrics.ready.set(float(self.ready))
         active: object = None  # the LoRAs
-        while batch := self._next():
-            start, loras = time.monotonic(), batch[0].settings.loras
-            try:
-                if loras != active:
-                    active = "unknown"  # until it has succeeded
-                    self._choose(pipe, loras)
-                    active = loras
-                images = self._pixels(pipe, batch)
-            except Exception as error:
-                LOG.exception("a batch failed")
-                for each in batch:
-                    each.future.set_exception(error)
-                continue
-            self._batch_seconds = time.monotonic() - start
-            self.metrics.batch_seconds.observe(self._batch_seconds)
-            self.metrics.batch_images.observe(len(batch))
-            for each, image in zip(batch, images, strict=True):
-                self._encoders.submit(self._finish, each, image)
+        runs: Begun | None = None
+        while True:
+            # With `offload`, one batch leaves the devices before the next one comes
+            batch = [] if runs is not None and pipe.offload else self._next(wait=runs is None)
+            if not batch and runs is None:
+                return
+            begun = None
+            if batch:
+                start, loras = time.monotonic(), batch[0].settings.loras
+                try:
+                    if loras != active:
+                        active = "unknown"  # until it has succeeded
+                        self._choose(pipe, loras)
+                        active = loras
+                    begun = Begun(batch, self._begin(pipe, batch), start)
+                except Exception as error:
+                    failed(batch, error)
+            if runs is not None:
+                self._deliver(runs)
+                if begun is not None:
+                    begun.since = time.monotonic()
+            runs = begun
+
+    def _deliver(self, begun: Begun) -> None:
+        """Waits for the images of a batch, and hands them to the threads that write PNGs."""
+        try:
+            images = list(begun.images)
+        except Exception as error:
+            return failed(begun.batch, error)
+        self._batch_seconds = time.monotonic() - begun.since
+        self.metrics.batch_seconds.observe(self._batch_seconds)
+        self.metrics.batch_images.observe(len(begun.batch))
+        for each, image in zip(begun.batch, images, strict=True):
+            self._encoders.submit(self._finish, each, image)
 
     def _choose(self, pipe: ArcFlowPipeline, loras: Sequence[tuple[str, float]] | None) -> None:
         """Makes these style LoRAs the active ones; None: those of the start."""
         chosen = self.loras if loras is None else dict(loras)
         pipe.set_adapters([self._adapters[name] for name in chosen], list(chosen.values()))
 
-    def _pixels(self, pipe: ArcFlowPipeline, batch: Sequence[Waiting]) -> list[Image.Image]:
-        """The images of one batch."""
+    def _begin(self, pipe: ArcFlowPipeline, batch: Sequence[Waiting]) -> Iterator[Image.Image]:
+        """Hands a batch to the devices. The iterator waits for its images."""
         settings = batch[0].settings
         rows, columns = pipe.grid(settings.height, settings.width)
-        filled = [*batch, *[batch[-1]] * (self.batch_size - len(batch))]
+        declared = settings.program in self._programs
+        size = min(size for size in self._sizes[: None if declared else 1] if size >= len(batch))
+        filled = [*batch, *[batch[-1]] * (size - len(batch))]
         seeds = np.array([[each.seed >> 32, each.seed % 2**32] for each in filled], np.uint32)
         numbers = np.array([each.number for each in filled], np.int32)
         channels = pipe.directory.config("transformer").in_channels
-        noise = noise_of_each(seeds, numbers, tokens=rows * columns, channels=channels)[: len(batch)]
+        with jax.set_mesh(pipe.mesh):
+            noise = noise_of_each(seeds, numbers, tokens=rows * columns, channels=channels)
         given: dict[str, list[Any]] = {}
         if settings.strength is not None or settings.references:
             same = all(each.start is batch[0].start for each in batch)  # it is encoded once
@@ -356,8 +392,7 @@ class Engine:
             given["image"] = [list(start.pixels) if settings.references else start.pixels for start in starts]
             if settings.masked:
                 given["mask_image"] = [start.repaint for start in starts if start.repaint is not None]
-        prompts = [each.prompt for each in batch]
-        return list(pipe.stream(prompts, latents=noise, batch_size=self.batch_size, **given, **settings.arguments()))
+        return pipe.begin([each.prompt for each in batch], noise, **given, **settings.arguments())
 
     def _finish(self, waiting: Waiting, image: Image.Image) -> None:
         """Gives a client its image."""
@@ -370,3 +405,10 @@ class Engine:
             self.metrics.images.inc()
         except BaseException as error:
             waiting.future.set_exception(error)
+
+
+def failed(batch: Sequence[Waiting], error: Exception) -> None:
+    """Tells those who wait for a batch that it failed."""
+    LOG.error("a batch failed", exc_info=error)
+    for each in batch:
+        each.future.set_exception(error)

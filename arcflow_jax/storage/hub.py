@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import errors
 
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.storage.safetensors import STEMS
@@ -62,6 +61,8 @@ def fetch(repository: str, revision: str | None, patterns: Iterable[str]) -> Pat
     Raises:
       UserError: if the repository or revision does not exist, needs a login or a licence, or cannot be reached.
     """
+    from huggingface_hub import errors  # not at the top: it loads an HTTP client, which most commands never need
+
     repository = repository.removeprefix(PREFIX)
     page = f"https://huggingface.co/{repository}"
     try:

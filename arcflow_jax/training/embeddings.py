@@ -183,7 +183,7 @@ class CachedPrompts:
       prompts: all that the run will need.
 
     Attributes:
-      cut: how many of the prompts so far had more tokens than the text encoder takes, and were cut.
+      cut: as of `PromptEncoder`.
 
     Raises:
       UserError: if the cache is missing, unfinished or damaged, was made by other text encoders or in another dtype,

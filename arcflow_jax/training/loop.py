@@ -19,7 +19,7 @@ from arcflow_jax.parallel.mesh import state_shardings
 from arcflow_jax.parallel.offload import to_host
 from arcflow_jax.parallel.preemption import Preemption
 from arcflow_jax.parallel.processes import is_main
-from arcflow_jax.parallel.together import check_directory, writing_together
+from arcflow_jax.parallel.together import check_directory, sum_over_rows, writing_together
 from arcflow_jax.references import rules_of
 from arcflow_jax.storage.paths import as_path
 from arcflow_jax.training.compile import compile_steps, memory_errors
@@ -129,7 +129,8 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
                     state, values = program(*arguments)
                 trace.after(i + 1, values)
                 if due(recipe.log_every, i + 1, recipe):
-                    line = log.step(i + 1, values | {"prompts_cut": encode.cut, "waited": data.waited})
+                    cut = sum_over_rows(encode.cut, mesh)
+                    line = log.step(i + 1, values | {"prompts_cut": cut, "waited": data.waited})
                     if line["skipped_in_row"] > recipe.max_skipped:
                         checkpoints.save(int(state.step), state.items())
                         raise UserError(too_many_skipped(line, run))
@@ -146,8 +147,9 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
                         "command to resume"
                     )
         checkpoints.save(int(state.step), state.items())
-    if encode.cut and is_main():
-        print(f"{encode.cut} prompts had more tokens than the text encoder takes, and were cut", flush=True)
+    cut = sum_over_rows(encode.cut, mesh)
+    if cut and is_main():
+        print(f"{cut} prompts had more tokens than the text encoder takes, and were cut", flush=True)
     return run
 
 

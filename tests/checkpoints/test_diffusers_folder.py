@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 from huggingface_hub import ModelCard, constants
 
+from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.diffusers_folder import export_diffusers
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.student_formats import export_adapter, open_student
@@ -31,6 +32,7 @@ from arcflow_jax.pipeline import ArcFlowPipeline
 from tests.helpers.command_line import assert_refused, run
 from tests.helpers.fake_hub import ID, http, serving
 from tests.helpers.students import WEIGHTS, write_run
+from tests.helpers.tiny_flux2 import make_tiny_flux2
 
 for library in ("torch", "peft", "diffusers"):
     pytest.importorskip(library)
@@ -42,6 +44,8 @@ STUDENTS = {
     "flux-linear": AdapterConfig(modes=1, targets=(), **ALPHA),
     "qwen-momentum": AdapterConfig(modes=4, **ALPHA),
     "qwen-legendre": AdapterConfig(modes=3, basis="legendre", **ALPHA),
+    "flux2-momentum": AdapterConfig(modes=4, **ALPHA),
+    "flux2-legendre": AdapterConfig(modes=3, basis="legendre", **ALPHA),
 }
 SETTINGS = Distillation(nfe=3, shift=2.0, final_step_ratio=0.5)
 PROMPTS = ["a red circle", "two small green squares on a black background"]
@@ -53,17 +57,32 @@ import sys
 sys.modules |= dict.fromkeys(["arcflow_jax", "flax", "jax"])
 import numpy, pathlib, torch
 from diffusers import DiffusionPipeline
-folder, assets, *prompts = sys.argv[1:]
+folder, *prompts = sys.argv[1:]
+tokens = []  # the latents, packed, as one pipeline does not return them
 for student in sorted(pathlib.Path(folder).glob("*-torch")):
-    base = f"{assets}/tiny-{student.name.split('-')[0]}"
-    pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline=str(student), trust_remote_code=True)
+    kind = student.name.split("-")[0]
+    pipe = DiffusionPipeline.from_pretrained(
+        f"{folder}/bases/{kind}", custom_pipeline=str(student), trust_remote_code=True
+    )
     noise = torch.from_numpy(numpy.load(f"{folder}/noise.npy"))
-    size = {"height": 32, "width": 32, "latents": noise}
-    numpy.save(student.with_suffix(".npy"), pipe(prompts, output_type="latent", **size).images)
+    side = 4 * pipe.vae_scale_factor  # two tokens
+    settings = {"height": side, "width": side, "latents": noise.mT.reshape(2, 16, 2, 2) if kind == "flux2" else noise}
+    settings["callback_on_step_end"] = lambda pipe, step, t, values: tokens.append(values["latents"]) or values
+    images = pipe(prompts, output_type="latent", **settings).images
+    assert kind == "flux2" or torch.equal(images, tokens[-1])
+    numpy.save(student.with_suffix(".npy"), tokens[-1])
     if student.name == "flux-momentum-torch":
-        two = pipe(prompts, output_type="latent", num_inference_steps=2, guidance_scale=1.0, **size).images
-        numpy.save(f"{folder}/two.npy", two)
-assert pipe(prompts[0], height=32, width=32, generator=torch.Generator().manual_seed(0)).images[0].size == (32, 32)
+        pipe(prompts, output_type="latent", num_inference_steps=2, guidance_scale=1.0, **settings)
+        numpy.save(f"{folder}/two.npy", tokens[-1])
+    image = pipe(prompts[0], height=side, width=side, generator=torch.Generator().manual_seed(0)).images[0]
+    assert image.size == (side, side)
+    if kind == "flux2":
+        try:
+            pipe(prompts[0], guidance_scale=4.0)
+        except ValueError as error:
+            assert "leave out guidance_scale" in str(error), error
+        else:
+            raise AssertionError("a student was sampled with classifier-free guidance")
 """
 
 
@@ -71,8 +90,13 @@ assert pipe(prompts[0], height=32, width=32, generator=torch.Generator().manual_
 def runs(tiny_flux, tiny_qwen, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     """For each of `STUDENTS` its base, and its run; beside the run is its folder for diffusers, RUN-torch."""
     folder, found = tmp_path_factory.mktemp("students"), {}
+    (folder / "bases").mkdir()
+    for kind in ("flux", "qwen"):
+        (folder / "bases" / kind).symlink_to(ASSETS / f"tiny-{kind}")
+    flux2 = convert_model(make_tiny_flux2(folder / "bases" / "flux2"), folder / "flux2")
+    bases = {"flux": tiny_flux, "qwen": tiny_qwen, "flux2": flux2}
     for name, adapter in STUDENTS.items():
-        base = tiny_flux if name.startswith("flux") else tiny_qwen
+        base = bases[name.split("-")[0]]
         adapter = adapter.with_targets(ModelDirectory.open(base).family.lora_targets)
         write_run(folder / name, base, adapter, SETTINGS, guidance=2.0)
         export_diffusers(folder / name, folder / f"{name}-torch", dtype="float32")
@@ -86,7 +110,7 @@ def in_pytorch(runs) -> Path:
     folder = next(iter(runs.values()))[1].parent
     np.save(folder / "noise.npy", np.random.default_rng(0).standard_normal((2, 4, 16)).astype(np.float32))
     environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-I", "-c", IN_PYTORCH, folder, ASSETS, *PROMPTS]
+    command = [sys.executable, "-I", "-c", IN_PYTORCH, folder, *PROMPTS]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return folder
@@ -97,7 +121,8 @@ def in_pytorch(runs) -> Path:
 def test_same_noise_same_latents(runs, in_pytorch, name):
     base, path = runs[name]
     pipe = ArcFlowPipeline.from_pretrained(base, path, dtype="float32")
-    arguments = {"height": 32, "width": 32, "latents": np.load(in_pytorch / "noise.npy"), "output_type": "latent"}
+    side = 4 * ModelDirectory.open(base).config("vae").factor
+    arguments = {"height": side, "width": side, "latents": np.load(in_pytorch / "noise.npy"), "output_type": "latent"}
     ours, theirs = pipe(PROMPTS, **arguments).images, np.load(in_pytorch / f"{name}-torch.npy")
     assert np.abs(ours - theirs).max() < BAR
     assert np.std(ours) > 0.3

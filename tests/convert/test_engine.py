@@ -184,6 +184,15 @@ def test_values_that_are_not_finite(name, value):
     assert refused(tensors) == f"checkpoint: {name} holds NaN or infinite values in float32"
 
 
+def test_a_value_below_the_least():
+    table = types.SimpleNamespace(RULES=(Rule("variance", "variance", least=0.0),))
+    good, bad = np.array([0, 2], np.float32), np.array([2, -0.25], np.float32)
+    target = nnx.State({"variance": nnx.Param(good)})
+    assert (import_tensors(table, {"variance": good}, target)["variance"][...] == good).all()
+    with pytest.raises(UserError, match=r"^vae: variance holds -0.25, but has to be at least 0$"):
+        import_tensors(table, {"variance": bad}, target, where="vae")
+
+
 def test_overflow_of_the_chosen_dtype():
     tensors = source(proj__bias=np.full(4, 3.4e38, np.float32))
     assert "proj.bias holds NaN or infinite values in bfloat16" in refused(tensors, dtype=jnp.bfloat16)

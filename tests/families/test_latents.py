@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from arcflow_jax.errors import UserError
-from arcflow_jax.families.latents import pack, position_ids, token_grid, unpack
+from arcflow_jax.families.latents import centred_positions, pack, position_ids, token_grid, unpack
 
 
 def test_feature_order_and_token_order():
@@ -44,6 +45,18 @@ def test_positions_follow_the_tokens():
     np.testing.assert_array_equal(
         position_ids(2, 3), [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 1, 1], [0, 1, 2]]
     )
+
+
+def test_positions_compile_nothing():
+    """A small program costs the first image of a process ten milliseconds, even from the cache."""
+    compiled = []
+    listener = lambda event, *_, **__: compiled.append(event)  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        position_ids(37, 41), centred_positions(37, 41)  # a size of its own, which no other test has compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert not [event for event in compiled if "compile" in event]
 
 
 def test_token_grid():

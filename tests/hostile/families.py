@@ -28,6 +28,7 @@ FAMILIES: dict[str, tuple[Maker, int]] = {
     "source-index": (sources.index, 2),
     "source-weights": (sources.weights, 4),
     "source-files": (sources.files, 3),
+    "source-single-file": (sources.single_file, 2),
     "model-json": (models.description, 5),
     "model-checkpoint": (models.checkpoint, 6),
     "model-tokenizer": (models.tokenizer, 4),

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import random
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,19 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from arcflow_jax import families, schema
 from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.student_formats import export_adapter
-from arcflow_jax.convert.engine import export_tensors
+from arcflow_jax.convert.engine import export_tensors, import_tensors
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.student import AdapterConfig
 from arcflow_jax.storage.files import parse_json, seal
-from tests.helpers import source_folder, students
+from tests.helpers import source_folder, students, tiny_flux2
 
 QWEN: dict[str, dict[str, Any]] = {
     "transformer": {
@@ -72,10 +73,19 @@ FLUX = {
     "text_encoder_2": source_folder.CONFIGS["text_encoder_2"] | {"vocab_size": 123},
     "vae": source_folder.CONFIGS["vae"] | {"sample_size": 16},
 }
-PIPELINES = {"flux": ("FluxPipeline", FLUX), "qwen": ("QwenImagePipeline", QWEN)}
+FLUX2 = {**tiny_flux2.CONFIGS, "text_encoder": tiny_flux2.CONFIGS["text_encoder"] | {"vocab_size": 445}}
+PIPELINES = {
+    "flux": ("FluxPipeline", FLUX),
+    "qwen": ("QwenImagePipeline", QWEN),
+    "flux2": ("Flux2KleinPipeline", FLUX2),
+}
+KINDS = tuple(PIPELINES)
+# FLUX.2's tensors that are not used: how many batches a statistic is of, and what comes after the layers that are read
+UNUSED = re.compile(r"bn\.num_batches_tracked|model\.norm\.weight|model\.layers\.27\..*")
 ADAPTER = {
     "flux": AdapterConfig(modes=3, rank=2, alpha=2.0, dropout=0.0, targets=("single_transformer_blocks.proj_out",)),
     "qwen": AdapterConfig(modes=3, rank=2, alpha=2.0, dropout=0.0, targets=("transformer_blocks.img_mlp.*",)),
+    "flux2": AdapterConfig(modes=3, rank=2, alpha=2.0, dropout=0.0, targets=("transformer_blocks.ff.*",)),
 }
 PROMPTS = ["a red fox", "a blue house in the snow", "zwei Füchse – 狐", "an old man"]
 
@@ -123,6 +133,8 @@ def source(kind: str) -> Path:
     """A diffusers folder, its text encoder in shards, with the tokenizers of the bundled teacher."""
     pipeline, configs = PIPELINES[kind]
     folder = root() / f"{kind}-source"
+    if kind == "flux2":
+        return with_shards(tiny_flux2.make_tiny_flux2(folder))
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": "0.35.1"}
     for component, config in configs.items():
         network = networks(kind)[component]
@@ -145,6 +157,28 @@ def source(kind: str) -> Path:
     shutil.copytree(bundled / "scheduler", folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+def with_shards(source: Path) -> Path:
+    """A folder with its text encoder in shards."""
+    file = source / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    source_folder.write_shards(file.parent, tensors)
+    return source
+
+
+@functools.cache
+def original() -> Path:
+    """FLUX.2's transformer in the single file of its authors."""
+    network = networks("flux2")["transformer"]
+    config = schema.parse(network.config, PIPELINES["flux2"][1]["transformer"], "transformer")
+    tensors = load_file(source_folder.weights_file(source("flux2"), "transformer"))
+    state = import_tensors(network.table, tensors, nnx.state(network.abstract(config)))
+    file = root() / "original" / "flux-2.safetensors"
+    file.parent.mkdir()
+    save_file(export_tensors(network.original(config), state), file)
+    return file
 
 
 @functools.cache

@@ -17,8 +17,6 @@ from arcflow_jax.generate import teacher_grid
 from tests.hostile import good, mutate, rules
 from tests.hostile.case import Case
 
-KINDS = ("flux", "qwen")
-
 
 @functools.cache
 def abstract(kind: str, component: str) -> nnx.State:
@@ -43,7 +41,7 @@ def tokens(folder: Path) -> bytes:
 
 
 def start(rng: random.Random, folder: Path) -> tuple[str, Path]:
-    kind = rng.choice(KINDS)
+    kind = rng.choice(good.KINDS)
     return kind, good.copy(good.model(kind), folder / "in" / "model")
 
 

@@ -43,10 +43,13 @@ def numbers(count: int, low: float, high: float) -> Check:
     return lambda x: isinstance(x, list) and len(x) == count and all(map(number(low, high), x))
 
 
-def rope(x: Any) -> bool:
-    """Three even parts of a head of 8."""
-    return (
-        isinstance(x, list) and len(x) == 3 and all(type(n) is int and n > 0 and n % 2 == 0 for n in x) and sum(x) == 8
+def rope(parts: int) -> Check:
+    """Even parts of a head of 8."""
+    return lambda x: (
+        isinstance(x, list)
+        and len(x) == parts
+        and all(type(n) is int and n > 0 and n % 2 == 0 for n in x)
+        and sum(x) == 8
     )
 
 
@@ -64,7 +67,7 @@ def rules(kind: str, component: str, config: dict[str, Any]) -> dict[str, Check]
         case "flux", "transformer":
             names = ("num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads", "in_channels")
             more = ("joint_attention_dim", "pooled_projection_dim", "guidance_embeds")
-            free = {"axes_dims_rope": rope, "patch_size": optional(one_of(1)), "out_channels": optional(one_of())}
+            free = {"axes_dims_rope": rope(3), "patch_size": optional(one_of(1)), "out_channels": optional(one_of())}
             return keep(config, *names, *more) | free
         case "qwen", "transformer":
             names = ("num_layers", "attention_head_dim", "num_attention_heads", "in_channels", "joint_attention_dim")
@@ -72,8 +75,19 @@ def rules(kind: str, component: str, config: dict[str, Any]) -> dict[str, Check]
             return (
                 keep(config, *names)
                 | dict.fromkeys(off, lambda x: x is ABSENT or x is False or x is None)
-                | {"axes_dims_rope": rope, "patch_size": optional(one_of(2))}
+                | {"axes_dims_rope": rope(3), "patch_size": optional(one_of(2))}
             )
+        case "flux2", "transformer":
+            names = ("num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads", "in_channels")
+            return keep(config, *names, "joint_attention_dim", "guidance_embeds") | {
+                "axes_dims_rope": rope(4),
+                "rope_theta": optional(number(1, 1e12)),
+                "patch_size": optional(one_of(1)),
+                "out_channels": optional(one_of()),
+                "eps": optional(one_of(1e-6)),
+                "mlp_ratio": optional(one_of(3.0, 3)),
+                "timestep_guidance_channels": optional(one_of(256)),
+            }
         case "flux", "text_encoder":
             names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
             return keep(config, *names) | {
@@ -94,6 +108,23 @@ def rules(kind: str, component: str, config: dict[str, Any]) -> dict[str, Check]
             return keep(config, *names, "num_attention_heads", "num_key_value_heads") | {
                 "rms_norm_eps": epsilon,
                 "rope_theta": optional(positive(1e12)),
+            }
+        case "flux2", "text_encoder":
+            names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+            return keep(config, *names, "head_dim") | {
+                "num_hidden_layers": whole(28, 308),  # of which 27 are read
+                "rms_norm_eps": epsilon,
+                "rope_theta": number(1, 1e12),
+                "hidden_act": optional(one_of("silu")),
+                "attention_bias": optional(one_of(False)),
+                "use_sliding_window": optional(one_of(False)),
+            }
+        case "flux2", "vae":
+            return keep(config, "block_out_channels", "layers_per_block", "latent_channels") | {
+                "norm_num_groups": one_of(1, 2, 4),
+                "batch_norm_eps": optional(epsilon),
+                "sample_size": optional(whole(1, 2**16)),
+                "patch_size": optional(lambda x: x == [2, 2]),
             }
         case "flux", "vae":
             return keep(config, "block_out_channels", "layers_per_block", "latent_channels") | {

@@ -1,4 +1,4 @@
-"""Damaged diffusers folders, for `arcflow convert`: FLUX.1 and Qwen-Image."""
+"""Damaged diffusers folders, for `arcflow convert`: of all families; and a damaged single file."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ from arcflow_jax.storage.files import read_json
 from tests.hostile import good, mutate, rules, tensors
 from tests.hostile.case import Case
 
-KINDS = ("flux", "qwen")
-
 
 def start(rng: random.Random, folder: Path, what: str) -> tuple[str, Path, dict[str, Any]]:
     """A copy of a good source, and how a case converts it."""
-    kind = rng.choice(KINDS)
+    kind = rng.choice(good.KINDS)
     source = good.copy(good.source(kind), folder / "in" / "source")
     (folder / "work").mkdir()
     arguments = {
@@ -88,6 +86,8 @@ def index(rng: random.Random, folder: Path) -> Case:
         parsed = damage.parsed
         if not isinstance(parsed, dict):
             return "the file is no JSON object"
+        if kind == "flux2" and "weight_map" not in before and parsed.get("is_distilled", False) is not False:
+            return "is_distilled is another one"
         matter = ("weight_map",) if "weight_map" in before else (*good.PIPELINES[kind][1], "_class_name")
         for key in matter:
             if key == "weight_map" or key == "_class_name":
@@ -113,16 +113,51 @@ def weights(rng: random.Random, folder: Path) -> Case:
         found = tensors.strict(data)
         if found is None:
             return f"{file.name} is no valid safetensors file"
-        if {name: (x.shape, str(x.dtype)) for name, x in found.items()} != {
-            name: (x.shape, str(x.dtype)) for name, x in before.items()
-        } and not same_values(found, before):
-            return "names, shapes or dtypes are others"
-        if not all(np.isfinite(x.astype(np.float32)).all() for x in found.values()):
-            return "a weight is not finite"
-        return unchanged(kind, result, but="" if same_values(found, before) else file.parent.name)
+        fault, same = fault_of(kind, found, before)
+        return fault or unchanged(kind, result, but="" if same else file.parent.name)
 
     names = [file.name, str(file.parent), f"{file.parent.name}"]
     return Case(f"{kind} {file.parent.name}: {what}", names=names, wrong=wrong, **arguments)
+
+
+def single_file(rng: random.Random, folder: Path) -> Case:
+    """FLUX.2's transformer in the layout of its authors."""
+    file = good.copy(good.original().parent, folder / "in" / "original") / good.original().name
+    (folder / "work").mkdir()
+    before = file.read_bytes()
+    data, what = tensors.damaged(rng, before)
+    good.put(file, data)
+
+    def run() -> Path:
+        return convert_model(good.source("flux2"), folder / "work" / "out", files={"transformer": file})
+
+    def wrong(result: Path) -> str | None:
+        found = tensors.strict(data)
+        if found is None:
+            return f"{file.name} is no valid safetensors file"
+        fault, same = fault_of("flux2", found, load(before))
+        return fault or unchanged("flux2", result, but="" if same else "transformer")
+
+    return Case(f"single file: {what}", run, [str(file)], wrong, folder / "in", folder / "work")
+
+
+def fault_of(kind: str, found: dict[str, np.ndarray], before: dict[str, np.ndarray]) -> tuple[str | None, bool]:
+    """Why tensors cannot stand for the good ones, and whether they have the same values; of those that are used."""
+    if kind == "flux2":
+        found, before = (
+            {name: x for name, x in each.items() if not good.UNUSED.fullmatch(name)} for each in (found, before)
+        )
+    same = same_values(found, before)
+    if not same and form(found) != form(before):
+        return "names, shapes or dtypes are others", same
+    if not all(np.isfinite(x.astype(np.float32)).all() for x in found.values()):
+        return "a weight is not finite", same
+    negative = any((x < 0).any() for name, x in found.items() if name.endswith("running_var"))
+    return "a variance is negative" if negative else None, same
+
+
+def form(found: dict[str, np.ndarray]) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {name: (x.shape, str(x.dtype)) for name, x in found.items()}
 
 
 def same_values(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:

@@ -20,8 +20,6 @@ from arcflow_jax.training.log import forget_after
 from tests.hostile import good, mutate, rules, tensors
 from tests.hostile.case import Case
 
-KINDS = ("flux", "qwen")
-
 
 @functools.cache
 def abstract(kind: str) -> nnx.State:
@@ -85,7 +83,7 @@ def adapter_fault(kind: str, parsed: Any, before: dict[str, Any]) -> str | None:
 
 def description(rng: random.Random, folder: Path) -> Case:
     """adapter.json of a run: read for sampling, or for an export."""
-    kind = rng.choice(KINDS)
+    kind = rng.choice(good.KINDS)
     run = good.copy(good.run(kind), folder / "in" / "run")
     (folder / "work").mkdir()
     file = run / "adapter.json"
@@ -114,7 +112,7 @@ def description(rng: random.Random, folder: Path) -> Case:
 
 def checkpoint(rng: random.Random, folder: Path) -> Case:
     """A file of a run's checkpoint."""
-    kind, raw = rng.choice(KINDS), rng.random() < 0.3
+    kind, raw = rng.choice(good.KINDS), rng.random() < 0.3
     run = good.copy(good.run(kind), folder / "in" / "run")
     file = rng.choice(sorted(path for path in (run / "checkpoints").rglob("*") if path.is_file()))
     if rng.random() < 0.8:
@@ -170,7 +168,7 @@ def log(rng: random.Random, folder: Path) -> Case:
 
 def export(rng: random.Random, folder: Path) -> Case:
     """A student in the authors' layout: config.json, policy_config, tensors; sampled from, or imported."""
-    kind = rng.choice(KINDS)
+    kind = rng.choice(good.KINDS)
     student = good.copy(good.export(kind), folder / "in" / "student")
     (folder / "work").mkdir()
     config, file = student / "config.json", student / "diffusion_pytorch_model.safetensors"

@@ -45,7 +45,7 @@ def damaged(rng: random.Random, data: bytes) -> tuple[bytes, str]:
         name = rng.choice([name for name in header if name != "__metadata__"])
         begin, _ = header[name]["data_offsets"]
         whole = header[name]["dtype"][0] not in "FB"
-        bad = rng.choice((0, 1, 127)) if whole else rng.choice((np.nan, np.inf, -np.inf, 3e38))
+        bad = rng.choice((0, 1, 127)) if whole else rng.choice((np.nan, np.inf, -np.inf, 3e38, -1.0))
         at = 8 + int.from_bytes(data[:8], "little") + begin
         size = np.dtype(DTYPES[header[name]["dtype"]]).itemsize
         word = np.array(bad, DTYPES[header[name]["dtype"]]).tobytes()

@@ -25,7 +25,7 @@ def replaced(source: Path, name: str, noise: tuple[float, bytes], folder: Path) 
     return copy
 
 
-@pytest.mark.parametrize("kind", students.KINDS)
+@pytest.mark.parametrize("kind", good.KINDS)
 @pytest.mark.parametrize("name", ["adapter.json", "diffusion_pytorch_model.safetensors", "config.json"])
 @FEW
 @given(noise=NOISE)
@@ -41,7 +41,7 @@ def differs(kind: str, found) -> str | None:
     return None if good.same_arrays(found[1], students.best(kind)[1]) else "other weights"
 
 
-@pytest.mark.parametrize("kind", models.KINDS)
+@pytest.mark.parametrize("kind", good.KINDS)
 @FEW
 @given(noise=NOISE, number=strategies.integers(0, 10**6))
 def test_a_component_is_the_good_one_or_refused(kind, noise, number):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from arcflow_jax.networks import attention as module
-from arcflow_jax.networks.attention import attention, attention_kernel, blocking
+from arcflow_jax.networks.attention import attention, attention_kernel, blocking, several
 from arcflow_jax.parallel.mesh import cuda_capability
 from tests.helpers.processes import with_devices
 
@@ -43,9 +43,10 @@ def by_hand(q, k, v, weight):
 
 
 # A short sequence that splash pads, one that chunks do not divide evenly, one with fewer queries than keys
-@pytest.mark.parametrize("shape", [(2, 32, 32, 2, 128), (1, 1100, 1100, 1, 128), (1, 150, 512, 2, 128)])
+@pytest.mark.parametrize("shape", [(2, 32, 32, 2, 128), (1, 2200, 2200, 1, 128), (1, 150, 512, 2, 128)])
 @pytest.mark.parametrize("kernel", ["xla", "chunked", "splash"])
-def test_kernels_are_attention(kernel, shape):
+def test_kernels_are_attention(kernel, shape, monkeypatch):
+    monkeypatch.setattr(module, "SPLASH_BYTES", 512)  # the large blocks, in float32
     q, k, v, weight = inputs(*shape)
     value, gradients = by_hand(q, k, v, weight)
     with attention_kernel(kernel), jax.default_matmul_precision("highest"):
@@ -173,6 +174,13 @@ def test_blocks_need_little_padding():
     assert blocking(1152) == (384, 1152)
     assert blocking(32) == (256, 256)
     assert blocking(4609) == (256, 4864)
+
+
+def test_several_blocks_divide_the_sequence():
+    assert several(512, 4608, 1536) == 1536  # FLUX.1 at 1024²
+    assert several(512, 4096, 1536) == 1024
+    assert several(384, 2304, 1536) == 1152
+    assert several(256, 4864, 1536) == 256  # nineteen of them
 
 
 ON_A_MESH = """

@@ -78,6 +78,11 @@ def steps_of(run: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines}
 
 
+def cut_in(run: Path) -> list[int]:
+    """How many prompts were cut until each training step in a run's log."""
+    return [json.loads(line)["prompts_cut"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
 @contextlib.contextmanager
 def two_processes(model: Path, run: Path) -> Iterator[list[subprocess.Popen]]:
     """Two processes with two devices each, which train without end, and are killed when the `with` block ends."""
@@ -107,13 +112,15 @@ def test_everything_at_once_on_two_processes_that_are_killed_and_preempted(tiny_
     for i, prompt in enumerate(PROMPTS):
         noise = np.random.default_rng(i).integers(0, 255, (40, 50, 3), np.uint8)
         Image.fromarray(noise).save(tmp_path / "images" / f"{i}.png")
-        (tmp_path / "images" / f"{i}.txt").write_text(prompt)
+        # The first one is longer than T5 takes
+        (tmp_path / "images" / f"{i}.txt").write_text(prompt + " in the center" * (10 if i == 0 else 0))
     run = tmp_path / "two"
     embed_prompts(dataclasses.replace(everything(tiny_flux, run), embeddings=""), tmp_path / "embeddings")
 
     with two_processes(tiny_flux, run) as processes:
         wait_for(processes, lambda: (run / "checkpoints" / "2").is_dir() and len(losses(run)) >= 3)
     killed = steps_of(run)
+    assert cut_in(run) == list(killed)  # a batch has all four, and each process loads two of them
     last = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
     with two_processes(tiny_flux, run) as processes:
         wait_for(processes, lambda: len(losses(run)) > max(len(killed), last))
@@ -186,6 +193,7 @@ ROWS = """
     from jax.sharding import Mesh
     from arcflow_jax.parallel.processes import from_rows, initialize, is_main, local_rows
     from arcflow_jax.parallel.mesh import MESH_AXES
+    from arcflow_jax.parallel.together import sum_over_rows
     initialize(sys.argv[1], 2, int(sys.argv[2]))
     assert is_main() == (sys.argv[2] == "0")
     whole = np.arange(16.0).reshape(8, 2)
@@ -205,6 +213,7 @@ ROWS = """
         assert batch.shape == whole.shape
         for shard in batch.addressable_shards:
             np.testing.assert_array_equal(shard.data, whole[shard.index])
+        assert sum_over_rows(sum(row in (1, 4, 5) for row in rows), mesh) == 3
         found.append(rows)
     print(found)
 """
@@ -213,7 +222,7 @@ ROWS = """
 def test_the_batch_of_the_rows_that_each_process_has_loaded():
     address, everything = free_address(), list(range(8))
     processes = [start(4, "-c", textwrap.dedent(ROWS), address, i) for i in (0, 1)]
-    first, second = (json.loads(finish(process)) for process in processes)
+    first, second = (json.loads(finish(process).splitlines()[-1]) for process in processes)
     assert first == [[0, 1, 2, 3]] * 3 + [everything, [0, 2, 4, 6], everything]
     assert second == [[4, 5, 6, 7]] * 3 + [everything, [1, 3, 5, 7], everything]
 

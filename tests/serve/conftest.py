@@ -87,19 +87,20 @@ def wait_until(condition, seconds: float = 120.0) -> None:
 
 
 class Gate:
-    """Holds every batch until `open`."""
+    """Holds every batch until `open`. Keeps their sizes, as they are filled up."""
 
     def __init__(self, engine: Engine):
-        self.engine, self.stream, self.opened, self.entered = engine, engine.pipeline.stream, threading.Event(), 0
+        self.engine, self.begin, self.opened = engine, engine.pipeline.begin, threading.Event()
+        self.sizes: list[int] = []
 
-    def __call__(self, *arguments, **named):
-        self.entered += 1
+    def __call__(self, prompts, noise, **named):
+        self.sizes.append(len(noise))
         assert self.opened.wait(60)
-        return self.stream(*arguments, **named)
+        return self.begin(prompts, noise, **named)
 
     def wait_for(self, waiting: int) -> None:
         """Until a batch is held, and so many images wait behind it."""
-        wait_until(lambda: self.entered and len(self.engine._queue) == waiting)
+        wait_until(lambda: self.sizes and len(self.engine._queue) == waiting)
 
     def open(self) -> None:
         self.opened.set()
@@ -108,7 +109,7 @@ class Gate:
 @pytest.fixture
 def gate(engine, monkeypatch) -> Iterator[Gate]:
     gate = Gate(engine)
-    monkeypatch.setattr(engine.pipeline, "stream", gate)
+    monkeypatch.setattr(engine.pipeline, "begin", gate)
     yield gate
     gate.open()
     wait_until(lambda: not engine._queue)

@@ -7,8 +7,10 @@ import base64
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx
+import jax
 import numpy as np
 import openai
 import pytest
@@ -17,7 +19,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from arcflow_jax.sampling_settings import batch_sizes
 from arcflow_jax.serve import api, images
+from arcflow_jax.serve.engine import Engine
+from arcflow_jax.serve.metrics import Metrics
 from arcflow_jax.serve.requests import Limits
 from tests.serve.conftest import LIMITS, wait_until
 
@@ -125,6 +130,7 @@ def test_images_in_a_batch_are_those_made_alone(client, address, engine, gate):
     after = figures(address)
     assert after["arcflow_batch_images_count"] - before["arcflow_batch_images_count"] == 3  # 1 + 4 + 1
     assert after["arcflow_images_total"] - before["arcflow_images_total"] == 6
+    assert gate.sizes == [1, 4, 1]
     for image, (prompt, seed) in zip(together, requests, strict=True):
         assert difference(image, ask(client, prompt, seed)) == 0
         assert difference(image, engine.pipeline(prompt, seed=seed, height=32, width=64).images[0]) <= 1
@@ -132,6 +138,48 @@ def test_images_in_a_batch_are_those_made_alone(client, address, engine, gate):
 
 def ask(client, prompt: str, seed: int) -> Image.Image:
     return opened(client.images.generate(prompt=prompt, extra_body={"seed": seed}).data[0].b64_json)
+
+
+def test_a_batch_has_the_smallest_size_that_holds_it(client, gate):
+    gate.open()
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        listener := lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+    try:
+        for count in (1, 2, 3, 4):
+            client.images.generate(prompt=PROMPT, n=count)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert gate.sizes == [1, 2, 4, 4]
+    assert not compiled  # all of it at the start
+
+
+@pytest.mark.parametrize(
+    ("mesh", "largest", "sizes"),
+    [
+        ((1, 1), 1, [1]),
+        ((1, 1), 8, [8, 4, 2, 1]),
+        ((1, 1), 6, [6, 4, 2, 1]),
+        ((2, 3), 36, [36, 24, 12, 6]),
+    ],
+)
+def test_sizes_of_batches(mesh, largest, sizes):
+    split = SimpleNamespace(shape={"data": mesh[0], "fsdp": mesh[1]})
+    assert batch_sizes(split, largest) == sizes
+
+
+def test_images_that_are_given_up_as_they_are_taken_stop_nothing(engine, monkeypatch):
+    """A client can go away between the look at the queue and the batch."""
+    settings = engine.declared[0]
+    idle = Engine(
+        engine.pipelines, batch_size=1, wait=0, capacity=2, declared=[settings], on_request=False, metrics=Metrics(1)
+    )
+    idle._warm = 1
+    (gone,), (waits,) = (idle.submit(PROMPT, settings, seed) for seed in (0, 1))
+    monkeypatch.setattr(idle, "_forget_cancelled", lambda: None)
+    gone.cancel()
+    assert [each.future for each in idle._next(wait=True)] == [waits]
 
 
 def test_other_settings_have_a_batch_of_their_own(client, address, engine, gate):
@@ -202,7 +250,7 @@ def test_a_batch_that_fails(door, engine, monkeypatch):
         raise RuntimeError("secret")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.pipeline, "stream", failing)
+        patch.setattr(engine.pipeline, "begin", failing)
         (answer,) = asked(door, post({"prompt": PROMPT}))
     assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
     assert "secret" not in answer.text

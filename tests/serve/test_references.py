@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import jax
 import numpy as np
 import openai
 import pytest
@@ -62,13 +63,13 @@ def fitted(image: Image.Image) -> Image.Image:
 def test_reference_images(engine, monkeypatch):
     door = api.Door(api.build(engine, limits=LIMITS, images=Images(60)), None, engine.metrics)
     sets, read = [PHOTOS[:2], [PHOTOS[2], PHOTOS[0]]], []
-    stream = engine.pipeline.stream
+    begin = engine.pipeline.begin
 
-    def recorded(prompts: list[str], **named: Any) -> Iterator[Image.Image]:
+    def recorded(prompts: list[str], noise: jax.Array, **named: Any) -> Iterator[Image.Image]:
         read.extend(named["image"] if "strength" not in named or named["strength"] is None else [])
-        return stream(prompts, **named)
+        return begin(prompts, noise, **named)
 
-    monkeypatch.setattr(engine.pipeline, "stream", recorded)
+    monkeypatch.setattr(engine.pipeline, "begin", recorded)
     with served(door) as address, ThreadPoolExecutor(2) as pool:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
 
@@ -83,7 +84,7 @@ def test_reference_images(engine, monkeypatch):
         kept = edit([fitted(PHOTOS[0])], mask=file(Image.fromarray(mask.astype(np.uint8))))
     size = {"height": 64, "width": 64, "seed": 3, "batch_size": 2}
     for made, images in zip([alone, *both], [PHOTOS[:1], *sets], strict=True):
-        (expected,) = stream(PROMPT, image=[fitted(image) for image in images], **size)
+        (expected,) = engine.pipeline.stream(PROMPT, image=[fitted(image) for image in images], **size)
         assert difference(made, expected) <= 1
         assert made.info["references"] == str(len(images))
     shown = {np.stack(each).tobytes() for each in read}
