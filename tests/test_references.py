@@ -18,10 +18,10 @@ from arcflow_jax.families import flux2
 from arcflow_jax.pipeline import ArcFlowPipeline
 from tests.helpers import random_student
 from tests.helpers.command_line import assert_refused, run
+from tests.helpers.pixels import pixels
 from tests.helpers.random_student import write_adapter
 from tests.helpers.tiny_flux2 import LENGTH, make_tiny_flux2
 from tests.helpers.twins import relative_error
-from tests.helpers.whole_path import pixels
 
 PROMPTS = ["make the ring green", "put the square onto the circle"]
 RNG = np.random.default_rng(0)

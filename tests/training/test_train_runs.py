@@ -72,7 +72,7 @@ def bucketed(model: Path, out: Path) -> Recipe:
     lines = [{"prompt": text, "height": 32, "width": 32 + 16 * (i % 2)} for i, text in enumerate(PROMPTS)]
     prompts.write_text("\n".join(map(json.dumps, lines)))
     changes = {"prompts": str(prompts), "steps": 10, "save_every": 5, "distillation.decay": 4}
-    return recipe(model, out, **changes, preview_every=8, preview_prompts=("a ring",))
+    return recipe(model, out, **changes, preview_every=4, preview_prompts=("a ring",))
 
 
 def compiled_at_each_step(patched: pytest.MonkeyPatch) -> list[int]:
@@ -95,7 +95,8 @@ def test_kill_and_resume_is_bit_identical(model, tmp_path, monkeypatch):
         at_step = compiled_at_each_step(patched)
         straight = train(bucketed(model, tmp_path / "straight"))
     assert at_step[0] >= 4  # both sizes, both phases, which no other test has compiled
-    assert at_step == [at_step[0]] * 10, at_step  # no training step compiles, and no preview
+    # No training step compiles, and no preview; a checkpoint does, the first of which is of step 5
+    assert at_step[:5] == [at_step[0]] * 5, at_step
     killed = child(KILLED_AT_7, model, tmp_path / "killed")  # which finds the compiled programs
     output, _ = killed.communicate(timeout=600)
     assert killed.returncode == -signal.SIGKILL, output
@@ -114,8 +115,8 @@ def test_kill_and_resume_is_bit_identical(model, tmp_path, monkeypatch):
     shown = [[(e.step, v.tag) for e in events(run) for v in e.summary.value if v.tag == "loss"]
              for run in (straight, resumed)]  # fmt: skip
     assert shown[0] == shown[1] == [(step, "loss") for step in range(1, 11)]
-    assert len({line["teacher_share"] > 0 for line in log(straight)}) == 2
-    assert (straight / "previews" / "000008.png").exists()
+    assert len({line["teacher_share"] > 0 for line in log(straight)[:5]}) == 2
+    assert (straight / "previews" / "000004.png").exists()
 
     # what is left can be sampled from, with EMA weights and without
     few = [ArcFlowPipeline.from_pretrained(model, straight, raw=raw) for raw in (False, True)]
