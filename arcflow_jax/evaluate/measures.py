@@ -123,9 +123,14 @@ class Networks:
             found["diversity"] = {
                 "network": self.diversity,
                 "images_per_prompt": images.images_per_prompt,
-                "prompts_sha256": digest(sorted(set(images.prompts))),
+                "prompts_sha256": prompts_digest(images),
             }
         return found
+
+
+def prompts_digest(images: ImageSet) -> str:
+    """SHA-256 of the prompts of a set of images, in whatever order they come."""
+    return digest(sorted(set(images.prompts)))
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # [B, 1]

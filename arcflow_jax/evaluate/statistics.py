@@ -20,7 +20,7 @@ from arcflow_jax import schema
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.evaluate.frechet import Moments
 from arcflow_jax.evaluate.image_sets import Folder, ImageSet
-from arcflow_jax.evaluate.measures import BATCH, DISTANCES, METRICS, Networks, Progress
+from arcflow_jax.evaluate.measures import BATCH, DISTANCES, METRICS, Networks, Progress, prompts_digest
 from arcflow_jax.parallel.processes import is_main, process_index
 from arcflow_jax.parallel.together import check_same, from_first, gathered, writing_together
 from arcflow_jax.schema import SHA256, Batch, Count
@@ -219,24 +219,40 @@ def measured(
     return found
 
 
-def reference(source: Path, metrics: Sequence[str], networks: Networks, file: Path, progress: Progress) -> Statistics:
+def reference(
+    source: Path, judged: ImageSet, metrics: Sequence[str], networks: Networks, file: Path, progress: Progress
+) -> Statistics:
     """The statistics of a reference: read from a .npz file, or gathered from a folder of images and written to `file`.
 
     Raises:
-      UserError: if there are none, they lack a metric, come from another network, or are incomplete.
+      UserError: if there are none, they lack a metric, come from another network, or are incomplete; for diversity, if
+        they are of other prompts than the images to judge.
     """
     if source.suffix != ".npz":
-        return gather(Folder(source, by_prompt="diversity" in metrics), metrics, networks, file, progress)
+        images = Folder(source, by_prompt="diversity" in metrics)
+        if "diversity" in metrics:
+            check_prompts(source, networks.description(metrics, images), judged)
+        return gather(images, metrics, networks, file, progress)
     statistics = Statistics.read(source)
     if missing := [metric for metric in metrics if metric not in statistics.moments]:
         raise UserError(f"{source} has no statistics for {' and '.join(missing)}, only {', '.join(statistics.moments)}")
     if set(metrics) & set(DISTANCES) and statistics.description["inception"] != networks.inception.sha256:
         raise UserError(f"{source} was made with another Inception network than {networks.inception.file}")
-    if "diversity" in metrics and (network := statistics.description["diversity"]["network"]) != networks.diversity:
-        raise UserError(f"{source} has the diversity of features of {network}: name it with --features")
+    if "diversity" in metrics:
+        if (network := statistics.description["diversity"]["network"]) != networks.diversity:
+            raise UserError(f"{source} has the diversity of features of {network}: name it with --features")
+        check_prompts(source, statistics.description, judged)
     if not statistics.complete:
         raise UserError(
             f"{source} covers {statistics.count} of {statistics.description['images']['count']} images: the "
             "evaluation that writes it was interrupted, so run it again"
         )
     return statistics
+
+
+def check_prompts(source: Path, description: Mapping[str, Any], judged: ImageSet) -> None:
+    """Raises UserError unless a reference with this description shows the prompts of the images to judge."""
+    if description["diversity"]["prompts_sha256"] != prompts_digest(judged):
+        raise UserError(
+            f"{source} shows other prompts than the images to judge: diversity compares images of the same prompts"
+        )
