@@ -86,9 +86,10 @@ def serve(
     from arcflow_jax.sampling_settings import sides
     from arcflow_jax.serve import api, requests, server
     from arcflow_jax.serve.choices import comparison
-    from arcflow_jax.serve.engine import Engine, declared
+    from arcflow_jax.serve.engine import Engine
     from arcflow_jax.serve.images import Images
     from arcflow_jax.serve.metrics import Metrics
+    from arcflow_jax.serve.settings import declared
 
     if api_key is not None and not api_key.strip():
         raise UserError("the API key is empty: leave it out, or choose a long one")

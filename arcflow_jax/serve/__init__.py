@@ -1,5 +1,6 @@
 """`arcflow serve`: a pipeline behind HTTP.
 
+settings.py    what the images of a batch share
 engine.py      the queue, and the threads that make images in batches; knows no HTTP
 images.py      images by a link that expires
 metrics.py     what Prometheus reads

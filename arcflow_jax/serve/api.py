@@ -23,10 +23,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.serve.edits import read_edit, read_form
-from arcflow_jax.serve.engine import Busy, Closed, Engine, most_references
+from arcflow_jax.serve.engine import Busy, Closed, Engine
 from arcflow_jax.serve.images import Images
 from arcflow_jax.serve.metrics import Metrics
 from arcflow_jax.serve.requests import ApiError, Limits, Order, read_order
+from arcflow_jax.serve.settings import most_references
 
 LOG = logging.getLogger("arcflow.serve")
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"

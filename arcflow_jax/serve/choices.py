@@ -14,8 +14,9 @@ from arcflow_jax.data.images import BROKEN
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.families.family import takes_guidance
 from arcflow_jax.pipeline import ArcFlowPipeline
-from arcflow_jax.serve.engine import Engine, Settings, declared
+from arcflow_jax.serve.engine import Engine
 from arcflow_jax.serve.requests import Generation, Limits
+from arcflow_jax.serve.settings import Settings, declared
 from arcflow_jax.serve.start_image import StartImage
 
 SEED = 2**53 - 1  # the largest that a browser's numbers have exactly

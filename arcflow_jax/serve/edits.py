@@ -20,8 +20,8 @@ from arcflow_jax.data.images import BROKEN, FORMATS, in_rgb, upright
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.image_to_image import STRENGTH
 from arcflow_jax.schema import Strength
-from arcflow_jax.serve.engine import Settings, Start
 from arcflow_jax.serve.requests import Generation, Limits, Order, bad_request, order, parsed
+from arcflow_jax.serve.settings import Settings, Start
 
 FILES = ("image", "mask")
 IMAGES = 16  # as many as OpenAI's API takes

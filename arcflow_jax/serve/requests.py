@@ -15,7 +15,7 @@ from arcflow_jax import schema
 from arcflow_jax.errors import UserError
 from arcflow_jax.sampling_settings import sides
 from arcflow_jax.schema import NFE, Guidance, Offset, Seed
-from arcflow_jax.serve.engine import Settings, Start
+from arcflow_jax.serve.settings import Settings, Start
 
 Asked = TypeVar("Asked", bound="Generation")
 Images = Annotated[int, Meta(ge=1, le=10**6)]

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from arcflow_jax.data.images import BROKEN, FORMATS, in_rgb, upright
 from arcflow_jax.errors import UserError
 from arcflow_jax.sampling_settings import sides
-from arcflow_jax.serve.engine import Start
+from arcflow_jax.serve.settings import Start
 
 MOST = 2**25  # pixels of a photo
 OPAQUE = 128  # alpha from which a pixel counts as painted

@@ -14,11 +14,12 @@ import uvicorn
 
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.serve import api
-from arcflow_jax.serve.engine import Engine, declared
+from arcflow_jax.serve.engine import Engine
 from arcflow_jax.serve.images import Images
 from arcflow_jax.serve.metrics import Metrics
 from arcflow_jax.serve.requests import Limits
 from arcflow_jax.serve.server import listening
+from arcflow_jax.serve.settings import declared
 from tests.helpers.loras import write_lora
 from tests.helpers.random_student import write_adapter
 

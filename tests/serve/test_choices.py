@@ -16,9 +16,9 @@ from arcflow_jax.data.output import png
 from arcflow_jax.errors import UserError
 from arcflow_jax.sampling_settings import sides
 from arcflow_jax.serve.choices import SEED, Choice, Offer, comparison, read_back
-from arcflow_jax.serve.engine import Settings, Start
 from arcflow_jax.serve.images import Images
 from arcflow_jax.serve.requests import order
+from arcflow_jax.serve.settings import Settings, Start
 from arcflow_jax.serve.start_image import MOST, StartImage, open_image, read_mask
 from tests.serve.conftest import LIMITS
 

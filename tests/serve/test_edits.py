@@ -15,8 +15,9 @@ from PIL import Image
 
 from arcflow_jax import generate
 from arcflow_jax.serve import api, images
-from arcflow_jax.serve.engine import Engine, declared
+from arcflow_jax.serve.engine import Engine
 from arcflow_jax.serve.metrics import Metrics
+from arcflow_jax.serve.settings import declared
 from tests.serve.conftest import LIMITS
 from tests.serve.test_api import PROMPT, asked, client, difference, figures, opened, post
 

@@ -18,9 +18,10 @@ from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.families import flux2
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.serve import api
-from arcflow_jax.serve.engine import Engine, declared
+from arcflow_jax.serve.engine import Engine
 from arcflow_jax.serve.images import Images
 from arcflow_jax.serve.metrics import Metrics
+from arcflow_jax.serve.settings import declared
 from tests.helpers import random_student
 from tests.helpers.tiny_flux2 import make_tiny_flux2
 from tests.serve.conftest import LIMITS, served
