@@ -10,7 +10,6 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from arcflow_jax.checkpoints.conversion import convert_model
     from arcflow_jax.checkpoints.diffusers_folder import export_diffusers
     from arcflow_jax.checkpoints.student_formats import export_adapter
     from arcflow_jax.errors import UserError
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from arcflow_jax.flow.legendre import Series
     from arcflow_jax.flow.momentum import Mixture
     from arcflow_jax.flow.sampler import euler, sample
+    from arcflow_jax.models.conversion import convert_model
     from arcflow_jax.parallel.mesh import make_mesh
     from arcflow_jax.pipeline import ArcFlowPipeline
     from arcflow_jax.training.loop import train
@@ -51,7 +51,7 @@ MODULES = {
     "Recipe": "training.recipe",
     "Series": "flow.legendre",
     "UserError": "errors",
-    "convert_model": "checkpoints.conversion",
+    "convert_model": "models.conversion",
     "distil": "flow.distill",
     "euler": "flow.sampler",
     "export_adapter": "checkpoints.student_formats",

@@ -21,10 +21,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from arcflow_jax import schema
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.errors import UserError, one_line, out_of_memory
 from arcflow_jax.families.latents import PATCH, unpack
 from arcflow_jax.flow import sampler
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.conditioning import Conditioning, Guided
 from arcflow_jax.networks.student import merged_state
 from arcflow_jax.parallel.fits import DEFAULT_SHARE, FRACTION, INT4, INT8, Load, Offload, explained

@@ -17,13 +17,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
 
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.data.images import in_rgb
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import PATCH, pack
 from arcflow_jax.flow.sampler import Known, noised
 from arcflow_jax.flow.schedule import euler_level
 from arcflow_jax.generate import teacher_grid
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.parallel.offload import Offload, Weights, running_shardings
 
 STRENGTH = 0.6  # the default, as in diffusers

@@ -18,8 +18,6 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from arcflow_jax import schema
-from arcflow_jax.checkpoints.model_cache import converted
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.student_formats import open_student
 from arcflow_jax.checkpoints.training import AdapterDescription, checksum
 from arcflow_jax.flow.sampler import Known
@@ -38,6 +36,8 @@ from arcflow_jax.generate import (
 )
 from arcflow_jax.image_to_image import ImageEncoder
 from arcflow_jax.loras import StyleLoRAs
+from arcflow_jax.models.model_cache import converted
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.conditioning import Conditioning
 from arcflow_jax.networks.kernel import Compute
 from arcflow_jax.networks.lora import scaled_lora

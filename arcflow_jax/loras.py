@@ -17,11 +17,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from arcflow_jax import schema
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
-from arcflow_jax.checkpoints.style_loras import read_style_lora
 from arcflow_jax.convert.style_lora import Update
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.text import PromptEncoder
+from arcflow_jax.models.model_directory import ModelDirectory
+from arcflow_jax.models.style_loras import read_style_lora
 from arcflow_jax.networks import style
 from arcflow_jax.networks.states import flatten, unflatten
 from arcflow_jax.networks.style import Applied
@@ -77,7 +77,7 @@ class StyleLoRAs:
           Its name.
 
         Raises:
-          UserError: as `checkpoints.style_loras.read_style_lora`, or if the name is taken.
+          UserError: as `models.style_loras.read_style_lora`, or if the name is taken.
         """
         name = adapter_name or next(
             name for i in range(len(self.loras) + 1) if (name := f"default_{i}") not in self.loras

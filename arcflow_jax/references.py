@@ -13,12 +13,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from PIL import Image
 
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.data.images import in_rgb
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.family import ReferenceImages
 from arcflow_jax.families.latents import PATCH, token_grid
 from arcflow_jax.image_to_image import GivenImages, ImageEncoder, as_pixels, size
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.conditioning import References
 from arcflow_jax.parallel.mesh import partition_spec
 

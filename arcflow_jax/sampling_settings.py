@@ -13,13 +13,13 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from arcflow_jax import schema
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.training import AdapterDescription
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.family import takes_guidance
 from arcflow_jax.families.latents import token_grid
 from arcflow_jax.generate import TEACHER_STEPS
 from arcflow_jax.image_to_image import Given
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.references import ReferenceSets
 from arcflow_jax.schema import NFE, Batch, Count, Guidance, Pixels, Ratio, Seed, Strength
 

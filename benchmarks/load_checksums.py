@@ -21,8 +21,8 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 
-from arcflow_jax.checkpoints import writer
-from arcflow_jax.checkpoints.arrays import handler
+from arcflow_jax.arrays import writer
+from arcflow_jax.arrays.orbax import handler
 
 LAYER = (1024, 4096)  # 8 MiB in bfloat16
 

@@ -22,12 +22,12 @@ import numpy as np
 import qwix
 from flax import nnx
 
-from arcflow_jax.checkpoints.conversion import convert_model
-from arcflow_jax.checkpoints.model_directory import DESCRIPTION
 from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.demo.run import TEACHERS, TEST_PROMPTS, recipe
 from arcflow_jax.generate import TEACHER_STEPS
+from arcflow_jax.models.conversion import convert_model
+from arcflow_jax.models.model_directory import DESCRIPTION
 from arcflow_jax.networks import kernel
 from arcflow_jax.networks.conditioning import Guided
 from arcflow_jax.networks.layers import linear_layers

@@ -54,8 +54,8 @@ SEEDS = 50  # different images of the soak
 
 def bundled(folder: Path) -> tuple[Path, Path]:
     """The bundled teacher, converted, and a student of random weights."""
-    from arcflow_jax.checkpoints.conversion import convert_model
     from arcflow_jax.demo import ASSETS
+    from arcflow_jax.models.conversion import convert_model
     from tests.helpers.random_student import write_adapter
 
     convert_model(ASSETS / "tiny-flux", folder / "teacher")

@@ -42,8 +42,8 @@ def converted(teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundled teacher, converted by the first worker that asks for it."""
     from filelock import FileLock
 
-    from arcflow_jax.checkpoints.conversion import convert_model
     from arcflow_jax.demo import ASSETS
+    from arcflow_jax.models.conversion import convert_model
 
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:

@@ -13,12 +13,12 @@ import jax
 import numpy as np
 import pytest
 
-from arcflow_jax.checkpoints.conversion import convert_model
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.student_formats import export_adapter, import_adapter
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.flux2 import FAMILY, log_shift
 from arcflow_jax.generate import teacher_grid
+from arcflow_jax.models.conversion import convert_model
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.training.recipe import Recipe
 from tests.helpers.pixels import pixels

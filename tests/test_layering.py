@@ -10,8 +10,20 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "arcflow_jax"
 
 ROOMS = [
-    *("errors", "schema", "console", "flow", "storage", "parallel", "data", "networks", "convert", "families"),
-    *("checkpoints", "generate", "image_to_image", "references", "sampling_settings", "loras", "training"),
+    *(
+        "errors",
+        "schema",
+        "console",
+        "flow",
+        "storage",
+        "arrays",
+        "parallel",
+        "data",
+        "networks",
+        "convert",
+        "families",
+    ),
+    *("models", "checkpoints", "generate", "image_to_image", "references", "sampling_settings", "loras", "training"),
     *("loaded_model", "pipeline", "serve", "evaluate", "compile_report", "demo", "cli", "__main__"),
 ]
 
@@ -55,7 +67,7 @@ def test_torch_is_for_evaluation_networks_and_what_is_exported():
 
 def test_a_pipeline_loads_what_it_needs():
     script = """
-import sys, arcflow_jax.checkpoints.model_directory
+import sys, arcflow_jax.models.model_directory
 print('arcflow_jax.convert.engine' in sys.modules)
 import arcflow_jax.pipeline
 print({'fastapi', 'gradio', 'huggingface_hub.errors', 'tensorboardX', 'torch', 'transformers'} & sys.modules.keys())

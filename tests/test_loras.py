@@ -11,14 +11,14 @@ import pytest
 from flax import nnx
 
 from arcflow_jax import generate
-from arcflow_jax.checkpoints.conversion import convert_model
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
-from arcflow_jax.checkpoints.quantize import quantize_model
 from arcflow_jax.cli.app import main
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.families import text
 from arcflow_jax.flow.curve import Span
+from arcflow_jax.models.conversion import convert_model
+from arcflow_jax.models.model_directory import ModelDirectory
+from arcflow_jax.models.quantize import quantize_model
 from arcflow_jax.networks.layers import linear_layers
 from arcflow_jax.networks.states import flatten
 from arcflow_jax.networks.style import padded

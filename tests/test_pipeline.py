@@ -14,9 +14,9 @@ import pytest
 from flax import nnx
 
 from arcflow_jax import generate, loaded_model
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.errors import UserError
 from arcflow_jax.families import latents, text
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.sampling_settings import resolve_settings
 from tests.helpers.pixels import assert_same_images, pixels

@@ -19,12 +19,12 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 from arcflow_jax import generate, loaded_model
-from arcflow_jax.checkpoints import arrays
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
+from arcflow_jax.arrays.orbax import Arrays
 from arcflow_jax.compile_report.programs import open_model
 from arcflow_jax.errors import UserError
 from arcflow_jax.families import text
 from arcflow_jax.generate import sampling_mesh
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.states import flatten
 from arcflow_jax.networks.student import split_model
 from arcflow_jax.parallel import offload
@@ -132,7 +132,7 @@ def test_out_of_memory_while_sampling(pipe, monkeypatch, stage):
 
 
 def test_out_of_memory_while_loading(tiny_flux, student, monkeypatch):
-    monkeypatch.setattr(arrays.Arrays, "deserialize", out_of_memory)
+    monkeypatch.setattr(Arrays, "deserialize", out_of_memory)
     with pytest.raises(UserError, match=r"^out of memory, try smaller .*, more devices \(mesh\): RESOURCE"):
         ArcFlowPipeline.from_pretrained(tiny_flux, student, offload=True)
 

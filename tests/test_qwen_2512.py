@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.compile_report.programs import open_model
 from arcflow_jax.generate import teacher_grid
+from arcflow_jax.models.conversion import convert_model
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.storage.files import read_json
 from arcflow_jax.training.plan import Plan

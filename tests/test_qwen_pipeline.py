@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 
 from arcflow_jax import generate, loaded_model
-from arcflow_jax.checkpoints.conversion import convert_model
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.student_formats import WEIGHTS, export_adapter, import_adapter
 from arcflow_jax.checkpoints.training import AdapterDescription
 from arcflow_jax.data.tokenizers import load_tokenizer
@@ -22,6 +20,8 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.families import text
 from arcflow_jax.families.latents import unpack
 from arcflow_jax.families.qwen_image import FAMILY, QwenPrompts
+from arcflow_jax.models.conversion import convert_model
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.parallel import offload
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.training.embeddings import CachedPrompts, embed_prompts

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from arcflow_jax import generate, image_to_image
-from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.errors import UserError
 from arcflow_jax.families import flux2
+from arcflow_jax.models.conversion import convert_model
 from arcflow_jax.pipeline import ArcFlowPipeline
 from tests.helpers import random_student
 from tests.helpers.command_line import assert_refused, run

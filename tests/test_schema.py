@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from msgspec import Meta
 
 from arcflow_jax import families, schema
-from arcflow_jax.checkpoints.model_directory import ModelDescription
 from arcflow_jax.checkpoints.student_formats import HeadConfig, Sampling
 from arcflow_jax.checkpoints.training import AdapterDescription
 from arcflow_jax.compile_report.report import Case
@@ -21,6 +20,7 @@ from arcflow_jax.data.embeddings import CacheDescription
 from arcflow_jax.errors import UserError
 from arcflow_jax.evaluate.comparison import ComparisonSettings
 from arcflow_jax.flow.schedule import Scheduler
+from arcflow_jax.models.model_directory import ModelDescription
 from arcflow_jax.sampling_settings import SamplingSettings
 from arcflow_jax.training.log import Line
 from arcflow_jax.training.recipe import Recipe

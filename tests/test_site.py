@@ -19,8 +19,8 @@ from tests.helpers.paths import ROOT
 # Whose errors a user meets in the common paths. Each needs an entry on the page
 COMMON = (
     *("cli/exchange.py", "cli/options.py", "cli/sample.py", "parallel/mesh.py", "parallel/processes.py"),
-    *("parallel/together.py", "storage/hub.py", "storage/paths.py", "storage/atomic.py", "checkpoints/conversion.py"),
-    *("checkpoints/kernels.py", "checkpoints/model_cache.py", "checkpoints/model_directory.py", "data/prompts.py"),
+    *("parallel/together.py", "storage/hub.py", "storage/paths.py", "storage/atomic.py", "models/conversion.py"),
+    *("models/kernels.py", "models/model_cache.py", "models/model_directory.py", "data/prompts.py"),
     *("training/recipe.py", "training/overrides.py", "training/start.py", "training/loop.py", "training/compile.py"),
     *("training/embeddings.py", "training/trace.py", "training/plan.py", "sampling_settings.py", "generate.py"),
     "references.py",

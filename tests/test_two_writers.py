@@ -39,7 +39,7 @@ for i, lag in enumerate(lags):
     print("SAID", said, flush=True)
 """
 CONVERT = WORK.format(
-    prepare="from arcflow_jax.checkpoints.conversion import convert_model",
+    prepare="from arcflow_jax.models.conversion import convert_model",
     work="convert_model(folder / 'source', out)",
 )
 TRAIN = WORK.format(

@@ -25,10 +25,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.convert.engine import fills
 from arcflow_jax.demo import ASSETS, world
 from arcflow_jax.families.latents import pack
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.layers import linear_layers
 from arcflow_jax.networks.states import flatten, unflatten
 from arcflow_jax.networks.style import styled

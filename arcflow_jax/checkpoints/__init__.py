@@ -1,6 +1,5 @@
-"""What is kept on disk: converted models, training checkpoints, students in other layouts.
+"""What was trained, on disk.
 
-`conversion` writes a model directory, `quantize` writes one again with quantized kernels, and `model_directory` reads
-it. `training` has the checkpoints of a run, `student_formats` the authors' layout of students, `writer` streams arrays
-that are larger than memory. May import families and what lies below them.
+`training` has the checkpoints of a run, `student_formats` the authors' layout of students, `diffusers_folder` a folder
+that PyTorch samples. `verify` reads all of a model, run or export again. May import models and what lies below them.
 """

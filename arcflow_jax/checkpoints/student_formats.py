@@ -27,12 +27,12 @@ from flax import nnx
 from msgspec import Meta
 
 from arcflow_jax import families, schema
-from arcflow_jax.checkpoints.model_directory import ComponentDescription, ModelDirectory
 from arcflow_jax.checkpoints.training import DESCRIPTION, AdapterDescription, Checkpoints, load_adapter
 from arcflow_jax.convert.adapter import AdapterTable
 from arcflow_jax.convert.engine import Tensor, export_tensors, import_tensors
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.flow.distill import Distillation
+from arcflow_jax.models.model_directory import ComponentDescription, ModelDirectory
 from arcflow_jax.networks.layers import linear_layers
 from arcflow_jax.networks.student import AdapterConfig, split_model
 from arcflow_jax.schema import NFE, SHA256, Guidance, Modes, Ratio, Shift

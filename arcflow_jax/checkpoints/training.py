@@ -24,13 +24,13 @@ from flax import nnx
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from arcflow_jax import schema
-from arcflow_jax.checkpoints.arrays import Arrays, as_os_error, check_name, clear_cause, handler, misfits, place
+from arcflow_jax.arrays.log import of_a_reader, raised_later, without
+from arcflow_jax.arrays.names import tree_in_memory, tree_on_disk
+from arcflow_jax.arrays.orbax import Arrays, as_os_error, check_name, clear_cause, handler, misfits, place
 from arcflow_jax.checkpoints.aside import COMMITTED, move_aside
-from arcflow_jax.checkpoints.model_directory import ComponentDescription
-from arcflow_jax.checkpoints.names import tree_in_memory, tree_on_disk
-from arcflow_jax.checkpoints.orbax_log import of_a_reader, raised_later, without
 from arcflow_jax.errors import NetworkError, UserError, cannot_load, cause_of, first_few, one_line
 from arcflow_jax.flow.distill import Distillation
+from arcflow_jax.models.model_directory import ComponentDescription
 from arcflow_jax.networks.student import AdapterConfig
 from arcflow_jax.parallel.offload import to_device
 from arcflow_jax.schema import SHA256, Guidance

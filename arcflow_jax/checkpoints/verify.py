@@ -14,14 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from arcflow_jax.checkpoints.arrays import handler, place
-from arcflow_jax.checkpoints.model_directory import (
-    CHECKPOINT,
-    ArrayDigest,
-    ModelDirectory,
-    fingerprint,
-)
-from arcflow_jax.checkpoints.model_directory import DESCRIPTION as MODEL
+from arcflow_jax.arrays.orbax import handler, place
 from arcflow_jax.checkpoints.student_formats import CONFIG, read_export
 from arcflow_jax.checkpoints.training import DESCRIPTION as ADAPTER
 from arcflow_jax.checkpoints.training import load_adapter
@@ -30,6 +23,13 @@ from arcflow_jax.data.embeddings import DESCRIPTION as EMBEDDINGS
 from arcflow_jax.data.embeddings import checked_row, read_cache, shard_path
 from arcflow_jax.data.tokenizers import load_tokenizer
 from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.models.model_directory import (
+    CHECKPOINT,
+    ArrayDigest,
+    ModelDirectory,
+    fingerprint,
+)
+from arcflow_jax.models.model_directory import DESCRIPTION as MODEL
 from arcflow_jax.networks.states import nest, unnest
 from arcflow_jax.storage.files import json_records
 

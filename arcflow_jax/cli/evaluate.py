@@ -65,11 +65,11 @@ def evaluate_trajectory(
     quadrature. Leaves trajectory.json and trajectory.png in OUT. An interrupted evaluation resumes. Several machines
     share the prompts; run the same command on each, as for arcflow train.
     """
-    from arcflow_jax.checkpoints.model_cache import converted
     from arcflow_jax.data.prompts import read_prompts
     from arcflow_jax.evaluate.comparison import Comparison, ComparisonSettings
     from arcflow_jax.evaluate.trajectory_plot import check_library
     from arcflow_jax.evaluate.trajectory_report import evaluate
+    from arcflow_jax.models.model_cache import converted
     from arcflow_jax.parallel.processes import is_main
     from arcflow_jax.storage import cache
 

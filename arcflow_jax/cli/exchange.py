@@ -107,8 +107,8 @@ def convert(
         raise UserError("name the model to convert with --source, or a released student with --adapter")
     if base is not None or any(value is not None for value in sampling.values()):
         raise UserError("--base, --steps, --shift, --final-step-ratio and --guidance belong to --adapter")
-    from arcflow_jax.checkpoints.conversion import convert_model
-    from arcflow_jax.checkpoints.style_loras import split_scale
+    from arcflow_jax.models.conversion import convert_model
+    from arcflow_jax.models.style_loras import split_scale
 
     loras = [split_scale(text) for text in lora or ()]
     files = {name: file for name, file in {"transformer": transformer, "vae": vae}.items() if file is not None}
@@ -137,7 +137,7 @@ def quantize(
     Adapters fit both, because both are of the same source.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # leave an accelerator, if any, to others
-    from arcflow_jax.checkpoints.quantize import quantize_model
+    from arcflow_jax.models.quantize import quantize_model
 
     print(f"quantized {model} to {quantize_model(model, out, parse_formats(formats))}")
 

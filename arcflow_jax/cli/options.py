@@ -220,8 +220,8 @@ class LoadingOptions(ModelOptions):
         """
         import jax
 
-        from arcflow_jax.checkpoints.model_cache import converted
-        from arcflow_jax.checkpoints.style_loras import split_scale
+        from arcflow_jax.models.model_cache import converted
+        from arcflow_jax.models.style_loras import split_scale
         from arcflow_jax.pipeline import ArcFlowPipeline
         from arcflow_jax.storage import cache
 

@@ -17,14 +17,14 @@ from jax import ShapeDtypeStruct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from arcflow_jax import families
-from arcflow_jax.checkpoints.kernels import formats_of
-from arcflow_jax.checkpoints.model_directory import DESCRIPTION, ComponentDescription, ModelDescription, ModelDirectory
 from arcflow_jax.compile_report.topology import HostSharding
 from arcflow_jax.data.tokenizers import max_length
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import token_grid
 from arcflow_jax.families.text import apply_encoder
 from arcflow_jax.generate import decode_latents, merges, sample_student
+from arcflow_jax.models.kernels import formats_of
+from arcflow_jax.models.model_directory import DESCRIPTION, ComponentDescription, ModelDescription, ModelDirectory
 from arcflow_jax.networks.kernel import Format
 from arcflow_jax.networks.student import merged_graphdef, merged_state, split_model
 from arcflow_jax.parallel.mesh import batched, check_batch, replicated, sharded, with_shardings

@@ -13,8 +13,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
-from arcflow_jax.checkpoints.conversion import convert_model
-from arcflow_jax.checkpoints.model_directory import DESCRIPTION, ComponentDescription, ModelDirectory
 from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.demo import ASSETS, report
 from arcflow_jax.demo.evaluate import Sampler, measure, run_samplers
@@ -22,6 +20,8 @@ from arcflow_jax.demo.trajectory import film
 from arcflow_jax.demo.world import caption_of
 from arcflow_jax.errors import UserError
 from arcflow_jax.generate import TEACHER_STEPS
+from arcflow_jax.models.conversion import convert_model
+from arcflow_jax.models.model_directory import DESCRIPTION, ComponentDescription, ModelDirectory
 from arcflow_jax.networks.kernel import Format
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.storage.atomic import cannot_write, make_directory

@@ -22,7 +22,6 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from arcflow_jax import schema
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.student_formats import open_student
 from arcflow_jax.checkpoints.training import AdapterDescription, checksum
 from arcflow_jax.errors import UserError
@@ -32,6 +31,7 @@ from arcflow_jax.flow import sampler
 from arcflow_jax.flow.curve import Curve
 from arcflow_jax.flow.schedule import boundaries, euler_grid, sigma_of
 from arcflow_jax.generate import TEACHER_STEPS, default_dtype, memory_watched, seeded_noise, teacher_grid
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.conditioning import Conditioning, Guided
 from arcflow_jax.networks.student import split_model
 from arcflow_jax.parallel.mesh import parse_mesh, partition_spec, sharded, state_shardings

@@ -22,7 +22,7 @@ from arcflow_jax.parallel.processes import from_rows
 
 
 class Model(Protocol):
-    """The part of a converted model (`checkpoints.model_directory.ModelDirectory`) that is used here."""
+    """The part of a converted model (`models.model_directory.ModelDirectory`) that is used here."""
 
     @property
     def path(self) -> Path: ...

@@ -16,8 +16,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from arcflow_jax import schema
-from arcflow_jax.checkpoints.model_cache import converted
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.console import progress_bar
 from arcflow_jax.data.embeddings import (
     DESCRIPTION,
@@ -31,6 +29,8 @@ from arcflow_jax.data.embeddings import (
     write_shard,
 )
 from arcflow_jax.errors import UserError
+from arcflow_jax.models.model_cache import converted
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.parallel.processes import from_rows, is_main, several
 from arcflow_jax.parallel.together import (
     check_directory,

@@ -16,9 +16,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.data.images import CaptionedImages, pixels
 from arcflow_jax.families.latents import pack
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.conditioning import References
 from arcflow_jax.parallel.mesh import batched, state_shardings
 from arcflow_jax.parallel.processes import from_rows

@@ -15,13 +15,13 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from arcflow_jax.checkpoints.model_cache import converted
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.data.batches import BucketedBatches, MixedBatches, Size
 from arcflow_jax.data.images import CaptionedImages, captions, read_images_once
 from arcflow_jax.data.prompts import Prompts, read_prompts
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import token_grid
+from arcflow_jax.models.model_cache import converted
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.conditioning import References, referring
 from arcflow_jax.networks.layers import Remat
 from arcflow_jax.networks.student import initial_adapter, split_model

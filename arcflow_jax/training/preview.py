@@ -15,7 +15,6 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.console import optional
 from arcflow_jax.data.output import labelled_sheet
 from arcflow_jax.errors import cause_of
@@ -27,6 +26,7 @@ from arcflow_jax.generate import (
     seeded_noise,
     teacher_grid,
 )
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.conditioning import Guided
 from arcflow_jax.parallel.mesh import replicated, state_shardings
 from arcflow_jax.parallel.offload import to_device

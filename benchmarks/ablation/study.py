@@ -14,8 +14,6 @@ from typing import Any
 
 import jax
 
-from arcflow_jax.checkpoints.conversion import convert_model
-from arcflow_jax.checkpoints.model_directory import DESCRIPTION
 from arcflow_jax.console import duration
 from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.demo import ASSETS
@@ -23,6 +21,8 @@ from arcflow_jax.demo.evaluate import Results, Sampler, diversity, measure, run_
 from arcflow_jax.demo.run import TEST_PROMPTS, TRAIN_PROMPTS
 from arcflow_jax.demo.world import Caption, caption_of
 from arcflow_jax.errors import UserError
+from arcflow_jax.models.conversion import convert_model
+from arcflow_jax.models.model_directory import DESCRIPTION
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.storage.atomic import cannot_write, make_directory
 from arcflow_jax.storage.files import read_json, write_json

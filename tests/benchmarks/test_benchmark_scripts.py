@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arcflow_jax.checkpoints.conversion import convert_model
+from arcflow_jax.models.conversion import convert_model
 from arcflow_jax.storage.safetensors import read_header
 from benchmarks.convert_full_size import Values, run
 from benchmarks.train_step import Size, ours, theirs

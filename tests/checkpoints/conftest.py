@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from arcflow_jax.checkpoints.conversion import convert_model
+from arcflow_jax.models.conversion import convert_model
 from tests.helpers.paths import GOLDEN
 from tests.helpers.source_folder import weights_file, write_source
 from tests.helpers.students import RELEASED

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from arcflow_jax.checkpoints.model_directory import ComponentDescription
 from arcflow_jax.checkpoints.training import AdapterDescription
 from arcflow_jax.errors import UserError
 from arcflow_jax.flow.distill import Distillation
+from arcflow_jax.models.model_directory import ComponentDescription
 from arcflow_jax.networks.student import AdapterConfig
 from tests.helpers.own_json import rewrite
 

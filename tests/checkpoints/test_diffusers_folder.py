@@ -16,9 +16,7 @@ import pytest
 from flax import nnx
 from huggingface_hub import ModelCard, constants
 
-from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.diffusers_folder import export_diffusers
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.student_formats import export_adapter, open_student
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
@@ -26,6 +24,8 @@ from arcflow_jax.flow.curve import Span
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.flow.legendre import Series
 from arcflow_jax.flow.momentum import Mixture
+from arcflow_jax.models.conversion import convert_model
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.student import AdapterConfig, split_model
 from arcflow_jax.parallel.mesh import parse_mesh, sharded
 from arcflow_jax.pipeline import ArcFlowPipeline

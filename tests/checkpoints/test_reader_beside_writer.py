@@ -13,9 +13,9 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.training import Checkpoints, load_adapter
 from arcflow_jax.errors import UserError
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.student import split_model
 from arcflow_jax.training.state import TrainState
 from tests.helpers.processes import child
@@ -26,7 +26,7 @@ SAVE = """
 import sys, time
 from pathlib import Path
 import jax, jax.numpy as jnp, optax
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.training import Checkpoints
 from arcflow_jax.networks.student import split_model
 from arcflow_jax.training.state import TrainState

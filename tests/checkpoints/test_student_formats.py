@@ -20,7 +20,6 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.student_formats import import_adapter, open_student
 from arcflow_jax.checkpoints.training import AdapterDescription
 from arcflow_jax.convert import flux as table
@@ -28,6 +27,7 @@ from arcflow_jax.convert.adapter import AdapterTable
 from arcflow_jax.convert.engine import export_tensors
 from arcflow_jax.errors import UserError
 from arcflow_jax.flow.distill import Distillation
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.student import split_model
 from arcflow_jax.parallel.mesh import parse_mesh, sharded
 from arcflow_jax.pipeline import ArcFlowPipeline

@@ -21,9 +21,9 @@ import pytest
 from flax import nnx
 from orbax.checkpoint._src.serialization import jax_array_handlers, serialization
 
-from arcflow_jax.checkpoints.arrays import clear_cause
+from arcflow_jax.arrays.orbax import clear_cause
+from arcflow_jax.arrays.writer import Stream, write_checkpoint
 from arcflow_jax.checkpoints.training import Checkpoints
-from arcflow_jax.checkpoints.writer import Stream, write_checkpoint
 from arcflow_jax.errors import UserError, exit_code
 from arcflow_jax.networks.layers import Adapter
 from arcflow_jax.storage.paths import as_path

@@ -16,8 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from arcflow_jax.checkpoints import conversion, writer
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
+from arcflow_jax.arrays import writer
 from arcflow_jax.checkpoints.student_formats import export_adapter
 from arcflow_jax.checkpoints.training import load_adapter
 from arcflow_jax.checkpoints.verify import verify
@@ -34,6 +33,8 @@ from arcflow_jax.data.embeddings import (
 from arcflow_jax.data.tokenizers import load_tokenizer
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
+from arcflow_jax.models import conversion
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.student import split_model
 from arcflow_jax.storage.files import digest, write_own
 from arcflow_jax.storage.safetensors import read_header

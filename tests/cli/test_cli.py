@@ -17,13 +17,13 @@ import typer
 from PIL import Image
 from safetensors.numpy import save, save_file
 
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.training import AdapterDescription
 from arcflow_jax.cli.app import app
 from arcflow_jax.cli.options import SamplingOptions, expand_options
 from arcflow_jax.data.output import contact_sheet, read_latents
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError, report_errors
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe, read_config

@@ -17,10 +17,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from arcflow_jax.checkpoints import conversion
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.cli.app import main
 from arcflow_jax.convert import engine
+from arcflow_jax.models import conversion
+from arcflow_jax.models.model_directory import ModelDirectory
 from tests.helpers.source_folder import CONFIGS, weights_file, write_source
 
 ROOT = Path(__file__).parents[2]
@@ -309,7 +309,7 @@ def test_ctrl_c(source, tmp_path):
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from arcflow_jax.cli import app as cli
-from arcflow_jax.checkpoints import conversion
+from arcflow_jax.models import conversion
 from tests.cli.test_cli_convert import stopping
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 conversion.layers = stopping(lambda: os.kill(os.getpid(), signal.SIGINT))

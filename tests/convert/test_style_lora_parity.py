@@ -21,7 +21,6 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from arcflow_jax.checkpoints.style_loras import read_style_lora
 from arcflow_jax.convert import flux_original
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.convert.flux_original import OUR_SINGLE
@@ -29,6 +28,7 @@ from arcflow_jax.convert.style_lora import Names, read_lora
 from arcflow_jax.families import flux, flux2, qwen_image
 from arcflow_jax.families.family import Network
 from arcflow_jax.loras import stacked
+from arcflow_jax.models.style_loras import read_style_lora
 from arcflow_jax.networks import style
 from arcflow_jax.networks.layers import linear_layers
 from arcflow_jax.networks.states import unflatten

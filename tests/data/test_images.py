@@ -11,10 +11,10 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.data.images import CaptionedImages, pixels, read_image, read_images
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import pack
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.parallel.mesh import make_mesh
 from arcflow_jax.training.latents import LatentEncoder, _encode
 

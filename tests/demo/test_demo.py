@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.cli.reports import Teacher
 from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.demo import ASSETS, report, run, world
@@ -27,6 +26,7 @@ from arcflow_jax.demo.run import TEACHERS, bars
 from arcflow_jax.demo.trajectory import Film
 from arcflow_jax.demo.world import Caption, caption_of
 from arcflow_jax.errors import UserError
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.pipeline import ArcFlowPipeline
 from tools.make_tiny_qwen import make_tiny_qwen
 

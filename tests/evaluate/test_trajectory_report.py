@@ -16,7 +16,6 @@ import optax
 import pytest
 from PIL import Image
 
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.training import AdapterDescription, Checkpoints
 from arcflow_jax.errors import UserError
 from arcflow_jax.evaluate import comparison as comparison_module
@@ -24,6 +23,7 @@ from arcflow_jax.evaluate.comparison import Comparison, ComparisonSettings, comp
 from arcflow_jax.evaluate.trajectory_report import PARTIAL, PLOT, REPORT, Tally, evaluate, read_partial
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.generate import sample_student
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.conditioning import Guided
 from arcflow_jax.networks.student import AdapterConfig, split_model
 from arcflow_jax.pipeline import ArcFlowPipeline

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from arcflow_jax import families
-from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.families import kontext
+from arcflow_jax.models.conversion import convert_model
 from arcflow_jax.pipeline import ArcFlowPipeline
 from tests.helpers.twins import relative_error
 

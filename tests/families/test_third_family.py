@@ -24,8 +24,6 @@ from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
 
 from arcflow_jax import families, schema
-from arcflow_jax.checkpoints.conversion import convert_model
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.student_formats import export_adapter, import_adapter
 from arcflow_jax.checkpoints.training import load_adapter
 from arcflow_jax.convert.engine import export_tensors
@@ -35,6 +33,8 @@ from arcflow_jax.families import Family, Network
 from arcflow_jax.families.flux import T5, VAE
 from arcflow_jax.families.latents import position_ids
 from arcflow_jax.families.text import Model, PromptEncoder
+from arcflow_jax.models.conversion import convert_model
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.attention import attention
 from arcflow_jax.networks.conditioning import interleave
 from arcflow_jax.networks.layers import TEACHER, LayerNorm, Linear, Mode, RMSNorm, scan_blocks, stack

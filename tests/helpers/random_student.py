@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.training import AdapterDescription, Checkpoints
 from arcflow_jax.flow.distill import Distillation
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.student import AdapterConfig, split_model
 from arcflow_jax.training.state import TrainState
 

@@ -12,9 +12,9 @@ import numpy as np
 from flax import nnx
 from safetensors import safe_open
 
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.training import AdapterDescription, Checkpoints
 from arcflow_jax.flow.distill import Distillation
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.student import AdapterConfig, ArcModel, split_model
 from arcflow_jax.training.loop import describe
 from arcflow_jax.training.state import Skipped, TrainState

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.checkpoints.student_formats import WEIGHTS, export_adapter
+from arcflow_jax.models.conversion import convert_model
 from arcflow_jax.parallel.mesh import MESH_AXES
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.training.loop import train

@@ -20,13 +20,13 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from arcflow_jax import families, schema
-from arcflow_jax.checkpoints.conversion import convert_model
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.student_formats import export_adapter
 from arcflow_jax.convert.engine import export_tensors, import_tensors
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.flow.distill import Distillation
+from arcflow_jax.models.conversion import convert_model
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.student import AdapterConfig
 from arcflow_jax.storage.files import parse_json, seal
 from tests.helpers import source_folder, students, tiny_flux2

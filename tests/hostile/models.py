@@ -11,9 +11,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.data.tokenizers import load_tokenizer, token_length, tokenize
 from arcflow_jax.generate import teacher_grid
+from arcflow_jax.models.model_directory import ModelDirectory
 from tests.hostile import good, mutate, rules
 from tests.hostile.case import Case
 

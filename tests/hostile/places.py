@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from arcflow_jax.checkpoints.conversion import convert_model
-from arcflow_jax.checkpoints.model_cache import converted
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.student_formats import export_adapter, find, import_adapter
 from arcflow_jax.data.output import read_latents, save_image
 from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.evaluate.frechet import Moments
 from arcflow_jax.evaluate.statistics import Statistics
+from arcflow_jax.models.conversion import convert_model
+from arcflow_jax.models.model_cache import converted
+from arcflow_jax.models.model_directory import ModelDirectory
 from tests.helpers.full_disk import disk_for_files_up_to
 from tests.hostile import good, mutate
 from tests.hostile.case import Case

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load
 
-from arcflow_jax.checkpoints.conversion import convert_model
+from arcflow_jax.models.conversion import convert_model
 from arcflow_jax.storage.files import read_json
 from tests.hostile import good, mutate, rules, tensors
 from tests.hostile.case import Case

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.vaes import vae as module
 from arcflow_jax.training.work import inner_jaxprs
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from arcflow_jax.checkpoints.quantize import quantize_model
 from arcflow_jax.errors import UserError
+from arcflow_jax.models.quantize import quantize_model
 from arcflow_jax.parallel.offload import HOST, Weights
 from arcflow_jax.pipeline import ArcFlowPipeline
 from tests.helpers.command_line import run

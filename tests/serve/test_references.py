@@ -14,8 +14,8 @@ import openai
 import pytest
 from PIL import Image, ImageOps
 
-from arcflow_jax.checkpoints.conversion import convert_model
 from arcflow_jax.families import flux2
+from arcflow_jax.models.conversion import convert_model
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.serve import api
 from arcflow_jax.serve.engine import Engine

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from arcflow_jax.checkpoints import conversion, student_formats
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
+from arcflow_jax.checkpoints import student_formats
 from arcflow_jax.cli.app import main
 from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.errors import UserError
+from arcflow_jax.models import conversion
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.storage import hub
 from tests.helpers.fake_hub import ID, http, serving
 from tests.helpers.source_folder import write_source

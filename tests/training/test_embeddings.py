@@ -14,12 +14,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.data.embeddings import read_shard, shard_path, write_shard
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.flux import FluxPrompts
 from arcflow_jax.flow.distill import distil
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.parallel.mesh import make_mesh
 from arcflow_jax.training import embeddings, loop, state
 from arcflow_jax.training.embeddings import CachedPrompts, embed_prompts

@@ -35,7 +35,7 @@ PLANNING = """
     from arcflow_jax.training.hosts import check_plan
     from arcflow_jax.training.plan import Plan
     from tests.helpers.tiny_run import PROMPTS, recipe
-    from arcflow_jax.checkpoints.model_cache import converted
+    from arcflow_jax.models.model_cache import converted
     from arcflow_jax.demo import ASSETS
     address, process, model, host = sys.argv[1:]
     os.chdir(host)

@@ -16,12 +16,12 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from arcflow_jax.checkpoints.conversion import convert_model
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.data.images import CaptionedImages, read_images
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.flux2 import reference_positions
 from arcflow_jax.families.latents import pack
+from arcflow_jax.models.conversion import convert_model
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.conditioning import referring
 from arcflow_jax.parallel.mesh import make_mesh
 from arcflow_jax.training.compile import of_size

@@ -11,12 +11,12 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from arcflow_jax import schema
-from arcflow_jax.checkpoints.style_loras import find, fused_layers, read_style_lora, split_scale
 from arcflow_jax.convert.engine import export_tensors, import_tensors
 from arcflow_jax.convert.style_lora import Update
 from arcflow_jax.errors import UserError
 from arcflow_jax.families import flux
 from arcflow_jax.loras import stacked
+from arcflow_jax.models.style_loras import find, fused_layers, read_style_lora, split_scale
 from arcflow_jax.networks import style
 from arcflow_jax.networks.flux import FluxConfig
 from arcflow_jax.networks.states import unflatten

@@ -10,8 +10,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from arcflow_jax.checkpoints import writer
-from arcflow_jax.checkpoints.writer import Stream, write_checkpoint
+from arcflow_jax.arrays import writer
+from arcflow_jax.arrays.writer import Stream, write_checkpoint
 from arcflow_jax.errors import UserError
 
 LAYERS, LAYER = 64, (64, 512)  # 64 KiB a layer

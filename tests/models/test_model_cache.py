@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from arcflow_jax.checkpoints import conversion
-from arcflow_jax.checkpoints.model_cache import converted
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.errors import UserError
+from arcflow_jax.models import conversion
+from arcflow_jax.models.model_cache import converted
+from arcflow_jax.models.model_directory import ModelDirectory
 from tests.helpers import fake_hub
 from tests.helpers.source_folder import write_source
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from arcflow_jax.checkpoints.replicas import read_once
+from arcflow_jax.arrays.replicas import read_once
 from arcflow_jax.errors import UserError, cause_of
 from arcflow_jax.storage.paths import in_bucket
 
@@ -139,9 +139,9 @@ def clear_cause(error: Exception, path: Path) -> Exception:
 def place(path: Path) -> Path:
     """The same path as Orbax takes it: absolute, and on s3:// only if Orbax has learnt that."""
     if str(path).startswith("s3://"):
-        from arcflow_jax.checkpoints import orbax_s3
+        from arcflow_jax.arrays import s3
 
-        orbax_s3.enable()
+        s3.enable()
     return path.absolute()
 
 

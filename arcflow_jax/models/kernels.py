@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arcflow_jax.checkpoints.model_directory import ArrayDigest
-from arcflow_jax.checkpoints.names import on_disk
-from arcflow_jax.checkpoints.writer import Stream
+from arcflow_jax.arrays.names import on_disk
+from arcflow_jax.arrays.writer import Stream
 from arcflow_jax.errors import UserError
 from arcflow_jax.families import Family
+from arcflow_jax.models.model_directory import ArrayDigest
 from arcflow_jax.networks import kernel
 from arcflow_jax.networks.kernel import Format
 

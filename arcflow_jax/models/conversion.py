@@ -19,8 +19,17 @@ from flax import nnx
 from rich.progress import Progress
 
 from arcflow_jax import families, schema
-from arcflow_jax.checkpoints.kernels import Formats, digested, formats_of, quantized_streams
-from arcflow_jax.checkpoints.model_directory import (
+from arcflow_jax.arrays.names import on_disk
+from arcflow_jax.arrays.writer import Stream, write_checkpoint
+from arcflow_jax.console import progress_bar
+from arcflow_jax.convert.engine import Fill, Tensor, cast, check, layers, nearest
+from arcflow_jax.convert.style_lora import Update
+from arcflow_jax.data.tokenizers import FILES, copy_tokenizer
+from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.families import Family, Network
+from arcflow_jax.flow.schedule import Scheduler
+from arcflow_jax.models.kernels import Formats, digested, formats_of, quantized_streams
+from arcflow_jax.models.model_directory import (
     CHECKPOINT,
     DESCRIPTION,
     FORMAT,
@@ -29,16 +38,7 @@ from arcflow_jax.checkpoints.model_directory import (
     ModelDescription,
     fingerprint,
 )
-from arcflow_jax.checkpoints.names import on_disk
-from arcflow_jax.checkpoints.style_loras import fused_layers, read_style_lora
-from arcflow_jax.checkpoints.writer import Stream, write_checkpoint
-from arcflow_jax.console import progress_bar
-from arcflow_jax.convert.engine import Fill, Tensor, cast, check, layers, nearest
-from arcflow_jax.convert.style_lora import Update
-from arcflow_jax.data.tokenizers import FILES, copy_tokenizer
-from arcflow_jax.errors import UserError, one_line
-from arcflow_jax.families import Family, Network
-from arcflow_jax.flow.schedule import Scheduler
+from arcflow_jax.models.style_loras import fused_layers, read_style_lora
 from arcflow_jax.networks.kernel import Format
 from arcflow_jax.networks.quantization import Quantization
 from arcflow_jax.networks.states import nest, shapes_of

@@ -30,8 +30,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from arcflow_jax import families, schema
-from arcflow_jax.checkpoints.arrays import clear_cause, handler, place
-from arcflow_jax.checkpoints.names import in_memory, on_disk
+from arcflow_jax.arrays.names import in_memory, on_disk
+from arcflow_jax.arrays.orbax import clear_cause, handler, place
 from arcflow_jax.errors import UserError, cannot_load, cause_of, first_few, one_line, out_of_memory
 from arcflow_jax.families import Family, Network
 from arcflow_jax.flow.schedule import Scheduler

@@ -1,14 +1,14 @@
 """Converted copies of PyTorch models, made when a model is first used: nobody has to convert by hand to try one.
 
-CACHE/models/<key>     a model directory (see `checkpoints.model_directory`); CACHE as in `storage.cache`
+CACHE/models/<key>     a model directory (see `models.model_directory`); CACHE as in `storage.cache`
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from arcflow_jax.checkpoints.model_directory import DESCRIPTION, VERSION
 from arcflow_jax.errors import UserError
+from arcflow_jax.models.model_directory import DESCRIPTION, VERSION
 from arcflow_jax.storage import hub
 from arcflow_jax.storage.cache import cache_folder
 from arcflow_jax.storage.files import digest
@@ -43,7 +43,7 @@ def converted(source: str | Path) -> Path:
     else:
         raise UserError(f"model {source} does not exist, and a hub id is owner/name")
     # Not at the top, because a model that is converted does not need it
-    from arcflow_jax.checkpoints import conversion
+    from arcflow_jax.models import conversion
 
     out = (cache_folder() / "models" / key[:32]).absolute()
     if not (out / DESCRIPTION).is_file():

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.training import Checkpoints
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.layers import Adapter
 from arcflow_jax.parallel.mesh import make_mesh, sharded
 from arcflow_jax.storage.paths import as_path, sizes_below
@@ -53,10 +53,10 @@ MESHES = [(4, 1, 1, 1), (2, 2, 1, 1)]
 PROCESS = """
     import sys
     import jax, numpy as np
-    from arcflow_jax.checkpoints import replicas
+    from arcflow_jax.arrays import replicas
     from arcflow_jax.parallel.processes import initialize
     from arcflow_jax.storage.paths import as_path
-    from tests.checkpoints.test_replicas import MESHES, read_both
+    from tests.arrays.test_replicas import MESHES, read_both
     place, expected, address, process = sys.argv[1:]
     initialize(address, 2, int(process))
     replicas.SMALL = 0

@@ -13,12 +13,12 @@ import pytest
 import qwix
 from flax import nnx
 
-from arcflow_jax.checkpoints.conversion import convert_model
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
-from arcflow_jax.checkpoints.quantize import quantize_model
 from arcflow_jax.checkpoints.verify import verify
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
+from arcflow_jax.models.conversion import convert_model
+from arcflow_jax.models.model_directory import ModelDirectory
+from arcflow_jax.models.quantize import quantize_model
 from arcflow_jax.networks.kernel import quantize, quantized_array
 from arcflow_jax.networks.layers import linear_layers
 from arcflow_jax.pipeline import ArcFlowPipeline

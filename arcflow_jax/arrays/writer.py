@@ -24,7 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from arcflow_jax.checkpoints.arrays import as_os_error, check_name, place
+from arcflow_jax.arrays.orbax import as_os_error, check_name, place
 
 CHUNK_BYTES = 2**22  # the unit of reading: small enough for a sharded restore to skip most of what it does not need
 # Each chunk ends with its XXH64 hash, which zstd compares when the chunk is read. (A CRC-32C would cost seven times

@@ -12,9 +12,14 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from rich.progress import Progress
 
-from arcflow_jax.checkpoints.arrays import handler, place
-from arcflow_jax.checkpoints.kernels import Formats, digested, formats_of, quantized_streams
-from arcflow_jax.checkpoints.model_directory import (
+from arcflow_jax.arrays.names import in_memory
+from arcflow_jax.arrays.orbax import handler, place
+from arcflow_jax.arrays.writer import Stream, write_checkpoint
+from arcflow_jax.console import progress_bar
+from arcflow_jax.data.tokenizers import copy_tokenizer
+from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.models.kernels import Formats, digested, formats_of, quantized_streams
+from arcflow_jax.models.model_directory import (
     CHECKPOINT,
     DESCRIPTION,
     FORMAT,
@@ -22,11 +27,6 @@ from arcflow_jax.checkpoints.model_directory import (
     ModelDirectory,
     fingerprint,
 )
-from arcflow_jax.checkpoints.names import in_memory
-from arcflow_jax.checkpoints.writer import Stream, write_checkpoint
-from arcflow_jax.console import progress_bar
-from arcflow_jax.data.tokenizers import copy_tokenizer
-from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.networks.kernel import Format
 from arcflow_jax.networks.quantization import Quantization
 from arcflow_jax.networks.states import nest, unnest

@@ -21,12 +21,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from arcflow_jax.checkpoints import conversion, writer
-from arcflow_jax.checkpoints.model_directory import ArrayDigest, ModelDirectory, fingerprint
+from arcflow_jax.arrays import writer
 from arcflow_jax.convert import t5
 from arcflow_jax.convert.engine import export_tensors
 from arcflow_jax.errors import UserError
 from arcflow_jax.flow.schedule import Scheduler
+from arcflow_jax.models import conversion
+from arcflow_jax.models.model_directory import ArrayDigest, ModelDirectory, fingerprint
 from arcflow_jax.networks.flux import FluxConfig
 from arcflow_jax.networks.states import flatten, nest, unnest
 from arcflow_jax.parallel.mesh import make_mesh, state_shardings
@@ -222,7 +223,7 @@ def test_weights_are_born_sharded(converted):
     program = f"""
 import jax
 from flax import nnx
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.parallel.mesh import make_mesh, state_shardings
 directory = ModelDirectory.open({str(converted)!r})
 abstract = nnx.state(directory.abstract("transformer"))
@@ -321,7 +322,7 @@ def test_overwritten_bytes_are_refused(tiny_flux, tmp_path):
 import sys
 from flax import nnx
 from arcflow_jax.errors import UserError
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
+from arcflow_jax.models.model_directory import ModelDirectory
 for path in sys.argv[1:]:
     directory = ModelDirectory.open(path)
     try:

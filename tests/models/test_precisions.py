@@ -15,12 +15,12 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from arcflow_jax.checkpoints.conversion import convert_model
-from arcflow_jax.checkpoints.model_directory import ModelDirectory
 from arcflow_jax.checkpoints.training import AdapterDescription, Checkpoints
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.flow.distill import Distillation
+from arcflow_jax.models.conversion import convert_model
+from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.states import flatten, nest, unnest
 from arcflow_jax.networks.student import AdapterConfig, split_model
 from arcflow_jax.pipeline import ArcFlowPipeline
