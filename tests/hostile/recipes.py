@@ -56,8 +56,9 @@ def mesh(x: Any) -> bool:
 CHECKS: dict[str, rules.Check] = {
     **{
         name: text
-        for name in ("model", "out", "prompts", "prompts_field", "embeddings", "images", "start_from", "wandb_project")
+        for name in ("model", "out", "prompts", "prompts_field", "embeddings", "images", "references", "start_from")
     },
+    "wandb_project": text,
     "guidance": rules.number(0, 1e6),
     "seed": rules.whole(0, 2**64 - 1),
     "resolutions": sizes,
