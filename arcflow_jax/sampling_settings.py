@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -89,6 +89,21 @@ class Job:
     progress: Progress
 
 
+RANGES: dict[str, Any] = {
+    "num_inference_steps": NFE | None,
+    "final_step_ratio": Ratio | None,
+    "guidance_scale": Guidance | None,
+    "strength": Strength | None,
+    "height": Pixels | None,
+    "width": Pixels | None,
+}
+
+
+def check_ranges(**settings: Any) -> list[Any]:
+    """These settings, converted: what can be checked before a model is loaded. Raises UserError."""
+    return [schema.converted(RANGES[name], value, name) for name, value in settings.items()]
+
+
 def resolve_settings(
     directory: ModelDirectory,
     student: AdapterDescription | None,
@@ -124,10 +139,12 @@ def resolve_settings(
     Raises:
       UserError: if the settings do not fit the model or one another.
     """
-    steps = schema.converted(NFE | None, num_inference_steps, "num_inference_steps")
-    ratio = schema.converted(Ratio | None, final_step_ratio, "final_step_ratio")
-    guidance = schema.converted(Guidance | None, guidance_scale, "guidance_scale")
-    strength = schema.converted(Strength | None, strength, "strength")
+    steps, ratio, guidance, strength = check_ranges(
+        num_inference_steps=num_inference_steps,
+        final_step_ratio=final_step_ratio,
+        guidance_scale=guidance_scale,
+        strength=strength,
+    )
     if norm_preserving and negative_prompt is None:
         raise UserError("norm_preserving is a kind of classifier-free guidance, which needs a negative_prompt")
     if student is None and ratio is not None:
@@ -161,9 +178,7 @@ def resolve_settings(
 def image_grid(directory: ModelDirectory, height: int | None = None, width: int | None = None) -> tuple[int, int]:
     """Rows and columns of tokens of an image; the default is the model's own size. Raises UserError if it has none, or
     a side does not fit."""
-    height, width = (
-        schema.converted(Pixels | None, side, name) for name, side in (("height", height), ("width", width))
-    )
+    height, width = check_ranges(height=height, width=width)
     vae = directory.config("vae")
     if vae.sample_size is None and None in (height, width):
         raise UserError(f"{directory.path} does not say how large its images are: name height and width")

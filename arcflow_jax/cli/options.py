@@ -275,6 +275,13 @@ class SamplingOptions(StudentOptions, LoadingOptions):
         ),
     ] = None
 
+    def load(self, mesh: Mesh | None = None) -> ArcFlowPipeline:
+        """As for any model; settings that fit no model are refused before it is loaded."""
+        from arcflow_jax.sampling_settings import RANGES, check_ranges
+
+        check_ranges(**{name: value for name, value in self.settings().items() if name in RANGES})
+        return super().load(mesh)
+
     def settings(self) -> dict[str, Any]:
         """The arguments of `ArcFlowPipeline.settings`."""
         return {

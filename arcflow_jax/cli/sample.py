@@ -96,11 +96,12 @@ def make_images(
     from arcflow_jax.data.prompts import check_prompts
     from arcflow_jax.parallel.processes import is_main
     from arcflow_jax.parallel.together import check_directory, check_same, gathered, own_share
-    from arcflow_jax.sampling_settings import batch_for
+    from arcflow_jax.sampling_settings import batch_for, check_ranges
     from arcflow_jax.storage.atomic import make_directory
     from arcflow_jax.storage.paths import as_path
 
     check_prompts(prompts)
+    check_ranges(strength=given[2])
     image_files, mask_file, strength = given
     settings: dict[str, Any] = {**sampling.settings(), "strength": strength}
     check_same({"the prompts": list(prompts), "the options": [images, sampling.batch_size, settings]})

@@ -142,6 +142,20 @@ def test_tools_are_the_same_entry_points(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--steps", "0"), "num_inference_steps is 0, but has to be a whole number from 1"),
+        (("--guidance", "nan"), "guidance_scale is nan"),
+        (("--strength", "0"), "strength is 0"),
+        (("--height", "-8"), "height is -8"),
+    ],
+)
+def test_sample_refuses_bad_settings_before_it_loads(capfd, tmp_path, option, message):
+    command = ("sample", "--model", str(tmp_path / "nowhere"), "--teacher", "--prompt", "a fox", *option)
+    assert_refused(capfd, tmp_path, *command, message=message)
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("--config.optimiser.lr=1", "a recipe has no key 'optimiser': did you mean optimizer"),
