@@ -90,9 +90,9 @@ def main() -> None:
     stages = KINDS[args.kind]
     if unknown := set(args.stages) - stages.keys():
         parser.error(f"{args.kind} has no stage {', '.join(unknown)}")
-    for trained in (TRAINED / args.kind).glob("*.safetensors"):
+    for trained in (TRAINED / args.kind).glob("*"):
         if not (args.work / trained.name).exists():
-            shutil.copy(trained, args.work)
+            (shutil.copytree if trained.is_dir() else shutil.copy)(trained, args.work / trained.name)
     for name in args.stages or [name for name, (_, made) in stages.items() if not (args.work / made).exists()]:
         print(f"== {name}", flush=True)
         stages[name][0](args.work)

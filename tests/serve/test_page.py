@@ -208,7 +208,7 @@ def test_an_image_to_start_from(tab, site, tmp_path):
 
 def test_the_latest_text_wins(tab, browser, site, gate):
     """While an image is made, one change waits, the newest; and another browser gets its own."""
-    made = gate.entered
+    made = len(gate.sizes)
     tab.get_by_label("Prompt").press_sequentially(PROMPT, delay=5)
     gate.wait_for(0)
     tab.wait_for_timeout(300)
@@ -218,7 +218,7 @@ def test_the_latest_text_wins(tab, browser, site, gate):
     gate.wait_for(1)
     gate.open()
     wait_until(lambda: shows(tab, site, PROMPT) and shows(other, site, "a blue ring"), 30)
-    assert gate.entered - made <= 3  # not one for each letter
+    assert len(gate.sizes) - made <= 3  # not one for each letter
     other.close()
 
 
@@ -228,9 +228,9 @@ def test_a_comparison_gives_way_to_newer_text(tab, site, gate):
     prompt.fill(PROMPT)
     changed(tab, None)
     gate.opened.clear()
-    entered = gate.entered
+    entered = len(gate.sizes)
     tab.get_by_role("button", name="Compare").click()
-    wait_until(lambda: gate.entered > entered)
+    wait_until(lambda: len(gate.sizes) > entered)
     prompt.fill("a blue ring")
     gate.wait_for(1)
     gate.open()
@@ -257,10 +257,10 @@ def test_errors_are_shown(tab, site, engine, gate, monkeypatch):
     def broken(*arguments, **named):
         raise RuntimeError("a path of the server")
 
-    monkeypatch.setattr(engine.pipeline, "stream", broken)
+    monkeypatch.setattr(engine.pipeline, "begin", broken)
     prompt.fill("a blue ring")
     tab.get_by_text("The server has an error; its log says more").wait_for()
-    monkeypatch.setattr(engine.pipeline, "stream", gate)
+    monkeypatch.setattr(engine.pipeline, "begin", gate)
     prompt.fill("a green ring")
     wait_until(lambda: shows(tab, site, "a green ring"), 30)
 
