@@ -12,8 +12,8 @@ what it makes. Its text encoders, judge, VAE and denoiser come from an earlier v
 whose captions could also omit the position. On the present version, the VAE was trained for 1 000 more steps (learning
 rate 1e-3, without the straightness term), the denoiser for 3 500 (as in its second round), then `guided` in two parts.
 
-The emoji world's teacher is not finished: `tools/tiny_teacher/trained/emoji` has its VAE and its judge. The script
-starts from these; the other stages take hours.
+The emoji world's teacher is not finished: `tools/tiny_teacher/trained/emoji` has its VAE, judge and text encoders. The
+script starts from these; the other stages take hours.
 
 Everything is seeded. Each stage reads what earlier stages left in the work folder. A training that was stopped resumes
 from its last report, every few hundred steps. Copy `tiny-flux/`, `judge.safetensors` or `tiny-qwen/` from the work

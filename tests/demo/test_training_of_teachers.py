@@ -128,8 +128,8 @@ def test_trained_parts_of_the_emoji_teacher(tmp_path, capsys):
     if not FONT.exists():
         pytest.skip("the font is not installed")
     make_glyphs(tmp_path)
-    shutil.copy(TRAINED / "emoji" / "judge.safetensors", tmp_path)
-    shutil.copy(TRAINED / "emoji" / "vae-1.safetensors", tmp_path / "vae.safetensors")
+    for name in ("judge.safetensors", "vae.safetensors"):
+        shutil.copy(TRAINED / "emoji" / name, tmp_path)
     check_vae(tmp_path, EMOJI, 128)
     figures = json.loads(capsys.readouterr().out)
     assert figures["originals"]["emoji"] >= 0.95

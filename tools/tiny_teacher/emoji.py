@@ -31,10 +31,7 @@ EMOJI = Teacher(
         scaling_factor=1.0,  # set at assembly, from the latents' mean and standard deviation
         shift_factor=0.0,
     ),
-    vae_rounds=(
-        VAERound(steps=4_000, horizon=5_000, ema=0.995, absolute=0.1, kl=5e-4),
-        VAERound(steps=8_000, horizon=8_000, peak=1e-3, ema=0.999, absolute=0.1, kl=5e-4),
-    ),
+    vae_rounds=(VAERound(steps=4_000, horizon=5_000, ema=0.995, absolute=0.1, kl=5e-4),),
     judge={"widths": (32, 64, 128, 128), "features": 128},
     judge_steps=2_500,
     text_steps=1_000,
