@@ -202,12 +202,13 @@ def load(folder: Path, name: str, kind: str) -> tuple[Any, Any]:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    local = {"local_files_only": True, "trust_remote_code": False}
     try:
         # DINOv2's preprocessor has the same options as CLIP's
-        preprocess = transformers.CLIPImageProcessorPil.from_pretrained(folder, **local)
+        preprocess = transformers.CLIPImageProcessorPil.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         model, loaded = getattr(transformers, name).from_pretrained(
-            folder, **local, dtype=torch.float32, output_loading_info=True
+            folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:  # transformers raises many kinds
         raise UserError(f"transformers cannot load a {kind} from {folder}: {one_line(error)}") from None

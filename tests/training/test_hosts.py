@@ -50,9 +50,9 @@ PLANNING = """
     images.from_text_files = lambda folder: listed.append(folder) or list_folder(folder)
     initialize(address, 2, int(process))
     with_images = plan(images="images")
-    print("listed", len(listed), [(str(image.file), image.caption) for image in with_images.images])
+    print("listed", len(listed), [(str(image.files[0]), image.caption) for image in with_images.images])
     for image in with_images.images:
-        told(images.pixels, image.file, 8, 8)
+        told(images.pixels, image.files[0], 8, 8)
     check_plan(plan())
     Path("other.txt").write_text("\\n".join(PROMPTS[::-1] if process == "1" else PROMPTS))
     told(check_plan, plan(prompts="other.txt"))
