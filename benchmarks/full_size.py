@@ -124,8 +124,8 @@ def image_figures(folder: Path) -> dict[str, Any]:
         sys.exit(f"{file} is constant")
     return {
         "image": f"{pixels.shape[1]} × {pixels.shape[0]}",
-        "mean": round(pixels.mean(), 1),
-        "std": round(pixels.std(), 1),
+        "mean": round(float(pixels.mean()), 1),
+        "std": round(float(pixels.std()), 1),
     }
 
 
