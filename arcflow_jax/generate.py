@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from arcflow_jax import schema
 from arcflow_jax.errors import UserError, one_line, out_of_memory
-from arcflow_jax.families.latents import PATCH, unpack
+from arcflow_jax.families.latents import token_side, unpack
 from arcflow_jax.flow import sampler
 from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.conditioning import Conditioning, Guided
@@ -114,7 +114,7 @@ def decode_latents(
     """
     tokens = constrain(tokens, "batch", None, None)
     network = nnx.merge(graphdef, vae)
-    side = PATCH * network.config.factor  # of a token, in pixels
+    side = token_side(network.config.factor)
     large = rows * columns * side**2 > TILED
     pixels = network.decode(unpack(tokens, rows, columns), tiled=large if tiled is None else tiled)
     return jnp.round(jnp.clip(pixels * 0.5 + 0.5, 0.0, 1.0) * 255).astype(jnp.uint8)

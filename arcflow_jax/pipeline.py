@@ -17,7 +17,7 @@ from PIL import Image
 from arcflow_jax import schema
 from arcflow_jax.data.prompts import check_prompts
 from arcflow_jax.errors import UserError
-from arcflow_jax.families.latents import PATCH, as_tokens
+from arcflow_jax.families.latents import as_tokens, token_side
 from arcflow_jax.generate import TEACHER_STEPS
 from arcflow_jax.image_to_image import Beginning, GivenImages, given_images
 from arcflow_jax.loaded_model import LoadedModel
@@ -181,7 +181,7 @@ class ArcFlowPipeline(LoadedModel):
     def _described(
         self, settings: SamplingSettings, references: ReferenceSets | None = None
     ) -> dict[str, int | float | str]:
-        side = PATCH * self.directory.config("vae").factor  # of a token, in pixels
+        side = token_side(self.directory.config("vae").factor)
         size = {"height": settings.rows * side, "width": settings.columns * side}
         count = {} if references is None else {"references": len(references.pixels)}
         return size | settings.described() | self.origin | count

@@ -16,7 +16,7 @@ from PIL import Image
 from arcflow_jax.data.images import in_rgb
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.family import ReferenceImages
-from arcflow_jax.families.latents import PATCH, token_grid
+from arcflow_jax.families.latents import token_grid, token_side
 from arcflow_jax.image_to_image import GivenImages, ImageEncoder, as_pixels, size
 from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.conditioning import References
@@ -67,7 +67,7 @@ def reference_sets(
     Raises:
       UserError: if the images cannot be used, or do not fit one another.
     """
-    rules, side = rules_of(directory), token_side(directory)
+    rules, side = rules_of(directory), token_side(directory.config("vae").factor)
     given: Any = list(image) if is_list(image) or getattr(image, "ndim", 0) == 4 else [image]
     sets = given if given and all(map(is_list, given)) else [given]
     if len(sets) not in (1, prompts):
@@ -95,11 +95,6 @@ def rules_of(directory: ModelDirectory) -> ReferenceImages:
     if (rules := directory.family.references) is None:
         raise UserError(f"{directory.path} is a {directory.family.pipeline}, which reads no reference images")
     return rules
-
-
-def token_side(directory: ModelDirectory) -> int:
-    """The side of a token in pixels."""
-    return PATCH * directory.config("vae").factor
 
 
 def fit(rules: ReferenceImages, image: Image.Image | np.ndarray, side: int) -> np.ndarray:  # [H, W, 3], uint8

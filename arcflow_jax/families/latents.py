@@ -15,6 +15,11 @@ from arcflow_jax.errors import UserError
 PATCH = 2
 
 
+def token_side(factor: int) -> int:
+    """The side of a token in pixels, with a VAE of that factor."""
+    return PATCH * factor
+
+
 def token_grid(height: int, width: int, factor: int) -> tuple[int, int]:
     """Rows and columns of tokens of an image of height × width pixels.
 
@@ -25,7 +30,7 @@ def token_grid(height: int, width: int, factor: int) -> tuple[int, int]:
     Raises:
       UserError: if a side is not a positive multiple of a token's side, factor · 2 pixels.
     """
-    side = factor * PATCH
+    side = token_side(factor)
     if height < side or width < side or height % side or width % side:
         raise UserError(f"image size {height}x{width}: height and width have to be positive multiples of {side}")
     return height // side, width // side
