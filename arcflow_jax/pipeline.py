@@ -74,10 +74,12 @@ class ArcFlowPipeline(LoadedModel):
           negative_prompt, num_inference_steps, guidance_scale, height, width, seed, final_step_ratio, norm_preserving:
             see `sampling_settings.resolve_settings`. With an image, height and width are the image's by default.
           strength: see there; with an image 0.6 by default.
-          image: PIL images, or arrays [H, W, 3] of uint8 or of floating-point numbers between 0 and 1. Of a model that
-            reads reference images, without strength and mask_image: a reference image or a list of them for all
-            prompts, or a list of such lists, one for each prompt; the images made have the first one's size by default.
-            Otherwise: what to start from instead of noise alone, one for all prompts or one for each, of one size.
+          image: PIL images, or arrays [H, W, 3] of uint8 or of floating-point numbers between 0 and 1. If the model
+            reads reference images, and there is no strength and no mask_image, they are reference images: one or a list
+            for all prompts, or a list of lists, one for each prompt. By default the images made have the size of the
+            first.
+            Otherwise they are what to start from instead of noise alone: one for all prompts or one for each, of one
+            size.
           mask_image: for inpainting, likewise, also [H, W]: white is repainted; other pixels stay exactly as given.
           num_images_per_prompt: each starts from noise of its own.
           latents: noise to use instead of the seed's, one of each image: packed [B, N, 4C] or, as a latent image

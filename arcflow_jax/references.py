@@ -1,4 +1,4 @@
-"""Reference images: what a call's images are made from beside the prompts, where the model reads such images."""
+"""Reference images: what some models read beside the prompts, for example to edit an image."""
 
 # B images of a batch, I sets of reference images, H, W size in pixels, R tokens of a set, C latent channels
 
@@ -28,7 +28,8 @@ class ReferenceSets:
     """The reference images of a call.
 
     Attributes:
-      pixels: of each place in a set the images [I, H, W, 3], uint8; one set for each prompt, or one for all.
+      pixels: for each place in a set, the images of all sets at that place, [I, H, W, 3], uint8. There is one set for
+        each prompt, or one for all prompts.
       images_per_prompt: how many images are made of each prompt.
     """
 
@@ -36,13 +37,13 @@ class ReferenceSets:
     images_per_prompt: int
 
     def of(self, array: np.ndarray, made: np.ndarray) -> np.ndarray:
-        """The rows of an array [I, ...] that belong to the images with these numbers among those to be made."""
+        """The rows of an array [I, ...] for the images to be made that have these numbers."""
         return array[np.zeros_like(made) if len(array) == 1 else made // self.images_per_prompt]
 
 
 def reads_references(directory: ModelDirectory, mask_image: object, settings: Mapping[str, Any]) -> bool:
-    """Whether the images of a call are reference images: where the model reads such, unless a mask or a strength says
-    that an image is to start from."""
+    """Whether the images of a call are reference images: if the model reads them, and the call has neither a mask nor a
+    strength, which are for an image to start from."""
     return directory.family.references is not None and mask_image is None and settings.get("strength") is None
 
 
@@ -53,8 +54,9 @@ def reference_sets(
     images_per_prompt: int,
     settings: Mapping[str, Any],
 ) -> tuple[ReferenceSets, dict[str, Any]]:
-    """The reference images of a call, fitted, and the settings that follow from them: by default, the images made have
-    the size of the first.
+    """The reference images of a call, in the sizes that are encoded, and the settings that follow from them.
+
+    By default, the images made have the size of the first one.
 
     Args:
       directory: of a model that reads reference images.
@@ -121,7 +123,7 @@ class ReferenceTokens:
         self.sets, self.mesh = sets, mesh
 
     def __call__(self, made: np.ndarray) -> References:
-        """Of a batch: those of the images with these numbers among those to be made."""
+        """The references of a batch: of the images to be made that have these numbers."""
         tokens = self.sets.of(self.tokens, made)
         spec = partition_spec(self.mesh, ("batch", "tokens", None), tokens.shape)
         return References(jax.device_put(tokens, NamedSharding(self.mesh, spec)), self.positions)

@@ -35,8 +35,8 @@ def sample(
     image: Annotated[
         list[Path] | None,
         path_option(
-            help="A reference image, of a model that reads such; may be given several times. Otherwise, or with --mask "
-            "or --strength, an image to start from. PNG, JPEG or WebP."
+            help="A reference image, if the model reads reference images; may be given several times. With --mask or "
+            "--strength, or for any other model: the image to start from. PNG, JPEG or WebP."
         ),
     ] = None,
     mask: Annotated[

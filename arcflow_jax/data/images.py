@@ -67,7 +67,7 @@ def read_images(folder: str | Path, most: int = 1) -> list[CaptionedImages]:
             raise UserError(f"the caption of {image.files[0]} is empty")
         if len(image.files) != len(images[0].files):
             first, other = (f"{each.files[0]} belongs to {len(each.files)}" for each in (images[0], image))
-            raise UserError(f"{first} reference images, {other}: all captions of a folder have to have as many")
+            raise UserError(f"{first} reference images, {other}: all captions of a folder need the same number")
     return images
 
 

@@ -31,7 +31,7 @@ def of_pipeline(pipeline: object, where: object) -> Family:
 
 
 def of_transformer(class_name: object, where: object) -> Family:
-    """The family, of several the first, whose transformer has this class.
+    """The first family whose transformer has this class.
 
     Raises UserError, which begins with `where`, if there is none.
     """

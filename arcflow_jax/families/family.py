@@ -72,9 +72,9 @@ class ReferenceImages:
 
     Attributes:
       most: how many there may be.
-      fitted: makes of an RGB image the one that is encoded, whose sides are multiples of `side`, a token's in pixels.
-        Raises UserError, which begins with "a reference image", if it cannot be used.
-      positions: of the tokens of images with so many (rows, columns), one image after another: [R, axes].
+      fitted: resizes an RGB image to the one that is encoded. Its sides are multiples of `side`, a token's side in
+        pixels. Raises UserError, which begins with "a reference image", if the image cannot be used.
+      positions: from the (rows, columns) of each image, the positions of all tokens, image after image: [R, axes].
     """
 
     most: int

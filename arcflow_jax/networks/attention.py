@@ -33,9 +33,9 @@ SHORT = 1024  # up to this many tokens, the memory for all scores at once is not
 CPU_CHUNK, CHUNK = 128, 512
 SPLASH_BLOCKS = (512, 384, 256)
 SPLASH_MOST = 2048  # keys that the backward pass has in fast memory
-# Queries, and keys, that the forward pass has there, where a head's features take at most SPLASH_BYTES: fewer steps of
-# the kernel, and keys and values are read less often. MaxDiffusion has as many for FLUX.1 on v6e (base_flux_dev.yml).
-# Wider heads do not fit into v5p's 16 MiB. BENCHMARKS.md has cycles
+# Largest block of queries, and of keys, in the forward pass, if a head's features take at most SPLASH_BYTES: the kernel
+# has fewer steps, and reads keys and values less often. MaxDiffusion takes as many for FLUX.1 on v6e
+# (base_flux_dev.yml). Wider heads do not fit into v5p's 16 MiB. BENCHMARKS.md has the compiler's counts
 SPLASH_FORWARD, SPLASH_BYTES = 1536, 256
 
 

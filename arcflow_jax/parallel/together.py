@@ -75,7 +75,7 @@ def own_share(count: int, batch: int = 1) -> range:
 
 
 def sum_over_rows(own: int, mesh: Mesh) -> int:
-    """The number of rows of which something is so, from what each process has counted in those that it loads.
+    """How many rows of all batches have a property, from how many each process has counted among those that it loads.
 
     Where `tensor` or `sequence` spans processes, several load the same rows (see `processes.local_rows`), which count
     once. All processes call it.
