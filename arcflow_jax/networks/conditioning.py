@@ -1,7 +1,7 @@
 """What a velocity depends on besides the state and σ: the protocol of conditioning, reference images, and
 classifier-free guidance.
 
-Each family has its own conditioning, a pytree (`networks.flux.FluxConditioning`, …). Shared code knows this protocol
+Each family has its own conditioning, a pytree (`networks.backbones.flux.FluxConditioning`, …). Shared code knows this protocol
 only.
 """
 

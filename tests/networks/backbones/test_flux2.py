@@ -11,12 +11,12 @@ import pytest
 from flax import nnx
 
 from arcflow_jax import schema
-from arcflow_jax.convert import flux2 as table
+from arcflow_jax.convert.backbones import flux2 as table
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.flux2 import reference_positions
+from arcflow_jax.networks.backbones.flux2 import Flux2, Flux2Conditioning, Flux2Config
 from arcflow_jax.networks.conditioning import Guided, References
-from arcflow_jax.networks.flux2 import Flux2, Flux2Conditioning, Flux2Config
 from arcflow_jax.networks.student import AdapterConfig, ArcModel
 from tests.helpers.twins import FLUX2, flux2_inputs, flux2_twin, flux2_twin_velocity, relative_error
 

@@ -1,12 +1,12 @@
-"""FLUX.2's transformer: diffusers' Flux2Transformer2DModel ↔ `backbone` (networks.flux2) and `output`.
+"""FLUX.2's transformer: diffusers' Flux2Transformer2DModel ↔ `backbone` (networks.backbones.flux2) and `output`.
 
 A model without guidance embedding has no targets for the rules of `guidance_embedder`; they are not used then.
 """
 
 from arcflow_jax.convert.rules import Rule, grouped, kernel
-from arcflow_jax.networks.flux2 import GROUP, MLP
+from arcflow_jax.networks.backbones.flux2 import GROUP, MLP
 
-# Layers of several parts, see networks.flux2
+# Layers of several parts, see networks.backbones.flux2
 MLP_IN, MLP_OUT = grouped(GROUP, outputs=2 * MLP), grouped(GROUP, inputs=MLP)
 SINGLE_IN, SINGLE_OUT = grouped(GROUP, outputs=3 + 2 * MLP), grouped(GROUP, inputs=1 + MLP)
 

@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from arcflow_jax import schema
-from arcflow_jax.convert import vae_kl as table
 from arcflow_jax.convert.engine import import_tensors
+from arcflow_jax.convert.vaes import kl as table
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.vaes.kl import AutoencoderKL, AutoencoderKLConfig
 from tests.helpers.twins import relative_error

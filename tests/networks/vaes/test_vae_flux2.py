@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 
 from arcflow_jax import schema
-from arcflow_jax.convert import vae_flux2 as table
 from arcflow_jax.convert.engine import check, import_tensors
+from arcflow_jax.convert.vaes import flux2 as table
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import pack, unpack
 from arcflow_jax.networks.states import shapes_of

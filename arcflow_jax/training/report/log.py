@@ -42,7 +42,7 @@ from arcflow_jax.schema import TrainingSteps
 from arcflow_jax.storage.atomic import append, make_directory, upload, write_file
 from arcflow_jax.storage.files import json_records, parse_json, read_lines
 from arcflow_jax.training.recipe import SETTINGS, Recipe
-from arcflow_jax.training.wandb_log import WandbLog
+from arcflow_jax.training.report.wandb import WandbLog
 from arcflow_jax.training.work import speed
 
 LOG = "log.jsonl"

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from arcflow_jax.convert import flux as table
+from arcflow_jax.convert.backbones import flux as table
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.errors import UserError
-from arcflow_jax.networks.flux import Flux, FluxConfig
+from arcflow_jax.networks.backbones.flux import Flux, FluxConfig
 from arcflow_jax.networks.student import ArcModel
 from tests.helpers.twins import FLUX, flux_inputs, flux_twin_output, randomize, relative_error, transformer_scale
 

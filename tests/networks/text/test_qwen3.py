@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from arcflow_jax import schema
-from arcflow_jax.convert import qwen3 as table
 from arcflow_jax.convert.engine import check, import_tensors
+from arcflow_jax.convert.text import qwen3 as table
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.text.qwen3 import READ, Qwen3Config, Qwen3Text

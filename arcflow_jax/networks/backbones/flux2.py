@@ -31,9 +31,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from arcflow_jax.networks.attention import attention
+from arcflow_jax.networks.backbones.flux import JointAttention
 from arcflow_jax.networks.conditioning import References, beside_references, interleave, repeated
 from arcflow_jax.networks.float16 import saturated
-from arcflow_jax.networks.flux import JointAttention
 from arcflow_jax.networks.layers import TEACHER, Linear, Mode, RMSNorm, scan_blocks, stack
 from arcflow_jax.networks.transformer import (
     EmbeddingMLP,

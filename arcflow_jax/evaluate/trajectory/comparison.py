@@ -25,7 +25,7 @@ from arcflow_jax import schema
 from arcflow_jax.checkpoints.student_formats import open_student
 from arcflow_jax.checkpoints.training import AdapterDescription, checksum
 from arcflow_jax.errors import UserError
-from arcflow_jax.evaluate.trajectory import Grid, compare, size
+from arcflow_jax.evaluate.trajectory.figures import Grid, compare, size
 from arcflow_jax.families.latents import token_grid
 from arcflow_jax.flow import sampler
 from arcflow_jax.flow.curve import Curve

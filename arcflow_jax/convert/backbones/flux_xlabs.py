@@ -4,7 +4,7 @@
 which layer a pair is of. The `qkv_lora` of a single block has no part for the MLP, unlike `linear1` of `flux_original`.
 """
 
-from arcflow_jax.convert.flux_original import DOUBLE, OUR_DOUBLE, OUR_SINGLE, SINGLE
+from arcflow_jax.convert.backbones.flux_original import DOUBLE, OUR_DOUBLE, OUR_SINGLE, SINGLE
 from arcflow_jax.convert.rules import Rule, fused, linear
 
 RULES: tuple[Rule, ...] = (

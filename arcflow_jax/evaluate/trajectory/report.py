@@ -29,10 +29,10 @@ from rich.table import Table
 from arcflow_jax import schema
 from arcflow_jax.console import duration, progress_bar
 from arcflow_jax.errors import UserError
-from arcflow_jax.evaluate.comparison import Comparison
-from arcflow_jax.evaluate.trajectory import Grid
-from arcflow_jax.evaluate.trajectory_files import Batch, Report
-from arcflow_jax.evaluate.trajectory_plot import plot
+from arcflow_jax.evaluate.trajectory.comparison import Comparison
+from arcflow_jax.evaluate.trajectory.figures import Grid
+from arcflow_jax.evaluate.trajectory.files import Batch, Report
+from arcflow_jax.evaluate.trajectory.plot import plot
 from arcflow_jax.parallel.processes import is_main, process_index
 from arcflow_jax.parallel.together import check_same, from_first, gathered, writing_together
 from arcflow_jax.storage.atomic import append, cannot_write, make_directory, write_file

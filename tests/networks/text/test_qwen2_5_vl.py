@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from arcflow_jax import schema
-from arcflow_jax.convert import qwen2_5_vl as table
 from arcflow_jax.convert.engine import check, export_tensors, import_tensors
+from arcflow_jax.convert.text import qwen2_5_vl as table
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.text.qwen2_5_vl import Qwen2_5VLConfig, Qwen2_5VLText

@@ -4,7 +4,7 @@ It has other names than diffusers' layout. In the double blocks query, key and v
 layer shift comes before scale.
 """
 
-from arcflow_jax.convert.flux2 import MLP_IN, MLP_OUT, SINGLE_IN, SINGLE_OUT
+from arcflow_jax.convert.backbones.flux2 import MLP_IN, MLP_OUT, SINGLE_IN, SINGLE_OUT
 from arcflow_jax.convert.rules import LINEAR, SWAPPED_LINEAR, Rule, kernel
 
 DOUBLE, SINGLE = "double_blocks.{layer}", "single_blocks.{layer}"

@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 
 from arcflow_jax import schema
-from arcflow_jax.convert import qwen_image as table
+from arcflow_jax.convert.backbones import qwen_image as table
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.errors import UserError
+from arcflow_jax.networks.backbones.qwen_image import QwenImage, QwenImageConditioning, QwenImageConfig
 from arcflow_jax.networks.conditioning import Guided
-from arcflow_jax.networks.qwen_image import QwenImage, QwenImageConditioning, QwenImageConfig
 from arcflow_jax.networks.student import ArcModel
 from tests.helpers.twins import QWEN_IMAGE, qwen_inputs, qwen_twin, qwen_twin_velocity, relative_error
 

@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 
 from arcflow_jax import schema
-from arcflow_jax.convert import t5 as table
 from arcflow_jax.convert.engine import check, export_tensors, import_tensors
+from arcflow_jax.convert.text import t5 as table
 from arcflow_jax.data.tokenizers import load_tokenizer, token_length, tokenize
-from arcflow_jax.demo.world import CAPTIONS
+from arcflow_jax.demo.shapes import CAPTIONS
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.text.t5 import T5Config, T5Encoder, distance_buckets

@@ -3,8 +3,8 @@
 Encoder and decoder have the names of AutoencoderKL's.
 """
 
-from arcflow_jax.convert import vae_kl
 from arcflow_jax.convert.rules import Rule, conv
+from arcflow_jax.convert.vaes import kl as vae_kl
 
 RULES: tuple[Rule, ...] = (
     *vae_kl.RULES,
