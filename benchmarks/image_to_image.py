@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="what arcflow convert wrote")
     parser.add_argument("student", help="what arcflow train wrote")
-    parser.add_argument("--prompts", default=str(ASSETS / "prompts-test.txt"))
+    parser.add_argument("--prompts", default=str(ASSETS / "shapes" / "prompts-test.txt"))
     parser.add_argument("--count", type=int, default=64, help="number of prompts, a multiple of 16")
     parser.add_argument("--steps", type=int, default=2, help="NFE of the student from noise alone")
     parser.add_argument("--mask", action="store_true", help="keep the left half (inpainting)")

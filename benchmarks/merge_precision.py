@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="what arcflow convert wrote")
     parser.add_argument("students", nargs="+", help="what arcflow train wrote")
-    parser.add_argument("--prompts", default=str(ASSETS / "prompts-test.txt"))
+    parser.add_argument("--prompts", default=str(ASSETS / "shapes" / "prompts-test.txt"))
     parser.add_argument("--count", type=int, default=64, help="number of prompts")
     parser.add_argument("--raw", action="store_true", help="the last training step's weights, not the EMA weights")
     args = parser.parse_args()

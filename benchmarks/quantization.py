@@ -24,7 +24,7 @@ from flax import nnx
 
 from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.demo import ASSETS
-from arcflow_jax.demo.run import TEACHERS, TEST_PROMPTS, recipe
+from arcflow_jax.demo.run import TEACHERS, recipe
 from arcflow_jax.generate import TEACHER_STEPS
 from arcflow_jax.models.conversion import convert_model
 from arcflow_jax.models.model_directory import DESCRIPTION
@@ -110,7 +110,8 @@ def main() -> None:
         train(settings)
         students[base] = ArcFlowPipeline.from_pretrained(out / "none" / "teacher", folder / "arcflow", merge=False)
     teacher = ArcFlowPipeline.from_pretrained(out / "none" / "teacher")
-    judge = Judge(teacher, read_prompts(TEST_PROMPTS).texts[: arguments.prompts], settings)
+    prompts = read_prompts(TEACHERS[arguments.teacher].world.test_prompts).texts
+    judge = Judge(teacher, prompts[: arguments.prompts], settings)
 
     kept = teacher.directory.networks["transformer"].kept
 

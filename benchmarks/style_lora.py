@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 
 from arcflow_jax.data.prompts import read_prompts
-from arcflow_jax.demo.run import TEST_PROMPTS
+from arcflow_jax.demo import shapes
 from arcflow_jax.pipeline import ArcFlowPipeline
 from tools.train_style_lora import BAND
 
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="strength of the LoRA")
     parser.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args()
-    texts, measure = read_prompts(TEST_PROMPTS).texts[: args.prompts], MEASURES[args.style]
+    texts, measure = read_prompts(shapes.WORLD.test_prompts).texts[: args.prompts], MEASURES[args.style]
     effects = []
     for name, adapter, steps in (("teacher", None, 50), ("student", args.adapter, 2)):
         pipe = ArcFlowPipeline.from_pretrained(args.model, adapter)

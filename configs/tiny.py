@@ -23,7 +23,7 @@ def get_config(arg: str = "arcflow") -> ConfigDict:
         "a small yellow triangle in the center on a black background",
     )
     config = ConfigDict({"model": str(ASSETS / "tiny-flux"), "out": f"runs/tiny-{arg}", "guidance": 1.0})
-    config.update(prompts=str(ASSETS / "prompts-train.txt"), resolutions=((64, 64),), batch=32, steps=400)
+    config.update(prompts=str(ASSETS / "shapes" / "prompts-train.txt"), resolutions=((64, 64),), batch=32, steps=400)
     config.update(dtype="float32", save_every=200, preview_every=200, preview_prompts=preview)
     config.adapter = {"basis": basis, "modes": modes, "rank": 32, "dropout": 0.0}
     # Timestep shift 0.6: the bend lies in one long segment, where a straight line fails

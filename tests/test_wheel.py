@@ -75,6 +75,6 @@ def test_train_by_the_name_of_a_recipe(binaries, tmp_path):
     assets = run(binaries, tmp_path, "python", "-c", program).strip()
     assert Path(assets).is_relative_to(binaries.parent)
     run(binaries, tmp_path, "arcflow", "convert", "--source", f"{assets}/tiny-flux", "--out", "model")
-    options = ("--config.model=model", f"--config.prompts={assets}/prompts-train.txt", "--config.out=run")
+    options = ("--config.model=model", f"--config.prompts={assets}/shapes/prompts-train.txt", "--config.out=run")
     assert "tensor" in run(binaries, tmp_path, "arcflow", "train", "--config", "tiny", "--dry-run", *options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]

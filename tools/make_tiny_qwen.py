@@ -96,7 +96,7 @@ SCHEDULER = {
 
 def make_tokenizer(folder: Path) -> int:
     """Writes the tokenizer, and returns the size of its vocabulary."""
-    texts = [QwenPrompts.TEMPLATE, *(ASSETS / "prompts-train.txt").read_text().splitlines()]
+    texts = [QwenPrompts.TEMPLATE, *(ASSETS / "shapes" / "prompts-train.txt").read_text().splitlines()]
     # Each word also as the first of a prompt, without a space before it
     texts += [word for text in texts for word in text.split()]
     tokenizer = Tokenizer(models.BPE())

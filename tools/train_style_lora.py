@@ -26,7 +26,7 @@ import optax
 from flax import nnx
 
 from arcflow_jax.convert.engine import fills
-from arcflow_jax.demo import ASSETS, world
+from arcflow_jax.demo import ASSETS, shapes
 from arcflow_jax.families.latents import pack
 from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.layers import linear_layers
@@ -36,6 +36,7 @@ from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.storage.paths import as_path
 from arcflow_jax.storage.safetensors import write_tensors
 from tools.tiny_teacher.denoiser import noisy
+from tools.tiny_teacher.shapes import SHAPES
 
 BAND = 8  # pixels
 TINT = (1.0, 0.8, 0.5)
@@ -60,18 +61,19 @@ def batches(pipe: ArcFlowPipeline, name: str, images: int, batch: int) -> Iterat
     """Latent tokens [B, N, 4C] of images in a style, and their conditioning: the same few images again and again."""
     abstract: Any = pipe.directory.abstract("vae", jnp.float32)
     graphdef, empty = nnx.split(abstract)
+    draw = SHAPES.draw(Path())
     state = pipe.directory.load("vae", empty)
 
     @jax.jit
     def encode(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        drawn, attributes = world.random_images(key, batch)
+        drawn, attributes = draw(key, batch)
         return pack(nnx.merge(graphdef, state).encode(STYLES[name](drawn))), attributes
 
     rows, columns = pipe.grid()
     stored = []
     for i in range(images // batch):
         tokens, attributes = encode(jax.random.fold_in(jax.random.key(1), i))
-        prompts = [str(world.Caption(*map(int, row))) for row in np.asarray(attributes)]
+        prompts = [str(shapes.Caption(*map(int, row))) for row in np.asarray(attributes)]
         stored.append((tokens, pipe.encode(prompts, guidance=1.0, rows=rows, columns=columns)))
     while True:
         yield from stored

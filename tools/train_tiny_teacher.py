@@ -8,7 +8,7 @@
 On two free CPU cores a step of the shapes' VAE or denoiser takes about 0.17 s, and there are 4 500 and 11 000 of them.
 
 This script makes the bundled Qwen-Image exactly, in 53 minutes on a busy machine. The bundled FLUX.1 is not exactly
-what it makes. Its text encoders, judge, VAE and denoiser come from an earlier version of `arcflow_jax.demo.world`,
+what it makes. Its text encoders, judge, VAE and denoiser come from an earlier version of `arcflow_jax.demo.shapes`,
 whose captions could also omit the position. On the present version, the VAE was trained for 1 000 more steps (learning
 rate 1e-3, without the straightness term), the denoiser for 3 500 (as in its second round), then `guided` in two parts.
 
@@ -31,13 +31,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from arcflow_jax.demo.world import TRUE_FEATURES
 from tools.tiny_teacher import qwen
 from tools.tiny_teacher.assemble import assemble
 from tools.tiny_teacher.denoiser import make_denoiser, make_guided, make_latents
 from tools.tiny_teacher.emoji import EMOJI
 from tools.tiny_teacher.glyphs import make_glyphs
 from tools.tiny_teacher.judge import make_judge
-from tools.tiny_teacher.measure import check_vae, measure
+from tools.tiny_teacher.measure import check_vae, make_true_features, measure
 from tools.tiny_teacher.shapes import SHAPES
 from tools.tiny_teacher.teacher import Teacher
 from tools.tiny_teacher.text import make_text
@@ -60,6 +61,7 @@ def flux(teacher: Teacher) -> Stages:
         "guided": (make_guided, "guided.safetensors"),
         "assemble": (assemble, teacher.name),
         "measure": (measure, "measures.json"),
+        "truth": (make_true_features, TRUE_FEATURES),
     }
     return {stage: (functools.partial(make, teacher=teacher), result) for stage, (make, result) in made.items()}
 

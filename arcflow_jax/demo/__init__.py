@@ -1,9 +1,10 @@
 """The demo: the whole job, from PyTorch weights to a comparison of samplers, on a teacher small enough to bundle.
 
 captions.py    attributes and captions of a world
-world.py       the images and captions that the bundled teachers know
-emoji.py       the emoji world: captions, and images for whoever has the font
-judge.py       a small classifier of these images
+shapes.py      the world of shapes: captions and images
+emoji.py       the world of emoji: captions, and images for whoever has the font
+judge.py       a small classifier of a world's images
+world.py       what measures a world's images
 evaluate.py    runs and measures samplers
 trajectory.py  the states between noise and data
 report.py      the HTML page
@@ -15,3 +16,4 @@ May import every room but cli.
 from pathlib import Path
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
+SIDE = 64  # pixels along a side of every world's images

@@ -1,4 +1,4 @@
-"""The emoji world: one of Noto's emoji over a plain background, with captions.
+"""The world of emoji: one of Noto's emoji over a plain background, with captions.
 
 An image is drawn from four attributes. Its caption always names the emoji, and may omit size, position and background.
 An omitted attribute takes any value, including values between the named ones, so a caption stands for a continuous
@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arcflow_jax.demo import ASSETS
+from arcflow_jax.demo import ASSETS, SIDE
 from arcflow_jax.demo.captions import Captions, within
-
-SIDE = 64  # pixels
+from arcflow_jax.demo.world import World
 
 
 def read_names() -> dict[str, str]:
@@ -87,6 +86,7 @@ class Caption:
 
 
 CAPTIONS = Captions(Caption, ATTRIBUTES, OMITTED)
+WORLD = World(captions=CAPTIONS, folder=ASSETS / "emoji", judge_sizes={"widths": (32, 64, 128, 128), "features": 128})
 
 
 def render(key: jax.Array, attributes: jax.Array, glyphs: jax.Array) -> jax.Array:
@@ -119,10 +119,3 @@ def render(key: jax.Array, attributes: jax.Array, glyphs: jax.Array) -> jax.Arra
     front = jax.vmap(place)(glyphs[emoji].astype(jnp.float32), width, corner)
     pixels = front[..., :3] + (1 - front[..., 3:] / 255) * back[:, None, None]  # premultiplied "over"
     return pixels / 127.5 - 1
-
-
-def random_images(key: jax.Array, count: int, glyphs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`count` images [B, P, P, 3] of random captions, and the captions' attributes [B, 4]."""
-    caption_key, render_key = jax.random.split(key)
-    attributes = CAPTIONS.random(caption_key, count)
-    return render(render_key, attributes, glyphs), attributes

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,11 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from arcflow_jax.console import progress_bar
-from arcflow_jax.demo.judge import agreement, load_judge
-from arcflow_jax.demo.world import Caption, render
+from arcflow_jax.demo.judge import agreement
+from arcflow_jax.demo.world import World
 from arcflow_jax.evaluate.diversity import mean_pairwise_distance
 from arcflow_jax.evaluate.frechet import Moments, frechet_distance
 from arcflow_jax.networks.conditioning import Guided
@@ -25,7 +23,6 @@ from arcflow_jax.pipeline import ArcFlowPipeline
 
 BATCH = 16
 SEED = 1  # of the evaluation's noise
-REFERENCES = 8  # rendered images per prompt, which the Fréchet distance compares with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +54,7 @@ def timed(call: Callable[[], object]) -> tuple[object, float]:
 
 
 def run_samplers(
-    samplers: dict[str, Sampler], captions: Sequence[Caption], guidance: float, negative_prompt: str | None = None
+    samplers: dict[str, Sampler], captions: Sequence[Any], guidance: float, negative_prompt: str | None = None
 ) -> dict[str, Results]:
     """Runs every sampler on every caption. They take turns, so that changes of the machine's speed affect all.
 
@@ -106,63 +103,52 @@ def with_cfg(
     return Guided(conditioning, negative, jnp.float32(guidance), norm_preserving=False)
 
 
-@functools.cache
-def judge() -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
-    """The bundled judge, compiled: features [B, F] and attributes [B, 5] of images [B, P, P, 3] in [-1, 1]."""
-    graphdef, state = nnx.split(load_judge())
-
-    @jax.jit
-    def judged(pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(graphdef, state)
-        return model(pixels)[0], model.read(pixels)
-
-    return judged
-
-
-def features_and_attributes(batches: Sequence[np.ndarray | jax.Array]) -> list[np.ndarray]:
-    """What the judge finds in batches of images, together."""
-    results = [judge()(jnp.asarray(batch)) for batch in batches]
-    return [np.concatenate(arrays) for arrays in zip(*results, strict=True)]
+def features_and_attributes(world: World, result: Results) -> list[np.ndarray]:
+    """What the judge finds in all of a sampler's images: features and attributes."""
+    found = [world.read(batch / 127.5 - 1) for batch in result.pixels]
+    return [np.concatenate(arrays) for arrays in zip(*found, strict=True)]
 
 
 def diversity(
-    samplers: dict[str, Sampler], captions: Sequence[Caption], guidance: float, negative_prompt: str | None = None
+    world: World,
+    samplers: dict[str, Sampler],
+    captions: Sequence[Any],
+    guidance: float,
+    negative_prompt: str | None = None,
 ) -> dict[str, float]:
     """For each sampler, how different `BATCH` images of a caption are: the mean over captions.
 
-    The mean of 1 − cosine of the judge's features over all pairs of a caption's images. Arguments as for
-    `run_samplers`. All samplers start from the same noises.
+    The mean of 1 − cosine of the judge's features over all pairs of a caption's images. Arguments after
+    the world as for `run_samplers`. All samplers start from the same noises.
     """
     repeated = [caption for caption in captions for _ in range(BATCH)]
     results = run_samplers(samplers, repeated, guidance, negative_prompt)
     found = {}
     for name, result in results.items():
-        features, _ = features_and_attributes([batch / 127.5 - 1 for batch in result.pixels])
+        features, _ = features_and_attributes(world, result)
         found[name] = float(mean_pairwise_distance(features.reshape(len(captions), BATCH, -1)).mean())
     return found
 
 
-def measure(results: dict[str, Results], captions: Sequence[Caption], against: str) -> dict[str, dict[str, object]]:
+def measure(
+    world: World, results: dict[str, Results], captions: Sequence[Any], against: str
+) -> dict[str, dict[str, object]]:
     """The figures of each sampler.
 
     endpoint_error: mean square distance between its latents and those of `against`, from the same noise.
-    frechet_distance: between the judge's features of its images and of rendered images of the same captions.
+    frechet_distance: between the judge's features of its images and of true images of the test prompts.
     prompt_agreement: share of the requested attributes that the judge reads in the images, over all and by attribute.
     denoise_seconds_per_image, seconds_per_image: medians over batches; the second is from prompt to image.
     """
     asked = np.stack([caption.as_array() for caption in captions])
-    references = []
-    for i in range(REFERENCES):
-        references.append(render(jax.random.fold_in(jax.random.key(SEED), i), jnp.asarray(asked)))
-    reference = Moments.from_features(features_and_attributes(references)[0])
     truth = np.concatenate(results[against].latents)
     figures = {}
     for name, result in results.items():
-        features, read = features_and_attributes([batch / 127.5 - 1 for batch in result.pixels])
-        shares = agreement(read, asked)
+        features, read = features_and_attributes(world, result)
+        shares = agreement(read, asked, world.captions.values)
         figures[name] = {
             "endpoint_error": float(np.square(np.concatenate(result.latents) - truth).mean()),
-            "frechet_distance": frechet_distance(Moments.from_features(features), reference),
+            "frechet_distance": frechet_distance(Moments.from_features(features), world.true_features),
             "prompt_agreement": shares.pop("mean"),
             "prompt_agreement_by_attribute": shares,
             "denoise_seconds_per_image": float(np.median(result.denoise_seconds)) / BATCH,

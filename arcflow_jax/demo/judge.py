@@ -1,4 +1,4 @@
-"""A small classifier of the demo's images: reads an image's attributes, and gives features to compare sets of images.
+"""A small classifier of a world's images: reads an image's attributes, and gives features to compare sets of images.
 
 It takes the place of Inception and CLIP in full-size evaluation. It was trained on rendered images only, is fixed, and
 is the same for every sampler.
@@ -9,6 +9,8 @@ is the same for every sampler.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +18,7 @@ import numpy as np
 from flax import nnx
 from safetensors.flax import load_file
 
-from arcflow_jax.demo import ASSETS
-from arcflow_jax.demo.world import ATTRIBUTES, SIDE
+from arcflow_jax.demo import SIDE
 from arcflow_jax.networks.layers import Conv, GroupNorm, Linear
 
 
@@ -32,10 +33,10 @@ class Judge(nnx.Module):
 
     def __init__(
         self,
-        attributes: Mapping[str, Sequence[str]] = ATTRIBUTES,
-        widths: Sequence[int] = (16, 32, 64, 64),
-        features: int = 64,
+        attributes: Mapping[str, Sequence[str]],
         *,
+        widths: Sequence[int],
+        features: int,
         rngs: nnx.Rngs,
     ):
         pairs = zip((3, *widths), widths, strict=False)
@@ -57,15 +58,19 @@ class Judge(nnx.Module):
         return jnp.stack([logits.argmax(-1) for logits in self(images)[1]], axis=-1)
 
 
-def load_judge() -> Judge:
-    """The bundled judge."""
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Judge(rngs=nnx.Rngs(0))))
-    saved = load_file(ASSETS / "judge.safetensors")
-    weights = [(path, v.replace(saved[".".join(map(str, path))])) for path, v in nnx.to_flat_state(abstract)]
+def load_judge(file: Path, attributes: Mapping[str, Sequence[str]], **sizes: Any) -> Judge:
+    """A trained judge, in float32. Arguments after its file as for `Judge`."""
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Judge(attributes, **sizes, rngs=nnx.Rngs(0))))
+    saved = load_file(file)
+
+    def weight(path: tuple[Any, ...], variable: Any) -> Any:
+        return variable.replace(saved[".".join(map(str, path))].astype(variable.dtype))
+
+    weights = [(path, weight(path, variable)) for path, variable in nnx.to_flat_state(abstract)]
     return nnx.merge(graphdef, nnx.from_flat_state(weights))
 
 
-def agreement(read: np.ndarray, asked: np.ndarray, names: Iterable[str] = ATTRIBUTES) -> dict[str, float]:
+def agreement(read: np.ndarray, asked: np.ndarray, names: Iterable[str]) -> dict[str, float]:
     """Share of the requested attributes (asked ≥ 0) that were read, both [B, A]: by attribute, and "mean" over all."""
     named, right = asked >= 0, read == asked
     shares = {name: float(right[named[:, i], i].mean()) for i, name in enumerate(names) if named[:, i].any()}

@@ -15,9 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from arcflow_jax.demo.evaluate import Results
 from arcflow_jax.demo.trajectory import Film
-from arcflow_jax.demo.world import Caption
 from arcflow_jax.storage.atomic import write_file
-from arcflow_jax.training.log import read_losses
+from arcflow_jax.training.report.log import read_losses
 
 LABELS = {
     "teacher_50": "teacher, 50 steps",
@@ -35,7 +34,7 @@ def write(
     out: Path,
     metrics: dict[str, object],
     results: dict[str, Results],
-    captions: Sequence[Caption],
+    captions: Sequence[object],
     film: Film,
     logs: dict[str, Path],
 ) -> None:
@@ -60,7 +59,7 @@ def write(
     write_file(out / "index.html", page.encode())
 
 
-def draw_grid(results: dict[str, Results], captions: Sequence[Caption]) -> Image.Image:
+def draw_grid(results: dict[str, Results], captions: Sequence[object]) -> Image.Image:
     """A row per sampler and a column per prompt: the first prompts of the list, not the best."""
     rows, columns = len(results), min(COLUMNS, len(captions))
     size = (LEFT + columns * (CELL + GAP), TOP + rows * (CELL + GAP))
@@ -89,7 +88,7 @@ def wrap(text: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def film_parts(film: Film, captions: Sequence[Caption]) -> dict[str, str]:
+def film_parts(film: Film, captions: Sequence[object]) -> dict[str, str]:
     """The slider's parts of the page: one image of all frames, a row of cells a sampler, and what the levels say.
 
     The image has a column for each noise level, and a row for each sampler and prompt.
@@ -218,7 +217,7 @@ its curves give the state at every noise level σ in closed form. Move the slide
 <th>denoising, ms per image</th><th>speed-up</th><th>prompt to image, ms per image</th><th>speed-up</th></tr>
 $rows</table></div>
 <p class="note">Endpoint error: mean square distance to the teacher's 50-step latents from the same noise. Fréchet
-distance: between a small classifier's features of these images and of rendered images of the same captions. Prompt
+distance: between a small classifier's features of these images and of true images of the same prompts. Prompt
 agreement: share of the requested attributes that the classifier reads in the image. Times: median over batches of 16;
 prompt to image includes text encoders and decoder.</p>
 <h2>Targets of the demo</h2>

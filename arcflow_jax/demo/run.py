@@ -9,15 +9,16 @@ import platform
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Column, Table
 
 from arcflow_jax.data.prompts import read_prompts
-from arcflow_jax.demo import ASSETS, report
+from arcflow_jax.demo import ASSETS, report, shapes
 from arcflow_jax.demo.evaluate import Sampler, measure, run_samplers
 from arcflow_jax.demo.trajectory import film
-from arcflow_jax.demo.world import caption_of
+from arcflow_jax.demo.world import World
 from arcflow_jax.errors import UserError
 from arcflow_jax.generate import TEACHER_STEPS
 from arcflow_jax.models.conversion import convert_model
@@ -30,15 +31,27 @@ from arcflow_jax.storage.lock import one_writer
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe, read_config
 
-TEACHERS = {"tiny-flux": "tiny", "tiny-qwen": "tiny_qwen"}  # bundled teacher: its recipe in configs/
-TRAIN_PROMPTS = ASSETS / "prompts-train.txt"
-TEST_PROMPTS = ASSETS / "prompts-test.txt"
+
+class Teacher(NamedTuple):
+    """A bundled teacher.
+
+    Attributes:
+      world: the images that it knows.
+      config: the name of its recipe in configs/.
+    """
+
+    world: World
+    config: str
+
+
+TEACHERS = {"tiny-flux": Teacher(shapes.WORLD, "tiny"), "tiny-qwen": Teacher(shapes.WORLD, "tiny_qwen")}
 
 
 def recipe(teacher: str, student: str, out: Path) -> Recipe:
     """The recipe of a bundled teacher's student, "arcflow" or "linear", for a run under `out`."""
-    config = read_config(f"{TEACHERS[teacher]}:{student}")
-    config.model, config.prompts, config.out = str(out / "teacher"), str(TRAIN_PROMPTS), str(out / student)
+    world, name = TEACHERS[teacher]
+    config = read_config(f"{name}:{student}")
+    config.model, config.prompts, config.out = str(out / "teacher"), str(world.train_prompts), str(out / student)
     config.preview_every = 0  # the demo makes its own images at the end
     return Recipe.from_config(config)
 
@@ -83,6 +96,7 @@ def demo(out: Path, teacher: str = "tiny-flux", quantize: Format | None = None) 
 def run_demo(out: Path, teacher: str, quantize: Format | None) -> dict[str, object]:
     """`demo`, by the one writer of `out`."""
     console = Console(width=None if sys.stdout.isatty() else 140, markup=False, soft_wrap=True)
+    world = TEACHERS[teacher].world
     base = convert(ASSETS / teacher, out / "teacher", quantize)
     console.print(f"converted the bundled PyTorch teacher {teacher} to {out / 'teacher'}")
     recipes = {name: recipe(teacher, name, out) for name in ("arcflow", "linear")}
@@ -98,14 +112,14 @@ def run_demo(out: Path, teacher: str, quantize: Format | None) -> dict[str, obje
         "linear_2": Sampler(linear, steps=2),
         "arcflow_2": Sampler(arcflow, steps=2),
     }
-    captions = [caption_of(prompt) for prompt in read_prompts(TEST_PROMPTS).texts]
+    captions = [world.captions.of(prompt) for prompt in read_prompts(world.test_prompts).texts]
     trained = recipes["arcflow"].distillation
     negative_prompt = trained.negative_prompt if trained.teacher_guidance == "cfg" else None
     results = run_samplers(samplers, captions, recipes["arcflow"].guidance, negative_prompt)
     trajectories = film(
         dense, arcflow, list(map(str, captions)), recipes["arcflow"].guidance, negative_prompt, TEACHER_STEPS
     )
-    figures = measure(results, captions, against="teacher_50")
+    figures = measure(world, results, captions, against="teacher_50")
     metrics = {
         **figures,
         "bars": bars(figures),

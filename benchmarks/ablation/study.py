@@ -18,17 +18,16 @@ from arcflow_jax.console import duration
 from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.demo.evaluate import Results, Sampler, diversity, measure, run_samplers
-from arcflow_jax.demo.run import TEST_PROMPTS, TRAIN_PROMPTS
-from arcflow_jax.demo.world import Caption, caption_of
+from arcflow_jax.demo.shapes import WORLD, Caption
 from arcflow_jax.errors import UserError
 from arcflow_jax.models.conversion import convert_model
 from arcflow_jax.models.model_directory import DESCRIPTION
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.storage.atomic import cannot_write, make_directory
 from arcflow_jax.storage.files import read_json, write_json
-from arcflow_jax.training.log import LOG
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe, read_config
+from arcflow_jax.training.report.log import LOG
 from benchmarks.ablation.cells import COMPARED, seeds
 
 SOURCE = ASSETS / "tiny-flux"
@@ -85,7 +84,7 @@ class Study:
     prompts: int
 
     def __post_init__(self):
-        available = len(read_prompts(TEST_PROMPTS).texts)
+        available = len(read_prompts(WORLD.test_prompts).texts)
         if self.steps < 1:
             raise UserError(f"steps is {self.steps}, but must be at least 1")
         if not 2 <= self.prompts <= available:
@@ -105,12 +104,12 @@ class Study:
 
     @functools.cached_property
     def captions(self) -> list[Caption]:
-        return [caption_of(prompt) for prompt in read_prompts(TEST_PROMPTS).texts[: self.prompts]]
+        return [WORLD.captions.of(prompt) for prompt in read_prompts(WORLD.test_prompts).texts[: self.prompts]]
 
     def recipe(self, cell: str, seed: int = 0) -> Recipe:
         """The recipe of a cell's run. Raises UserError on a name that configs/tiny_ablation.py does not know."""
         config = read_config(f"{CONFIG}:{cell}")
-        config.model, config.prompts = str(self.out / "teacher"), str(TRAIN_PROMPTS)
+        config.model, config.prompts = str(self.out / "teacher"), str(WORLD.train_prompts)
         config.out, config.seed = str(self.out / "runs" / cell / str(seed)), seed
         config.preview_every, config.save_every, config.keep_last = 0, 50, 1
         # The schedule scales with the number of steps
@@ -179,7 +178,7 @@ class Study:
         for guidance in sorted(guidances):
             names = {steps: teacher(steps, guidance) for steps in EULER}
             if not all(self.file(name, 0, 0).exists() for name in names.values()):
-                figures = measure(teachers(self, guidance), self.captions, against=DENSE)
+                figures = measure(WORLD, teachers(self, guidance), self.captions, against=DENSE)
                 diverse = teachers_diversity(self, guidance)
                 for steps, name in names.items():
                     found = f"teacher_{steps}"
@@ -197,8 +196,8 @@ class Study:
         student = {"student": Sampler(pipeline, recipe.distillation.nfe)}
         dense = teachers(self, recipe.guidance)[DENSE]
         results = run_samplers(student, self.captions, recipe.guidance)
-        figures = measure({DENSE: dense} | results, self.captions, against=DENSE)["student"]
-        diverse = diversity(student, self.captions[:DIVERSE], recipe.guidance)["student"]
+        figures = measure(WORLD, {DENSE: dense} | results, self.captions, against=DENSE)["student"]
+        diverse = diversity(WORLD, student, self.captions[:DIVERSE], recipe.guidance)["student"]
         figures["diversity"] = diverse / teachers_diversity(self, recipe.guidance)[DENSE]
         if stop == self.steps:
             jax.clear_caches()  # no other cell runs these programs
@@ -215,7 +214,7 @@ def teachers(study: Study, guidance: float) -> dict[str, Results]:
 @functools.cache
 def teachers_diversity(study: Study, guidance: float) -> dict[str, float]:
     """The diversity of the teacher's images, under the same names."""
-    return diversity(teacher_samplers(study), study.captions[:DIVERSE], guidance)
+    return diversity(WORLD, teacher_samplers(study), study.captions[:DIVERSE], guidance)
 
 
 @functools.cache

@@ -45,7 +45,7 @@ def student(model, tmp_path_factory) -> Path:
         TINY,
         [
             f"--config.model={model}",
-            f"--config.prompts={ASSETS / 'prompts-test.txt'}",
+            f"--config.prompts={ASSETS / 'shapes' / 'prompts-test.txt'}",
             f"--config.out={tmp_path_factory.mktemp('run') / 'student'}",
             "--config.steps=0",
             "--config.preview_every=0",
@@ -190,7 +190,7 @@ def test_train_refuses_bad_inputs(capfd, tmp_path, model):
         common = (f"--config.model={model}", f"--config.out={tmp_path / 'run'}", "--config.steps=1")
         assert_refused(capfd, tmp_path, "train", "--config", TINY, *common, *overrides, message=message)
 
-    prompts = f"--config.prompts={ASSETS / 'prompts-test.txt'}"
+    prompts = f"--config.prompts={ASSETS / 'shapes' / 'prompts-test.txt'}"
     refused("nothing.txt is missing", "--config.prompts=nothing.txt")
     empty = tmp_path / "empty.txt"
     empty.write_text("\n\n")

@@ -15,7 +15,7 @@ import pytest
 
 from arcflow_jax.data import tokenizers
 from arcflow_jax.data.tokenizers import Tokenizer, copy_tokenizer, load_tokenizer, token_length, tokenize
-from arcflow_jax.demo import ASSETS, world
+from arcflow_jax.demo import ASSETS, shapes
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.qwen_image import QwenPrompts
 from tools.tiny_teacher.tokenizers import make_clip_tokenizer, make_t5_tokenizer
@@ -26,8 +26,8 @@ STRANGE = ["", "A FOX, naïve: 中 ring's 12", "  red\t ring\n", "<|endoftext|> 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("model")
-    make_clip_tokenizer(root / "tokenizer", world.CAPTIONS.words())
-    make_t5_tokenizer(root / "tokenizer_2", world.CAPTIONS.words())
+    make_clip_tokenizer(root / "tokenizer", shapes.CAPTIONS.words())
+    make_t5_tokenizer(root / "tokenizer_2", shapes.CAPTIONS.words())
     return root
 
 
@@ -37,7 +37,7 @@ def test_ids_are_those_of_diffusers(folders, name):
     from transformers import CLIPTokenizer, T5TokenizerFast
 
     theirs = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5TokenizerFast}[name].from_pretrained(folders / name)
-    prompts = [*STRANGE, *map(str, world.all_captions()[::90])]
+    prompts = [*STRANGE, *map(str, shapes.CAPTIONS.all()[::90])]
     tokenizer = load_tokenizer(folders / name)
     for length in (token_length(tokenizer), 8, 60):
         expected = theirs(prompts, padding="max_length", max_length=length, truncation=True).input_ids
@@ -85,7 +85,7 @@ def test_ids_are_those_of_transformers(name, change, tmp_path):
     assert tokenizer.pad_token_id == theirs.pad_token_id
     assert tokenizer.model_max_length == theirs.model_max_length
     template = QwenPrompts.TEMPLATE if CLASSES[name] == "Qwen2" else "{}"
-    prompts = [template.format(prompt) for prompt in [*STRANGE, *map(str, world.all_captions()[::180])]]
+    prompts = [template.format(prompt) for prompt in [*STRANGE, *map(str, shapes.CAPTIONS.all()[::180])]]
     for length in (60, 200):
         options = {"padding": "max_length", "padding_side": "right", "max_length": length, "truncation": True}
         ids, cut = tokenize(tokenizer, prompts, length)
@@ -233,7 +233,7 @@ def test_lengths(folders):
 
 
 def test_every_caption_word_is_one_token(folders):
-    captions = [str(caption) for caption in world.all_captions()]
+    captions = [str(caption) for caption in shapes.CAPTIONS.all()]
     for name, specials in (("tokenizer", 2), ("tokenizer_2", 1)):
         tokenizer = load_tokenizer(folders / name)
         ids, cut = tokenize(tokenizer, captions, token_length(tokenizer))
@@ -278,7 +278,7 @@ def test_vocabulary_and_merges_alone(folders, tmp_path):
     whole = load_tokenizer(folders / "tokenizer")
     shutil.copytree(folders / "tokenizer", tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "tokenizer.json").unlink()
-    prompts = [*STRANGE, *map(str, world.all_captions()[::360])]
+    prompts = [*STRANGE, *map(str, shapes.CAPTIONS.all()[::360])]
     ids, _ = tokenize(load_tokenizer(tmp_path / "tokenizer"), prompts, 32)
     np.testing.assert_array_equal(ids, tokenize(whole, prompts, 32)[0])
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,12 +9,12 @@ import pytest
 from flax import nnx
 
 from arcflow_jax.data.prompts import read_prompts
-from arcflow_jax.demo import ASSETS, world
-from arcflow_jax.demo.judge import agreement, load_judge
+from arcflow_jax.demo import ASSETS
+from arcflow_jax.demo.judge import agreement
 from arcflow_jax.demo.run import TEACHERS
-from arcflow_jax.demo.world import caption_of
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.training.recipe import read_config
+from tools.tiny_teacher.shapes import SHAPES
 
 # Guidance settings of diffusers' pipelines, and of ours
 GUIDANCE = {
@@ -69,8 +67,8 @@ def test_diffusers_makes_the_same_images(teacher, pipeline):
 
 
 @pytest.mark.slow
-def test_vae_reconstructs_images(pipeline):
-    images, _ = world.random_images(jax.random.key(99), 64)
+def test_vae_reconstructs_images(pipeline, tmp_path):
+    images, _ = SHAPES.draw(tmp_path)(jax.random.key(99), 64)
     graphdef, abstract = nnx.split(pipeline.directory.abstract("vae", jnp.float32))
     model = nnx.merge(graphdef, pipeline.directory.load("vae", abstract))
     error = float(jnp.square(model.decode(model.encode(images)) - images).mean())
@@ -80,11 +78,12 @@ def test_vae_reconstructs_images(pipeline):
 @pytest.mark.slow
 def test_fifty_steps_follow_the_prompts(teacher, pipeline):
     """With the guidance that the demo distils at."""
-    prompts = read_prompts(ASSETS / "prompts-test.txt").texts[:64]
-    scale = read_config(TEACHERS[teacher]).guidance
+    world, config = TEACHERS[teacher]
+    prompts = read_prompts(world.test_prompts).texts[:64]
+    scale = read_config(config).guidance
     images = pipeline(prompts, seed=0, guidance_scale=scale, batch_size=64, **GUIDANCE[teacher][1]).images
-    read = load_judge().read(jnp.stack([np.asarray(image) for image in images]) / 127.5 - 1)
-    asked = np.stack([dataclasses.astuple(caption_of(prompt)) for prompt in prompts])
-    shares = agreement(np.asarray(read), asked)
+    _, read = world.read(np.stack([np.asarray(image) for image in images]) / 127.5 - 1)
+    asked = np.stack([world.captions.of(prompt).as_array() for prompt in prompts])
+    shares = agreement(read, asked, world.captions.values)
     assert shares.pop("mean") >= 0.9
     assert min(shares.values()) >= 0.85

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arcflow_jax.demo import emoji, world
+from arcflow_jax.demo import emoji, shapes
 
-both = pytest.mark.parametrize("captions", [world.CAPTIONS, emoji.CAPTIONS], ids=["shapes", "emoji"])
+both = pytest.mark.parametrize("captions", [shapes.CAPTIONS, emoji.CAPTIONS], ids=["shapes", "emoji"])
 
 
 @both

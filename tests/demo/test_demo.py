@@ -18,17 +18,20 @@ from PIL import Image
 
 from arcflow_jax.cli.reports import Teacher
 from arcflow_jax.data.prompts import read_prompts
-from arcflow_jax.demo import ASSETS, report, run, world
+from arcflow_jax.demo import ASSETS, report, run, shapes
 from arcflow_jax.demo import evaluate as evaluation
 from arcflow_jax.demo.evaluate import BATCH, SEED, Results, Sampler, diversity, run_samplers
-from arcflow_jax.demo.judge import agreement, load_judge
+from arcflow_jax.demo.judge import agreement
 from arcflow_jax.demo.run import TEACHERS, bars
+from arcflow_jax.demo.shapes import WORLD, Caption
 from arcflow_jax.demo.trajectory import Film
-from arcflow_jax.demo.world import Caption, caption_of
+from arcflow_jax.demo.world import TRUE_FEATURES
 from arcflow_jax.errors import UserError
 from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.pipeline import ArcFlowPipeline
 from tools.make_tiny_qwen import make_tiny_qwen
+from tools.tiny_teacher.measure import make_true_features
+from tools.tiny_teacher.shapes import SHAPES
 
 
 def test_captions_map_to_words():
@@ -38,12 +41,12 @@ def test_captions_map_to_words():
 
 
 def test_prompt_files_share_no_caption():
-    train, test = (read_prompts(ASSETS / f"prompts-{part}.txt").texts for part in ("train", "test"))
+    train, test = (read_prompts(file).texts for file in (WORLD.train_prompts, WORLD.test_prompts))
     assert (len(train), len(test)) == (2048, 512)
     assert not set(train) & set(test)
-    assert {*train, *test} <= {str(caption) for caption in world.all_captions()}
-    omitted = np.mean([caption_of(prompt).as_array() < 0 for prompt in test], axis=0)
-    np.testing.assert_allclose(omitted, [world.OMITTED.get(name, 0) for name in world.ATTRIBUTES], atol=0.1)
+    assert {*train, *test} <= {str(caption) for caption in shapes.CAPTIONS.all()}
+    omitted = np.mean([WORLD.captions.of(prompt).as_array() < 0 for prompt in test], axis=0)
+    np.testing.assert_allclose(omitted, [shapes.OMITTED.get(name, 0) for name in shapes.ATTRIBUTES], atol=0.1)
 
 
 def test_diversity_tells_a_sampler_that_ignores_the_seed(monkeypatch):
@@ -52,16 +55,16 @@ def test_diversity_tells_a_sampler_that_ignores_the_seed(monkeypatch):
 
     def rendered(samplers: object, repeated: list[Caption], *_: object) -> dict[str, Results]:
         asked = jnp.array([caption.as_array() for caption in repeated])
-        images = np.asarray(world.render(jax.random.key(0), asked)).reshape(3, BATCH, *2 * (world.SIDE,), 3)
+        images = np.asarray(shapes.render(jax.random.key(0), asked)).reshape(3, BATCH, *2 * (shapes.SIDE,), 3)
         pixels = np.round((images + 1) * 127.5).astype(np.uint8)
         made.update({"all": pixels, "one": pixels[:, :1].repeat(BATCH, 1)})
         return {name: Results(pixels=list(batches)) for name, batches in made.items()}
 
     monkeypatch.setattr(evaluation, "run_samplers", rendered)
-    found = diversity({}, captions, guidance=1.0)
-    judge, distances = load_judge(), []
+    found = diversity(WORLD, {}, captions, guidance=1.0)
+    distances = []
     for batch in made["all"]:
-        features = np.asarray(judge(jnp.asarray(batch / 127.5 - 1))[0], np.float64)
+        features = WORLD.read(batch / 127.5 - 1)[0].astype(np.float64)
         pairs = itertools.combinations(features / np.linalg.norm(features, axis=1, keepdims=True), 2)
         distances.append(np.mean([1 - a @ b for a, b in pairs]))
     assert found["all"] == pytest.approx(np.mean(distances), rel=1e-4)
@@ -71,15 +74,15 @@ def test_diversity_tells_a_sampler_that_ignores_the_seed(monkeypatch):
 
 def test_images_show_what_was_asked():
     attributes = jnp.array([[1, 2, 0, 1, 0], [0, 0, 3, 0, 2], [3, 1, 4, 1, 1]])  # square, circle, ring
-    drawn = np.asarray((world.render(jax.random.key(1), attributes) + 1) / 2)
+    drawn = np.asarray((shapes.render(jax.random.key(1), attributes) + 1) / 2)
     for image, (_, colour, _, _, background) in zip(drawn, np.asarray(attributes), strict=True):
-        low, high = world.LIGHTNESS[background]
+        low, high = shapes.LIGHTNESS[background]
         assert ((low <= image[0, 0]) & (image[0, 0] <= high)).all()
-        assert np.isclose(image, world.COLOUR_RGB[colour], atol=1e-5).all(-1).any()
-    rows, columns = np.nonzero(np.isclose(drawn[0], world.COLOUR_RGB[2], atol=1e-5).all(-1))
+        assert np.isclose(image, shapes.COLOUR_RGB[colour], atol=1e-5).all(-1).any()
+    rows, columns = np.nonzero(np.isclose(drawn[0], shapes.COLOUR_RGB[2], atol=1e-5).all(-1))
     assert columns.mean() < 25  # on the left
     assert len(rows) == (np.ptp(rows) + 1) * (np.ptp(columns) + 1)  # a square is full
-    ring = np.isclose(drawn[2], world.COLOUR_RGB[1], atol=1e-5).all(-1)
+    ring = np.isclose(drawn[2], shapes.COLOUR_RGB[1], atol=1e-5).all(-1)
     assert not ring[30:34, 30:34].any()
     edge = drawn[1].reshape(-1, 3)
     between = (edge[:, 0] > 0.2) & (edge[:, 0] < 0.8)
@@ -87,33 +90,45 @@ def test_images_show_what_was_asked():
 
 
 def test_omitted_attributes_take_values_between_the_named_ones():
-    drawn = np.asarray((world.render(jax.random.key(2), jnp.array([[0, 0, 4, -1, -1]] * 500)) + 1) / 2)
+    drawn = np.asarray((shapes.render(jax.random.key(2), jnp.array([[0, 0, 4, -1, -1]] * 500)) + 1) / 2)
     lightness = drawn[:, 0, 0, 0]
     assert lightness.min() < 0.1
     assert lightness.max() > 0.92
     assert ((lightness > 0.2) & (lightness < 0.4)).sum() > 50
-    red = np.isclose(drawn, world.COLOUR_RGB[0], atol=1e-5).all(-1)
+    red = np.isclose(drawn, shapes.COLOUR_RGB[0], atol=1e-5).all(-1)
     wide = np.sqrt(red.sum((1, 2)) / np.pi)  # radius of a disc of that area
     assert wide.min() < 11
     assert wide.max() > 17.5
     assert ((wide > 13) & (wide < 15.5)).sum() > 50
 
 
-def test_judge_reads_rendered_images():
-    images, attributes = jax.jit(world.random_images, static_argnums=1)(jax.random.key(12), 256)
-    judge = load_judge()
-    shares = agreement(np.asarray(judge.read(images)), np.asarray(attributes))
+def test_judge_reads_rendered_images(tmp_path):
+    images, attributes = jax.jit(SHAPES.draw(tmp_path), static_argnums=1)(jax.random.key(12), 256)
+    shares = agreement(WORLD.read(images)[1], np.asarray(attributes), WORLD.captions.values)
     assert min(shares.values()) >= 0.99, shares
+
+
+@pytest.mark.slow
+def test_true_features_are_those_of_rendered_images(tmp_path):
+    for file in WORLD.folder.iterdir():
+        shutil.copy(file, tmp_path)
+    (tmp_path / TRUE_FEATURES).unlink()
+    make_true_features(tmp_path, SHAPES)
+    again = dataclasses.replace(WORLD, folder=tmp_path).true_features
+    assert again.count == WORLD.true_features.count
+    np.testing.assert_allclose(WORLD.true_features.mean, again.mean, atol=1e-3)
+    np.testing.assert_allclose(WORLD.true_features.covariance, again.covariance, atol=1e-3)
 
 
 def test_agreement_counts_requested_attributes():
     asked = np.array([[0, 1, -1, -1, 2], [1, 1, 3, -1, -1]])
     read = np.array([[0, 2, 4, 1, 2], [1, 1, 0, 0, 0]])
-    assert agreement(read, asked) == {"shape": 1.0, "colour": 0.5, "position": 0.0, "background": 1.0, "mean": 4 / 6}
+    shares = agreement(read, asked, shapes.ATTRIBUTES)
+    assert shares == {"shape": 1.0, "colour": 0.5, "position": 0.0, "background": 1.0, "mean": 4 / 6}
 
 
 def figure(error: float, agreement: float = 0.95, seconds: float = 0.002) -> dict:
-    kinds = dict.fromkeys(world.ATTRIBUTES, agreement)
+    kinds = dict.fromkeys(shapes.ATTRIBUTES, agreement)
     return {
         "endpoint_error": error,
         "frechet_distance": 1.0,
@@ -138,7 +153,7 @@ def test_bars_are_reached_or_missed():
 
 def test_report_is_one_page_with_everything(tmp_path):
     rng = np.random.default_rng(0)
-    captions = world.all_captions()[:4]
+    captions = shapes.CAPTIONS.all()[:4]
     results = {
         name: Results(pixels=[rng.integers(0, 256, (2, 64, 64, 3), np.uint8) for _ in range(2)])
         for name in report.LABELS
@@ -174,7 +189,7 @@ def test_report_is_one_page_with_everything(tmp_path):
 
 def test_teacher_uses_cfg_with_a_negative_prompt(tiny_qwen):
     pipeline = ArcFlowPipeline.from_pretrained(tiny_qwen)
-    captions = world.all_captions()[:2]
+    captions = shapes.CAPTIONS.all()[:2]
     noise = pipeline.noise(SEED, 2, *pipeline.grid())
     prompts, samplers = list(map(str, captions)), {"two": Sampler(pipeline, steps=2)}
     for negative, settings in ((None, {}), ("", {"guidance_scale": 3.0, "negative_prompt": ""})):
@@ -211,9 +226,9 @@ def test_whole_demo_in_few_steps(tmp_path, monkeypatch, teacher, quantize):
     """Two training steps, a teacher of 16 steps, the prompts of the grid: nothing is learned, all is written."""
     recipe = run.recipe
     monkeypatch.setattr(run, "recipe", lambda *args: dataclasses.replace(recipe(*args), steps=2))
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("".join(run.TEST_PROMPTS.read_text().splitlines(keepends=True)[:9]))
-    monkeypatch.setattr(run, "TEST_PROMPTS", prompts)
+    few = read_prompts(WORLD.test_prompts)
+    few = dataclasses.replace(few, texts=few.texts[:9])
+    monkeypatch.setattr(run, "read_prompts", lambda file: few)
     monkeypatch.setattr(run, "TEACHER_STEPS", 16)
     metrics = run.demo(tmp_path / "demo", teacher, quantize)
     assert (metrics["prompts"], metrics["training_steps"]) == (9, 2)

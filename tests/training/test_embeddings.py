@@ -131,7 +131,7 @@ def test_an_interrupted_cache_is_resumed(model, cache, tmp_path, monkeypatch):
     first, second = [*PROMPTS[:4], *[PROMPTS[3]] * 4], [*PROMPTS[4:], *[PROMPTS[5]] * 6]  # filled up to a batch
     assert encoders.asked == [first, second]
 
-    others = dataclasses.replace(settings, prompts=str(ASSETS / "prompts-test.txt"))
+    others = dataclasses.replace(settings, prompts=str(ASSETS / "shapes" / "prompts-test.txt"))
     with pytest.raises(UserError, match=r"\.out\.incomplete is an unfinished cache of other prompts or text encoders"):
         embed_prompts(others, tmp_path / "out")
 

@@ -7,22 +7,21 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from arcflow_jax.demo import emoji as world
-from arcflow_jax.networks.flux import FluxConfig
+from arcflow_jax.demo import emoji
+from arcflow_jax.networks.backbones.flux import FluxConfig
 from arcflow_jax.networks.vaes.kl import AutoencoderKLConfig
-from tools.tiny_teacher.common import Draw
 from tools.tiny_teacher.glyphs import load_glyphs
-from tools.tiny_teacher.teacher import Round, Teacher, VAERound
+from tools.tiny_teacher.teacher import Render, Round, Teacher, VAERound
 
 
-def drawer(work: Path) -> Draw:
-    return functools.partial(world.random_images, glyphs=jnp.asarray(load_glyphs(work)))
+def renderer(work: Path) -> Render:
+    return functools.partial(emoji.render, glyphs=jnp.asarray(load_glyphs(work)))
 
 
 EMOJI = Teacher(
     name="tiny-emoji",
-    captions=world.CAPTIONS,
-    draw=drawer,
+    world=emoji.WORLD,
+    renderer=renderer,
     vae=AutoencoderKLConfig(
         block_out_channels=(16, 32, 64, 128),
         layers_per_block=1,
@@ -32,7 +31,6 @@ EMOJI = Teacher(
         shift_factor=0.0,
     ),
     vae_rounds=(VAERound(steps=4_000, horizon=5_000, ema=0.995, absolute=0.1, kl=5e-4),),
-    judge={"widths": (32, 64, 128, 128), "features": 128},
     judge_steps=2_500,
     text_steps=1_000,
     text_dtype="bfloat16",

@@ -28,7 +28,7 @@ def spoil(key: jax.Array, images: jax.Array) -> jax.Array:
 
 def make_judge(work: Path, teacher: Teacher, batch: int = 32) -> None:
     attributes, draw = teacher.captions.values, teacher.draw(work)
-    graphdef, state = nnx.split(Judge(attributes, **teacher.judge, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(Judge(attributes, **teacher.world.judge_sizes, rngs=nnx.Rngs(0)))
 
     def loss(state: nnx.State, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         image_key, spoil_key = jax.random.split(key)

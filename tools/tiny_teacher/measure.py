@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from safetensors.flax import load_file
 
 from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.demo.judge import Judge, agreement
+from arcflow_jax.demo.world import write_true_features
+from arcflow_jax.evaluate.frechet import Moments
 from arcflow_jax.families import latents as packing
 from arcflow_jax.flow.sampler import euler
 from arcflow_jax.storage.files import write_json
@@ -26,6 +29,7 @@ from tools.tiny_teacher.vae import new_vae
 
 BATCH = 64
 TOP = 5
+DRAWN = 8  # true images of a test prompt
 
 
 def as_grid(images: np.ndarray, columns: int) -> Image.Image:
@@ -47,7 +51,7 @@ def judged(judge: Judge, images: jax.Array, asked: np.ndarray, names: Any) -> di
 
 
 def load_networks(work: Path, teacher: Teacher) -> tuple[Any, Judge]:
-    judge = Judge(teacher.captions.values, **teacher.judge, rngs=nnx.Rngs(0))
+    judge = Judge(teacher.captions.values, **teacher.world.judge_sizes, rngs=nnx.Rngs(0))
     return common.load_state(work / "vae.safetensors", new_vae(teacher)), common.load_state(
         work / "judge.safetensors", judge
     )
@@ -74,6 +78,15 @@ def check_vae(work: Path, teacher: Teacher, count: int = 512) -> None:
     print(json.dumps(figures, indent=2))
     pairs = np.stack([np.asarray(images), np.asarray(shown)], 1)[:72].reshape(-1, *images.shape[1:])
     as_grid(pairs, 12).save(work / "vae.png")
+
+
+def make_true_features(work: Path, teacher: Teacher) -> None:
+    """Draws the test prompts, and writes what the judge finds in these images."""
+    world, render = dataclasses.replace(teacher.world, folder=work), teacher.renderer(work)
+    asked = [world.captions.of(prompt).as_array() for prompt in read_prompts(world.test_prompts).texts]
+    keys = (jax.random.fold_in(jax.random.key(1), i) for i in range(DRAWN))
+    features = [world.read(render(key, jnp.asarray(np.stack(asked))))[0] for key in keys]
+    write_true_features(work, Moments.from_features(np.concatenate(features)))
 
 
 def measure(work: Path, teacher: Teacher, steps: int = 50) -> None:

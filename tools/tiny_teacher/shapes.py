@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from arcflow_jax.demo import world
-from arcflow_jax.networks.flux import FluxConfig
+from arcflow_jax.demo import shapes
+from arcflow_jax.networks.backbones.flux import FluxConfig
 from arcflow_jax.networks.vaes.kl import AutoencoderKLConfig
 from tools.tiny_teacher.teacher import Round, Teacher, VAERound
 
 SHAPES = Teacher(
     name="tiny-flux",
-    captions=world.CAPTIONS,
-    draw=lambda work: world.random_images,
+    world=shapes.WORLD,
+    renderer=lambda work: shapes.render,
     vae=AutoencoderKLConfig(
         block_out_channels=(16, 32, 64, 64),
         layers_per_block=1,
@@ -20,7 +20,6 @@ SHAPES = Teacher(
         shift_factor=0.0,
     ),
     vae_rounds=(VAERound(steps=4_500, horizon=6_000),),
-    judge={},
     judge_steps=2_500,
     text_steps=800,
     text_dtype="float32",

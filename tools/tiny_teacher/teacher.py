@@ -9,10 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from arcflow_jax.demo.captions import Captions
-from arcflow_jax.networks.flux import FluxConfig
+from arcflow_jax.demo.world import World
+from arcflow_jax.networks.backbones.flux import FluxConfig
 from arcflow_jax.networks.vaes.kl import AutoencoderKLConfig
 from tools.tiny_teacher.common import Draw
+
+# Draws images [B, P, P, 3] in [-1, 1] of captions [B, A]; the key draws what the captions leave open
+Render = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,11 +49,10 @@ class Round:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Teacher:
     name: str  # of its folder
-    captions: Captions[Any]
-    draw: Callable[[Path], Draw]  # from the work folder
+    world: World
+    renderer: Callable[[Path], Render]  # from the work folder
     vae: AutoencoderKLConfig
     vae_rounds: tuple[VAERound, ...]
-    judge: dict[str, Any]  # sizes
     judge_steps: int
     text_steps: int
     text_dtype: str  # of the text encoders' file
@@ -57,3 +62,17 @@ class Teacher:
     guided_steps: int
     guidance: tuple[float, float]  # the range of scales that the last stage learns
     every: int  # steps from one saving of a training's progress to the next
+
+    @property
+    def captions(self) -> Captions[Any]:
+        return self.world.captions
+
+    def draw(self, work: Path) -> Draw:
+        render = self.renderer(work)
+
+        def images_of_random_captions(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+            caption_key, render_key = jax.random.split(key)
+            attributes = self.captions.random(caption_key, count)
+            return render(render_key, attributes), attributes
+
+        return images_of_random_captions
