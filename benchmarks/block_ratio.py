@@ -30,8 +30,8 @@ from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope, Q
 from flax import nnx
 
 from arcflow_jax.families.latents import centred_positions, position_ids
-from arcflow_jax.networks import qwen_image
-from arcflow_jax.networks.flux import DoubleBlock, FluxConfig, SingleBlock
+from arcflow_jax.networks.backbones import qwen_image
+from arcflow_jax.networks.backbones.flux import DoubleBlock, FluxConfig, SingleBlock
 from arcflow_jax.networks.layers import TEACHER
 from arcflow_jax.networks.transformer import rotary
 from arcflow_jax.training.work import flops

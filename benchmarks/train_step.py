@@ -84,13 +84,13 @@ def ours(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
     import jax.numpy as jnp
     from flax import nnx
 
-    from arcflow_jax.convert import flux as table
     from arcflow_jax.convert.adapter import AdapterTable
+    from arcflow_jax.convert.backbones import flux as table
     from arcflow_jax.convert.engine import export_tensors
     from arcflow_jax.families.flux import FLUX
     from arcflow_jax.families.latents import position_ids
     from arcflow_jax.flow.distill import Distillation, Draws
-    from arcflow_jax.networks.flux import FluxConditioning, FluxConfig
+    from arcflow_jax.networks.backbones.flux import FluxConditioning, FluxConfig
     from arcflow_jax.networks.student import AdapterConfig, split_model
     from arcflow_jax.parallel.mesh import make_mesh, state_shardings
     from arcflow_jax.training.optimizer import OptimizerConfig, make_optimizer

@@ -13,7 +13,7 @@ import pytest
 
 from arcflow_jax.checkpoints.training import Checkpoints
 from arcflow_jax.storage.paths import as_path
-from arcflow_jax.training.trace import Trace
+from arcflow_jax.training.report.trace import Trace
 from tests.helpers.buckets import bucket
 from tests.helpers.processes import child
 from tests.helpers.tiny_run import PROMPTS
@@ -23,7 +23,7 @@ WAY = """
 import os, signal, sys
 from pathlib import Path
 from arcflow_jax.cli.app import app
-from arcflow_jax.training.log import RunLog
+from arcflow_jax.training.report.log import RunLog
 
 place, source, first = sys.argv[1], sys.argv[2], sys.argv[3] == "first"
 MODEL, RUN, PROMPTS = f"{place}/model", f"{place}/run", f"{place}/prompts.txt"

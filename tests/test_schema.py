@@ -18,12 +18,12 @@ from arcflow_jax.checkpoints.training import AdapterDescription
 from arcflow_jax.compile_report.report import Case
 from arcflow_jax.data.embeddings import CacheDescription
 from arcflow_jax.errors import UserError
-from arcflow_jax.evaluate.comparison import ComparisonSettings
+from arcflow_jax.evaluate.trajectory.comparison import ComparisonSettings
 from arcflow_jax.flow.schedule import Scheduler
 from arcflow_jax.models.model_directory import ModelDescription
 from arcflow_jax.sampling_settings import SamplingSettings
-from arcflow_jax.training.log import Line
 from arcflow_jax.training.recipe import Recipe
+from arcflow_jax.training.report.log import Line
 
 # Everything that is read from a file, or that a caller or the command line gives
 READ = [

@@ -22,7 +22,7 @@ COMMON = (
     *("parallel/together.py", "storage/hub.py", "storage/paths.py", "storage/atomic.py", "models/conversion.py"),
     *("models/kernels.py", "models/model_cache.py", "models/model_directory.py", "data/prompts.py"),
     *("training/recipe.py", "training/overrides.py", "training/start.py", "training/loop.py", "training/compile.py"),
-    *("training/embeddings.py", "training/trace.py", "training/plan.py", "sampling_settings.py", "generate.py"),
+    *("training/embeddings.py", "training/report/trace.py", "training/plan.py", "sampling_settings.py", "generate.py"),
     "references.py",
 )
 

@@ -66,9 +66,9 @@ def evaluate_trajectory(
     share the prompts; run the same command on each, as for arcflow train.
     """
     from arcflow_jax.data.prompts import read_prompts
-    from arcflow_jax.evaluate.comparison import Comparison, ComparisonSettings
-    from arcflow_jax.evaluate.trajectory_plot import check_library
-    from arcflow_jax.evaluate.trajectory_report import evaluate
+    from arcflow_jax.evaluate.trajectory.comparison import Comparison, ComparisonSettings
+    from arcflow_jax.evaluate.trajectory.plot import check_library
+    from arcflow_jax.evaluate.trajectory.report import evaluate
     from arcflow_jax.models.model_cache import converted
     from arcflow_jax.parallel.processes import is_main
     from arcflow_jax.storage import cache

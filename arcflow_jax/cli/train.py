@@ -55,9 +55,9 @@ def train(
         os.environ.update(xla_presets.variables(xla_preset, os.environ))
     from arcflow_jax.parallel.processes import is_main
     from arcflow_jax.storage import cache
-    from arcflow_jax.training.dry_run import report
     from arcflow_jax.training.loop import train as run
     from arcflow_jax.training.recipe import Recipe, read_config
+    from arcflow_jax.training.report.dry_run import report
 
     recipe = Recipe.from_config(read_config(config, context.args))
     with hosts.connected():

@@ -17,7 +17,7 @@ from arcflow_jax.demo.evaluate import Results
 from arcflow_jax.demo.trajectory import Film
 from arcflow_jax.demo.world import Caption
 from arcflow_jax.storage.atomic import write_file
-from arcflow_jax.training.log import read_losses
+from arcflow_jax.training.report.log import read_losses
 
 LABELS = {
     "teacher_50": "teacher, 50 steps",

@@ -14,12 +14,14 @@ from flax import nnx
 from jax import ShapeDtypeStruct
 from jax.sharding import Mesh
 
-from arcflow_jax.convert import clip, flux, flux_original, flux_xlabs, t5, vae_kl
+from arcflow_jax.convert.backbones import flux, flux_original, flux_xlabs
+from arcflow_jax.convert.text import clip, t5
+from arcflow_jax.convert.vaes import kl as vae_kl
 from arcflow_jax.data.tokenizers import max_length
 from arcflow_jax.families.family import Family, Network, takes_guidance
 from arcflow_jax.families.latents import position_ids
 from arcflow_jax.families.text import Model, PromptEncoder
-from arcflow_jax.networks.flux import Flux, FluxConditioning, FluxConfig
+from arcflow_jax.networks.backbones.flux import Flux, FluxConditioning, FluxConfig
 from arcflow_jax.networks.student import ArcModel
 from arcflow_jax.networks.text.clip import CLIPTextConfig, CLIPTextEncoder
 from arcflow_jax.networks.text.t5 import T5Config, T5Encoder

@@ -20,13 +20,15 @@ from jax import ShapeDtypeStruct
 from jax.sharding import Mesh
 from PIL import Image
 
-from arcflow_jax.convert import flux2, flux2_original, qwen3, vae_flux2
+from arcflow_jax.convert.backbones import flux2, flux2_original
+from arcflow_jax.convert.text import qwen3
+from arcflow_jax.convert.vaes import flux2 as vae_flux2
 from arcflow_jax.data.tokenizers import max_length
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.family import Family, Network, ReferenceImages, takes_guidance
 from arcflow_jax.families.latents import position_ids
 from arcflow_jax.families.text import Model, PromptEncoder
-from arcflow_jax.networks.flux2 import Flux2, Flux2Conditioning, Flux2Config
+from arcflow_jax.networks.backbones.flux2 import Flux2, Flux2Conditioning, Flux2Config
 from arcflow_jax.networks.student import ArcModel
 from arcflow_jax.networks.text.qwen3 import Qwen3Config, Qwen3Text
 from arcflow_jax.networks.vaes.flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config

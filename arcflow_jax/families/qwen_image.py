@@ -14,13 +14,15 @@ from flax import nnx
 from jax import ShapeDtypeStruct
 from jax.sharding import Mesh
 
-from arcflow_jax.convert import qwen2_5_vl, qwen_image, vae_qwen
+from arcflow_jax.convert.backbones import qwen_image
+from arcflow_jax.convert.text import qwen2_5_vl
+from arcflow_jax.convert.vaes import qwen as vae_qwen
 from arcflow_jax.data.tokenizers import max_length
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.family import Family, Network
 from arcflow_jax.families.latents import centred_positions
 from arcflow_jax.families.text import Model, PromptEncoder
-from arcflow_jax.networks.qwen_image import QwenImage, QwenImageConditioning, QwenImageConfig
+from arcflow_jax.networks.backbones.qwen_image import QwenImage, QwenImageConditioning, QwenImageConfig
 from arcflow_jax.networks.student import ArcModel
 from arcflow_jax.networks.text.qwen2_5_vl import Qwen2_5VLConfig, Qwen2_5VLText
 from arcflow_jax.networks.vaes.qwen import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig

@@ -24,14 +24,13 @@ from arcflow_jax.references import rules_of
 from arcflow_jax.storage.paths import as_path
 from arcflow_jax.training.compile import compile_steps, memory_errors
 from arcflow_jax.training.embeddings import CachedPrompts
-from arcflow_jax.training.hosts import check_plan
 from arcflow_jax.training.latents import LatentEncoder
-from arcflow_jax.training.log import RunLog, traceback_in
-from arcflow_jax.training.plan import Plan, step_settings
-from arcflow_jax.training.preview import Preview, optional_preview
+from arcflow_jax.training.plan import Plan, check_plan, step_settings
 from arcflow_jax.training.recipe import Recipe
+from arcflow_jax.training.report.log import RunLog, traceback_in
+from arcflow_jax.training.report.preview import Preview, optional_preview
+from arcflow_jax.training.report.trace import Trace
 from arcflow_jax.training.start import starting_state
-from arcflow_jax.training.trace import Trace
 
 # What a training step takes: this process's prompts, the image size, and the pixels of images [I, B, H, W, 3]
 Loaded = tuple[list[str], Size, np.ndarray | None]

@@ -26,9 +26,9 @@ from arcflow_jax.models.model_directory import DESCRIPTION
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.storage.atomic import cannot_write, make_directory
 from arcflow_jax.storage.files import read_json, write_json
-from arcflow_jax.training.log import LOG
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe, read_config
+from arcflow_jax.training.report.log import LOG
 from benchmarks.ablation.cells import COMPARED, seeds
 
 SOURCE = ASSETS / "tiny-flux"

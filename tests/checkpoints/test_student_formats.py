@@ -22,8 +22,8 @@ from safetensors.numpy import load_file, save_file
 
 from arcflow_jax.checkpoints.student_formats import import_adapter, open_student
 from arcflow_jax.checkpoints.training import AdapterDescription
-from arcflow_jax.convert import flux as table
 from arcflow_jax.convert.adapter import AdapterTable
+from arcflow_jax.convert.backbones import flux as table
 from arcflow_jax.convert.engine import export_tensors
 from arcflow_jax.errors import UserError
 from arcflow_jax.flow.distill import Distillation

@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 
 from arcflow_jax import schema
-from arcflow_jax.convert import flux as table
+from arcflow_jax.convert.backbones import flux as table
 from arcflow_jax.convert.engine import check, export_tensors, import_tensors
 from arcflow_jax.errors import UserError
 from arcflow_jax.families import flux as family
-from arcflow_jax.networks.flux import FluxConfig
+from arcflow_jax.networks.backbones.flux import FluxConfig
 from arcflow_jax.networks.states import shapes_of
 from tests.helpers.full_size import FLUX_DEV
 

@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from arcflow_jax import schema
-from arcflow_jax.convert import flux2, flux2_original
+from arcflow_jax.convert.backbones import flux2, flux2_original
 from arcflow_jax.convert.engine import check, export_tensors, fills, import_tensors, part
-from arcflow_jax.networks.flux2 import Flux2, Flux2Config
+from arcflow_jax.networks.backbones.flux2 import Flux2, Flux2Config
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.student import ArcModel
 from tests.helpers.twins import FLUX2, flux2_twin

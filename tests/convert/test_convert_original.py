@@ -13,13 +13,13 @@ from safetensors.numpy import load_file, save_file
 
 from arcflow_jax import schema
 from arcflow_jax.cli.app import main
-from arcflow_jax.convert import flux, flux_original
+from arcflow_jax.convert.backbones import flux, flux_original
 from arcflow_jax.convert.engine import check, export_tensors, fills, import_tensors, part
 from arcflow_jax.errors import UserError
 from arcflow_jax.families import flux as family
 from arcflow_jax.models import conversion
 from arcflow_jax.models.model_directory import ModelDirectory
-from arcflow_jax.networks.flux import FluxConfig
+from arcflow_jax.networks.backbones.flux import FluxConfig
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.vaes.kl import AutoencoderKLConfig
 from tests.helpers.full_size import FLUX_DEV, FLUX_VAE

@@ -13,13 +13,13 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 from arcflow_jax import schema
-from arcflow_jax.convert import qwen_image as table
 from arcflow_jax.convert.adapter import AdapterTable
+from arcflow_jax.convert.backbones import qwen_image as table
 from arcflow_jax.convert.engine import check, export_tensors, fills, import_tensors
 from arcflow_jax.errors import UserError
 from arcflow_jax.families import qwen_image as family
+from arcflow_jax.networks.backbones.qwen_image import QwenImageConfig
 from arcflow_jax.networks.layers import linear_layers
-from arcflow_jax.networks.qwen_image import QwenImageConfig
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.student import AdapterConfig, split_model
 from arcflow_jax.parallel.mesh import MESH_AXES, state_shardings

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from arcflow_jax import schema
-from arcflow_jax.convert import vae_kl as table
 from arcflow_jax.convert.engine import check, export_tensors, import_tensors
+from arcflow_jax.convert.vaes import kl as table
 from arcflow_jax.families import flux as family
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.vaes.kl import AutoencoderKLConfig

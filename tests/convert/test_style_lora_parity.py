@@ -21,9 +21,9 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from arcflow_jax.convert import flux_original
+from arcflow_jax.convert.backbones import flux_original
+from arcflow_jax.convert.backbones.flux_original import OUR_SINGLE
 from arcflow_jax.convert.engine import import_tensors
-from arcflow_jax.convert.flux_original import OUR_SINGLE
 from arcflow_jax.convert.style_lora import Names, read_lora
 from arcflow_jax.families import flux, flux2, qwen_image
 from arcflow_jax.families.family import Network

@@ -11,7 +11,7 @@ import pytest
 from arcflow_jax.errors import UserError
 from arcflow_jax.evaluate.frechet import Moments
 from arcflow_jax.evaluate.statistics import Statistics
-from arcflow_jax.evaluate.trajectory_report import REPORT, evaluate
+from arcflow_jax.evaluate.trajectory.report import REPORT, evaluate
 from tests.helpers.fake_comparison import FakeComparison
 
 PROMPTS = ["a", "b", "c", "d"]

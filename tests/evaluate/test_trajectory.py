@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from arcflow_jax.errors import UserError
-from arcflow_jax.evaluate.trajectory import Grid, compare, quadrature
+from arcflow_jax.evaluate.trajectory.figures import Grid, compare, quadrature
 from arcflow_jax.flow.curve import Curve, Span
 from arcflow_jax.flow.momentum import Mixture
 from arcflow_jax.flow.schedule import boundaries, euler_grid, sigma_of

@@ -18,9 +18,9 @@ from PIL import Image
 
 from arcflow_jax.checkpoints.training import AdapterDescription, Checkpoints
 from arcflow_jax.errors import UserError
-from arcflow_jax.evaluate import comparison as comparison_module
-from arcflow_jax.evaluate.comparison import Comparison, ComparisonSettings, compare_models
-from arcflow_jax.evaluate.trajectory_report import PARTIAL, PLOT, REPORT, Tally, evaluate, read_partial
+from arcflow_jax.evaluate.trajectory import comparison as comparison_module
+from arcflow_jax.evaluate.trajectory.comparison import Comparison, ComparisonSettings, compare_models
+from arcflow_jax.evaluate.trajectory.report import PARTIAL, PLOT, REPORT, Tally, evaluate, read_partial
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.generate import sample_student
 from arcflow_jax.models.model_directory import ModelDirectory
@@ -239,7 +239,7 @@ def test_values_that_are_not_finite():
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from arcflow_jax.evaluate.trajectory_report import evaluate
+from arcflow_jax.evaluate.trajectory.report import evaluate
 from tests.helpers.fake_comparison import FakeComparison
 
 class Killed(FakeComparison):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from arcflow_jax.evaluate.trajectory import Grid
+from arcflow_jax.evaluate.trajectory.figures import Grid
 
 
 class FakeComparison:

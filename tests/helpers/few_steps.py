@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from arcflow_jax.families.flux import FLUX
 from arcflow_jax.families.latents import position_ids
 from arcflow_jax.flow.distill import Distillation
-from arcflow_jax.networks.flux import FluxConditioning, FluxConfig
+from arcflow_jax.networks.backbones.flux import FluxConditioning, FluxConfig
 from arcflow_jax.networks.student import AdapterConfig, split_model
 from arcflow_jax.parallel.mesh import make_mesh, state_shardings
 from arcflow_jax.parallel.processes import from_rows, initialize, local_rows

@@ -15,12 +15,12 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file
 
-from arcflow_jax.convert import flux as table
 from arcflow_jax.convert.adapter import AdapterTable
+from arcflow_jax.convert.backbones import flux as table
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.families.latents import position_ids
 from arcflow_jax.flow.momentum import Mixture
-from arcflow_jax.networks.flux import Flux, FluxConditioning
+from arcflow_jax.networks.backbones.flux import Flux, FluxConditioning
 from arcflow_jax.networks.layers import Adapter
 from arcflow_jax.networks.student import AdapterConfig, ArcModel, split_model
 from tests.helpers.paths import GOLDEN

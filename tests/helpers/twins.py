@@ -16,9 +16,9 @@ import pytest
 from flax import nnx
 
 from arcflow_jax.families.latents import centred_positions, position_ids
-from arcflow_jax.networks.flux import FluxConditioning, FluxConfig
-from arcflow_jax.networks.flux2 import Flux2Conditioning, Flux2Config
-from arcflow_jax.networks.qwen_image import QwenImageConditioning, QwenImageConfig
+from arcflow_jax.networks.backbones.flux import FluxConditioning, FluxConfig
+from arcflow_jax.networks.backbones.flux2 import Flux2Conditioning, Flux2Config
+from arcflow_jax.networks.backbones.qwen_image import QwenImageConditioning, QwenImageConfig
 from arcflow_jax.networks.states import flatten, unflatten
 
 FLUX = FluxConfig(

@@ -13,7 +13,7 @@ import numpy as np
 
 from arcflow_jax.evaluate.frechet import Moments, frechet_distance
 from arcflow_jax.evaluate.statistics import FORMAT, Statistics
-from arcflow_jax.evaluate.trajectory_report import PARTIAL, REPORT, evaluate, read_partial
+from arcflow_jax.evaluate.trajectory.report import PARTIAL, REPORT, evaluate, read_partial
 from tests.helpers.fake_comparison import FakeComparison
 from tests.hostile import good, mutate
 from tests.hostile.case import Case
@@ -169,7 +169,7 @@ def reports() -> tuple[bytes, bytes]:
     report = json.loads((folder / REPORT).read_text())
     lines = [json.dumps({"format": report["format"], "version": report["version"], "identity": report["identity"]})]
     fake = FakeComparison(2)
-    from arcflow_jax.evaluate.trajectory_report import Tally
+    from arcflow_jax.evaluate.trajectory.report import Tally
 
     lines += [json.dumps(Tally.from_batch(*fake(good.PROMPTS[i : i + 2], i), 2).to_json()) for i in (0, 2)]
     return (folder / REPORT).read_bytes(), "".join(f"{line}\n" for line in lines).encode()

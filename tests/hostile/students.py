@@ -16,7 +16,7 @@ from flax import nnx
 from arcflow_jax.checkpoints.student_formats import export_adapter, import_adapter, open_student
 from arcflow_jax.checkpoints.training import AdapterDescription
 from arcflow_jax.networks.student import split_model
-from arcflow_jax.training.log import forget_after
+from arcflow_jax.training.report.log import forget_after
 from tests.hostile import good, mutate, rules, tensors
 from tests.hostile.case import Case
 

@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from arcflow_jax.arrays import writer
-from arcflow_jax.convert import t5
 from arcflow_jax.convert.engine import export_tensors
+from arcflow_jax.convert.text import t5
 from arcflow_jax.errors import UserError
 from arcflow_jax.flow.schedule import Scheduler
 from arcflow_jax.models import conversion
 from arcflow_jax.models.model_directory import ArrayDigest, ModelDirectory, fingerprint
-from arcflow_jax.networks.flux import FluxConfig
+from arcflow_jax.networks.backbones.flux import FluxConfig
 from arcflow_jax.networks.states import flatten, nest, unnest
 from arcflow_jax.parallel.mesh import make_mesh, state_shardings
 from tests.helpers.own_json import rewrite

@@ -18,7 +18,7 @@ from arcflow_jax.families import flux
 from arcflow_jax.loras import stacked
 from arcflow_jax.models.style_loras import find, fused_layers, read_style_lora, split_scale
 from arcflow_jax.networks import style
-from arcflow_jax.networks.flux import FluxConfig
+from arcflow_jax.networks.backbones.flux import FluxConfig
 from arcflow_jax.networks.states import unflatten
 from arcflow_jax.networks.text.clip import CLIPTextConfig
 from arcflow_jax.networks.text.t5 import T5Config

@@ -13,13 +13,13 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from arcflow_jax.convert import flux as table
 from arcflow_jax.convert.adapter import AdapterTable
+from arcflow_jax.convert.backbones import flux as table
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.flux import FAMILY
+from arcflow_jax.networks.backbones.flux import Flux, FluxConfig
 from arcflow_jax.networks.conditioning import Guided
-from arcflow_jax.networks.flux import Flux, FluxConfig
 from arcflow_jax.networks.layers import Base, Linear, LoRA
 from arcflow_jax.networks.lora import merged_kernel
 from arcflow_jax.networks.student import AdapterConfig, ArcModel, merged_graphdef, merged_state, split_model

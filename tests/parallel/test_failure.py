@@ -80,7 +80,7 @@ TRAINING = """
     from pathlib import Path
     from arcflow_jax.errors import report_errors
     from arcflow_jax.parallel import processes
-    from arcflow_jax.training.log import RunLog
+    from arcflow_jax.training.report.log import RunLog
     from arcflow_jax.training.loop import train
     from tests.helpers.tiny_run import recipe
     address, process, how, model, out = sys.argv[1:]

@@ -24,7 +24,7 @@ from arcflow_jax.storage.files import (
     write_json,
     write_own,
 )
-from arcflow_jax.training.log import Line
+from arcflow_jax.training.report.log import Line
 
 
 def test_json_comes_back_and_an_error_leaves_the_old_file(tmp_path):

@@ -32,7 +32,7 @@ PLANNING = """
     from arcflow_jax.data import images
     from arcflow_jax.errors import UserError
     from arcflow_jax.parallel.processes import initialize
-    from arcflow_jax.training.hosts import check_plan
+    from arcflow_jax.training.plan import check_plan
     from arcflow_jax.training.plan import Plan
     from tests.helpers.tiny_run import PROMPTS, recipe
     from arcflow_jax.models.model_cache import converted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from arcflow_jax.errors import UserError
-from arcflow_jax.training.log import forget_after
+from arcflow_jax.training.report.log import forget_after
 
 LINES = ['{"step": 1, "loss": 0.5}', '{"step": 2, "loss": null}', '{"step": 3, "loss": 0.25}']
 

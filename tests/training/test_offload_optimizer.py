@@ -11,8 +11,9 @@ import pytest
 
 from arcflow_jax.errors import UserError
 from arcflow_jax.parallel.offload import HOST
-from arcflow_jax.training import dry_run, loop
+from arcflow_jax.training import loop
 from arcflow_jax.training.recipe import Recipe, read_config
+from arcflow_jax.training.report import dry_run
 from tests.helpers.tiny_run import recipe, saved
 
 OFF = "--config.offload_optimizer="

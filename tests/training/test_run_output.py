@@ -15,9 +15,9 @@ from PIL import Image
 from arcflow_jax.errors import UserError
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.training import plan
-from arcflow_jax.training.log import RunLog
 from arcflow_jax.training.loop import train
-from arcflow_jax.training.preview import Preview
+from arcflow_jax.training.report.log import RunLog
+from arcflow_jax.training.report.preview import Preview
 from tests.helpers.events import events
 from tests.helpers.fake_wandb import FakeWandb
 from tests.helpers.tiny_run import log, recipe

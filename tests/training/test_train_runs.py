@@ -24,10 +24,10 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.families import flux
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.training import compile, plan, state
-from arcflow_jax.training.log import RunLog
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.recipe import Recipe
+from arcflow_jax.training.report.log import RunLog
 from tests.helpers.events import events
 from tests.helpers.full_disk import disk_for_files_up_to
 from tests.helpers.processes import child

@@ -11,7 +11,7 @@ import pytest
 
 from arcflow_jax.parallel.chips import CHIPS
 from arcflow_jax.training import work
-from arcflow_jax.training.log import RunLog
+from arcflow_jax.training.report.log import RunLog
 from arcflow_jax.training.work import speed
 from tests.helpers.tiny_run import recipe
 

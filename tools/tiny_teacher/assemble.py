@@ -13,9 +13,9 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from arcflow_jax.convert import flux as flux_table
-from arcflow_jax.convert import vae_kl as vae_table
+from arcflow_jax.convert.backbones import flux as flux_table
 from arcflow_jax.convert.engine import export_tensors
+from arcflow_jax.convert.vaes import kl as vae_table
 from arcflow_jax.demo.captions import Captions
 from arcflow_jax.networks.vaes.kl import AutoencoderKL
 from arcflow_jax.storage.files import write_json

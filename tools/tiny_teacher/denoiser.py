@@ -23,7 +23,7 @@ from arcflow_jax.data.tokenizers import load_tokenizer, token_length, tokenize
 from arcflow_jax.families import latents as packing
 from arcflow_jax.families.family import Network
 from arcflow_jax.families.flux import CLIP, T5
-from arcflow_jax.networks.flux import Flux, FluxConditioning
+from arcflow_jax.networks.backbones.flux import Flux, FluxConditioning
 from arcflow_jax.networks.student import ArcModel
 from arcflow_jax.networks.vaes.vae import VAE
 from arcflow_jax.storage.files import read_json

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from arcflow_jax.demo import emoji as world
-from arcflow_jax.networks.flux import FluxConfig
+from arcflow_jax.networks.backbones.flux import FluxConfig
 from arcflow_jax.networks.vaes.kl import AutoencoderKLConfig
 from tools.tiny_teacher.common import Draw
 from tools.tiny_teacher.glyphs import load_glyphs

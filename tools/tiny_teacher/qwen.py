@@ -20,14 +20,14 @@ from flax import nnx
 from safetensors.flax import load_file, save_file
 
 from arcflow_jax import families, schema
-from arcflow_jax.convert import qwen2_5_vl as text_table
-from arcflow_jax.convert import qwen_image as transformer_table
-from arcflow_jax.convert import vae_qwen as vae_table
+from arcflow_jax.convert.backbones import qwen_image as transformer_table
 from arcflow_jax.convert.engine import import_tensors
+from arcflow_jax.convert.text import qwen2_5_vl as text_table
+from arcflow_jax.convert.vaes import qwen as vae_table
 from arcflow_jax.data.tokenizers import load_tokenizer, tokenize
 from arcflow_jax.families import latents as packing
 from arcflow_jax.families.qwen_image import QWEN2_5_VL, QwenPrompts
-from arcflow_jax.networks.qwen_image import QwenImage, QwenImageConditioning, QwenImageConfig
+from arcflow_jax.networks.backbones.qwen_image import QwenImage, QwenImageConditioning, QwenImageConfig
 from arcflow_jax.networks.student import ArcModel
 from arcflow_jax.networks.text.qwen2_5_vl import Qwen2_5VLConfig, Qwen2_5VLText
 from arcflow_jax.networks.vaes.qwen import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from arcflow_jax.demo import world
-from arcflow_jax.networks.flux import FluxConfig
+from arcflow_jax.networks.backbones.flux import FluxConfig
 from arcflow_jax.networks.vaes.kl import AutoencoderKLConfig
 from tools.tiny_teacher.teacher import Round, Teacher, VAERound
 

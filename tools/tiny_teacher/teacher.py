@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from arcflow_jax.demo.captions import Captions
-from arcflow_jax.networks.flux import FluxConfig
+from arcflow_jax.networks.backbones.flux import FluxConfig
 from arcflow_jax.networks.vaes.kl import AutoencoderKLConfig
 from tools.tiny_teacher.common import Draw
 

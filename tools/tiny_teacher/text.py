@@ -22,9 +22,9 @@ import optax
 from flax import nnx
 from safetensors.numpy import save_file
 
-from arcflow_jax.convert import clip as clip_table
-from arcflow_jax.convert import t5 as t5_table
 from arcflow_jax.convert.engine import export_tensors
+from arcflow_jax.convert.text import clip as clip_table
+from arcflow_jax.convert.text import t5 as t5_table
 from arcflow_jax.data.tokenizers import Tokenizer, load_tokenizer, tokenize
 from arcflow_jax.demo.captions import Captions
 from arcflow_jax.networks.layers import Linear
