@@ -17,8 +17,8 @@ PYTEST = -m pytest --numprocesses 2 --dist worksteal
 # With Python 3.12 come later versions of jax, flax and Orbax. There the tests of the code that calls them are run, and
 # of paths and files, which are the standard library's; none that is slow, and none that needs torch. With 3.13 come no
 # other versions: the mathematics, the paths and the public API
-ON_3.12 = $(addprefix tests/,flow networks parallel arrays models checkpoints training compile_report storage data test_pipeline.py \
-	test_pipeline_memory.py test_loras.py test_public_api.py)
+ON_3.12 = $(addprefix tests/,flow networks parallel arrays models checkpoints training compile_report storage data \
+	$(addprefix pipeline/test_,pipeline.py pipeline_memory.py loras.py) test_public_api.py)
 ON_3.13 = $(addprefix tests/,flow convert data test_public_api.py)
 
 .PHONY: demo test check docs clean

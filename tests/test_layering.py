@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).parents[1] / "arcflow_jax"
 
 ROOMS = [
@@ -53,6 +55,31 @@ def test_imports_point_downward():
                 seen += 1
                 assert ROOMS.index(other) <= ROOMS.index(room), f"{path} imports {module}"
     assert seen > 50
+
+
+# room in a room: what it may import of the outer one, besides itself
+INNER = {
+    "networks.backbones": "attention conditioning float16 head layers lora states transformer",
+    "networks.text": "attention float16 layers states transformer",
+    "networks.vaes": "attention float16 layers states",
+    "convert.backbones": "rules",
+    "convert.text": "rules",
+    "convert.vaes": "rules",
+    "training.report": "plan recipe state work",
+    "evaluate.trajectory": "",
+}
+
+
+@pytest.mark.parametrize("room", INNER)
+def test_rooms_in_a_room_keep_apart(room):
+    outer, inner = room.split(".")
+    allowed = {inner, *INNER[room].split()}
+    files = sorted((PACKAGE / outer / inner).glob("*.py"))
+    assert len(files) > 3
+    for path in files:
+        for module in imported_modules(path):
+            if module.startswith(f"arcflow_jax.{outer}."):
+                assert module.split(".")[2] in allowed, f"{path} imports {module}"
 
 
 def test_torch_is_for_evaluation_networks_and_what_is_exported():

@@ -1,8 +1,8 @@
 """What a velocity depends on besides the state and σ: the protocol of conditioning, reference images, and
 classifier-free guidance.
 
-Each family has its own conditioning, a pytree (`networks.backbones.flux.FluxConditioning`, …). Shared code knows this protocol
-only.
+Each family has its own conditioning, a pytree (`FluxConditioning` of `networks.backbones.flux`, …). Shared code knows
+this protocol only.
 """
 
 # B batch, N image tokens, R tokens of reference images, C latent channels

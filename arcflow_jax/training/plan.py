@@ -39,6 +39,7 @@ from arcflow_jax.parallel.mesh import (
     state_shardings,
 )
 from arcflow_jax.parallel.processes import local_rows
+from arcflow_jax.parallel.together import check_same
 from arcflow_jax.references import rules_of
 from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.recipe import Recipe
@@ -48,6 +49,8 @@ from arcflow_jax.training.state import TrainState
 OFFLOADED = {"EMA weights", "optimizer"}  # what `offload_optimizer` keeps in host memory, except during the update
 SHOWN = 8  # image sizes that the header lists
 FOR_STATE = 2 / 3  # of a device's memory; activations take the rest
+# Fields of a recipe that name places; each host may have its own copy
+PLACES = {"model", "prompts", "images", "references", "embeddings", "start_from"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,3 +273,15 @@ def initial_state(
 def abstract_state(adapter: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes of a run's state; those of its adapter are given."""
     return jax.eval_shape(lambda adapter: TrainState.create(adapter, optimizer), adapter)
+
+
+def check_plan(plan: Plan) -> None:
+    """Raises UserError in all processes if one has other prompts, another recipe or another model than the first."""
+    prompts = plan.prompts
+    check_same(
+        {
+            f"the prompts, of which the first process has {len(prompts.texts)},": [prompts.texts, prompts.sizes],
+            "the settings of the recipe": {k: v for k, v in plan.recipe.resolved().items() if k not in PLACES},
+            "the weights of the model": plan.directory.fingerprint,
+        }
+    )

@@ -18,8 +18,8 @@ from PIL import Image
 
 from arcflow_jax.checkpoints.training import AdapterDescription, Checkpoints
 from arcflow_jax.errors import UserError
+from arcflow_jax.evaluate.trajectory import comparison as comparison_module
 from arcflow_jax.evaluate.trajectory.comparison import Comparison, ComparisonSettings, compare_models
-from arcflow_jax.evaluate.trajectory.figures import comparison as comparison_module
 from arcflow_jax.evaluate.trajectory.report import PARTIAL, PLOT, REPORT, Tally, evaluate, read_partial
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.generate import sample_student

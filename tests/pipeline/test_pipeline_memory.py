@@ -104,7 +104,7 @@ def test_a_decoder_alone_is_loaded(pipe, tiny_flux):
 
 def test_merging_takes_the_memory_of_a_few_layers():
     """FLUX.1-dev's, compiled only. In float32, because XLA for CPUs copies a bfloat16 array that it should change."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     config = read_config(str(root / "configs" / "flux.py"), [f"--config.model={root / 'configs' / 'flux.1-dev'}"])
     recipe = Recipe.from_config(config)
     directory, mesh = open_model(recipe.model), parse_mesh("")

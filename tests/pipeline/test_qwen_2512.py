@@ -14,7 +14,7 @@ from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.storage.files import read_json
 from arcflow_jax.training.plan import Plan
 from tests.helpers.paths import CONFIGS
-from tests.test_qwen_pipeline import PROMPTS, pixels, recipe
+from tests.pipeline.test_qwen_pipeline import PROMPTS, pixels, recipe
 from tools import make_tiny_qwen as tiny
 
 FOLDER = CONFIGS / "qwen-image-2512"

@@ -36,7 +36,7 @@ from tests.helpers.twins import qwen_inputs, qwen_twin_velocity
 from tests.helpers.whole_path import PROMPTS, assert_same_path, cut_down, whole_path
 from tools.make_tiny_qwen import make_tiny_qwen
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture(scope="module")

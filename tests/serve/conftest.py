@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 import uvicorn
 
@@ -61,6 +62,11 @@ def address(door) -> Iterator[str]:
     """Where the server listens."""
     with served(door) as address:
         yield address
+
+
+@pytest.fixture(scope="module")
+def client(address) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
 
 
 @contextlib.contextmanager

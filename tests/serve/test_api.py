@@ -1,21 +1,16 @@
-"""The server from the outside: OpenAI's client, batches, limits, malformed requests."""
+"""The server from the outside: OpenAI's client, batches, limits, keys."""
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
-import json
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import httpx
 import jax
-import numpy as np
 import openai
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -24,51 +19,8 @@ from arcflow_jax.serve import api, images
 from arcflow_jax.serve.engine import Engine
 from arcflow_jax.serve.metrics import Metrics
 from arcflow_jax.serve.requests import Limits
-from tests.serve.conftest import LIMITS, wait_until
-
-PROMPT = "a red circle on the left"
-GENERATIONS = "/v1/images/generations"
-
-
-@pytest.fixture(scope="module")
-def client(address) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-
-
-def opened(b64: str) -> Image.Image:
-    image = Image.open(io.BytesIO(base64.b64decode(b64)))
-    image.load()
-    return image
-
-
-def difference(image, other) -> int:
-    """The largest one, in levels of 255."""
-    return np.abs(np.asarray(image, np.int32) - np.asarray(other, np.int32)).max()
-
-
-def asked(door, *requests: httpx.Request) -> list[httpx.Response]:
-    """Answers of an application, without a socket."""
-
-    async def ask():
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(door), base_url="http://test") as client:
-            return await asyncio.gather(*[client.send(request) for request in requests])
-
-    return asyncio.run(ask())
-
-
-def post(body: object, **headers: str) -> httpx.Request:
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return httpx.Request("POST", f"http://test{GENERATIONS}", content=content, headers=JSON | headers)
-
-
-JSON = {"Content-Type": "application/json"}
-
-
-def figures(address: str) -> dict[str, float]:
-    """The samples without labels that /metrics shows."""
-    families = text_string_to_metric_families(httpx.get(f"{address}/metrics").text)
-    return {sample.name: sample.value for family in families for sample in family.samples if not sample.labels}
-
+from tests.serve.asking import GENERATIONS, PROMPT, ask, asked, difference, figures, opened, post
+from tests.serve.conftest import wait_until
 
 # --- images ---
 
@@ -134,10 +86,6 @@ def test_images_in_a_batch_are_those_made_alone(client, address, engine, gate):
     for image, (prompt, seed) in zip(together, requests, strict=True):
         assert difference(image, ask(client, prompt, seed)) <= 1  # in a batch of another size
         assert difference(image, engine.pipeline(prompt, seed=seed, height=32, width=64).images[0]) <= 1
-
-
-def ask(client, prompt: str, seed: int) -> Image.Image:
-    return opened(client.images.generate(prompt=prompt, extra_body={"seed": seed}).data[0].b64_json)
 
 
 def test_a_batch_has_the_smallest_size_that_holds_it(client, gate):
@@ -286,108 +234,6 @@ def test_every_answer_has_an_id(address):
     ids = {answer.headers["x-request-id"] for answer in answers}
     assert len(ids) == 4
     assert all(name.startswith("req_") for name in ids)
-
-
-# --- malformed requests ---
-
-BAD = {
-    "nothing": b"",
-    "no JSON": b"{",
-    "no UTF-8": b'{"prompt": "\xff"}',
-    "half a surrogate": b'{"prompt": "\\ud800"}',
-    "NaN": b'{"prompt": "x", "guidance": NaN}',
-    "deep": b"[" * 100_000,
-    "a list": [],
-    "a text": "prompt",
-    "null": None,
-    "no prompt": {},
-    "null as prompt": {"prompt": None},
-    "a number as prompt": {"prompt": 3},
-    "an empty prompt": {"prompt": " \n"},
-    "a long prompt": {"prompt": "x" * 201},
-    "n": {"prompt": "x", "n": 0},
-    "many": {"prompt": "x", "n": 5},
-    "very many": {"prompt": "x", "n": 10**30},
-    "half": {"prompt": "x", "n": 1.5},
-    "true": {"prompt": "x", "n": True},
-    "a negative seed": {"prompt": "x", "seed": -1},
-    "a large seed": {"prompt": "x", "seed": 2**64},
-    "size": {"prompt": "x", "size": "large"},
-    "a size with zeros": {"prompt": "x", "size": "0x64"},
-    "a size that is not served": {"prompt": "x", "size": "64x64"},
-    "an odd size": {"prompt": "x", "size": "65x33"},
-    "a huge size": {"prompt": "x", "size": "99999x99999"},
-    "steps": {"prompt": "x", "steps": 5},
-    "steps that are not served": {"prompt": "x", "steps": 3},
-    "guidance": {"prompt": "x", "guidance": -1},
-    "a negative prompt for a student": {"prompt": "x", "negative_prompt": "y"},
-    "response_format": {"prompt": "x", "response_format": "path"},
-    "output_format": {"prompt": "x", "output_format": "webp"},
-    "quality": {"prompt": "x", "quality": "hd"},
-    "stream": {"prompt": "x", "stream": True},
-    "an unknown field": {"prompt": "x", "step": 2},
-}
-
-
-@pytest.mark.parametrize("body", BAD.values(), ids=BAD)
-def test_malformed_bodies(door, body):
-    (answer,) = asked(door, post(body))
-    assert answer.status_code == 400, answer.text
-    error = answer.json()["error"]
-    assert error.keys() == {"message", "type", "param", "code"}
-    assert error["type"] == "invalid_request_error"
-    assert "secret-folder" not in answer.text
-    assert len(answer.text) < 1500
-
-
-def test_the_field_at_fault_is_named(door):
-    answers = asked(door, *[post({"prompt": "x", **wrong}) for wrong in ({"n": 9}, {"size": "64x64"}, {"seed": "a"})])
-    assert [answer.json()["error"]["param"] for answer in answers] == ["n", "size", "seed"]
-    assert "64x32" in answers[1].text  # what would be right
-
-
-def test_other_refusals(door):
-    def request(method, path, **more):
-        return httpx.Request(method, f"http://test{path}", **more)
-
-    expected = {
-        400: [request("POST", GENERATIONS, content=b'{"prompt": "x"}', headers={"Content-Type": "text/plain"})],
-        413: [post({"prompt": "x" * LIMITS.body})],
-        404: [
-            post({"prompt": "x", "model": "dall-e-3"}),
-            request("GET", GENERATIONS),
-            request("GET", "/v1/models/dall-e-3"),
-            request("DELETE", "/v1/models/student"),
-            request("POST", "/v1/images/nothing"),
-            request("GET", "/v1/images/files/../../../../etc/passwd.png"),
-            request("GET", "/docs"),
-            request("GET", "/openapi.json"),
-            request("GET", "/etc/passwd"),
-        ],
-    }
-    for status, requests in expected.items():
-        answers = asked(door, *requests)
-        assert {answer.status_code for answer in answers} == {status}
-        assert all(answer.json()["error"]["message"] for answer in answers)
-
-
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=5,
-)
-# A size that no one serves: the test is of what is refused
-BODIES = st.dictionaries(st.sampled_from(["n", "seed", "steps", "guidance", "model", "user", "stream"]), VALUES).map(
-    lambda body: {"prompt": "x", "size": "16x16"} | body
-)
-
-
-@settings(max_examples=100, deadline=None)
-@given(body=BODIES | VALUES | st.binary(max_size=50))
-def test_any_body_is_refused_in_order(door, body):
-    (answer,) = asked(door, post(body))
-    assert 400 <= answer.status_code < 500
-    assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
 def test_control_codes_in_a_prompt(client):

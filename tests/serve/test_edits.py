@@ -18,11 +18,9 @@ from arcflow_jax.serve import api, images
 from arcflow_jax.serve.engine import Engine
 from arcflow_jax.serve.metrics import Metrics
 from arcflow_jax.serve.settings import declared
+from tests.serve.asking import EDITS, PROMPT, asked, difference, figures, file, opened, post
 from tests.serve.conftest import LIMITS
-from tests.serve.test_api import PROMPT, asked, client, difference, figures, opened, post
 
-__all__ = ["client"]  # the fixture
-EDITS = "/v1/images/edits"
 RNG = np.random.default_rng(0)
 PHOTOS = [
     Image.fromarray(RNG.integers(0, 256, (4, 8, 3), np.uint8)).resize((64, 32), Image.Resampling.BICUBIC)
@@ -32,12 +30,6 @@ REPAINT = np.zeros((32, 64), bool)
 REPAINT[8:24, 16:48] = True
 # Transparent, but not fully, on the right, which stays
 ALPHA = np.where(REPAINT, 0, np.where(np.arange(64) < 48, 255, 1)).astype(np.uint8)
-
-
-def file(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    data = io.BytesIO()
-    image.save(data, kind, **options)
-    return data.getvalue()
 
 
 def mask(alpha: np.ndarray = ALPHA) -> bytes:

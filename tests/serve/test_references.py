@@ -24,9 +24,8 @@ from arcflow_jax.serve.metrics import Metrics
 from arcflow_jax.serve.settings import declared
 from tests.helpers import random_student
 from tests.helpers.tiny_flux2 import make_tiny_flux2
+from tests.serve.asking import EDITS, asked, difference, file, opened
 from tests.serve.conftest import LIMITS, served
-from tests.serve.test_api import asked, difference, opened
-from tests.serve.test_edits import EDITS, file
 
 RNG = np.random.default_rng(0)
 PHOTOS = [

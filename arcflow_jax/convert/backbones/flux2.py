@@ -1,4 +1,4 @@
-"""FLUX.2's transformer: diffusers' Flux2Transformer2DModel ↔ `backbone` (networks.backbones.flux2) and `output`.
+"""FLUX.2's transformer: diffusers' Flux2Transformer2DModel ↔ `networks.backbones.flux2` and `output`.
 
 A model without guidance embedding has no targets for the rules of `guidance_embedder`; they are not used then.
 """

@@ -1,4 +1,4 @@
-"""Qwen-Image's transformer: diffusers' QwenImageTransformer2DModel ↔ `backbone` (networks.backbones.qwen_image) and `output`.
+"""Qwen-Image's transformer: diffusers' QwenImageTransformer2DModel ↔ `networks.backbones.qwen_image` and `output`.
 
 The last block is not in the stack here; it is stored under its number.
 """

@@ -64,7 +64,7 @@ class Curves:
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Means over a segment, or at its end; see `trajectory_report.figures`."""
+    """Means over a segment, or at its end; see `report.figures`."""
 
     sigma: tuple[Sigma, Sigma]
     velocity: dict[str, Figure]
@@ -85,7 +85,7 @@ def check_parts(name: str, found: Mapping[str, Any], needed: set[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """trajectory.json; see `trajectory_report.figures`."""
+    """trajectory.json; see `report.figures`."""
 
     identity: dict[str, Any]
     endpoint: Endpoint

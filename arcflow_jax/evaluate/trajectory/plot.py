@@ -24,7 +24,7 @@ def check_library() -> None:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Draws a report (see `trajectory_report.figures`) as a PNG, which appears whole or not at all. Raises OSError."""
+    """Draws a report (see `report.figures`) as a PNG, which appears whole or not at all. Raises OSError."""
     figure_module = library("matplotlib.figure", "plots", extra="eval")
     figure = figure_module.Figure(figsize=(8, 7), dpi=150, layout="constrained")
     rows = figure.subplots(2, sharex=True)
