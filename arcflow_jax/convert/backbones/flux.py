@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""FLUX.1's transformer: diffusers' FluxTransformer2DModel ↔ `backbone` (networks.backbones.flux) and `output`.
-=======
 """FLUX.1's transformer: diffusers' FluxTransformer2DModel ↔ `networks.backbones.flux` and `output`.
->>>>>>> suite
 
 A model without guidance embedding has no targets for the rules of `guidance_embedder`; they are not used then.
 """
