@@ -83,13 +83,14 @@ def test_rooms_in_a_room_keep_apart(room):
 
 
 def test_torch_is_for_evaluation_networks_and_what_is_exported():
-    exported = PACKAGE / "checkpoints" / "diffusers_pipeline.py"
+    exported = [PACKAGE / "checkpoints" / name for name in ("diffusers_pipeline.py", "comfyui_nodes.py")]
     for path in PACKAGE.rglob("*.py"):
         if {name.split(".")[0] for name in imported_modules(path)} & {"torch", "diffusers"}:
-            assert path in (PACKAGE / "evaluate" / "features.py", exported)
-    # It runs where this package is not, and nothing here imports it
-    assert not any(name.startswith("arcflow_jax") for name in imported_modules(exported))
-    assert not any("diffusers_pipeline" in name for path in PACKAGE.rglob("*.py") for name in imported_modules(path))
+            assert path in (PACKAGE / "evaluate" / "features.py", *exported)
+    # They run where this package is not, and nothing here imports them
+    assert not any(name.startswith("arcflow_jax") for path in exported for name in imported_modules(path))
+    imported = {name for path in PACKAGE.rglob("*.py") for name in imported_modules(path)}
+    assert not any(path.stem in name for path in exported for name in imported)
 
 
 def test_a_pipeline_loads_what_it_needs():

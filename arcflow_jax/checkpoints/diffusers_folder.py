@@ -4,6 +4,7 @@
     FOLDER/config.json                             as in the authors' layout, and `student_formats.Record`
     FOLDER/diffusion_pytorch_model.safetensors     head, output norm and LoRA (PEFT's names), as in the authors' layout
     FOLDER/README.md                               the model card
+    FOLDER/__init__.py, requirements.txt           for ComfyUI, if asked for: `comfyui_nodes`, and what they need
 
 The authors' loader reads the same files if their layout can hold the student (`student_formats.misfit`), and this
 library opens the folder as an adapter.
@@ -31,7 +32,14 @@ from arcflow_jax.storage.paths import as_path, in_bucket
 from arcflow_jax.storage.safetensors import write_tensors
 
 PIPELINE = Path(__file__).with_name("diffusers_pipeline.py")
+NODES = Path(__file__).with_name("comfyui_nodes.py")
+NEEDED = "diffusers>=0.35\npeft>=0.17\naccelerate\n"  # as in the extra `parity`; ComfyUI has torch and transformers
 HERE = "PATH/TO/THIS/FOLDER"
+IN_COMFYUI = (
+    "Put this folder into `ComfyUI/custom_nodes`, run `pip install -r requirements.txt` in it with ComfyUI's Python, "
+    "and start ComfyUI again. The nodes are in the category ArcFlow. They were checked against ComfyUI's contract, not "
+    "run in ComfyUI."
+)
 
 
 def export_diffusers(
@@ -43,6 +51,7 @@ def export_diffusers(
     base_model: str | None = None,
     figures: str | Path | None = None,
     push: str | None = None,
+    comfyui: bool = False,
 ) -> Path:
     """Writes a student as a folder for diffusers, and returns `out`.
 
@@ -52,6 +61,7 @@ def export_diffusers(
       base_model: hub id of the base model, owner/name, for the model card. A run does not know it.
       figures: a report of `arcflow evaluate metrics` on this student, for the model card.
       push: a hub id, owner/name, to upload the folder to afterwards; needs `base_model`.
+      comfyui: whether the folder is also one of custom nodes for ComfyUI, which offer `base_model`.
 
     Raises:
       UserError: if `run` holds no student, a value does not fit in `dtype`, `figures` is no such report, `out` cannot
@@ -82,10 +92,13 @@ def export_diffusers(
         )
         metadata = {"policy_config": json.dumps(policy_of(description, run))} if misfit(description) is None else {}
         lora = f"rank {adapter.rank}" if adapter.targets else "none"
-        card = model_card(record, lora, base_model, push, measured)
+        card = model_card(record, lora, base_model, push, measured, comfyui)
         with whole_directory(out, sum(tensor.nbytes for tensor in tensors.values())) as aside:
             write_file(aside / "README.md", card.encode())
             write_file(aside / PIPELINE.name.removeprefix("diffusers_"), pipeline_source(pipeline).encode())
+            if comfyui:
+                write_file(aside / "__init__.py", nodes_source(base_model).encode())
+                write_file(aside / "requirements.txt", NEEDED.encode())
             write_json(aside / CONFIG, dict(sorted(config.items())) | {RECORD: schema.unparse(record)})
             write_tensors(aside / WEIGHTS, tensors, metadata=metadata)
     if push is not None:
@@ -99,6 +112,11 @@ def export_diffusers(
 def pipeline_source(pipeline: str) -> str:
     """The text of pipeline.py for a class of pipelines in diffusers: ours is written for one, and names it once."""
     return PIPELINE.read_text(encoding="utf-8").replace("import FluxPipeline as", f"import {pipeline} as")
+
+
+def nodes_source(base_model: str | None) -> str:
+    """The text of __init__.py for ComfyUI."""
+    return NODES.read_text(encoding="utf-8").replace('BASE_MODEL = ""', f"BASE_MODEL = {json.dumps(base_model or '')}")
 
 
 def read_figures(report: Path) -> dict[str, float]:
@@ -118,7 +136,12 @@ def read_figures(report: Path) -> dict[str, float]:
 
 
 def model_card(
-    record: Record, lora: str, base_model: str | None, repository: str | None, figures: Mapping[str, Any]
+    record: Record,
+    lora: str,
+    base_model: str | None,
+    repository: str | None,
+    figures: Mapping[str, Any],
+    comfyui: bool,
 ) -> str:
     """README.md of a student: the hub's metadata as YAML, then settings, use, figures and licence."""
     data = ModelCardData(
@@ -156,6 +179,7 @@ def model_card(
         f'pipe = DiffusionPipeline.from_pretrained(\n    "{base}", custom_pipeline="{here}", trust_remote_code=True, '
         'torch_dtype=torch.bfloat16\n).to("cuda")\nimage = pipe("a red fox in the snow").images[0]\n```',
         "`trust_remote_code=True` lets diffusers run `pipeline.py`, some 200 lines. It needs `diffusers` and `peft`.",
+        *(["## In ComfyUI", IN_COMFYUI] if comfyui else []),
         "## In arcflow_jax",
         f'    arcflow sample --model {base} --adapter {here} --prompt "a red fox in the snow"',
         *(["## Figures", "By `arcflow evaluate metrics`.", table(figures)] if figures else []),

@@ -163,6 +163,7 @@ def verify(
 class Layout(enum.StrEnum):
     arcflow = enum.auto()
     diffusers = enum.auto()
+    comfyui = enum.auto()
 
 
 def export(
@@ -174,7 +175,7 @@ def export(
             "--format",
             help="arcflow: the layout of the ArcFlow authors' releases, config.json and safetensors, for their PyTorch "
             "loader. diffusers: the same files and a pipeline.py, with which diffusers samples any student, and a "
-            "model card.",
+            "model card. comfyui: all that, and the files of a custom node for ComfyUI.",
         ),
     ] = Layout.arcflow,
     raw: Annotated[
@@ -183,30 +184,34 @@ def export(
     dtype: Annotated[ExportPrecision, typer.Option(help="Precision of the tensors.")] = ExportPrecision.float16,
     push: Annotated[
         str | None,
-        typer.Option(help="With --format diffusers: a hub id, OWNER/NAME, to upload the folder to as well."),
+        typer.Option(help="With --format diffusers or comfyui: a hub id, OWNER/NAME, to upload the folder to as well."),
     ] = None,
     base_model: Annotated[
         str | None,
         typer.Option(
-            help="With --format diffusers: the hub id of the base model, OWNER/NAME, for the model card; --push needs "
-            "it."
+            help="With --format diffusers or comfyui: the hub id of the base model, OWNER/NAME, for the model card and "
+            "ComfyUI's nodes; --push needs it."
         ),
     ] = None,
     figures: Annotated[
         Path | None,
-        path_option(help="With --format diffusers: a report of arcflow evaluate metrics, for the model card."),
+        path_option(
+            help="With --format diffusers or comfyui: a report of arcflow evaluate metrics, for the model card."
+        ),
     ] = None,
 ) -> None:
-    """Writes a student for PyTorch: in the layout of the ArcFlow authors' releases, or as a folder for diffusers."""
+    """Writes a student for PyTorch: in the layout of the ArcFlow authors' releases, or as a folder for diffusers or
+    ComfyUI."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no arithmetic here: leave an accelerator, if any, to others
     card = {"push": push, "base_model": base_model, "figures": figures}
-    if layout is Layout.diffusers:
+    if layout is not Layout.arcflow:
         from arcflow_jax.checkpoints.diffusers_folder import export_diffusers
 
-        done = export_diffusers(adapter, out, raw=raw, dtype=dtype.value, **card)
+        nodes = layout is Layout.comfyui
+        done = export_diffusers(adapter, out, raw=raw, dtype=dtype.value, comfyui=nodes, **card)
     else:
         if given := [f"--{name.replace('_', '-')}" for name, value in card.items() if value is not None]:
-            raise UserError(f"{', '.join(given)}: for --format diffusers only, which has a model card")
+            raise UserError(f"{', '.join(given)}: for --format diffusers and comfyui only, which have a model card")
         from arcflow_jax.checkpoints.student_formats import export_adapter
 
         done = export_adapter(adapter, out, raw=raw, dtype=dtype.value)

@@ -279,7 +279,7 @@ def test_refusals(runs, capfd, tmp_path):
     (tmp_path / "report.json").write_text("{}")
     command = ("export", "--adapter", path, "--out", tmp_path / "out")
     for message, options in {
-        "--push, --base-model: for --format diffusers only": ("--push", ID, "--base-model", ID),
+        "--push, --base-model: for --format diffusers and comfyui only": ("--push", ID, "--base-model", ID),
         "add --base-model OWNER/NAME": ("--format", "diffusers", "--push", ID),
         "a/b/c is no hub id of a model": ("--format", "diffusers", "--push", "a/b/c"),
         "base is no hub id of a model": ("--format", "diffusers", "--base-model", "base"),
