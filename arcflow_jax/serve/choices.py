@@ -16,21 +16,21 @@ from arcflow_jax.families.family import takes_guidance
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.serve.engine import Engine
 from arcflow_jax.serve.requests import Generation, Limits
-from arcflow_jax.serve.settings import Settings, declared
-from arcflow_jax.serve.start_image import StartImage
+from arcflow_jax.serve.settings import Settings, Start, declared
+from arcflow_jax.serve.start_image import References, StartImage
 
 SEED = 2**53 - 1  # the largest that a browser's numbers have exactly
 GUIDANCE = 10.0
 WEAKEST, STRONGEST = -1.0, 2.0  # strengths of a style LoRA
 # What a user cannot choose
-FIXED = ("model", "adapter", "final_step_ratio", "negative_prompt", "norm_preserving", "references")
+FIXED = ("model", "adapter", "final_step_ratio", "negative_prompt", "norm_preserving")
 
 
 def comparison(teacher: ArcFlowPipeline, sizes: Sequence[tuple[int, int]], edits: bool) -> list[Settings]:
     """The settings that the page compares a teacher in, so that no other program is compiled. Raises UserError."""
     negative = negative_prompt(teacher)
     settings = declared(teacher, sizes, [], edits)
-    return [each for each in settings if each.negative_prompt == negative and not each.references]
+    return [each for each in settings if each.negative_prompt == negative]
 
 
 def negative_prompt(teacher: ArcFlowPipeline) -> str | None:
@@ -46,6 +46,7 @@ class Offer:
       guidance: default and largest guidance scale; None if the model takes none.
       loras: strengths of the style LoRAs at the start.
       edits: whether there may be an image to start from.
+      references: how many reference images there may be.
       fixed: what all images have in their `info`.
     """
 
@@ -54,6 +55,7 @@ class Offer:
     guidance: tuple[float, float] | None
     loras: dict[str, float]
     edits: bool
+    references: int
     fixed: dict[str, str]
 
     @classmethod
@@ -68,6 +70,7 @@ class Offer:
             guidance=(own, max(own, GUIDANCE)) if takes_guidance(pipe.directory.config("transformer")) else None,
             loras=engine.loras,
             edits=any(each.strength is not None for each in engine.declared),
+            references=max(each.references for each in engine.declared),
             fixed={name: fixed(name, described) for name in FIXED},
         )
 
@@ -94,7 +97,16 @@ class Choice:
     guidance: float | None
     strength: float
     start: StartImage | None
+    references: References | None
     loras: tuple[float, ...]
+
+    def given(self) -> tuple[Start | None, float | None, int]:
+        """An image to start from and its strength; or reference images and their number. Raises UserError for both."""
+        if self.start is not None and self.references is not None:
+            raise UserError("it starts from an image or reads reference images, but not both: remove one of them")
+        if self.references is not None:
+            return self.references.fitted[self.size], None, len(self.references)
+        return (None, None, 0) if self.start is None else (self.start.start(self.size), self.strength, 0)
 
     def generation(self, offer: Offer, negative_prompt: str | None = None) -> Generation:
         """The request. Raises UserError."""
@@ -173,6 +185,9 @@ def read_back(file: str, offer: Offer, limits: Limits) -> Found:
     if strength is not None:
         what = "Choose that image again." if offer.edits else "The page starts from noise."
         notes.append(f"It started from an image. {what}")
+    if "references" in info:
+        what = "Choose those images again." if offer.references else "The page has none."
+        notes.append(f"It had reference images. {what}")
     for key, ours in offer.fixed.items():
         if (theirs := fixed(key, info)) != ours:
             notes.append(f"Its {key.replace('_', ' ')}: {one_line(theirs) or 'none'}. Here: {ours or 'none'}.")

@@ -20,7 +20,7 @@ from arcflow_jax.serve.api import LINKS
 from arcflow_jax.serve.choices import SEED, Choice, Offer, negative_prompt, read_back
 from arcflow_jax.serve.engine import Busy, Closed, Engine
 from arcflow_jax.serve.images import Images
-from arcflow_jax.serve.page_image import QUIET, start_image
+from arcflow_jax.serve.page_image import QUIET, reference_images, start_image
 from arcflow_jax.serve.requests import Limits, order
 
 KEPT = 12  # images of the gallery
@@ -101,12 +101,10 @@ class Maker:
     async def __call__(self, engine: Engine, choice: Choice, negative: str | None = None) -> str:
         """A figure with the image and its time, or with what was wrong."""
         begin = time.monotonic()
-        start = choice.start and choice.start.start(choice.size)
-        strength = choice.strength if start else None
         try:
             asked = choice.generation(self.offer, negative)
-            wanted = order(asked, engine.declared[0], self.limits, engine.check, start, strength)
-            (future,) = engine.submit(wanted.prompt, wanted.settings, wanted.seed, start=start)
+            wanted = order(asked, engine.declared[0], self.limits, engine.check, *choice.given())
+            (future,) = engine.submit(wanted.prompt, wanted.settings, wanted.seed, start=wanted.start)
         except (UserError, Busy, Closed) as error:
             return wrong(str(error))
         try:
@@ -169,14 +167,14 @@ def page(engine: Engine, teacher: Engine | None, limits: Limits, images: Images)
             found = read_back(file, offer, limits)
         except UserError as error:
             gr.Warning(str(error))
-            return [None, *[gr.skip()] * (len(settings) - 1)]
+            return [None, *[gr.skip()] * (len(settings) - len(given))]
         for note in found.notes:
             gr.Warning(html.escape(note))
         values = [found.prompt, found.seed, found.size, found.steps, found.guidance, found.strength, *found.loras]
         return [None, *(gr.skip() if value is None else value for value in values)]
 
     with gr.Blocks(title=f"ArcFlow: {engine.name}", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-        session, start = gr.State(Session()), gr.State(None)
+        session, start, references = gr.State(Session()), gr.State(None), gr.State(None)
         gr.Markdown(f"# ArcFlow\n{engine.name}: type, and the image follows.")
         prompt = gr.Textbox(label="Prompt", placeholder=EXAMPLE, lines=1, max_lines=4, autofocus=True)
         with gr.Row():
@@ -196,6 +194,9 @@ def page(engine: Engine, teacher: Engine | None, limits: Limits, images: Images)
                 own, most = offer.guidance or (0.0, 1.0)
                 scale = gr.Slider(0, most, own, step=0.01, label="Guidance", visible=offer.guidance is not None)
                 loras = lora_sliders(offer)
+                with gr.Accordion("Reference images", open=False, visible=bool(offer.references)):
+                    if offer.references:
+                        reference_images(offer.sizes, offer.references, references)
                 with gr.Accordion("Start from an image", open=False, visible=offer.edits):
                     if offer.edits:
                         start_image(offer.sizes, size, start)
@@ -203,7 +204,8 @@ def page(engine: Engine, teacher: Engine | None, limits: Limits, images: Images)
                         0.01, 1, STRENGTH, step=0.01, label="Strength", info="How much of the image is made anew"
                     )
                 file = gr.File(label="Settings of a PNG: drop it here", file_types=[".png"], height=140)
-        settings = [prompt, seed, size, count, scale, strength, start, *loras]
+        given = [start, references]
+        settings = [prompt, seed, size, count, scale, strength, *given, *loras]
         # While an image is made, only the newest change waits: the latest text wins. `input` would miss a pasted text
         gr.on(
             [each.change for each in settings],
@@ -216,7 +218,7 @@ def page(engine: Engine, teacher: Engine | None, limits: Limits, images: Images)
         )
         other.click(lambda: random.randrange(2**32), None, seed, **QUIET)
         gr.on([keeps.click, prompt.submit], keep, session, gallery, **QUIET)
-        file.upload(drop, file, [file, *(each for each in settings if each is not start)], **QUIET)
+        file.upload(drop, file, [file, *(each for each in settings if each not in given)], **QUIET)
         if teacher is not None:
             compares.click(compared, [session, *settings], shown, concurrency_limit=None, **QUIET)
     return blocks.queue(max_size=64, api_open=False)

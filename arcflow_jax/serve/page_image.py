@@ -1,4 +1,4 @@
-"""The page's part for an image to start from: a place to drop it, and a canvas to paint what is made anew."""
+"""The page's parts for images: to start from, with a canvas to paint what is made anew, and reference images."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import io
 from typing import Any
 
 import gradio as gr
+import numpy as np
 from PIL import Image
 
 from arcflow_jax.data.images import SUFFIXES
 from arcflow_jax.errors import UserError
 from arcflow_jax.sampling_settings import sides
-from arcflow_jax.serve.start_image import StartImage, open_image, read_mask
+from arcflow_jax.serve.start_image import References, StartImage, open_image, open_references, read_mask
 
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 PREVIEW = 90  # JPEG's quality
@@ -99,7 +100,40 @@ def start_image(sizes: tuple[str, ...], size: gr.Dropdown, start: gr.State) -> N
 
 def canvas(image: StartImage, size: str) -> gr.HTML:
     """A canvas on the image in a size, nothing painted."""
-    pixels, data = image.fitted[size].pixels, io.BytesIO()
+    pixels = image.fitted[size].pixels
+    return gr.HTML("", visible=True, photo=preview(pixels), size=[pixels.shape[1], pixels.shape[0]])
+
+
+def reference_images(sizes: tuple[str, ...], most: int, references: gr.State) -> None:
+    """A place for up to `most` reference images, which go into `references`, and a row that shows them."""
+
+    def opened(paths: list[str] | None) -> tuple[Any, ...]:
+        try:
+            images = open_references(paths, sizes, most) if paths else None
+        except UserError as error:
+            gr.Warning(str(error))
+            return None, gr.File(value=None), gr.HTML(visible=False)
+        return images, gr.skip(), row(images)
+
+    label = "Reference image: drop it here" if most == 1 else f"Reference images: drop up to {most} here"
+    file = gr.File(label=label, file_types=list(SUFFIXES), file_count="multiple", height=140)
+    shown = gr.HTML(visible=False)
+    gr.on([file.upload, file.delete, file.clear], opened, file, [references, file, shown], **QUIET)
+
+
+def row(images: References | None) -> gr.HTML:
+    """Small figures of reference images, in their order."""
+    if images is None:
+        return gr.HTML(visible=False)
+    figures = [
+        f'<figure><img src="{preview(pixels)}" alt="Reference image {number}"></figure>'
+        for number, pixels in enumerate(next(iter(images.fitted.values())).pixels, start=1)
+    ]
+    return gr.HTML(f'<div class="arcflow small">{"".join(figures)}</div>', visible=True)
+
+
+def preview(pixels: np.ndarray) -> str:
+    """An image [H, W, 3] as a data URL."""
+    data = io.BytesIO()
     Image.fromarray(pixels).save(data, "JPEG", quality=PREVIEW)
-    photo = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
-    return gr.HTML("", visible=True, photo=photo, size=[pixels.shape[1], pixels.shape[0]])
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"

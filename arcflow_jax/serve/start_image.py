@@ -1,12 +1,14 @@
-"""The page's image to start from: opened, fitted to the sizes that are served, and painted where it is made anew."""
+"""The page's images, opened and fitted to the sizes that are served: those to start from, painted where they are made
+anew, and reference images."""
 
-# H, W size in pixels
+# n reference images, H, W size in pixels
 
 from __future__ import annotations
 
 import base64
 import dataclasses
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,18 +47,44 @@ class StartImage:
         return StartImage(self.fitted, (size, Start(self.fitted[size].pixels, repaint)))
 
 
-def open_image(file: str | Path, sizes: tuple[str, ...]) -> StartImage:
+@dataclasses.dataclass(frozen=True, eq=False)
+class References:
+    """Reference images, all of them in each of the sizes that are served: [n, H, W, 3], by size."""
+
+    fitted: dict[str, Start]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.fitted.values())).pixels)
+
+
+def open_image(file: str | Path, sizes: Sequence[str]) -> StartImage:
     """An image file, scaled to cover each of these sizes and cropped at its center. Raises UserError."""
+    image = opened(file)
+    return StartImage({size: Start(fit(image, size), None) for size in sizes})
+
+
+def open_references(files: Sequence[str | Path], sizes: Sequence[str], most: int) -> References:
+    """The same of one or more reference images. Raises UserError, for more than `most` as well."""
+    if len(files) > most:
+        raise UserError(f"There are {len(files)} reference images. The model reads {most} at most.")
+    images = list(map(opened, files))
+    return References({size: Start(np.stack([fit(image, size) for image in images]), None) for size in sizes})
+
+
+def opened(file: str | Path) -> Image.Image:
+    """The image in a file, upright and in RGB. Raises UserError."""
     try:
         with Path(file).open("rb") as data:
-            image = in_rgb(upright(data, MOST))
+            return in_rgb(upright(data, MOST))
     except BROKEN:
         formats = ", ".join(FORMATS)
         raise UserError(
             f"This image cannot be read. It has to be one of {formats}, with at most {MOST // 10**6} million pixels."
         ) from None
-    fitted = {size: ImageOps.fit(image, sides(size), Image.Resampling.LANCZOS) for size in sizes}
-    return StartImage({size: Start(np.asarray(each), None) for size, each in fitted.items()})
+
+
+def fit(image: Image.Image, size: str) -> np.ndarray:  # [H, W, 3], uint8
+    return np.asarray(ImageOps.fit(image, sides(size), Image.Resampling.LANCZOS))
 
 
 def read_mask(url: str, most: int) -> np.ndarray:  # [H, W], bool

@@ -19,7 +19,7 @@ from arcflow_jax.serve.choices import SEED, Choice, Offer, comparison, read_back
 from arcflow_jax.serve.images import Images
 from arcflow_jax.serve.requests import order
 from arcflow_jax.serve.settings import Settings, Start
-from arcflow_jax.serve.start_image import MOST, StartImage, open_image, read_mask
+from arcflow_jax.serve.start_image import MOST, References, StartImage, open_image, open_references, read_mask
 from tests.serve.conftest import LIMITS
 
 OFFER = Offer(
@@ -28,12 +28,12 @@ OFFER = Offer(
     guidance=(2.0, 10.0),
     loras={"grain": 0.0, "water, colour:2": 0.5},
     edits=True,
+    references=2,
     fixed={
         "model": "teacher",
         "adapter": "student",
         "final_step_ratio": "1.0",
         "negative_prompt": "",
-        "references": "",
     },
 )
 INFO = {
@@ -76,7 +76,7 @@ def test_all_settings_are_read_back(tmp_path):
         ({"strength": 0.8}, None, "Choose that image again."),
         ({"adapter": None}, None, "Its adapter: none. Here: student."),
         ({"model": "another"}, None, "Its model: another. Here: teacher."),
-        ({"references": 2}, None, "Its references: 2. Here: none."),
+        ({"references": 2}, None, "It had reference images. Choose those images again."),
         ({"negative_prompt": "a/b"}, None, "Its negative prompt: a/b. Here: none."),
     ],
 )
@@ -100,20 +100,30 @@ def test_a_png_without_settings(tmp_path, change):
 
 def test_a_choice_becomes_a_request(tmp_path):
     fitted = {size: Start(np.zeros((*sides(size)[::-1], 3), np.uint8), None) for size in OFFER.sizes}
-    choice = Choice("a red fox", None, "64x32", 4, 3.0, 0.5, StartImage(fitted), (0.0, 0.5))
+    choice = Choice("a red fox", None, "64x32", 4, 3.0, 0.5, StartImage(fitted), None, (0.0, 0.5))
     assert choice.generation(OFFER).loras is None  # those of the start: it shares their batches
     choice = dataclasses.replace(choice, loras=(0.0, 0))
     default = Settings(32, 64, 2)
-    start = fitted["64x32"]
-    wanted = order(choice.generation(OFFER), default, LIMITS, lambda settings: None, start, choice.strength)
-    assert wanted.settings == Settings(64, 32, 4, 3.0, strength=0.5, loras=())
-    assert (wanted.prompt, wanted.seed, wanted.count) == ("a red fox", 0, 1)
+
+    def wanted(choice):
+        return order(choice.generation(OFFER), default, LIMITS, lambda settings: None, *choice.given())
+
+    found = wanted(choice)
+    assert found.settings == Settings(64, 32, 4, 3.0, strength=0.5, loras=())
+    assert (found.prompt, found.seed, found.count, found.start) == ("a red fox", 0, 1, fitted["64x32"])
+    images = References({size: Start(np.stack([each.pixels] * 2), None) for size, each in fitted.items()})
+    with pytest.raises(UserError, match="not both"):
+        wanted(dataclasses.replace(choice, references=images))
+    found = wanted(dataclasses.replace(choice, start=None, references=images))
+    assert found.settings == Settings(64, 32, 4, 3.0, references=2, loras=())
+    assert found.start.pixels.shape == (2, 32, 64, 3)
+    assert wanted(dataclasses.replace(choice, start=None)).settings == Settings(64, 32, 4, 3.0, loras=())
     without = dataclasses.replace(OFFER, guidance=None)
     assert choice.generation(without, negative_prompt="").guidance is None
 
 
 def test_a_teacher_compiles_what_it_is_compared_in():
-    """Not each number of reference images, and either classifier-free guidance or a guidance embedding."""
+    """Each number of reference images, and either classifier-free guidance or a guidance embedding."""
 
     def pipeline(embedded: bool):
         def described(**size):
@@ -125,7 +135,7 @@ def test_a_teacher_compiles_what_it_is_compared_in():
         )
         return SimpleNamespace(student=None, directory=directory, described=described)
 
-    starts = [{}, {"strength": 0.6}, {"strength": 0.6, "masked": True}]
+    starts = [{}, {"strength": 0.6}, {"strength": 0.6, "masked": True}, *({"references": n} for n in (1, 2, 3, 4))]
     for embedded, negative in ((True, None), (False, "")):
         expected = [Settings(64, 32, 50, negative_prompt=negative, **start) for start in starts]
         assert comparison(pipeline(embedded), [(64, 32)], True) == expected
@@ -171,6 +181,19 @@ def test_what_is_no_image_is_refused(tmp_path):
     Image.new("1", (MOST // 1000 + 1, 1000)).save(file)
     with pytest.raises(UserError, match="at most 33 million pixels"):
         open_image(file, OFFER.sizes)
+    with pytest.raises(UserError, match=r"There are 3 reference images\. The model reads 2 at most\."):
+        open_references([file] * 3, OFFER.sizes, 2)
+
+
+def test_reference_images_are_in_order_and_fitted(tmp_path):
+    for number, shade in enumerate((50, 200)):
+        Image.new("RGB", (100, 60 + number), (shade, 0, 0)).save(tmp_path / f"{number}.png")
+    images = open_references([tmp_path / "0.png", tmp_path / "1.png"], OFFER.sizes, 2)
+    assert len(images) == 2
+    for size in OFFER.sizes:
+        width, height = sides(size)
+        assert images.fitted[size].pixels.shape == (2, height, width, 3)
+        assert [each[0, 0, 0] for each in images.fitted[size].pixels] == [50, 200]
 
 
 # --- what the page shows ---
@@ -187,6 +210,7 @@ def labels(engine, teacher=None) -> set[str]:
 def test_only_what_the_server_offers_is_shown(engine):
     everything = {"Style LoRAs", "grain", "Start from an image", "Compare", "Guidance"}
     assert everything <= labels(engine, engine)
+    assert "Reference images" not in labels(engine, engine)  # FLUX.1 reads none
     plain = copy.copy(engine)
     plain.loras, plain.declared = {}, [each for each in engine.declared if each.strength is None]
     shown = labels(plain)

@@ -1,4 +1,4 @@
-"""The page in a real browser: a headless Chromium that the machine has."""
+"""The page in a real browser."""
 
 from __future__ import annotations
 
@@ -6,26 +6,19 @@ import dataclasses
 import io
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from playwright import sync_api as playwright
 
 from arcflow_jax.serve import api, page
 from arcflow_jax.serve.images import Images
+from tests.helpers.chromium import NEEDED, drop, opened, pixels, shown, shows, started
 from tests.serve.conftest import LIMITS, served, wait_until
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine"),
-]
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
+pytestmark = NEEDED
 PROMPT = "a red circle on the left"
 
 
@@ -42,48 +35,14 @@ def site(engine) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+    with started() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def tab(browser, site) -> Iterator:
-    asked = []
-    tab = browser.new_page(viewport={"width": 1300, "height": 900})
-    tab.on("request", lambda request: asked.append(request.url))
-    tab.set_default_timeout(30_000)
-    tab.goto(site)
-    tab.get_by_label("Prompt").wait_for()
-    yield tab
-    tab.close()
-    # Nothing that the user sees comes from another server, and nobody else learns of it
-    foreign = {url for url in asked if not url.startswith((site, "data:", "blob:"))}
-    assert all("iframe-resizer" in url or "cdnjs" in url for url in foreign), foreign
-
-
-def shows(tab, site: str, prompt: str, **settings: str) -> bool:
-    """Whether the page shows the image of a prompt, with these settings."""
-    if not tab.locator(".arcflow.large img").count():
-        return False
-    return ({"prompt": prompt} | settings).items() <= shown(tab, site).info.items()
-
-
-def pixels(image: Image.Image) -> np.ndarray:
-    return np.asarray(image, np.int32)
-
-
-def drop(tab, label: str, file: Path) -> None:
-    """Gives a file to the place of that name."""
-    block = tab.locator(".block", has_text=label).filter(has=tab.locator("input[type=file]")).last
-    block.locator("input[type=file]").set_input_files(file)
-
-
-def shown(tab, site: str) -> Image.Image:
-    """The image that the page shows."""
-    link = tab.locator(".arcflow.large img").first.get_attribute("src")
-    return Image.open(io.BytesIO(httpx.get(f"{site}/{link}").content))
+    with opened(browser, site) as tab:
+        yield tab
 
 
 def changed(tab, before: str | None) -> str:

@@ -1,10 +1,12 @@
-"""Reference images over HTTP, of a tiny FLUX.2 [klein]: OpenAI's client, a batch of two clients, wrong forms."""
+"""Reference images, of a tiny FLUX.2 [klein]: OpenAI's client, a batch of two clients, wrong forms, the page."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -25,7 +27,7 @@ from arcflow_jax.serve.settings import declared
 from tests.helpers import random_student
 from tests.helpers.tiny_flux2 import make_tiny_flux2
 from tests.serve.asking import EDITS, asked, difference, file, opened
-from tests.serve.conftest import LIMITS, served
+from tests.serve.conftest import LIMITS, served, wait_until
 
 RNG = np.random.default_rng(0)
 PHOTOS = [
@@ -102,3 +104,50 @@ def test_reference_images(engine, monkeypatch):
     assert refused(2, strength="0.5") == "image is there twice, but may be there once"
     assert refused(3).startswith("size 64x64 in 2 steps is not served")
     assert refused(1, size="99999x99999").startswith("size is 99999x99999, but may have at most")
+
+
+@pytest.mark.slow
+def test_on_the_page(engine, tmp_path):
+    pytest.importorskip("playwright")
+    from arcflow_jax.serve import page
+    from tests.helpers import chromium
+
+    if chromium.PROGRAM is None:
+        pytest.skip("there is no chromium on this machine")
+    paths = [tmp_path / f"{number}.png" for number in range(len(PHOTOS))]
+    for path, photo in zip(paths, PHOTOS, strict=True):
+        photo.save(path)
+    images = Images(60)
+    app = page.mount(
+        api.build(engine, limits=LIMITS, images=images), engine, teacher=None, limits=LIMITS, images=images
+    )
+    place = "Reference images: drop up to 2 here"
+
+    def expected(photos: list[Image.Image]) -> np.ndarray:
+        arguments = {"height": 64, "width": 64, "seed": 0, "batch_size": 1}
+        (made,) = engine.pipeline.stream(PROMPT, image=[fitted(photo) for photo in photos], **arguments)
+        return chromium.pixels(made)
+
+    with (
+        served(api.Door(app, None, engine.metrics)) as site,
+        chromium.started() as browser,
+        chromium.opened(browser, site) as tab,
+    ):
+        tab.get_by_role("button", name="Reference images").click()
+        chromium.drop(tab, place, *paths[:2])
+        tab.get_by_role("img", name="Reference image 2").wait_for()
+        tab.get_by_label("Prompt").fill(PROMPT)
+        wait_until(lambda: chromium.shows(tab, site, PROMPT, references="2"), 60)
+        made = chromium.pixels(chromium.shown(tab, site))
+        assert np.abs(made - expected(PHOTOS[:2])).max() <= 1
+        if folder := os.environ.get("ARCFLOW_SCREENSHOTS"):
+            tab.screenshot(path=Path(folder) / "page-references.png")
+
+        tab.get_by_role("button", name="Remove this file").first.click()
+        wait_until(lambda: chromium.shows(tab, site, PROMPT, references="1"), 60)
+        made = chromium.pixels(chromium.shown(tab, site))
+        assert np.abs(made - expected(PHOTOS[1:2])).max() <= 1
+
+        tab.get_by_role("button", name="Start from an image").click()
+        chromium.drop(tab, "Image: drop it here", paths[0])
+        tab.get_by_text("It starts from an image or reads reference images, but not both").wait_for()
