@@ -1,4 +1,4 @@
-"""Random style LoRAs for the bundled FLUX.1 teacher."""
+"""Random style LoRAs, by default for the bundled FLUX.1 teacher."""
 
 from __future__ import annotations
 

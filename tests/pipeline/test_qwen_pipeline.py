@@ -27,6 +27,7 @@ from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.training.embeddings import CachedPrompts, embed_prompts
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe
+from tests.helpers.loras import write_lora
 from tests.helpers.pixels import pixels
 from tests.helpers.processes import finish, start
 from tests.helpers.students import attach_student, metadata, predicted, write_run
@@ -91,6 +92,46 @@ def test_images_are_those_of_diffusers(source, teacher):
     assert relative_error(latents, their_latents) < 1e-5
     assert np.abs(np.asarray(latents) - noise).max() > 0.1
     np.testing.assert_allclose(teacher.decode(latents, rows, columns), their_pixels * 255, atol=1)
+
+
+@pytest.mark.slow
+def test_style_lora_is_that_of_diffusers(source, teacher, tmp_path):
+    """Loaded, weakened and unloaded in both pipelines, on the same folder and noise."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    theirs = diffusers.QwenImagePipeline.from_pretrained(source)
+    theirs.set_progress_bar_config(disable=True)
+    parts = ("attn.to_q", "attn.add_v_proj", "attn.to_out.0", "img_mlp.net.2", "txt_mlp.net.0.proj")
+    layers = {
+        f"transformer.{name}": tuple(module.weight.shape)
+        for name, module in theirs.transformer.named_modules()
+        if name.endswith(parts)
+    }
+    assert len(layers) == len(parts) * theirs.transformer.config.num_layers
+    file = write_lora(tmp_path / "style.safetensors", rank=5, layers=layers, strength=0.5)
+    noise = np.asarray(teacher.noise(0, 2, 4, 6))
+    settings = {"height": 64, "width": 96, "num_inference_steps": 3, "output_type": "latent"}
+
+    def latents() -> np.ndarray:
+        with torch.no_grad():
+            expected = theirs(PROMPTS, latents=torch.from_numpy(noise.copy()), true_cfg_scale=1.0, **settings).images
+        made = teacher(PROMPTS, latents=noise, batch_size=2, **settings).images
+        assert relative_error(made, expected) < 1e-5
+        return made
+
+    plain = latents()
+    name = teacher.load_lora_weights(file)
+    theirs.load_lora_weights(str(file), adapter_name=name)
+    try:
+        whole = latents()
+        teacher.set_adapters(name, 0.4)
+        theirs.set_adapters(name, 0.4)
+        weak = latents()
+    finally:
+        teacher.unload_lora_weights()
+    assert all(relative_error(a, b) > 0.01 for a, b in ((plain, whole), (plain, weak), (whole, weak)))
+    np.testing.assert_array_equal(teacher(PROMPTS, latents=noise, batch_size=2, **settings).images, plain)
 
 
 def test_cfg_is_that_of_diffusers(source, teacher):
