@@ -33,7 +33,7 @@ from arcflow_jax.storage.safetensors import write_tensors
 
 PIPELINE = Path(__file__).with_name("diffusers_pipeline.py")
 NODES = Path(__file__).with_name("comfyui_nodes.py")
-NEEDED = "diffusers>=0.35\npeft>=0.17\naccelerate\n"  # as in the extra `parity`; ComfyUI has torch and transformers
+NEEDED = "diffusers>=0.42\npeft>=0.17\naccelerate\n"  # diffusers as tested; ComfyUI has torch and transformers
 HERE = "PATH/TO/THIS/FOLDER"
 IN_COMFYUI = (
     "Put this folder into `ComfyUI/custom_nodes`, run `pip install -r requirements.txt` in it with ComfyUI's Python, "
