@@ -118,6 +118,8 @@ def make_text(work: Path, seed: int = 0) -> None:
             seed=seed,
             width=len(READ) * WIDTH,
             steps=SHAPES.text_steps,
+            every=50,  # of 27 layers, a step takes longer
+            result=work / "text-encoder.safetensors",
         )
         first = "model.layers.0."  # the last layer, which nothing reads, has its shapes
         shapes = {

@@ -93,6 +93,8 @@ def train_encoder(
     steps: int = 800,
     batch: int = 128,
     peak: float = 3e-3,
+    every: int = 200,
+    result: Path | None = None,  # a file; resumes from beside it
 ) -> nnx.Module:
     """The trained encoder. The weights of the layers `scaled`, which the features are linear in, are divided so that
     `features` have unit mean square."""
@@ -120,7 +122,7 @@ def train_encoder(
 
     order = np.random.default_rng(seed).permutation(len(ids)) if len(ids) > CHECKED else np.arange(len(ids))
     checked = order[:CHECKED]
-    state = common.train(loss, state, steps=steps, peak=peak, every=200, seed=seed)
+    state = common.train(loss, state, steps=steps, peak=peak, every=every, seed=seed, result=result)
     if accuracy(state) < ACCURACY:
         raise RuntimeError(f"only {accuracy(state):.4f} of an attribute's answers are right, needs {ACCURACY}")
     encoder = nnx.merge(graphdef, state).encoder
