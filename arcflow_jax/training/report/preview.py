@@ -37,7 +37,6 @@ from arcflow_jax.parallel.mesh import replicated, state_shardings
 from arcflow_jax.parallel.offload import to_device
 from arcflow_jax.parallel.processes import from_rows, local_rows
 from arcflow_jax.references import rules_of
-from arcflow_jax.training.latents import LatentEncoder
 from arcflow_jax.training.recipe import Recipe
 from arcflow_jax.training.state import TrainState
 
@@ -64,7 +63,7 @@ class Preview:
       encode: prompts to conditioning.
       graphdef, base: definition of the model, and the teacher's weights.
       rows, columns: of tokens.
-      to_latents, examples: the encoder of reference images, and the instructions to show, of a run that has them.
+      to_latents, examples: the `LatentEncoder` and the instructions to show, of a run with reference images.
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class Preview:
         mesh: jax.sharding.Mesh,
         rows: int,
         columns: int,
-        to_latents: LatentEncoder | None = None,
+        to_latents: Any = None,
         examples: Sequence[CaptionedImages] = (),
     ):
         self.prompts = tuple(example.caption for example in examples) or recipe.preview_prompts
