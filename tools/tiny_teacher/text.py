@@ -95,6 +95,7 @@ def train_encoder(
     peak: float = 3e-3,
     every: int = 200,
     result: Path | None = None,  # a file; resumes from beside it
+    least: float = ACCURACY,
 ) -> nnx.Module:
     """The trained encoder. The weights of the layers `scaled`, which the features are linear in, are divided so that
     `features` have unit mean square."""
@@ -123,8 +124,10 @@ def train_encoder(
     order = np.random.default_rng(seed).permutation(len(ids)) if len(ids) > CHECKED else np.arange(len(ids))
     checked = order[:CHECKED]
     state = common.train(loss, state, steps=steps, peak=peak, every=every, seed=seed, result=result)
-    if accuracy(state) < ACCURACY:
-        raise RuntimeError(f"only {accuracy(state):.4f} of an attribute's answers are right, needs {ACCURACY}")
+    reached = accuracy(state)
+    print(f"{reached:.4f} of the worst attribute's answers are right")
+    if reached < least:
+        raise RuntimeError(f"only {reached:.4f} of an attribute's answers are right, needs {least}")
     encoder = nnx.merge(graphdef, state).encoder
     scale = jnp.sqrt(jnp.square(features(encoder, ids[checked])).mean())
     for layer in scaled:
