@@ -52,7 +52,7 @@ def warm(
     described = [pipeline.described(**settings) for settings in calls]  # all are checked before the first compiles
     if references:
         for settings, made in zip(calls, described, strict=True):
-            settings["image"] = [Image.new("RGB", (made["width"], made["height"]))] * references
+            settings["image"] = [Image.new("RGB", (int(made["width"]), int(made["height"])))] * references
             reference_sets(pipeline.directory, settings["image"], 1, 1, settings)  # raises if they cannot be used
     for batch, (settings, image) in itertools.product(batches, zip(calls, described, strict=True)):
         started = time.perf_counter()
