@@ -74,21 +74,21 @@ for student in sorted(pathlib.Path(folder).glob("*-torch")):
     )
     noise = torch.from_numpy(numpy.load(f"{folder}/noise.npy"))
     side = 4 * pipe.vae_scale_factor  # two tokens
-    settings = {"height": side, "width": side, "latents": noise.mT.reshape(2, 16, 2, 2) if kind == "flux2" else noise}
+    size = {"height": side, "width": side} | ({"max_area": side**2} if kind == "kontext" else {})
+    settings = size | {"latents": noise.mT.reshape(2, 16, 2, 2) if kind == "flux2" else noise}
     settings["callback_on_step_end"] = lambda pipe, step, t, values: tokens.append(values["latents"]) or values
-    if kind == "kontext":
-        settings["max_area"] = side**2
     images = pipe(prompts, output_type="latent", **settings).images
     assert kind == "flux2" or torch.equal(images, tokens[-1])
     numpy.save(student.with_suffix(".npy"), tokens[-1])
     if number := REFERENCES.get(kind):
         references = [Image.open(f"{folder}/{i}.png") for i in range(number)]
-        pipe(prompts, image=references, output_type="latent", **settings)
+        image = references if number > 1 else references[0]
+        pipe(prompts, image=image, output_type="latent", **settings)
         numpy.save(student.with_name(f"{student.name}-edited.npy"), tokens[-1])
     if student.name == "flux-momentum-torch":
         pipe(prompts, output_type="latent", num_inference_steps=2, guidance_scale=1.0, **settings)
         numpy.save(f"{folder}/two.npy", tokens[-1])
-    image = pipe(prompts[0], height=side, width=side, generator=torch.Generator().manual_seed(0)).images[0]
+    image = pipe(prompts[0], **size, generator=torch.Generator().manual_seed(0)).images[0]
     assert image.size == (side, side)
     if kind == "flux2":
         try:
