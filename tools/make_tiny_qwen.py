@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,22 +95,28 @@ SCHEDULER = {
 }
 
 
-def make_tokenizer(folder: Path) -> int:
-    """Writes the tokenizer, and returns the size of its vocabulary."""
-    texts = [QwenPrompts.TEMPLATE, *(ASSETS / "shapes" / "prompts-train.txt").read_text().splitlines()]
+def make_tokenizer(
+    folder: Path,
+    template: str = QwenPrompts.TEMPLATE,
+    length: int = LENGTH,
+    special: Sequence[str] = SPECIAL,
+    **config: Any,
+) -> int:
+    """Writes a tokenizer, with more in its `config`, and returns the size of its vocabulary."""
+    texts = [template, *(ASSETS / "shapes" / "prompts-train.txt").read_text().splitlines()]
     # Each word also as the first of a prompt, without a space before it
     texts += [word for text in texts for word in text.split()]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     alphabet = sorted(ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=10_000, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator((part for text in texts for part in split_special(text)), trainer)
+    tokenizer.train_from_iterator((part for text in texts for part in split_special(text, special)), trainer)
     trained = json.loads(tokenizer.to_str())["model"]
 
     folder.mkdir(parents=True)
     vocabulary = trained["vocab"]
     merges = [tuple(pair) for pair in trained["merges"]]
-    options = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "extra_special_tokens": list(SPECIAL)}
+    options = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "extra_special_tokens": list(special)}
     whole = Qwen2Tokenizer(vocab=vocabulary, merges=merges, **options)
     whole.backend_tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "vocab.json", vocabulary)
@@ -118,20 +125,21 @@ def make_tokenizer(folder: Path) -> int:
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "Qwen2Tokenizer",
-            "model_max_length": LENGTH,
+            "model_max_length": length,
             "eos_token": "<|im_end|>",
             "pad_token": "<|endoftext|>",
             "added_tokens_decoder": {
-                str(whole.convert_tokens_to_ids(token)): {"content": token, "special": True} for token in SPECIAL
+                str(whole.convert_tokens_to_ids(token)): {"content": token, "special": True} for token in special
             },
+            **config,
         },
     )
     return len(whole)
 
 
-def split_special(text: str) -> list[str]:
+def split_special(text: str, special: Sequence[str]) -> list[str]:
     """The parts of a text between special tokens."""
-    for token in SPECIAL:
+    for token in special:
         text = text.replace(token, "\0")
     return text.split("\0")
 

@@ -3,6 +3,7 @@
     python tools/train_tiny_teacher.py --work /tmp/tiny                # every stage that is not done yet
     python tools/train_tiny_teacher.py --work /tmp/tiny guided         # one stage again
     python tools/train_tiny_teacher.py --work /tmp/qwen --kind qwen    # the same images as a Qwen-Image
+    python tools/train_tiny_teacher.py --work /tmp/flux2 --kind flux2  # and as a FLUX.2 [klein] base
     python tools/train_tiny_teacher.py --work /tmp/emoji --kind emoji  # the emoji world's FLUX.1; needs its font
 
 On two free CPU cores a step of the shapes' VAE or denoiser takes about 0.17 s, and there are 4 500 and 11 000 of them.
@@ -32,7 +33,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from arcflow_jax.demo.world import TRUE_FEATURES
-from tools.tiny_teacher import qwen
+from tools.tiny_teacher import flux2, qwen
 from tools.tiny_teacher.assemble import assemble
 from tools.tiny_teacher.denoiser import make_denoiser, make_guided, make_latents
 from tools.tiny_teacher.emoji import EMOJI
@@ -74,9 +75,17 @@ QWEN: Stages = {
     "denoiser": (qwen.make_denoiser, "denoiser.safetensors"),
     "assemble": (qwen.assemble, "tiny-qwen"),
 }
+FLUX2: Stages = {
+    "text": (flux2.make_text, "text"),
+    "latents": (flux2.make_latents, "latents.safetensors"),
+    "embeddings": (flux2.make_embeddings, "embeddings.safetensors"),
+    "denoiser": (flux2.make_denoiser, "denoiser.safetensors"),
+    "assemble": (flux2.assemble, "tiny-flux2"),
+}
 KINDS: dict[str, Stages] = {
     "flux": flux(SHAPES),
     "qwen": QWEN,
+    "flux2": FLUX2,
     "emoji": {"glyphs": (make_glyphs, "glyphs.safetensors"), **flux(EMOJI)},
 }
 

@@ -79,7 +79,10 @@ def export_diffusers(
     with new_output(out, WEIGHTS):
         description, config, tensors = exported(run, raw, jnp.dtype(dtype))
         adapter, trained = description.adapter, description.distillation
-        pipeline = families.of_transformer(description.transformer.class_name, run / DESCRIPTION).pipeline
+        if description.pipeline is not None:
+            pipeline = families.of_pipeline(description.pipeline, run / DESCRIPTION).pipeline
+        else:
+            pipeline = families.of_transformer(description.transformer.class_name, run / DESCRIPTION).pipeline
         record = Record(
             steps=trained.nfe,
             shift=trained.shift,

@@ -140,6 +140,8 @@ class ArcFlowPipeline(BasePipeline):
     def __call__(self, prompt=None, *, num_inference_steps=None, guidance_scale=None, **settings):
         """Images, as the base pipeline makes and returns them; all its other arguments are taken by name.
 
+        One of them is `image`, the reference images of a base model that reads some.
+
         Args:
           num_inference_steps: by default as many as the student was distilled for.
           guidance_scale: for a base model with guidance embedding; by default the one of the distillation. The

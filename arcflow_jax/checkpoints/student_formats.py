@@ -231,6 +231,7 @@ def read_student(
         distillation=Distillation(nfe=settings.steps, shift=settings.shift, final_step_ratio=settings.final_step_ratio),
         guidance=settings.guidance,
         transformer=transformer,
+        pipeline=directory.family.pipeline,
     )
     description.check_base(directory.fingerprint, source)
     _, _, abstract = split_model(directory.student(description.adapter, jnp.float32))

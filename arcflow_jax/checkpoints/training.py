@@ -61,6 +61,7 @@ class AdapterDescription:
       guidance: teacher guidance scale used for distillation.
       transformer: the base's entry in its model.json, with class and config, which an export needs. None in a run of
         an early version until it is resumed. It does not identify the base: the fingerprint does.
+      pipeline: class of the base's pipeline in diffusers; None in a run of an early version.
     """
 
     base: SHA256
@@ -68,6 +69,7 @@ class AdapterDescription:
     distillation: Distillation
     guidance: Guidance
     transformer: ComponentDescription | None = dataclasses.field(default=None, compare=False)
+    pipeline: str | None = dataclasses.field(default=None, compare=False)
 
     @staticmethod
     def flat(values: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,10 @@ def warm(
         str,
         typer.Option(help="Width x height in pixels, e.g. 1024x1024,768x1344. By default the model's."),
     ] = "",
+    references: Annotated[
+        int,
+        typer.Option(help="Compile the programs with this many reference images, each of the size of the image made."),
+    ] = 0,
     *,
     sampling: options.SamplingOptions,
 ) -> None:
@@ -30,7 +34,9 @@ def warm(
     if sizes and (sampling.height or sampling.width):
         raise UserError("--height and --width are one size, --sizes may be several: leave one or the other out")
     import jax
+    from PIL import Image
 
+    from arcflow_jax.references import reference_sets
     from arcflow_jax.sampling_settings import batch_for, batch_sizes, sides
     from arcflow_jax.storage import cache
 
@@ -44,6 +50,10 @@ def warm(
     batches = batch_sizes(pipeline.mesh, batch_for(pipeline.mesh, sampling.batch_size))
     calls: list[dict[str, Any]] = [sampling.settings() | {"height": height, "width": width} for width, height in shapes]
     described = [pipeline.described(**settings) for settings in calls]  # all are checked before the first compiles
+    if references:
+        for settings, made in zip(calls, described, strict=True):
+            settings["image"] = [Image.new("RGB", (int(made["width"]), int(made["height"])))] * references
+            reference_sets(pipeline.directory, settings["image"], 1, 1, settings)  # raises if they cannot be used
     for batch, (settings, image) in itertools.product(batches, zip(calls, described, strict=True)):
         started = time.perf_counter()
         for _ in pipeline.stream(["warm"] * batch, batch_size=batch, **settings):

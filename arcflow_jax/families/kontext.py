@@ -1,6 +1,6 @@
 """FLUX.1-Kontext: FLUX.1, whose transformer also reads a reference image.
 
-Both have the same transformer, so `of_transformer` takes a student of FLUX.1-Kontext for one of FLUX.1.
+Both have the same transformer, so `of_transformer` takes that of FLUX.1-Kontext for one of FLUX.1.
 """
 
 # R tokens of the reference image

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,5 +64,7 @@ class LatentEncoder:
 
     def __call__(self, own: np.ndarray) -> jax.Array:  # [B, N, 4C] float32
         """Packed latents of the whole batch; each process gives the pixels of its rows (see `processes.local_rows`)."""
-        tokens = _encode(self.graphdef, self.state, from_rows(own, self.mesh), self.accumulate)
+        images = from_rows(own, self.mesh)
+        rows = len(images) // (self.mesh.shape["data"] * self.mesh.shape["fsdp"])  # of a device; previews have few
+        tokens = _encode(self.graphdef, self.state, images, math.gcd(self.accumulate, rows))
         return jax.device_put(tokens, batched(self.mesh))  # where the compiled training steps take them

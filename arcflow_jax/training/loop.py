@@ -88,7 +88,18 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
         preview = None
         if recipe.preview_every and done < recipe.steps:
             with optional_preview():
-                drawing = Preview(recipe, plan.directory, encode, plan.graphdef, base, mesh, rows=rows, columns=columns)
+                drawing = Preview(
+                    recipe,
+                    plan.directory,
+                    encode,
+                    plan.graphdef,
+                    base,
+                    mesh,
+                    rows=rows,
+                    columns=columns,
+                    to_latents=to_latents,
+                    examples=plan.instructions[: len(recipe.preview_prompts)],
+                )
                 drawing.sheet(state)  # compiles its programs, before hours of training
                 preview = drawing
         negative = latents = values = None
@@ -178,7 +189,9 @@ def begin(run: Path, plan: Plan) -> None:
     settings = (recipe.adapter, recipe.distillation, recipe.guidance)
     check_plan(plan)  # before anything is written
     recipe.check_same(run)
-    describe(run, AdapterDescription(plan.directory.fingerprint, *settings, transformer))
+    describe(
+        run, AdapterDescription(plan.directory.fingerprint, *settings, transformer, plan.directory.family.pipeline)
+    )
     recipe.write(run)
     check_directory(run)  # which waits until all have looked and the first has written
 

@@ -109,6 +109,11 @@ class Plan:
         return max(self.grids.values(), key=math.prod)
 
     @property
+    def instructions(self) -> list[CaptionedImages]:
+        """The reference images with their instructions, if the run has them."""
+        return (self.images or []) if self.recipe.references else []
+
+    @property
     def rows(self) -> list[int]:
         """Which rows of each batch this process loads."""
         return local_rows(self.mesh, self.recipe.batch)

@@ -93,7 +93,7 @@ class Recipe:
       max_skipped: how many training steps in a row may have a loss, gradient or update that is not finite. With more,
         the run stops at the next line of the log.
       preview_every: training steps from one sheet of teacher's and student's images to the next; 0 draws none.
-      preview_prompts: what those images show.
+      preview_prompts: what those images show. With `references` as many of their instructions, the first ones.
       wandb_project: of Weights & Biases, to log there as well; "" does not.
     """
 

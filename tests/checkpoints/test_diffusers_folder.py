@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from huggingface_hub import ModelCard, constants
+from PIL import Image
 
 from arcflow_jax.checkpoints.diffusers_folder import export_diffusers
 from arcflow_jax.checkpoints.student_formats import export_adapter, open_student
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
+from arcflow_jax.families import kontext
 from arcflow_jax.flow.curve import Span
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.flow.legendre import Series
@@ -46,7 +48,10 @@ STUDENTS = {
     "qwen-legendre": AdapterConfig(modes=3, basis="legendre", **ALPHA),
     "flux2-momentum": AdapterConfig(modes=4, **ALPHA),
     "flux2-legendre": AdapterConfig(modes=3, basis="legendre", **ALPHA),
+    "kontext-momentum": AdapterConfig(modes=4, **ALPHA),
 }
+REFERENCES = {"flux2": 2, "kontext": 1}  # reference images of a call
+RESOLUTIONS = [(48, 32), (32, 32), (32, 80)]  # smaller than those that FLUX.1-Kontext's are scaled to
 SETTINGS = Distillation(nfe=3, shift=2.0, final_step_ratio=0.5)
 PROMPTS = ["a red circle", "two small green squares on a black background"]
 BAR = 1e-4  # in latents, which are of size 1
@@ -57,7 +62,10 @@ import sys
 sys.modules |= dict.fromkeys(["arcflow_jax", "flax", "jax"])
 import numpy, pathlib, torch
 from diffusers import DiffusionPipeline
+import diffusers.pipelines.flux.pipeline_flux_kontext as kontext
+from PIL import Image
 folder, *prompts = sys.argv[1:]
+kontext.PREFERRED_KONTEXT_RESOLUTIONS = RESOLUTIONS
 tokens = []  # the latents, packed, as one pipeline does not return them
 for student in sorted(pathlib.Path(folder).glob("*-torch")):
     kind = student.name.split("-")[0]
@@ -66,15 +74,21 @@ for student in sorted(pathlib.Path(folder).glob("*-torch")):
     )
     noise = torch.from_numpy(numpy.load(f"{folder}/noise.npy"))
     side = 4 * pipe.vae_scale_factor  # two tokens
-    settings = {"height": side, "width": side, "latents": noise.mT.reshape(2, 16, 2, 2) if kind == "flux2" else noise}
+    size = {"height": side, "width": side} | ({"max_area": side**2} if kind == "kontext" else {})
+    settings = size | {"latents": noise.mT.reshape(2, 16, 2, 2) if kind == "flux2" else noise}
     settings["callback_on_step_end"] = lambda pipe, step, t, values: tokens.append(values["latents"]) or values
     images = pipe(prompts, output_type="latent", **settings).images
     assert kind == "flux2" or torch.equal(images, tokens[-1])
     numpy.save(student.with_suffix(".npy"), tokens[-1])
+    if number := REFERENCES.get(kind):
+        references = [Image.open(f"{folder}/{i}.png") for i in range(number)]
+        image = references if number > 1 else references[0]
+        pipe(prompts, image=image, output_type="latent", **settings)
+        numpy.save(student.with_name(f"{student.name}-edited.npy"), tokens[-1])
     if student.name == "flux-momentum-torch":
         pipe(prompts, output_type="latent", num_inference_steps=2, guidance_scale=1.0, **settings)
         numpy.save(f"{folder}/two.npy", tokens[-1])
-    image = pipe(prompts[0], height=side, width=side, generator=torch.Generator().manual_seed(0)).images[0]
+    image = pipe(prompts[0], **size, generator=torch.Generator().manual_seed(0)).images[0]
     assert image.size == (side, side)
     if kind == "flux2":
         try:
@@ -94,7 +108,10 @@ def runs(tiny_flux, tiny_qwen, tmp_path_factory) -> dict[str, tuple[Path, Path]]
     for kind in ("flux", "qwen"):
         (folder / "bases" / kind).symlink_to(ASSETS / f"tiny-{kind}")
     flux2 = convert_model(make_tiny_flux2(folder / "bases" / "flux2"), folder / "flux2")
-    bases = {"flux": tiny_flux, "qwen": tiny_qwen, "flux2": flux2}
+    source = shutil.copytree(ASSETS / "tiny-flux", folder / "bases" / "kontext")
+    index = json.loads((source / "model_index.json").read_text()) | {"_class_name": "FluxKontextPipeline"}
+    (source / "model_index.json").write_text(json.dumps(index))
+    bases = {"flux": tiny_flux, "qwen": tiny_qwen, "flux2": flux2, "kontext": convert_model(source, folder / "kontext")}
     for name, adapter in STUDENTS.items():
         base = bases[name.split("-")[0]]
         adapter = adapter.with_targets(ModelDirectory.open(base).family.lora_targets)
@@ -104,13 +121,23 @@ def runs(tiny_flux, tiny_qwen, tmp_path_factory) -> dict[str, tuple[Path, Path]]
     return found
 
 
+def references(number: int) -> list[Image.Image]:
+    """Reference images, none of which has the size of another or needs no cropping."""
+    small = np.random.default_rng(1).integers(0, 256, (number, 4, 8, 3), np.uint8)
+    sizes = [(71 + 8 * i, 66) for i in range(number)]
+    return [Image.fromarray(each).resize(size) for each, size in zip(small, sizes, strict=True)]
+
+
 @pytest.fixture(scope="module")
 def in_pytorch(runs) -> Path:
     """The folder of the latents that PyTorch makes from its noise.npy, [B, N, 4C]."""
     folder = next(iter(runs.values()))[1].parent
     np.save(folder / "noise.npy", np.random.default_rng(0).standard_normal((2, 4, 16)).astype(np.float32))
+    for i, image in enumerate(references(max(REFERENCES.values()))):
+        image.save(folder / f"{i}.png")
     environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-I", "-c", IN_PYTORCH, folder, *PROMPTS]
+    known = f"REFERENCES, RESOLUTIONS = {REFERENCES}, {RESOLUTIONS}\n"
+    command = [sys.executable, "-I", "-c", known + IN_PYTORCH, folder, *PROMPTS]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return folder
@@ -118,7 +145,8 @@ def in_pytorch(runs) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STUDENTS)
-def test_same_noise_same_latents(runs, in_pytorch, name):
+def test_same_noise_same_latents(runs, in_pytorch, name, monkeypatch):
+    monkeypatch.setattr(kontext, "RESOLUTIONS", RESOLUTIONS)
     base, path = runs[name]
     pipe = ArcFlowPipeline.from_pretrained(base, path, dtype="float32")
     side = 4 * ModelDirectory.open(base).config("vae").factor
@@ -126,6 +154,13 @@ def test_same_noise_same_latents(runs, in_pytorch, name):
     ours, theirs = pipe(PROMPTS, **arguments).images, np.load(in_pytorch / f"{name}-torch.npy")
     assert np.abs(ours - theirs).max() < BAR
     assert np.std(ours) > 0.3
+    if number := REFERENCES.get(name.split("-")[0]):
+        ours, edited = (
+            pipe(PROMPTS, image=references(number), **arguments).images,
+            np.load(in_pytorch / f"{name}-torch-edited.npy"),
+        )
+        assert np.abs(ours - edited).max() < BAR
+        assert np.abs(edited - theirs).max() > 100 * BAR  # the references matter
     if name == "flux-momentum":  # with other settings than those of the distillation
         ours = pipe(PROMPTS, num_inference_steps=2, guidance_scale=1.0, **arguments).images
         two = np.load(in_pytorch / "two.npy")

@@ -43,7 +43,8 @@ def write_run(
     """Writes a training run with random weights; `changed` may change its EMA weights. Returns raw and EMA weights."""
     directory = ModelDirectory.open(base)
     transformer = directory.description.components["transformer"]
-    describe(path, AdapterDescription(directory.fingerprint, adapter, settings, guidance, transformer))
+    pipeline = directory.family.pipeline
+    describe(path, AdapterDescription(directory.fingerprint, adapter, settings, guidance, transformer, pipeline))
     raw, ema = random_student(directory, adapter, 1), changed(random_student(directory, adapter, 2))
     with Checkpoints(path) as checkpoints:
         state = TrainState(jnp.int32(7), raw, ema, (jnp.zeros(3),), Skipped(jnp.int32(0), jnp.int32(0)))

@@ -17,6 +17,7 @@ from arcflow_jax.demo import ASSETS
 from arcflow_jax.families.flux2 import FAMILY
 from arcflow_jax.networks.text.qwen3 import READ
 from arcflow_jax.storage.files import read_json
+from tools.tiny_teacher.flux2 import CHAT_TEMPLATE
 
 LENGTH = 56  # tokens of a prompt in its template
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -62,16 +63,6 @@ SCHEDULER = {
     "shift": 3.0,
     "use_dynamic_shifting": True,
 }
-# What Qwen3's own makes of the messages of a user
-CHAT_TEMPLATE = r"""
-{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|im_start|>assistant\n' }}
-{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
-{%- endif %}
-"""
 
 
 def tensors_of(component: str, config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:

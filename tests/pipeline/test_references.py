@@ -132,17 +132,37 @@ def test_each_image_is_the_same_as_alone(student):
     assert image.info["references"] == 1
 
 
-def test_compiles_nothing_for_other_images_of_the_same_sizes(student):
-    def counts() -> list[int]:
-        programs = (generate.sample_student, image_to_image.encode_image, generate.decode_latents)
-        return [program._cache_size() for program in programs]
+def counts() -> list[int]:
+    """How often each program of a student with references is compiled so far."""
+    programs = (generate.sample_student, image_to_image.encode_image, generate.decode_latents)
+    return [program._cache_size() for program in programs]
 
+
+def test_compiles_nothing_for_other_images_of_the_same_sizes(student):
     settings = {"output_type": "latent", **SIZE}
     made = student(PROMPTS[0], image=[PHOTOS[1], PHOTOS[3]], **settings).images
     before = counts()
     other = student(PROMPTS[0], image=[PHOTOS[3], PHOTOS[1]], **settings).images
     assert counts() == before
     assert relative_error(other, made) > 1e-3  # the order of the images counts
+
+
+@pytest.mark.slow
+def test_warm_compiles_for_references(capfd, model, student):
+    command = ("warm", "--model", model, "--adapter", model.with_name("student"), "--sizes", "64x80")
+    first = counts()
+    code, stdout, stderr = run(capfd, *command, "--references", 2)
+    assert (code, stdout.count("64x80, 1 a batch, 2 steps")) == (0, 1), stderr
+    before = counts()
+    assert all(a < b for a, b in zip(first, before, strict=True))
+    assert student(PROMPTS[0], image=[photo(80, 64), photo(80, 64)]).images[0].size == (64, 80)
+    assert counts() == before
+
+
+def test_warm_refuses_references_that_do_not_fit(capfd, model, tiny_flux, tmp_path):
+    command = ("warm", "--teacher", "--references", 5, "--model")
+    assert_refused(capfd, tmp_path, *command, model, message="image has 5 reference images, but has to have 1 to 4")
+    assert_refused(capfd, tmp_path, *command, tiny_flux, message="is a FluxPipeline, which reads no reference images")
 
 
 def test_an_image_with_strength_is_one_to_start_from(student):

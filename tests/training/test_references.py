@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from arcflow_jax.data.images import CaptionedImages, read_images
+from arcflow_jax.data.images import CaptionedImages, pixels, read_images
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.flux2 import reference_positions
 from arcflow_jax.families.latents import pack
@@ -147,7 +147,19 @@ def test_a_training_step_on_one_device_and_on_eight(model, folder, tmp_path):
     other = shutil.copytree(folder, tmp_path / "other")
     for file in other.glob("*.png"):
         save(file, 99)
-    one, changed = (losses(train(recipe(model, tmp_path / f"run-{each.name}", each))) for each in (folder, other))
+    previews = {"preview_every": 1, "preview_prompts": ("a", "b")}
+    runs = [train(recipe(model, tmp_path / f"run-{each.name}", each, **previews)) for each in (folder, other)]
+    one, changed = map(losses, runs)
     finish(start(8, "-c", textwrap.dedent(ON_EIGHT), model, tmp_path / "eight", folder))
     np.testing.assert_allclose(losses(tmp_path / "eight"), one, rtol=1e-5)
     assert abs(changed[0] - one[0]) > 1e-4 * one[0]
+
+    # Two rows of previews: both references as the run has them, and what is made of them; 16 pixels are drawn as 192
+    sheets = [np.asarray(Image.open(run / "previews" / "000001.png").convert("RGB"), int) for run in runs]
+    sheet, without = ([each[40 + 212 * row :][:192:12] for row in range(2)] for each in sheets)
+    assert sheets[0].shape == (20 + 2 * 212, 5 * 196 - 4, 3)
+    for row in range(2):
+        for place in range(2):
+            expected = np.rint((pixels(folder / f"{row}-{place}.png", 16, 16) + 1) * 127.5)
+            np.testing.assert_array_equal(sheet[row][:, 196 * place :][:, :192:12], expected)
+        assert np.any(sheet[row][:, 392:584] != without[row][:, 392:584])  # the teacher's

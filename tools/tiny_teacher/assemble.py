@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from arcflow_jax import families
 from arcflow_jax.convert.backbones import flux as flux_table
 from arcflow_jax.convert.engine import export_tensors
 from arcflow_jax.convert.vaes import kl as vae_table
@@ -44,9 +45,13 @@ SCHEDULER = {
 
 
 def write_component(folder: Path, config: dict[str, Any], table: Any, state: nnx.State, dtype: Any) -> None:
+    tensors = {name: np.ascontiguousarray(array.astype(dtype)) for name, array in export_tensors(table, state).items()}
+    write_tensors(folder, config, tensors)
+
+
+def write_tensors(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
     folder.mkdir()
     write_json(folder / "config.json", config)
-    tensors = {name: np.ascontiguousarray(array.astype(dtype)) for name, array in export_tensors(table, state).items()}
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
 
@@ -65,6 +70,28 @@ def write_prompts(work: Path, captions: Captions[Any]) -> None:
         drawn = np.asarray(captions.index(captions.random(jax.random.key(seed), 20 * count)))
         lines = [str(every[i]) for i in drawn if held_out[i] == (name == "test")][:count]
         (work / f"prompts-{name}.txt").write_text("\n".join(lines) + "\n")
+
+
+def start_folder(work: Path, captions: Captions[Any], name: str, pipeline: str, tokenizer: str) -> Path:
+    """Writes `work`/`name` with text encoder, scheduler and index, for a family with one text encoder; returns it."""
+    write_prompts(work, captions)
+    out = work / name
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(work / "text", out)
+    index = {"_class_name": pipeline, "scheduler": ["diffusers", SCHEDULER["_class_name"]]}
+    index["tokenizer"] = ["transformers", tokenizer]
+    family = families.of_pipeline(pipeline, pipeline)
+    for component, network in family.networks.items():
+        index[component] = ["transformers" if component == "text_encoder" else "diffusers", network.class_name]
+    write_json(out / "model_index.json", index | family.settings)
+    (out / "scheduler").mkdir()
+    write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
+    return out
+
+
+def print_size(out: Path) -> None:
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    print(f"{out}: {size / 1e6:.1f} MB")
 
 
 def assemble(work: Path, teacher: Teacher) -> None:
@@ -99,5 +126,4 @@ def assemble(work: Path, teacher: Teacher) -> None:
         "force_upcast": False,
     }
     write_component(out / "vae", config, vae_table, nnx.state(vae), ml_dtypes.bfloat16)
-    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    print(f"{out}: {size / 1e6:.1f} MB")
+    print_size(out)

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from safetensors.flax import load_file, save_file
 
-from arcflow_jax import families, schema
+from arcflow_jax import schema
 from arcflow_jax.convert.backbones import qwen_image as transformer_table
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.convert.text import qwen2_5_vl as text_table
@@ -32,11 +32,11 @@ from arcflow_jax.networks.student import ArcModel
 from arcflow_jax.networks.text.qwen2_5_vl import Qwen2_5VLConfig, Qwen2_5VLText
 from arcflow_jax.networks.vaes.qwen import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
 from arcflow_jax.storage.atomic import whole_directory
-from arcflow_jax.storage.files import read_json, write_json
+from arcflow_jax.storage.files import read_json
 from arcflow_jax.storage.safetensors import read_folder
-from tools.make_tiny_qwen import CONFIGS, LENGTH, PIPELINE, SCHEDULER, make_tokenizer
+from tools.make_tiny_qwen import CONFIGS, LENGTH, PIPELINE, make_tokenizer
 from tools.tiny_teacher import common, denoiser, text, vae
-from tools.tiny_teacher.assemble import write_component, write_prompts
+from tools.tiny_teacher.assemble import print_size, start_folder, write_component
 from tools.tiny_teacher.shapes import SHAPES
 from tools.tiny_teacher.teacher import Teacher
 
@@ -95,7 +95,7 @@ def make_text(work: Path, seed: int = 0) -> None:
             return jnp.take_along_axis(encoder(ids), last[:, None, None], axis=1)[:, 0]
 
         counts = text.answers_of(SHAPES.captions)
-        encoder = text.train_encoder(encoder, ids, answers, counts, features, norm="norm", seed=seed, width=WIDTH)
+        encoder = text.train_encoder(encoder, ids, answers, counts, features, scaled=("norm",), seed=seed, width=WIDTH)
         text.write_encoder(aside / "text_encoder", config, text_table, encoder, "float32")
 
 
@@ -173,19 +173,7 @@ def make_denoiser(work: Path) -> None:
 
 def assemble(work: Path) -> None:
     """Writes `work`/tiny-qwen: transformer and VAE in bfloat16, the text encoder in float32."""
-    write_prompts(work, SHAPES.captions)
-    out = work / "tiny-qwen"
-    shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(work / "text", out)
-    libraries = {"text_encoder": "transformers"}
-    index = {"_class_name": PIPELINE, "scheduler": ["diffusers", SCHEDULER["_class_name"]]}
-    index["tokenizer"] = ["transformers", "Qwen2Tokenizer"]
-    for name, network in families.of_pipeline(PIPELINE, PIPELINE).networks.items():
-        index[name] = [libraries.get(name, "diffusers"), network.class_name]
-    write_json(out / "model_index.json", index)
-    (out / "scheduler").mkdir()
-    write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
-
+    out = start_folder(work, SHAPES.captions, "tiny-qwen", PIPELINE, "Qwen2Tokenizer")
     model = common.load_state(work / "denoiser.safetensors", new_model(SHAPES))
     config = CONFIGS["transformer"] | dataclasses.asdict(CONFIG) | {"out_channels": CHANNELS}
     write_component(out / "transformer", config, transformer_table, nnx.state(model), ml_dtypes.bfloat16)
@@ -195,5 +183,4 @@ def assemble(work: Path) -> None:
     stats = {f"latents_{name}": latents[name].tolist() for name in ("mean", "std")}
     config = CONFIGS["vae"] | dataclasses.asdict(VAE) | stats
     write_component(out / "vae", config, vae_table, nnx.state(model), ml_dtypes.bfloat16)
-    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    print(f"{out}: {size / 1e6:.1f} MB")
+    print_size(out)

@@ -10,8 +10,9 @@ pooled vector and from each of T5's tokens.
 from __future__ import annotations
 
 import dataclasses
+import operator
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +89,16 @@ def train_encoder(
     *,
     seed: int,
     width: int,  # D
-    norm: str = "final_layer_norm",
+    scaled: Sequence[str] = ("final_layer_norm",),
     steps: int = 800,
     batch: int = 128,
     peak: float = 3e-3,
+    every: int = 200,
+    result: Path | None = None,  # a file; resumes from beside it
+    least: float = ACCURACY,
 ) -> nnx.Module:
-    """The trained encoder. Its final norm, called `norm`, is scaled so that `features` have unit mean square."""
+    """The trained encoder. The weights of the layers `scaled`, which the features are linear in, are divided so that
+    `features` have unit mean square."""
     graphdef, state = nnx.split(Probed(encoder, width, sum(counts), nnx.Rngs(seed)))
     cuts = np.cumsum(counts)[:-1]
 
@@ -118,17 +123,28 @@ def train_encoder(
 
     order = np.random.default_rng(seed).permutation(len(ids)) if len(ids) > CHECKED else np.arange(len(ids))
     checked = order[:CHECKED]
-    state = common.train(loss, state, steps=steps, peak=peak, every=200, seed=seed)
-    if accuracy(state) < ACCURACY:
-        raise RuntimeError(f"only {accuracy(state):.4f} of an attribute's answers are right, needs {ACCURACY}")
+    state = common.train(loss, state, steps=steps, peak=peak, every=every, seed=seed, result=result)
+    reached = accuracy(state)
+    print(f"{reached:.4f} of the worst attribute's answers are right")
+    if reached < least:
+        raise RuntimeError(f"only {reached:.4f} of an attribute's answers are right, needs {least}")
     encoder = nnx.merge(graphdef, state).encoder
     scale = jnp.sqrt(jnp.square(features(encoder, ids[checked])).mean())
-    for weight in jax.tree.leaves(nnx.state(getattr(encoder, norm)), is_leaf=lambda x: isinstance(x, nnx.Variable)):
-        weight[...] = weight[...] / scale
+    for layer in scaled:
+        state = nnx.state(operator.attrgetter(layer)(encoder))
+        for weight in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+            weight[...] = weight[...] / scale
     return encoder
 
 
-def write_encoder(folder: Path, config: dict[str, Any], table: Any, encoder: nnx.Module, dtype: str) -> None:
+def write_encoder(
+    folder: Path,
+    config: dict[str, Any],
+    table: Any,
+    encoder: nnx.Module,
+    dtype: str,
+    unread: Mapping[str, np.ndarray] | None = None,  # tensors that the checkpoint has besides
+) -> None:
     """Writes an encoder's folder in transformers' layout.
 
     Its config.json says float32 for any dtype of the file, for the computation: in a pipeline loaded without a dtype,
@@ -136,9 +152,8 @@ def write_encoder(folder: Path, config: dict[str, Any], table: Any, encoder: nnx
     """
     folder.mkdir(parents=True)
     write_json(folder / "config.json", config | {"dtype": "float32"})
-    tensors = {
-        name: array.astype(jnp.dtype(dtype)) for name, array in export_tensors(table, nnx.state(encoder)).items()
-    }
+    exported = export_tensors(table, nnx.state(encoder)) | dict(unread or {})
+    tensors = {name: array.astype(jnp.dtype(dtype)) for name, array in exported.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -1,4 +1,7 @@
-"""Preview images during a run: fixed prompts and noise; teacher, student, and the student with its EMA weights."""
+"""Preview images during a run: fixed prompts and noise; teacher, student, and the student with its EMA weights.
+
+In a run with reference images, they show its first instructions instead, beside their references.
+"""
 
 # B images, N tokens, C latent channels
 
@@ -6,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,8 +19,10 @@ from flax import nnx
 from PIL import Image
 
 from arcflow_jax.console import optional
+from arcflow_jax.data.images import CaptionedImages
 from arcflow_jax.data.output import labelled_sheet
 from arcflow_jax.errors import cause_of
+from arcflow_jax.families.latents import token_side
 from arcflow_jax.generate import (
     TEACHER_STEPS,
     decode_latents,
@@ -27,10 +32,11 @@ from arcflow_jax.generate import (
     teacher_grid,
 )
 from arcflow_jax.models.model_directory import ModelDirectory
-from arcflow_jax.networks.conditioning import Guided
+from arcflow_jax.networks.conditioning import Guided, referring
 from arcflow_jax.parallel.mesh import replicated, state_shardings
 from arcflow_jax.parallel.offload import to_device
 from arcflow_jax.parallel.processes import from_rows, local_rows
+from arcflow_jax.references import rules_of
 from arcflow_jax.training.recipe import Recipe
 from arcflow_jax.training.state import TrainState
 
@@ -57,6 +63,7 @@ class Preview:
       encode: prompts to conditioning.
       graphdef, base: definition of the model, and the teacher's weights.
       rows, columns: of tokens.
+      to_latents, examples: the `LatentEncoder` and the instructions to show, of a run with reference images.
     """
 
     def __init__(
@@ -69,16 +76,28 @@ class Preview:
         mesh: jax.sharding.Mesh,
         rows: int,
         columns: int,
+        to_latents: Any = None,
+        examples: Sequence[CaptionedImages] = (),
     ):
-        self.prompts, self.settings = recipe.preview_prompts, recipe.distillation
+        self.prompts = tuple(example.caption for example in examples) or recipe.preview_prompts
+        self.settings = recipe.distillation
         self.graphdef, self.base, self.mesh = graphdef, base, mesh
         self.rows, self.columns = rows, columns
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        # Padded with the last one, so that the devices divide them evenly
-        prompts = [*self.prompts, *self.prompts[-1:] * (-len(self.prompts) % shards)]
+        padding = -len(self.prompts) % shards  # with the last one, so that the devices divide them evenly
+        prompts = [*self.prompts, *self.prompts[-1:] * padding]
         own = local_rows(mesh, len(prompts))
         text = functools.partial(encode, guidance=recipe.guidance, rows=rows, columns=columns)
-        self.conditioning = self.teachers = text([prompts[row] for row in own])
+        self.conditioning = text([prompts[row] for row in own])
+        self.references: dict[str, list[Image.Image]] = {}
+        if to_latents is not None and examples:
+            side = token_side(directory.config("vae").factor)
+            pixels = to_latents.pixels([*examples, *examples[-1:] * padding], rows * side, columns * side)
+            positions = rules_of(directory).positions([(rows, columns)] * len(pixels))
+            self.conditioning = referring(self.conditioning, to_latents.references(pixels[:, own], positions))
+            shown = np.rint((pixels[:, : len(examples)] + 1) * 127.5).astype(np.uint8)
+            self.references = {f"reference {i}": [*map(Image.fromarray, each)] for i, each in enumerate(shown, 1)}
+        self.teachers = self.conditioning
         if recipe.distillation.teacher_guidance == "cfg":
             negative = text([recipe.distillation.negative_prompt] * len(own))
             self.teachers = Guided(self.conditioning, negative, jnp.float32(recipe.guidance), norm_preserving=False)
@@ -94,7 +113,7 @@ class Preview:
         """The images of a state, labelled."""
         if self.teacher is None:
             self.teacher = self._images(state.adapter, teacher=True)
-        columns = {
+        columns = self.references | {
             f"teacher, {TEACHER_STEPS} steps": self.teacher,
             f"student, {self.settings.nfe} steps": self._images(state.adapter),
             f"EMA weights, {self.settings.nfe} steps": self._images(to_device(state.ema)),
