@@ -307,7 +307,7 @@ ON_EIGHT = """
     import sys
     from pathlib import Path
     from tests.helpers.whole_path import whole_path
-    from tests.test_qwen_pipeline import SIZE, longer
+    from tests.pipeline.test_qwen_pipeline import SIZE, longer
     whole_path(longer, *map(Path, sys.argv[1:]), (2, 2, 2, 1), SIZE)
 """
 
