@@ -18,7 +18,7 @@ from arcflow_jax.families.flux2 import reference_positions
 from arcflow_jax.networks.backbones.flux2 import Flux2, Flux2Conditioning, Flux2Config
 from arcflow_jax.networks.conditioning import Guided, References
 from arcflow_jax.networks.student import AdapterConfig, ArcModel
-from tests.helpers.twins import FLUX2, flux2_inputs, flux2_twin, flux2_twin_velocity, relative_error
+from tests.helpers.twins import FLUX2, flux2_inputs, flux2_twin, flux2_twin_velocity, random_network, relative_error
 
 # model config, rows, columns, text tokens
 CASES = {
@@ -80,9 +80,9 @@ def test_teacher_is_diffusers_transformer(case):
 
 def test_a_new_student_is_the_teacher():
     """With biases in the head that the teacher has not: the noise is in those of the means."""
-    model = new_teacher(FLUX2)
+    adapter = AdapterConfig(modes=3, rank=2, dropout=0.0, targets=TARGETS)
+    model = random_network(lambda: new_teacher(FLUX2).attach_student(adapter, nnx.Rngs(0)))
     tokens, sigma, c = flux2_inputs(FLUX2, 2, 3, 4)
-    model.attach_student(AdapterConfig(modes=3, rank=2, dropout=0.0, targets=TARGETS), nnx.Rngs(0))
 
     @nnx.jit
     def both(model):
@@ -111,7 +111,7 @@ def test_repeated_and_paired_conditioning():
 
 def test_cfg():
     """With prompts and negative prompts in one call."""
-    model = new_teacher(FLUX2)
+    model = random_network(lambda: new_teacher(FLUX2))
     tokens, sigma, c = flux2_inputs(FLUX2, 2, 2, 3)
     negative = Flux2Conditioning(c.text[::-1], None, c.positions)
     u, away = (np.asarray(velocity(model, tokens, sigma, each)) for each in (c, negative))
@@ -151,7 +151,7 @@ def test_references_are_further_tokens_of_diffusers_transformer():
 
 
 def test_cfg_shows_references_to_both():
-    model = new_teacher(FLUX2)
+    model = random_network(lambda: new_teacher(FLUX2))
     tokens, sigma, c = flux2_inputs(FLUX2, 2, 2, 3)
     positive = with_references(c, FLUX2.in_channels)
     negative = Flux2Conditioning(c.text[::-1], None, c.positions)

@@ -17,7 +17,7 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.networks.backbones.qwen_image import QwenImage, QwenImageConditioning, QwenImageConfig
 from arcflow_jax.networks.conditioning import Guided
 from arcflow_jax.networks.student import ArcModel
-from tests.helpers.twins import QWEN_IMAGE, qwen_inputs, qwen_twin, qwen_twin_velocity, relative_error
+from tests.helpers.twins import QWEN_IMAGE, qwen_inputs, qwen_twin, qwen_twin_velocity, random_network, relative_error
 
 THREE_HEADS = dataclasses.replace(
     QWEN_IMAGE,
@@ -70,7 +70,7 @@ def test_teacher_is_diffusers_transformer(case):
 
 
 def test_a_prompt_does_not_depend_on_its_batch_or_padding():
-    model = new_teacher(QWEN_IMAGE)
+    model = random_network(lambda: new_teacher(QWEN_IMAGE))
     tokens, sigma, c = qwen_inputs(QWEN_IMAGE, 4, 4, (2, 6, 3))
     together = velocity(model, tokens, sigma, c)
     for padded in (2, 9):
@@ -83,7 +83,7 @@ def test_a_prompt_does_not_depend_on_its_batch_or_padding():
 
 def test_text_within_the_length_has_an_effect():
     """The test above would pass for a network that reads no text at all."""
-    model = new_teacher(QWEN_IMAGE)
+    model = random_network(lambda: new_teacher(QWEN_IMAGE))
     tokens, sigma, c = qwen_inputs(QWEN_IMAGE, 4, 4, (2, 6, 3))
     longer = dataclasses.replace(c, lengths=c.lengths + np.array([1, 0, 0], np.int32))
     change = np.abs(velocity(model, tokens, sigma, longer) - velocity(model, tokens, sigma, c)).max((1, 2))
@@ -111,7 +111,7 @@ def test_paired_with_negatives():
 
 def test_cfg_plain_and_norm_preserving():
     """With prompts and negative prompts of different lengths, in one call."""
-    model = new_teacher(THREE_HEADS)
+    model = random_network(lambda: new_teacher(THREE_HEADS))
     tokens, sigma, c = qwen_inputs(THREE_HEADS, 2, 2, (2, 4))
     negative = dataclasses.replace(c, text=c.text[::-1], lengths=np.array([3, 1], np.int32))
 
@@ -133,7 +133,7 @@ def test_cfg_plain_and_norm_preserving():
 
 def test_gradient_reaches_all_but_the_text_of_the_last_block():
     """The LoRA targets rely on this."""
-    model = new_teacher(QWEN_IMAGE)
+    model = random_network(lambda: new_teacher(QWEN_IMAGE))
     tokens, sigma, c = qwen_inputs(QWEN_IMAGE, 2, 2, (2, 3))
     graphdef, state = nnx.split(model)
     gradients = jax.jit(jax.grad(lambda s: jnp.square(nnx.merge(graphdef, s).teacher_velocity(tokens, sigma, c)).sum()))
