@@ -20,6 +20,7 @@ from arcflow_jax.convert.backbones import flux as table
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.families.latents import position_ids
 from arcflow_jax.flow.momentum import Mixture
+from arcflow_jax.networks import layers
 from arcflow_jax.networks.backbones.flux import Flux, FluxConditioning
 from arcflow_jax.networks.student import AdapterConfig, ArcModel, split_model
 from tests.helpers.paths import GOLDEN
@@ -91,7 +92,7 @@ def new_student(adapter: AdapterConfig) -> ArcModel:
 
 def authors_student(adapter: AdapterConfig, tensors: Mapping[str, np.ndarray] | None = None) -> ArcModel:
     """The authors' tiny teacher with the student of an export, or with a student of zeros, to be initialized."""
-    graphdef, base, state = split_model(nnx.eval_shape(lambda: new_student(adapter)))
+    graphdef, base, state = split_model(layers.abstract(lambda: new_student(adapter)))
     base = import_tensors(table, load_file(TEACHER_FILE), base)
     if tensors is None:
         state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)

@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 
 from arcflow_jax.families.latents import centred_positions, position_ids
+from arcflow_jax.networks import layers
 from arcflow_jax.networks.backbones.flux import FluxConditioning, FluxConfig
 from arcflow_jax.networks.backbones.flux2 import Flux2Conditioning, Flux2Config
 from arcflow_jax.networks.backbones.qwen_image import QwenImageConditioning, QwenImageConfig
@@ -217,7 +218,7 @@ def random_network(make: Callable[[], nnx.Module], scale: Callable[[str], float]
 
     Kernels are N(0, 1/fan_in), norms N(1, 0.3²), biases and embeddings N(0, 0.3²); times `scale` of their path.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(make))
+    graphdef, state = nnx.split(layers.abstract(make))
     rng = np.random.default_rng(0)
     arrays = {}
     for path, variable in flatten(state).items():

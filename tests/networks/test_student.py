@@ -18,6 +18,7 @@ from arcflow_jax.convert.backbones import flux as table
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.flux import FAMILY
+from arcflow_jax.networks import layers
 from arcflow_jax.networks.backbones.flux import Flux, FluxConfig
 from arcflow_jax.networks.conditioning import Guided
 from arcflow_jax.networks.layers import Base, Linear, LoRA
@@ -26,18 +27,13 @@ from arcflow_jax.networks.student import AdapterConfig, ArcModel, merged_graphde
 from configs.flux import get_config
 from tests.helpers import golden
 from tests.helpers.paths import GOLDEN
+from tests.helpers.students import curve
 from tests.helpers.twins import flux_inputs, flux_twin_output, relative_error
 
 
-# Eagerly, every operation would be compiled on its own
 @nnx.jit
 def velocity(model: ArcModel, tokens, sigma, conditioning):
     return model.teacher_velocity(tokens, sigma, conditioning)
-
-
-@nnx.jit
-def curve(model: ArcModel, tokens, sigma, conditioning, dropout_key=None):
-    return model.student_curve(tokens, sigma, conditioning, dropout_key)
 
 
 @nnx.jit
@@ -123,7 +119,7 @@ def test_lora_is_peft():
         dropout=0.0,
         targets=("transformer_blocks.ff.*", "single_transformer_blocks.proj_*"),
     )
-    graphdef, base, state = split_model(nnx.eval_shape(lambda: golden.new_student(config)))
+    graphdef, base, state = split_model(layers.abstract(lambda: golden.new_student(config)))
     head = {key: value for key, value in nnx.to_flat_state(state) if key[0] == "head"}
     lora_state = nnx.from_flat_state([(k, v) for k, v in nnx.to_flat_state(state) if k[0] != "head"])
     lora_state = import_tensors(AdapterTable(table), lora, lora_state)
@@ -228,7 +224,9 @@ def test_merged_kernel_against_float64(lead, dtype, step):
 
 def test_lora_target_that_matches_nothing_is_refused():
     with pytest.raises(UserError, match=r"'transformer_blocks\.mlp\.\*' matches no linear layer"):
-        golden.new_student(dataclasses.replace(golden.LORA, targets=("transformer_blocks.mlp.*",)))
+        layers.abstract(
+            lambda: golden.new_student(dataclasses.replace(golden.LORA, targets=("transformer_blocks.mlp.*",)))
+        )
 
 
 def test_published_student_of_flux_dev_is_the_authors():
@@ -249,6 +247,6 @@ def test_published_student_of_flux_dev_is_the_authors():
         rngs = nnx.Rngs(0)
         return ArcModel(Flux(config, rngs=rngs), param_dtype=jnp.bfloat16, rngs=rngs).attach_student(adapter, rngs)
 
-    _, base, trained = split_model(nnx.eval_shape(build))
+    _, base, trained = split_model(layers.abstract(build))
     counts = [sum(math.prod(x.shape) for x in jax.tree.leaves(state)) for state in (base, trained)]
     assert counts == [11_901_408_320, 652_405_884]

@@ -12,6 +12,7 @@ from flax import nnx
 from arcflow_jax.convert.backbones import flux as table
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.errors import UserError
+from arcflow_jax.networks import layers
 from arcflow_jax.networks.backbones.flux import Flux, FluxConfig
 from arcflow_jax.networks.student import ArcModel
 from tests.helpers.twins import FLUX, flux_inputs, flux_twin_output, randomize, relative_error, transformer_scale
@@ -34,7 +35,7 @@ def teacher(config: FluxConfig, tensors, dtype=jnp.float32) -> ArcModel:
         rngs = nnx.Rngs(0)
         return ArcModel(Flux(config, dtype=dtype, rngs=rngs), param_dtype=jnp.float32, rngs=rngs)
 
-    graphdef, abstract = nnx.split(nnx.eval_shape(make))
+    graphdef, abstract = nnx.split(layers.abstract(make))
     return nnx.merge(graphdef, import_tensors(table, tensors, abstract))
 
 

@@ -15,6 +15,7 @@ from arcflow_jax.convert.backbones import flux2 as table
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.flux2 import reference_positions
+from arcflow_jax.networks import layers
 from arcflow_jax.networks.backbones.flux2 import Flux2, Flux2Conditioning, Flux2Config
 from arcflow_jax.networks.conditioning import Guided, References
 from arcflow_jax.networks.student import AdapterConfig, ArcModel
@@ -53,7 +54,7 @@ def new_teacher(config: Flux2Config, dtype=jnp.float32) -> ArcModel:
 
 def teacher(config: Flux2Config, tensors, dtype=jnp.float32) -> ArcModel:
     """The teacher with a checkpoint's weights."""
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: new_teacher(config, dtype)))
+    graphdef, abstract = nnx.split(layers.abstract(lambda: new_teacher(config, dtype)))
     return nnx.merge(graphdef, import_tensors(table, tensors, abstract))
 
 

@@ -14,6 +14,7 @@ from arcflow_jax import schema
 from arcflow_jax.convert.backbones import qwen_image as table
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.errors import UserError
+from arcflow_jax.networks import layers
 from arcflow_jax.networks.backbones.qwen_image import QwenImage, QwenImageConditioning, QwenImageConfig
 from arcflow_jax.networks.conditioning import Guided
 from arcflow_jax.networks.student import ArcModel
@@ -44,7 +45,7 @@ def new_teacher(config: QwenImageConfig, dtype=jnp.float32) -> ArcModel:
 
 def teacher(config: QwenImageConfig, tensors, dtype=jnp.float32) -> ArcModel:
     """The teacher with a checkpoint's weights."""
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: new_teacher(config, dtype)))
+    graphdef, abstract = nnx.split(layers.abstract(lambda: new_teacher(config, dtype)))
     return nnx.merge(graphdef, import_tensors(table, tensors, abstract))
 
 

@@ -14,6 +14,7 @@ from arcflow_jax.convert.text import clip as table
 from arcflow_jax.data.tokenizers import load_tokenizer, token_length, tokenize
 from arcflow_jax.demo.shapes import CAPTIONS
 from arcflow_jax.errors import UserError
+from arcflow_jax.networks import layers
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.text.clip import CLIPTextConfig, CLIPTextEncoder
 from tests.helpers.twins import random_network, relative_error
@@ -68,7 +69,7 @@ def twin(config, device="cpu"):
 
 
 def ours(model, config, dtype=jnp.float32):
-    encoder = nnx.eval_shape(
+    encoder = layers.abstract(
         lambda: CLIPTextEncoder(schema.parse(CLIPTextConfig, config, "config.json"), rngs=nnx.Rngs(0))
     )
     graphdef, state = nnx.split(encoder)
@@ -116,7 +117,7 @@ def test_full_size_table():
     shapes = {
         name: np.broadcast_to(np.float32(0), tensor.shape) for name, tensor in twin(CLIP_L, "meta").state_dict().items()
     }
-    encoder = nnx.eval_shape(
+    encoder = layers.abstract(
         lambda: CLIPTextEncoder(schema.parse(CLIPTextConfig, CLIP_L, "config.json"), rngs=nnx.Rngs(0))
     )
     state = nnx.state(encoder)

@@ -14,6 +14,7 @@ from arcflow_jax import schema
 from arcflow_jax.convert.engine import check, export_tensors, import_tensors
 from arcflow_jax.convert.text import qwen2_5_vl as table
 from arcflow_jax.errors import UserError
+from arcflow_jax.networks import layers
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.text.qwen2_5_vl import Qwen2_5VLConfig, Qwen2_5VLText
 from tests.helpers.twins import (
@@ -69,7 +70,7 @@ def twin(config, device="cpu"):
 
 def abstract(config) -> tuple[nnx.GraphDef, nnx.State]:
     read = schema.parse(Qwen2_5VLConfig, config, "config.json")
-    return nnx.split(nnx.eval_shape(lambda: Qwen2_5VLText(read, rngs=nnx.Rngs(0))))
+    return nnx.split(layers.abstract(lambda: Qwen2_5VLText(read, rngs=nnx.Rngs(0))))
 
 
 def ours(model, dtype=jnp.float32) -> Qwen2_5VLText:

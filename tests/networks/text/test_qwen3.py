@@ -14,6 +14,7 @@ from arcflow_jax import schema
 from arcflow_jax.convert.engine import check, import_tensors
 from arcflow_jax.convert.text import qwen3 as table
 from arcflow_jax.errors import UserError
+from arcflow_jax.networks import layers
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.text.qwen3 import READ, Qwen3Config, Qwen3Text
 from tests.helpers.twins import (
@@ -64,7 +65,7 @@ def twin(config, device="cpu"):
 
 def abstract(config) -> tuple[nnx.GraphDef, nnx.State]:
     read = schema.parse(Qwen3Config, config, "config.json")
-    return nnx.split(nnx.eval_shape(lambda: Qwen3Text(read, rngs=nnx.Rngs(0))))
+    return nnx.split(layers.abstract(lambda: Qwen3Text(read, rngs=nnx.Rngs(0))))
 
 
 def ours(model, dtype=jnp.float32) -> Qwen3Text:
