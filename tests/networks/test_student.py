@@ -28,12 +28,7 @@ from configs.flux import get_config
 from tests.helpers import golden
 from tests.helpers.paths import GOLDEN
 from tests.helpers.students import curve
-from tests.helpers.twins import flux_inputs, flux_twin_output, relative_error
-
-
-@nnx.jit
-def velocity(model: ArcModel, tokens, sigma, conditioning):
-    return model.teacher_velocity(tokens, sigma, conditioning)
+from tests.helpers.twins import flux_inputs, flux_twin_output, relative_error, velocity
 
 
 @nnx.jit

@@ -12,13 +12,20 @@ from flax import nnx
 
 from arcflow_jax import schema
 from arcflow_jax.convert.backbones import qwen_image as table
-from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.errors import UserError
-from arcflow_jax.networks import layers
 from arcflow_jax.networks.backbones.qwen_image import QwenImage, QwenImageConditioning, QwenImageConfig
 from arcflow_jax.networks.conditioning import Guided
 from arcflow_jax.networks.student import ArcModel
-from tests.helpers.twins import QWEN_IMAGE, qwen_inputs, qwen_twin, qwen_twin_velocity, random_network, relative_error
+from tests.helpers.twins import (
+    QWEN_IMAGE,
+    imported,
+    qwen_inputs,
+    qwen_twin,
+    qwen_twin_velocity,
+    random_network,
+    relative_error,
+    velocity,
+)
 
 THREE_HEADS = dataclasses.replace(
     QWEN_IMAGE,
@@ -43,29 +50,17 @@ def new_teacher(config: QwenImageConfig, dtype=jnp.float32) -> ArcModel:
     return ArcModel(QwenImage(config, dtype=dtype, rngs=rngs), param_dtype=jnp.float32, rngs=rngs)
 
 
-def teacher(config: QwenImageConfig, tensors, dtype=jnp.float32) -> ArcModel:
-    """The teacher with a checkpoint's weights."""
-    graphdef, abstract = nnx.split(layers.abstract(lambda: new_teacher(config, dtype)))
-    return nnx.merge(graphdef, import_tensors(table, tensors, abstract))
-
-
-@nnx.jit
-def velocity(model: ArcModel, tokens, sigma, conditioning):
-    return model.teacher_velocity(tokens, sigma, conditioning)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_teacher_is_diffusers_transformer(case):
     config, rows, columns, lengths = CASES[case]
     twin = qwen_twin(config)
     tokens, sigma, c = qwen_inputs(config, rows, columns, lengths)
     theirs = qwen_twin_velocity(twin, tokens, sigma, c, rows, columns)
-    tensors = {name: tensor.numpy() for name, tensor in twin.state_dict().items()}
     with jax.default_matmul_precision("highest"):
-        ours = velocity(teacher(config, tensors), tokens, sigma, c)
+        ours = velocity(imported(table, twin, lambda: new_teacher(config)), tokens, sigma, c)
     assert relative_error(ours, theirs) < 1e-5
     if case == "odd sides":
-        rounded = velocity(teacher(config, tensors, jnp.bfloat16), tokens, sigma, c)
+        rounded = velocity(imported(table, twin, lambda: new_teacher(config, jnp.bfloat16)), tokens, sigma, c)
         assert rounded.dtype == jnp.float32
         assert relative_error(rounded, theirs) < 0.03
 
