@@ -90,7 +90,7 @@ def test_a_new_student_is_the_teacher():
     u, means, bias = both(model)
     noise = bias.reshape(3, -1)
     assert 0.01 < float(jnp.std(noise)) < 0.1
-    np.testing.assert_allclose(means - noise, jnp.broadcast_to(u[:, :, None], means.shape), atol=1e-5)
+    np.testing.assert_allclose(means - noise, jnp.broadcast_to(u[:, :, None], means.shape), rtol=1e-5, atol=1e-5)
 
 
 def test_repeated_and_paired_conditioning():
