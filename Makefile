@@ -14,12 +14,13 @@ find_python = $(shell for p in python$(1) $(wildcard $(HOME)/.pyenv/versions/$(1
 PYTHON3.12 := $(call find_python,3.12)
 PYTHON3.13 := $(call find_python,3.13)
 PYTEST = -m pytest --numprocesses 2 --dist worksteal
-# With Python 3.12 come later versions of jax, flax and Orbax. There the tests of the code that calls them are run, and
-# of paths and files, which are the standard library's; none that is slow, and none that needs torch. With 3.13 come no
-# other versions: the mathematics, the paths and the public API
-ON_3.12 = $(addprefix tests/,flow networks parallel arrays models checkpoints training compile_report storage data \
-	$(addprefix pipeline/test_,pipeline.py pipeline_memory.py loras.py) test_public_api.py)
-ON_3.13 = $(addprefix tests/,flow convert data test_public_api.py)
+# With Python 3.12 and 3.13 come later versions of jax, flax and Orbax, the same for both. There the tests of the code
+# that calls them are run, once: the mathematics, and what is the standard library's, with 3.13, or with 3.12 where it is
+# the last; none that is slow, and none that needs torch
+OF_LAST = $(addprefix tests/,flow data storage test_public_api.py)
+ON_3.12 = $(addprefix tests/,networks parallel arrays models checkpoints training compile_report) \
+	$(addprefix tests/pipeline/test_,pipeline.py pipeline_memory.py loras.py) $(if $(PYTHON3.13),,$(OF_LAST))
+ON_3.13 = tests/convert $(OF_LAST)
 
 .PHONY: demo test check docs clean
 
@@ -32,7 +33,7 @@ ifneq ($(PYTHON3.12),)
 	.venv-3.12/bin/python $(PYTEST) -m "not slow and not long" $(ON_3.12)
 endif
 ifneq ($(PYTHON3.13),)
-	.venv-3.13/bin/python -m pytest -m "not slow and not long" $(ON_3.13)
+	.venv-3.13/bin/python $(PYTEST) -m "not slow and not long" $(ON_3.13)
 endif
 
 check: .venv/test.installed

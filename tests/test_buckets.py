@@ -24,12 +24,11 @@ import os, signal, sys
 from pathlib import Path
 from arcflow_jax.cli.app import app
 from arcflow_jax.training.report.log import RunLog
+from tests.helpers.tiny_run import SETTINGS
 
 place, source, first = sys.argv[1], sys.argv[2], sys.argv[3] == "first"
 MODEL, RUN, PROMPTS = f"{place}/model", f"{place}/run", f"{place}/prompts.txt"
-values = dict(model=MODEL, prompts=PROMPTS, out=RUN, resolutions=((32, 32),), batch=2, steps=4, save_every=2)
-values |= {"log_every": 1, "mesh": (1, 1, 1, 1), "preview_every": 4}
-values |= {"adapter.modes": 2, "adapter.rank": 2, "distillation.states": 2}
+values = SETTINGS | {"model": MODEL, "prompts": PROMPTS, "out": RUN, "preview_every": 4}
 train = ["train", "--config", "tiny", *(f"--config.{name}={value}" for name, value in values.items())]
 
 def command(*arguments):

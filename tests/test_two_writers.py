@@ -46,8 +46,8 @@ TRAIN = WORK.format(
     prepare="""
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe, read_config
-settings = dict(resolutions=((32, 32),), batch=2, steps=3, log_every=1, save_every=1, mesh=(1, 1, 1, 1))
-settings |= {"model": sys.argv[3], "prompts": sys.argv[4], "preview_every": 0, "adapter.modes": 2, "adapter.rank": 2}
+from tests.helpers.tiny_run import SETTINGS
+settings = SETTINGS | {"model": sys.argv[3], "prompts": sys.argv[4], "steps": 3, "save_every": 1}
 arguments = [f"--config.{name}={value}" for name, value in settings.items()]
 """,
     work="train(Recipe.from_config(read_config('tiny', [*arguments, f'--config.out={out}'])))",

@@ -42,6 +42,7 @@ from tests.helpers.students import (
     WEIGHTS,
     attach_student,
     convert,
+    curve,
     export,
     metadata,
     predicted,
@@ -74,7 +75,7 @@ def test_the_authors_file_there_and_back(capfd, base, tmp_path):
     assert description.base == ModelDirectory.open(base).fingerprint
     assert (description.adapter.rank, description.adapter.alpha, description.adapter.modes) == (4, 4.0, 4)
     assert (description.distillation, description.guidance) == (Distillation(), 3.5)
-    check_mixture(student(base, ours).student_curve(*student_inputs(student_case("06d"))), student_case("06d"))
+    check_mixture(curve(student(base, ours), *student_inputs(student_case("06d"))), student_case("06d"))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])

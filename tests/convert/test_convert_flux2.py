@@ -11,6 +11,7 @@ from flax import nnx
 from arcflow_jax import schema
 from arcflow_jax.convert.backbones import flux2, flux2_original
 from arcflow_jax.convert.engine import check, export_tensors, fills, import_tensors, part
+from arcflow_jax.networks import layers
 from arcflow_jax.networks.backbones.flux2 import Flux2, Flux2Config
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.student import ArcModel
@@ -46,7 +47,7 @@ def shapes_for(config: Flux2Config) -> dict[str, tuple[int, ...]]:
     def make() -> ArcModel:
         return ArcModel(Flux2(config, rngs=nnx.Rngs(0)), bias=False, param_dtype=np.float32, rngs=nnx.Rngs(0))
 
-    return shapes_of(nnx.state(nnx.eval_shape(make)))
+    return shapes_of(nnx.state(layers.abstract(make)))
 
 
 def theirs(config: Flux2Config):
@@ -94,7 +95,7 @@ def test_rows_of_the_single_file_go_where_diffusers_puts_them(size):
 def test_both_layouts_there_and_back():
     tensors = {name: tensor.numpy() for name, tensor in flux2_twin(FLUX2).state_dict().items()}
     abstract = nnx.state(
-        nnx.eval_shape(
+        layers.abstract(
             lambda: ArcModel(Flux2(FLUX2, rngs=nnx.Rngs(0)), bias=False, param_dtype=np.float32, rngs=nnx.Rngs(0))
         )
     )

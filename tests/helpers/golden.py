@@ -20,8 +20,8 @@ from arcflow_jax.convert.backbones import flux as table
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.families.latents import position_ids
 from arcflow_jax.flow.momentum import Mixture
+from arcflow_jax.networks import layers
 from arcflow_jax.networks.backbones.flux import Flux, FluxConditioning
-from arcflow_jax.networks.layers import Adapter
 from arcflow_jax.networks.student import AdapterConfig, ArcModel, split_model
 from tests.helpers.paths import GOLDEN
 from tests.helpers.twins import FLUX, relative_error
@@ -91,11 +91,11 @@ def new_student(adapter: AdapterConfig) -> ArcModel:
 
 
 def authors_student(adapter: AdapterConfig, tensors: Mapping[str, np.ndarray] | None = None) -> ArcModel:
-    """The authors' tiny teacher with the student of an export, or with a student of random weights."""
-    graphdef, base, state = split_model(nnx.eval_shape(lambda: new_student(adapter)))
+    """The authors' tiny teacher with the student of an export, or with a student of zeros, to be initialized."""
+    graphdef, base, state = split_model(layers.abstract(lambda: new_student(adapter)))
     base = import_tensors(table, load_file(TEACHER_FILE), base)
     if tensors is None:
-        state = nnx.state(new_student(adapter), Adapter)
+        state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
     else:
         state = import_tensors(AdapterTable(table), tensors, state)
     return nnx.merge(graphdef, base, state)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from flax import nnx
 from safetensors import safe_open
 
 from arcflow_jax.checkpoints.training import AdapterDescription, Checkpoints
+from arcflow_jax.flow.curve import Curve
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.student import AdapterConfig, ArcModel, split_model
@@ -102,7 +102,13 @@ def attach_student(twin, folder: Path) -> None:
     assert all(torch.equal(loaded[name], lora[name]) for name in lora)
 
 
-def predicted(model: ArcModel, tokens, sigma, conditioning) -> jax.Array:
+@nnx.jit
+def curve(model: ArcModel, tokens, sigma, conditioning, dropout_key: jax.Array | None = None) -> Curve:
+    """A student's curve. Outside jit, every operation of a network would be compiled on its own."""
+    return model.student_curve(tokens, sigma, conditioning, dropout_key)
+
+
+def predicted(model: ArcModel, tokens, sigma, conditioning) -> np.ndarray:
     """All numbers of a student's mixture, [B, N, ...], in the order of `attach_student`."""
-    mixture = model.student_curve(tokens, sigma, conditioning)
-    return jnp.concatenate([part.reshape(*tokens.shape[:2], -1) for part in dataclasses.astuple(mixture)], axis=-1)
+    mixture = jax.tree.leaves(curve(model, tokens, sigma, conditioning))
+    return np.concatenate([np.reshape(part, (*tokens.shape[:2], -1)) for part in mixture], axis=-1)

@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.families.latents import centred_positions, position_ids
+from arcflow_jax.networks import layers
 from arcflow_jax.networks.backbones.flux import FluxConditioning, FluxConfig
 from arcflow_jax.networks.backbones.flux2 import Flux2Conditioning, Flux2Config
 from arcflow_jax.networks.backbones.qwen_image import QwenImageConditioning, QwenImageConfig
 from arcflow_jax.networks.states import flatten, unflatten
+from arcflow_jax.networks.student import ArcModel
 
 FLUX = FluxConfig(
     in_channels=64,
@@ -217,7 +220,7 @@ def random_network(make: Callable[[], nnx.Module], scale: Callable[[str], float]
 
     Kernels are N(0, 1/fan_in), norms N(1, 0.3²), biases and embeddings N(0, 0.3²); times `scale` of their path.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(make))
+    graphdef, state = nnx.split(layers.abstract(make))
     rng = np.random.default_rng(0)
     arrays = {}
     for path, variable in flatten(state).items():
@@ -225,6 +228,26 @@ def random_network(make: Callable[[], nnx.Module], scale: Callable[[str], float]
         std = variable.shape[-2] ** -0.5 if path.endswith("kernel") else 0.3
         arrays[path] = jnp.asarray(scale(path) * (path.endswith("scale") + std * draw), variable.dtype)
     return nnx.merge(graphdef, unflatten(state, arrays))
+
+
+def imported(table: Any, twin: Any, network: Callable[[], nnx.Module], dtype: Any = jnp.float32) -> nnx.Module:
+    """The network that `network` makes, with the weights of its twin in PyTorch."""
+    graphdef, state = nnx.split(layers.abstract(network))
+    tensors = {name: tensor.numpy() for name, tensor in twin.state_dict().items()}
+    return nnx.merge(graphdef, import_tensors(table, tensors, state, dtype))
+
+
+# Outside jit, every operation of a network would be compiled on its own
+
+
+@nnx.jit
+def run(network: nnx.Module, inputs: Any) -> Any:
+    return network(inputs)
+
+
+@nnx.jit
+def velocity(model: ArcModel, tokens: Any, sigma: Any, conditioning: Any) -> jax.Array:
+    return model.teacher_velocity(tokens, sigma, conditioning)
 
 
 def bfloat16_error(network: nnx.Module, inputs: jax.Array) -> float:

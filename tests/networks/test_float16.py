@@ -44,7 +44,8 @@ def test_t5_does_not_overflow_in_float16():
     half = jax.tree.map(lambda x: x.astype(jnp.float16), state)
     rounded = jax.tree.map(lambda x: x.astype(jnp.float32), half)  # the same weights
     ids = jnp.arange(4)[None]
-    ours, expected = (nnx.merge(graphdef, weights)(ids) for weights in (half, rounded))
+    run = jax.jit(lambda weights: nnx.merge(graphdef, weights)(ids))
+    ours, expected = run(half), run(rounded)
     assert ours.dtype == jnp.float32
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
 

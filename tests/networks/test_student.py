@@ -18,6 +18,7 @@ from arcflow_jax.convert.backbones import flux as table
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.flux import FAMILY
+from arcflow_jax.networks import layers
 from arcflow_jax.networks.backbones.flux import Flux, FluxConfig
 from arcflow_jax.networks.conditioning import Guided
 from arcflow_jax.networks.layers import Base, Linear, LoRA
@@ -26,7 +27,13 @@ from arcflow_jax.networks.student import AdapterConfig, ArcModel, merged_graphde
 from configs.flux import get_config
 from tests.helpers import golden
 from tests.helpers.paths import GOLDEN
-from tests.helpers.twins import flux_inputs, flux_twin_output, relative_error
+from tests.helpers.students import curve
+from tests.helpers.twins import flux_inputs, flux_twin_output, relative_error, velocity
+
+
+@nnx.jit
+def initialize(model: ArcModel) -> None:
+    model.initialize_student(jax.random.key(0))
 
 
 def test_golden_06a_head_starts_from_the_teacher():
@@ -42,10 +49,10 @@ def test_golden_06a_head_starts_from_the_teacher():
 def test_golden_06b_teacher_velocity():
     values = golden.student_case("06b")
     model = golden.authors_student(golden.LORA)
-    velocity = model.teacher_velocity(*golden.student_inputs(values))
-    assert relative_error(velocity, golden.tokens(values["outputs/u"])) < 1e-5
-    negative = model.teacher_velocity(*golden.student_inputs(values, prefix="neg_"))
-    guided = velocity + 3 * (velocity - negative)
+    positive = velocity(model, *golden.student_inputs(values))
+    assert relative_error(positive, golden.tokens(values["outputs/u"])) < 1e-5
+    negative = velocity(model, *golden.student_inputs(values, prefix="neg_"))
+    guided = positive + 3 * (positive - negative)
     assert relative_error(guided, golden.tokens(values["outputs/u_cfg4"])) < 2e-5
 
 
@@ -56,9 +63,8 @@ def test_cfg_is_both_calls_in_one():
     tokens, sigma, positive = golden.student_inputs(values)
     _, _, negative = golden.student_inputs(values, prefix="neg_")
     unguided = (dataclasses.replace(c, guidance=jnp.ones(len(tokens))) for c in (positive, negative))
-    teacher = jax.jit(model.teacher_velocity)
-    u, away = (teacher(tokens, sigma, c) for c in unguided)
-    guided = jax.jit(model.teacher_velocity)(tokens, sigma, Guided(positive, negative, 4.0))
+    u, away = (velocity(model, tokens, sigma, c) for c in unguided)
+    guided = velocity(model, tokens, sigma, Guided(positive, negative, 4.0))
     assert relative_error(guided, away + 4 * (u - away)) < 1e-5
     assert relative_error(u, away) > 0.1
 
@@ -68,14 +74,14 @@ def test_golden_06c_student_without_lora():
     model = golden.authors_student(
         dataclasses.replace(golden.LORA, targets=()), load_file(GOLDEN / "06c_head.safetensors")
     )
-    golden.check_mixture(model.student_curve(*golden.student_inputs(values)), values)
+    golden.check_mixture(curve(model, *golden.student_inputs(values)), values)
 
 
 def test_golden_06d_student_with_lora():
     values = golden.student_case("06d")
     exported = load_file(golden.RELEASED / "diffusion_pytorch_model.safetensors")
     model = golden.authors_student(golden.LORA, exported)
-    golden.check_mixture(model.student_curve(*golden.student_inputs(values)), values)
+    golden.check_mixture(curve(model, *golden.student_inputs(values)), values)
     assert json.loads((golden.RELEASED / "config.json").read_text())["num_gaussians"] == golden.LORA.modes
 
 
@@ -83,9 +89,9 @@ def test_student_starts_as_the_teacher():
     model = golden.authors_student(golden.LORA)
     tokens, sigma, conditioning = flux_inputs(golden.TEACHER)
     model.head.initialize_from(model.output, jnp.zeros((4, 16)))
-    mixture = model.student_curve(tokens, sigma, conditioning)
+    mixture = curve(model, tokens, sigma, conditioning)
     mean = mixture.means.mean(2).reshape(tokens.shape)
-    assert relative_error(mean, np.asarray(model.teacher_velocity(tokens, sigma, conditioning))) < 1e-5
+    assert relative_error(mean, np.asarray(velocity(model, tokens, sigma, conditioning))) < 1e-5
 
 
 def test_lora_is_peft():
@@ -108,7 +114,7 @@ def test_lora_is_peft():
         dropout=0.0,
         targets=("transformer_blocks.ff.*", "single_transformer_blocks.proj_*"),
     )
-    graphdef, base, state = split_model(nnx.eval_shape(lambda: golden.new_student(config)))
+    graphdef, base, state = split_model(layers.abstract(lambda: golden.new_student(config)))
     head = {key: value for key, value in nnx.to_flat_state(state) if key[0] == "head"}
     lora_state = nnx.from_flat_state([(k, v) for k, v in nnx.to_flat_state(state) if k[0] != "head"])
     lora_state = import_tensors(AdapterTable(table), lora, lora_state)
@@ -119,15 +125,15 @@ def test_lora_is_peft():
     # With the teacher's output layer as its head, the student is the twin with its adapters
     model.head.initialize_from(model.output, jnp.zeros((1, 16)))
     tokens, sigma, c = flux_inputs(golden.TEACHER)
-    ours = model.student_curve(tokens, sigma, c).means.reshape(tokens.shape)
+    ours = curve(model, tokens, sigma, c).means.reshape(tokens.shape)
     theirs = flux_twin_output(twin, tokens, sigma, c)
     assert relative_error(ours, theirs) < 1e-5
-    assert relative_error(model.teacher_velocity(tokens, sigma, c), theirs) > 1e-2
+    assert relative_error(velocity(model, tokens, sigma, c), theirs) > 1e-2
 
 
 def test_gradient_and_dropout_reach_the_adapter_only():
     model = golden.authors_student(golden.LORA)
-    model.initialize_student(jax.random.key(0))
+    initialize(model)
     graphdef, base, adapter = split_model(model)
     tokens, sigma, conditioning = flux_inputs(golden.TEACHER)
 
@@ -135,7 +141,7 @@ def test_gradient_and_dropout_reach_the_adapter_only():
         mixture = nnx.merge(graphdef, base, adapter).student_curve(tokens, sigma, conditioning, key)
         return (mixture.means**2).mean() + (mixture.log_momenta**2).mean()
 
-    grads = jax.grad(loss)(adapter, None)
+    grads = jax.jit(jax.grad(loss))(adapter, None)
     names = {".".join(map(str, path)): np.abs(value[...]).max() for path, value in nnx.to_flat_state(grads)}
     assert len([name for name in names if name.endswith("lora.b")]) == 8
     for name, size in names.items():
@@ -148,28 +154,28 @@ def test_gradient_and_dropout_reach_the_adapter_only():
 def test_lora_dropout_is_drawn_per_layer_and_from_the_key():
     config = dataclasses.replace(golden.LORA, dropout=0.5)
     model = golden.authors_student(config)
-    model.initialize_student(jax.random.key(0))
+    initialize(model)
     for path, module in nnx.iter_modules(model):
         if path and path[-1] == "lora":
             module.b[...] = jnp.ones_like(module.b[...])
     args = flux_inputs(golden.TEACHER)
-    a, again, b = (model.student_curve(*args, jax.random.key(seed)).means for seed in (0, 0, 1))
+    a, again, b = (curve(model, *args, jax.random.key(seed)).means for seed in (0, 0, 1))
     np.testing.assert_array_equal(a, again)
     assert not np.allclose(a, b)
-    assert not np.allclose(a, model.student_curve(*args).means)
+    assert not np.allclose(a, curve(model, *args).means)
 
 
 def test_merged_student_is_the_student():
     exported = load_file(golden.RELEASED / "diffusion_pytorch_model.safetensors")
     model = golden.authors_student(golden.LORA, exported)
     args = flux_inputs(golden.TEACHER)
-    expected = model.student_curve(*args)
+    expected = curve(model, *args)
     graphdef, base, adapter = split_model(model)
     merged = nnx.merge(merged_graphdef(graphdef, base, adapter), merged_state(graphdef, base, adapter))
     assert not any("lora" in map(str, path) for path, _ in nnx.to_flat_state(nnx.state(merged)))
-    assert relative_error(merged.student_curve(*args).means, np.asarray(expected.means)) < 1e-5
+    assert relative_error(curve(merged, *args).means, np.asarray(expected.means)) < 1e-5
     # Without LoRA the result would be another
-    assert relative_error(model.teacher_velocity(*args), np.asarray(merged.teacher_velocity(*args))) > 1e-3
+    assert relative_error(velocity(model, *args), np.asarray(velocity(merged, *args))) > 1e-3
 
 
 @pytest.mark.parametrize("layers", [(), (3,)])
@@ -191,8 +197,8 @@ def test_lora_starts_normal_with_standard_deviation_one_over_r(layers):
 
 
 def test_layers_start_from_different_random_numbers():
-    model = golden.new_student(golden.LORA)
-    model.initialize_student(jax.random.key(0))
+    model = golden.authors_student(golden.LORA)
+    initialize(model)
     first, second = model.backbone.transformer_blocks.ff, model.backbone.transformer_blocks.ff_context
     assert first.proj_in.lora.a.shape == second.proj_in.lora.a.shape
     assert not np.array_equal(first.proj_in.lora.a[...], second.proj_in.lora.a[...])
@@ -213,7 +219,9 @@ def test_merged_kernel_against_float64(lead, dtype, step):
 
 def test_lora_target_that_matches_nothing_is_refused():
     with pytest.raises(UserError, match=r"'transformer_blocks\.mlp\.\*' matches no linear layer"):
-        golden.new_student(dataclasses.replace(golden.LORA, targets=("transformer_blocks.mlp.*",)))
+        layers.abstract(
+            lambda: golden.new_student(dataclasses.replace(golden.LORA, targets=("transformer_blocks.mlp.*",)))
+        )
 
 
 def test_published_student_of_flux_dev_is_the_authors():
@@ -234,6 +242,6 @@ def test_published_student_of_flux_dev_is_the_authors():
         rngs = nnx.Rngs(0)
         return ArcModel(Flux(config, rngs=rngs), param_dtype=jnp.bfloat16, rngs=rngs).attach_student(adapter, rngs)
 
-    _, base, trained = split_model(nnx.eval_shape(build))
+    _, base, trained = split_model(layers.abstract(build))
     counts = [sum(math.prod(x.shape) for x in jax.tree.leaves(state)) for state in (base, trained)]
     assert counts == [11_901_408_320, 652_405_884]

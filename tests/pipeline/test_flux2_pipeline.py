@@ -127,7 +127,7 @@ ON_EIGHT = """
     import sys
     from pathlib import Path
     from tests.helpers.whole_path import whole_path
-    from tests.test_flux2_pipeline import SIZE, recipe
+    from tests.pipeline.test_flux2_pipeline import SIZE, recipe
     whole_path(recipe, *map(Path, sys.argv[1:]), (2, 2, 2, 1), SIZE)
 """
 

@@ -205,9 +205,14 @@ def recipe(model: Path, out: Path, **changes) -> Recipe:
     return cut_down("qwen", model, out, 32, **{"preview_every": 1, **changes})
 
 
+def longer(model: Path, out: Path, **changes) -> Recipe:
+    return recipe(model, out, **{"steps": 6, "preview_every": 0, "distillation": {"decay": 6}} | changes)
+
+
 @pytest.fixture(scope="module")
 def student(model) -> Path:
-    return train(recipe(model, model.with_name("run")))
+    """Two steps of the program that the whole path has, too."""
+    return train(longer(model, model.with_name("run"), preview_every=1, batch=8, steps=2))
 
 
 def test_student_trains_and_samples(model, teacher, student):
@@ -339,16 +344,12 @@ def test_compiles_once_for_a_shape(teacher):
     assert count() == before
 
 
-def longer(model: Path, out: Path, **changes) -> Recipe:
-    return recipe(model, out, steps=6, preview_every=0, distillation={"decay": 6}, **changes)
-
-
 SIZE = {"height": 32, "width": 64}
 ON_EIGHT = """
     import sys
     from pathlib import Path
     from tests.helpers.whole_path import whole_path
-    from tests.test_qwen_pipeline import SIZE, longer
+    from tests.pipeline.test_qwen_pipeline import SIZE, longer
     whole_path(longer, *map(Path, sys.argv[1:]), (2, 2, 2, 1), SIZE)
 """
 

@@ -30,7 +30,7 @@ POLICIES = ("full", "attention", "none")
 def parts() -> tuple:
     """Graph definition, base model, adapter and inputs of a small student."""
     model = golden.authors_student(golden.LORA)
-    model.initialize_student(jax.random.key(0))
+    nnx.jit(lambda model: model.initialize_student(jax.random.key(0)))(model)
     return (*split_model(model), flux_inputs(golden.TEACHER))
 
 

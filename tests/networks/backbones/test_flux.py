@@ -10,11 +10,19 @@ import pytest
 from flax import nnx
 
 from arcflow_jax.convert.backbones import flux as table
-from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.backbones.flux import Flux, FluxConfig
 from arcflow_jax.networks.student import ArcModel
-from tests.helpers.twins import FLUX, flux_inputs, flux_twin_output, randomize, relative_error, transformer_scale
+from tests.helpers.twins import (
+    FLUX,
+    flux_inputs,
+    flux_twin_output,
+    imported,
+    randomize,
+    relative_error,
+    transformer_scale,
+    velocity,
+)
 
 CONFIGS = {
     "guidance": FLUX,
@@ -27,15 +35,9 @@ CONFIGS = {
 }
 
 
-def teacher(config: FluxConfig, tensors, dtype=jnp.float32) -> ArcModel:
-    """The teacher with a checkpoint's weights."""
-
-    def make() -> ArcModel:
-        rngs = nnx.Rngs(0)
-        return ArcModel(Flux(config, dtype=dtype, rngs=rngs), param_dtype=jnp.float32, rngs=rngs)
-
-    graphdef, abstract = nnx.split(nnx.eval_shape(make))
-    return nnx.merge(graphdef, import_tensors(table, tensors, abstract))
+def new_teacher(config: FluxConfig, dtype=jnp.float32) -> ArcModel:
+    rngs = nnx.Rngs(0)
+    return ArcModel(Flux(config, dtype=dtype, rngs=rngs), param_dtype=jnp.float32, rngs=rngs)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -47,11 +49,10 @@ def test_teacher_is_diffusers_transformer(name):
     randomize(twin, transformer_scale, lambda name: 0.02)
     tokens, sigma, c = flux_inputs(config)
     theirs = flux_twin_output(twin, tokens, sigma, c)
-    tensors = {name: tensor.numpy() for name, tensor in twin.state_dict().items()}
     with jax.default_matmul_precision("highest"):
-        ours = teacher(config, tensors).teacher_velocity(tokens, sigma, c)
+        ours = velocity(imported(table, twin, lambda: new_teacher(config)), tokens, sigma, c)
     assert relative_error(ours, theirs) < 1e-5
-    rounded = teacher(config, tensors, jnp.bfloat16).teacher_velocity(tokens, sigma, c)
+    rounded = velocity(imported(table, twin, lambda: new_teacher(config, jnp.bfloat16)), tokens, sigma, c)
     assert rounded.dtype == jnp.float32
     assert relative_error(rounded, theirs) < 0.03
 

@@ -12,12 +12,20 @@ from flax import nnx
 
 from arcflow_jax import schema
 from arcflow_jax.convert.backbones import qwen_image as table
-from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks.backbones.qwen_image import QwenImage, QwenImageConditioning, QwenImageConfig
 from arcflow_jax.networks.conditioning import Guided
 from arcflow_jax.networks.student import ArcModel
-from tests.helpers.twins import QWEN_IMAGE, qwen_inputs, qwen_twin, qwen_twin_velocity, relative_error
+from tests.helpers.twins import (
+    QWEN_IMAGE,
+    imported,
+    qwen_inputs,
+    qwen_twin,
+    qwen_twin_velocity,
+    random_network,
+    relative_error,
+    velocity,
+)
 
 THREE_HEADS = dataclasses.replace(
     QWEN_IMAGE,
@@ -42,35 +50,23 @@ def new_teacher(config: QwenImageConfig, dtype=jnp.float32) -> ArcModel:
     return ArcModel(QwenImage(config, dtype=dtype, rngs=rngs), param_dtype=jnp.float32, rngs=rngs)
 
 
-def teacher(config: QwenImageConfig, tensors, dtype=jnp.float32) -> ArcModel:
-    """The teacher with a checkpoint's weights."""
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: new_teacher(config, dtype)))
-    return nnx.merge(graphdef, import_tensors(table, tensors, abstract))
-
-
-@nnx.jit
-def velocity(model: ArcModel, tokens, sigma, conditioning):
-    return model.teacher_velocity(tokens, sigma, conditioning)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_teacher_is_diffusers_transformer(case):
     config, rows, columns, lengths = CASES[case]
     twin = qwen_twin(config)
     tokens, sigma, c = qwen_inputs(config, rows, columns, lengths)
     theirs = qwen_twin_velocity(twin, tokens, sigma, c, rows, columns)
-    tensors = {name: tensor.numpy() for name, tensor in twin.state_dict().items()}
     with jax.default_matmul_precision("highest"):
-        ours = velocity(teacher(config, tensors), tokens, sigma, c)
+        ours = velocity(imported(table, twin, lambda: new_teacher(config)), tokens, sigma, c)
     assert relative_error(ours, theirs) < 1e-5
     if case == "odd sides":
-        rounded = velocity(teacher(config, tensors, jnp.bfloat16), tokens, sigma, c)
+        rounded = velocity(imported(table, twin, lambda: new_teacher(config, jnp.bfloat16)), tokens, sigma, c)
         assert rounded.dtype == jnp.float32
         assert relative_error(rounded, theirs) < 0.03
 
 
 def test_a_prompt_does_not_depend_on_its_batch_or_padding():
-    model = new_teacher(QWEN_IMAGE)
+    model = random_network(lambda: new_teacher(QWEN_IMAGE))
     tokens, sigma, c = qwen_inputs(QWEN_IMAGE, 4, 4, (2, 6, 3))
     together = velocity(model, tokens, sigma, c)
     for padded in (2, 9):
@@ -83,7 +79,7 @@ def test_a_prompt_does_not_depend_on_its_batch_or_padding():
 
 def test_text_within_the_length_has_an_effect():
     """The test above would pass for a network that reads no text at all."""
-    model = new_teacher(QWEN_IMAGE)
+    model = random_network(lambda: new_teacher(QWEN_IMAGE))
     tokens, sigma, c = qwen_inputs(QWEN_IMAGE, 4, 4, (2, 6, 3))
     longer = dataclasses.replace(c, lengths=c.lengths + np.array([1, 0, 0], np.int32))
     change = np.abs(velocity(model, tokens, sigma, longer) - velocity(model, tokens, sigma, c)).max((1, 2))
@@ -111,7 +107,7 @@ def test_paired_with_negatives():
 
 def test_cfg_plain_and_norm_preserving():
     """With prompts and negative prompts of different lengths, in one call."""
-    model = new_teacher(THREE_HEADS)
+    model = random_network(lambda: new_teacher(THREE_HEADS))
     tokens, sigma, c = qwen_inputs(THREE_HEADS, 2, 2, (2, 4))
     negative = dataclasses.replace(c, text=c.text[::-1], lengths=np.array([3, 1], np.int32))
 
@@ -133,7 +129,7 @@ def test_cfg_plain_and_norm_preserving():
 
 def test_gradient_reaches_all_but_the_text_of_the_last_block():
     """The LoRA targets rely on this."""
-    model = new_teacher(QWEN_IMAGE)
+    model = random_network(lambda: new_teacher(QWEN_IMAGE))
     tokens, sigma, c = qwen_inputs(QWEN_IMAGE, 2, 2, (2, 3))
     graphdef, state = nnx.split(model)
     gradients = jax.jit(jax.grad(lambda s: jnp.square(nnx.merge(graphdef, s).teacher_velocity(tokens, sigma, c)).sum()))

@@ -14,9 +14,10 @@ from arcflow_jax.convert.text import clip as table
 from arcflow_jax.data.tokenizers import load_tokenizer, token_length, tokenize
 from arcflow_jax.demo.shapes import CAPTIONS
 from arcflow_jax.errors import UserError
+from arcflow_jax.networks import layers
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.text.clip import CLIPTextConfig, CLIPTextEncoder
-from tests.helpers.twins import random_network, relative_error
+from tests.helpers.twins import imported, random_network, relative_error, run
 from tools.tiny_teacher.text import new_clip, write_clip
 from tools.tiny_teacher.tokenizers import make_clip_tokenizer
 
@@ -68,17 +69,8 @@ def twin(config, device="cpu"):
 
 
 def ours(model, config, dtype=jnp.float32):
-    encoder = nnx.eval_shape(
-        lambda: CLIPTextEncoder(schema.parse(CLIPTextConfig, config, "config.json"), rngs=nnx.Rngs(0))
-    )
-    graphdef, state = nnx.split(encoder)
-    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    return nnx.merge(graphdef, import_tensors(table, tensors, state, dtype))
-
-
-@nnx.jit
-def run(encoder, ids):
-    return encoder(ids)
+    parsed = schema.parse(CLIPTextConfig, config, "config.json")
+    return imported(table, model, lambda: CLIPTextEncoder(parsed, rngs=nnx.Rngs(0)), dtype)
 
 
 def prompts_ids():
@@ -116,7 +108,7 @@ def test_full_size_table():
     shapes = {
         name: np.broadcast_to(np.float32(0), tensor.shape) for name, tensor in twin(CLIP_L, "meta").state_dict().items()
     }
-    encoder = nnx.eval_shape(
+    encoder = layers.abstract(
         lambda: CLIPTextEncoder(schema.parse(CLIPTextConfig, CLIP_L, "config.json"), rngs=nnx.Rngs(0))
     )
     state = nnx.state(encoder)

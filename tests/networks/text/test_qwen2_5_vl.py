@@ -14,16 +14,19 @@ from arcflow_jax import schema
 from arcflow_jax.convert.engine import check, export_tensors, import_tensors
 from arcflow_jax.convert.text import qwen2_5_vl as table
 from arcflow_jax.errors import UserError
+from arcflow_jax.networks import layers
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.text.qwen2_5_vl import Qwen2_5VLConfig, Qwen2_5VLText
 from tests.helpers.twins import (
     bfloat16_error,
+    imported,
     language_scale,
     norm_centre,
     random_network,
     randomize,
     relative_error,
     rounding_bounds,
+    run,
 )
 
 TINY = {
@@ -69,18 +72,12 @@ def twin(config, device="cpu"):
 
 def abstract(config) -> tuple[nnx.GraphDef, nnx.State]:
     read = schema.parse(Qwen2_5VLConfig, config, "config.json")
-    return nnx.split(nnx.eval_shape(lambda: Qwen2_5VLText(read, rngs=nnx.Rngs(0))))
+    return nnx.split(layers.abstract(lambda: Qwen2_5VLText(read, rngs=nnx.Rngs(0))))
 
 
 def ours(model, dtype=jnp.float32) -> Qwen2_5VLText:
-    graphdef, state = abstract(json.loads(model.config.to_json_string(use_diff=False)))
-    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    return nnx.merge(graphdef, import_tensors(table, tensors, state, dtype))
-
-
-@nnx.jit
-def run(encoder, ids):
-    return encoder(ids)
+    config = schema.parse(Qwen2_5VLConfig, json.loads(model.config.to_json_string(use_diff=False)), "config.json")
+    return imported(table, model, lambda: Qwen2_5VLText(config, rngs=nnx.Rngs(0)), dtype)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

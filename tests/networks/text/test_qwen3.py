@@ -11,19 +11,22 @@ import pytest
 from flax import nnx
 
 from arcflow_jax import schema
-from arcflow_jax.convert.engine import check, import_tensors
+from arcflow_jax.convert.engine import check
 from arcflow_jax.convert.text import qwen3 as table
 from arcflow_jax.errors import UserError
+from arcflow_jax.networks import layers
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.text.qwen3 import READ, Qwen3Config, Qwen3Text
 from tests.helpers.twins import (
     bfloat16_error,
+    imported,
     language_scale,
     norm_centre,
     random_network,
     randomize,
     relative_error,
     rounding_bounds,
+    run,
 )
 
 TINY = {
@@ -64,18 +67,12 @@ def twin(config, device="cpu"):
 
 def abstract(config) -> tuple[nnx.GraphDef, nnx.State]:
     read = schema.parse(Qwen3Config, config, "config.json")
-    return nnx.split(nnx.eval_shape(lambda: Qwen3Text(read, rngs=nnx.Rngs(0))))
+    return nnx.split(layers.abstract(lambda: Qwen3Text(read, rngs=nnx.Rngs(0))))
 
 
 def ours(model, dtype=jnp.float32) -> Qwen3Text:
-    graphdef, state = abstract(json.loads(model.config.to_json_string(use_diff=False)))
-    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    return nnx.merge(graphdef, import_tensors(table, tensors, state, dtype))
-
-
-@nnx.jit
-def run(encoder, ids):
-    return encoder(ids)
+    config = schema.parse(Qwen3Config, json.loads(model.config.to_json_string(use_diff=False)), "config.json")
+    return imported(table, model, lambda: Qwen3Text(config, rngs=nnx.Rngs(0)), dtype)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -14,9 +14,10 @@ from arcflow_jax.convert.text import t5 as table
 from arcflow_jax.data.tokenizers import load_tokenizer, token_length, tokenize
 from arcflow_jax.demo.shapes import CAPTIONS
 from arcflow_jax.errors import UserError
+from arcflow_jax.networks import layers
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.text.t5 import T5Config, T5Encoder, distance_buckets
-from tests.helpers.twins import bfloat16_error, random_network, relative_error, rounding_bounds
+from tests.helpers.twins import bfloat16_error, imported, random_network, relative_error, rounding_bounds, run
 from tools.tiny_teacher.text import new_t5, write_t5
 from tools.tiny_teacher.tokenizers import make_t5_tokenizer
 
@@ -51,15 +52,8 @@ def twin(config, device="cpu"):
 
 
 def ours(model, config, dtype=jnp.float32):
-    encoder = nnx.eval_shape(lambda: T5Encoder(schema.parse(T5Config, config, "config.json"), rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(encoder)
-    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    return nnx.merge(graphdef, import_tensors(table, tensors, state, dtype))
-
-
-@nnx.jit
-def run(encoder, ids):
-    return encoder(ids)
+    parsed = schema.parse(T5Config, config, "config.json")
+    return imported(table, model, lambda: T5Encoder(parsed, rngs=nnx.Rngs(0)), dtype)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -110,7 +104,7 @@ def test_full_size_table():
     shapes = {
         name: np.broadcast_to(np.float32(0), tensor.shape) for name, tensor in twin(XXL, "meta").state_dict().items()
     }
-    encoder = nnx.eval_shape(lambda: T5Encoder(T5Config(**XXL), dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    encoder = layers.abstract(lambda: T5Encoder(T5Config(**XXL), dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     state = nnx.state(encoder)
     del shapes["encoder.embed_tokens.weight"]  # the other name of shared.weight
     assert sum(len(tensors) for _, tensors in check(table, shapes, shapes_of(state), "T5-XXL")) == len(shapes) == 219

@@ -16,6 +16,7 @@ from arcflow_jax.convert.engine import check, import_tensors
 from arcflow_jax.convert.vaes import flux2 as table
 from arcflow_jax.errors import UserError
 from arcflow_jax.families.latents import pack, unpack
+from arcflow_jax.networks import layers
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.vaes import vae as strips
 from arcflow_jax.networks.vaes.flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
@@ -68,7 +69,7 @@ def read(model) -> AutoencoderKLFlux2Config:
 
 
 def abstract(config) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: AutoencoderKLFlux2(config, rngs=nnx.Rngs(0))))
+    return nnx.split(layers.abstract(lambda: AutoencoderKLFlux2(config, rngs=nnx.Rngs(0))))
 
 
 @nnx.jit

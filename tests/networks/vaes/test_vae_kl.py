@@ -14,6 +14,7 @@ from arcflow_jax import schema
 from arcflow_jax.convert.engine import import_tensors
 from arcflow_jax.convert.vaes import kl as table
 from arcflow_jax.errors import UserError
+from arcflow_jax.networks import layers
 from arcflow_jax.networks.vaes.kl import AutoencoderKL, AutoencoderKLConfig
 from tests.helpers.twins import relative_error
 
@@ -62,7 +63,7 @@ def twin(config: AutoencoderKLConfig):
 def ours(model, config: AutoencoderKLConfig) -> AutoencoderKL:
     read = schema.parse(AutoencoderKLConfig, dict(model.config), "config.json")
     assert read == config
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: AutoencoderKL(read, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(layers.abstract(lambda: AutoencoderKL(read, rngs=nnx.Rngs(0))))
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     return nnx.merge(graphdef, import_tensors(table, tensors, state))
 
@@ -96,7 +97,7 @@ def test_parity(name):
 
 def test_bfloat16_agrees_with_float32():
     config = dataclasses.replace(TINY, block_out_channels=(8,))
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0))))
+    graphdef, abstract = nnx.split(layers.abstract(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
     random = lambda x: jnp.asarray(rng.standard_normal(x.shape) / np.prod(x.shape[:-1]) ** 0.5, jnp.float32)  # noqa: E731
     network = nnx.merge(graphdef, jax.tree.map(random, abstract))

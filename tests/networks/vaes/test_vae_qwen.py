@@ -14,6 +14,7 @@ from arcflow_jax import schema
 from arcflow_jax.convert.engine import check, export_tensors, import_tensors
 from arcflow_jax.convert.vaes import qwen as table
 from arcflow_jax.errors import UserError
+from arcflow_jax.networks import layers
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.vaes.qwen import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
 from tests.helpers.twins import relative_error
@@ -54,7 +55,7 @@ def twin(config: AutoencoderKLQwenImageConfig, temporal: list[bool]):
 
 
 def abstract(config: AutoencoderKLQwenImageConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: AutoencoderKLQwenImage(config, rngs=nnx.Rngs(0))))
+    return nnx.split(layers.abstract(lambda: AutoencoderKLQwenImage(config, rngs=nnx.Rngs(0))))
 
 
 def ours(model, config: AutoencoderKLQwenImageConfig) -> AutoencoderKLQwenImage:
