@@ -1,0 +1,144 @@
+"""Trains a student up to a part of its budget, and measures it against the dense teacher from the same noises."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import shutil
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from arcflow_jax.data.prompts import read_prompts
+from arcflow_jax.demo.evaluate import SEED, Results, Sampler, diversity, measure, run_samplers
+from arcflow_jax.demo.run import TEACHERS
+from arcflow_jax.demo.world import World
+from arcflow_jax.evaluate.trajectory.comparison import Comparison, ComparisonSettings
+from arcflow_jax.evaluate.trajectory.report import Tally, compare_all, figures
+from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.training.loop import train
+from arcflow_jax.training.recipe import Recipe
+from arcflow_jax.training.report.log import LOG
+from benchmarks.methods.protocol import DIVERSE, EULER, TRACED, VALIDATION
+
+DENSE = f"teacher_{EULER[-1]}"
+VALIDATION_SEED = SEED + 1  # of the search's captions and noises
+TRACED_PARTS = ("total", "local", "drift")  # what is kept of the trajectory report
+
+
+class Bench:
+    """A teacher, the captions to measure students on, and what the teacher itself makes of them.
+
+    Args:
+      teacher: a key of `TEACHERS`.
+      model: the converted teacher.
+      recipe: of any run; all have the same guidance.
+      prompts: how many test prompts to measure on.
+    """
+
+    def __init__(self, teacher: str, model: Path, recipe: Recipe, prompts: int):
+        self.model, self.world = model, TEACHERS[teacher].world
+        trained = recipe.distillation
+        self.guidance = recipe.guidance
+        self.negative_prompt = trained.negative_prompt if trained.teacher_guidance == "cfg" else None
+        self.test = [self.world.captions.of(text) for text in read_prompts(self.world.test_prompts).texts[:prompts]]
+        self.validation = validation_captions(self.world, min(VALIDATION, prompts))
+
+    def teachers(self) -> dict[int, dict[str, Any]]:
+        """The figures of the teacher's Euler steps on the test prompts, by their number."""
+        found = measure(self.world, self._teachers, self.test, DENSE)
+        return {
+            n: found[f"teacher_{n}"] | {"diversity": self._diversities[f"teacher_{n}"] / self._diversities[DENSE]}
+            for n in EULER
+        }
+
+    def validate(self, run: Path, nfe: int) -> dict[str, Any]:
+        """The figures of a student on the validation prompts, but the Fréchet distance, which is for test prompts."""
+        results = self._run({"student": self._student(run, nfe)}, self.validation, VALIDATION_SEED)
+        found = measure(self.world, {DENSE: self._validation_truth} | results, self.validation, DENSE)["student"]
+        del found["frechet_distance"]
+        return found
+
+    def test_figures(self, run: Path, nfe: int) -> dict[str, Any]:
+        """The figures of a student on the test prompts."""
+        sampler = {"student": self._student(run, nfe)}
+        results = {DENSE: self._teachers[DENSE]} | self._run(sampler, self.test, SEED)
+        found = measure(self.world, results, self.test, DENSE)["student"]
+        own = diversity(self.world, sampler, self.test[:DIVERSE], self.guidance, self.negative_prompt)["student"]
+        return found | {"diversity": own / self._diversities[DENSE]}
+
+    def segments(self, run: Path, nfe: int) -> list[dict[str, Any]]:
+        """The trajectory report of a student: the parts of its error in each segment (see `evaluate.trajectory`)."""
+        settings = ComparisonSettings(steps=nfe, seed=SEED)
+        comparison = Comparison(self.model, run, settings, batch_size=16)
+        tally = Tally()
+        with contextlib.redirect_stdout(None):
+            compare_all(comparison, [str(caption) for caption in self.test[:TRACED]], tally, None)
+        return [
+            {kind: {part: segment[kind][part] for part in TRACED_PARTS} for kind in ("velocity", "state")}
+            | {"sigma": segment["sigma"]}
+            for segment in figures(tally, comparison.grid)["segments"]
+        ]
+
+    def _student(self, run: Path, nfe: int) -> Sampler:
+        return Sampler(ArcFlowPipeline.from_pretrained(self.model, adapter=run), nfe)
+
+    def _run(self, samplers: dict[str, Sampler], captions: Sequence[Any], seed: int) -> dict[str, Results]:
+        return run_samplers(samplers, captions, self.guidance, self.negative_prompt, seed=seed)
+
+    @functools.cached_property
+    def _samplers(self) -> dict[str, Sampler]:
+        pipeline = ArcFlowPipeline.from_pretrained(self.model)
+        return {f"teacher_{n}": Sampler(pipeline, n) for n in EULER}
+
+    @functools.cached_property
+    def _teachers(self) -> dict[str, Results]:
+        return self._run(self._samplers, self.test, SEED)
+
+    @functools.cached_property
+    def _validation_truth(self) -> Results:
+        return self._run({DENSE: self._samplers[DENSE]}, self.validation, VALIDATION_SEED)[DENSE]
+
+    @functools.cached_property
+    def _diversities(self) -> dict[str, float]:
+        return diversity(self.world, self._samplers, self.test[:DIVERSE], self.guidance, self.negative_prompt)
+
+
+def validation_captions(world: World, count: int) -> list[Any]:
+    """Random captions that are in neither the training nor the test prompts."""
+    used = {text for path in (world.train_prompts, world.test_prompts) for text in read_prompts(path).texts}
+    drawn = np.asarray(world.captions.random(jax.random.key(VALIDATION_SEED), 32 * count))
+    captions = [world.captions.of_indices(*indices) for indices in drawn.tolist()]
+    return [caption for caption in captions if str(caption) not in used][:count]
+
+
+def train_to(recipe: Recipe, steps: int, console: Path) -> tuple[float, float]:
+    """Trains a run up to a training step, from its last checkpoint.
+
+    Args:
+      recipe: of the whole run.
+      console: a file that gets what the training prints.
+
+    Returns:
+      The mean loss since the last 1/8 of the run; and the median seconds of a training step, without compilation.
+    """
+    run = Path(recipe.out)
+    if any(line["step"] > steps for line in lines_of(run)):  # what was measured at this step is lost
+        shutil.rmtree(run)
+    with console.open("a") as file, contextlib.redirect_stdout(file):
+        train(dataclasses.replace(recipe, steps=steps))
+    lines = [line for line in lines_of(run) if line["step"] > steps - max(1, recipe.steps // 8)]
+    losses = [math.nan if line["loss"] is None else line["loss"] for line in lines]
+    return statistics.mean(losses), statistics.median(1 / line["steps_per_second"] for line in lines)
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log so far."""
+    return [json.loads(line) for line in (run / LOG).read_text().splitlines()] if (run / LOG).exists() else []
