@@ -163,5 +163,5 @@ def recipe(
     config.distillation.decay = 10**9 if math.isinf(part) else round(part * steps)
     begin = round((0.01 if published else 0.05) * steps)
     config.optimizer.warmup = config.optimizer.clip_from = config.ema.start = begin
-    config.steps, config.log_every, config.save_every = steps, max(1, steps // 80), max(1, steps // 8)
+    config.steps, config.log_every, config.save_every = steps, max(1, steps // 80), max(1, steps // 4)
     return Recipe.from_config(config)

@@ -95,7 +95,9 @@ class Study:
         start = plan.start(self.results, cell, self.scope)
         while found := search.missing(errors(self.results, cell), start):
             self.measure("search", cell, found[0][0], SEARCH_SEED, found[0][1])
-        shutil.rmtree(self.folder("search", cell), ignore_errors=True)
+        if self.folder("search", cell).exists():
+            shutil.rmtree(self.folder("search", cell))
+            jax.clear_caches()  # no other cell runs these programs
 
     def measure(self, part: Part, cell: Cell, setting: Setting, seed: int, until: float) -> None:
         """Trains a run up to a part of its budget, and measures it at all stops up to there that are not measured."""
@@ -124,7 +126,7 @@ class Study:
             )
         if part != "search":
             shutil.rmtree(run)
-        jax.clear_caches()
+            jax.clear_caches()  # what comes next runs other programs
         self.trained += until - max(done, default=0.0)
         self.spent += time.monotonic() - began
         print(f"endpoint error {self.results[-1].error:.4f}; {self.left()} left", flush=True)
