@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from benchmarks.methods.protocol import EULER, METHODS, NFES, RATES, SCHEDULES, Cell
+from benchmarks.methods.protocol import EULER, METHODS, NFES, SCHEDULES, Cell
 from benchmarks.methods.results import Result
 from benchmarks.methods.tables import places, shown
 
@@ -31,9 +31,8 @@ def overview(results: Sequence[Result]) -> Figure:
         teacher = {r.nfe: [r] for r in results if r.part == "teacher" and r.nfe in EULER[:-1]}
         spread(axes, teacher, "teacher, Euler steps", color="#1c1917", linestyle="--", marker="D")
         axes.set(title=f"timestep shift {shift:g}", xlabel="NFE", xscale="log", yscale="log")
-        axes.set_xticks([*sorted(NFES), 8], [*map(str, sorted(NFES)), "8"])
-        axes.xaxis.set_minor_formatter(NullFormatter())
         plain(axes)
+        axes.set_xticks([*sorted(NFES), 8])
     drawing.axes[0].set_ylabel("endpoint error, test prompts")
     legend(drawing)
     return drawing
@@ -86,7 +85,6 @@ def draw_rates(axes: Axes, results: Sequence[Result]) -> None:
     styles = zip(SCHEDULES, ("dotted", "solid", "dash-dot", "dashed"), strict=True)
     title = "search; schedule " + ", ".join(f"{name} {style}" for name, style in styles)
     axes.set(title=title, xlabel="learning rate", ylabel="least endpoint error, validation")
-    axes.set_xticks([rate for rate in RATES if any(rate == r.setting.rate for r in searched)])
 
 
 def draw_parts(axes: Axes, results: Sequence[Result], nfe: int, shift: float) -> None:
@@ -98,7 +96,7 @@ def draw_parts(axes: Axes, results: Sequence[Result], nfe: int, shift: float) ->
                     axes.bar(
                         i + 0.27 * (j - 1), segments[-1]["state"][part], 0.25, color=COLOURS[method], alpha=1 - 0.3 * j
                     )
-    axes.set_xticks(range(len(METHODS)), METHODS)
+    axes.set_xticks(range(len(METHODS)), [method.replace("-", "\n") for method in METHODS])
     axes.set(title="state at the end: error in all, local, drift", ylabel="mean square")
 
 
@@ -134,11 +132,12 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def plain(axes: Axes) -> None:
-    """A grid, and plain numbers on a logarithmic axis of errors."""
+    """A grid, and plain numbers on logarithmic axes."""
     axes.grid(alpha=0.25, which="both")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    for axis, subs in ((axes.xaxis, (1, 2, 5)), (axes.yaxis, (1, 1.5, 2, 3, 4, 6, 8))):
+        axis.set_major_locator(LogLocator(subs=subs))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
 
 
 def legend(drawing: Figure) -> None:

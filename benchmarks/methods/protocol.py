@@ -36,10 +36,13 @@ STOPS = (1 / 8, 1 / 4, 1 / 2, 1.0)  # parts of the budget after which a run is e
 FIRST = 1 / 4  # of the budget, which all settings of the grid get
 MOST = 12  # settings of one search that get the whole budget
 SEARCH_SEED, SEEDS = 0, (1, 2, 3)
-VALIDATION = 256  # prompts of the search
+HELD_OUT = 0.2  # of the different training prompts: no student is trained on them, and the search validates on them
+VALIDATION = 256  # of those, the prompts of the search
 DIVERSE = 32  # test prompts whose images are compared with one another
 TRACED = 64  # test prompts of the trajectory report
 PUBLISHED_SHIFT = 3.2
+
+TEACHER, PROMPTS = "teacher", "prompts-train.txt"  # in the folder of a study
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +135,7 @@ def stop_after(part: float, steps: int) -> int:
 
 
 def recipe(
-    teacher: str, model: Path, out: Path, cell: Cell, setting: Setting, seed: int, calls: int, published: bool = False
+    teacher: str, home: Path, out: Path, cell: Cell, setting: Setting, seed: int, calls: int, published: bool = False
 ) -> Recipe:
     """The recipe of a run that uses the whole budget.
 
@@ -141,14 +144,13 @@ def recipe(
 
     Args:
       teacher: a key of `TEACHERS`.
-      model: the converted teacher.
+      home: has the converted teacher and the training prompts, see `TEACHER` and `PROMPTS`.
       out: the run's directory.
       calls: the budget.
       published: whether to take everything else as published too, LoRA's rank excepted.
     """
-    world, name = TEACHERS[teacher]
-    config = read_config(name)
-    values = {"model": str(model), "prompts": str(world.train_prompts), "out": str(out), "seed": seed}
+    config = read_config(TEACHERS[teacher].config)
+    values = {"model": str(home / TEACHER), "prompts": str(home / PROMPTS), "out": str(out), "seed": seed}
     values |= {"batch": setting.batch, "preview_every": 0, "keep_last": 1, "max_skipped": 10**9}
     values |= {"distillation.nfe": cell.nfe, "distillation.shift": cell.shift}
     values |= {"optimizer.learning_rate": setting.rate, "optimizer.decay_steps": 0} | METHODS[cell.method]

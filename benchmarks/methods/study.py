@@ -12,18 +12,22 @@ from pathlib import Path
 import jax
 
 from arcflow_jax.console import duration
+from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.demo import ASSETS
+from arcflow_jax.demo.run import TEACHERS
 from arcflow_jax.models.conversion import convert_model
 from arcflow_jax.models.model_directory import DESCRIPTION
-from arcflow_jax.storage.atomic import make_directory
+from arcflow_jax.storage.atomic import make_directory, write_file
 from arcflow_jax.storage.lock import one_writer
 from benchmarks.methods import plan, search
 from benchmarks.methods.protocol import (
+    PROMPTS,
     PUBLISHED,
     SCOPES,
     SEARCH_SEED,
     SEEDS,
     STOPS,
+    TEACHER,
     Cell,
     Setting,
     calls_of_step,
@@ -32,7 +36,7 @@ from benchmarks.methods.protocol import (
     stop_after,
 )
 from benchmarks.methods.results import Files, Part, Result, errors
-from benchmarks.methods.trial import Bench, train_to
+from benchmarks.methods.trial import Bench, split_prompts, train_to
 
 
 class Study:
@@ -68,8 +72,10 @@ class Study:
             if jax.config.jax_compilation_cache_dir is None:  # the seeds of a cell run the same program
                 jax.config.update("jax_compilation_cache_dir", str(self.out / "cache"))
                 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-            if not (self.out / "teacher" / DESCRIPTION).exists():
-                convert_model(ASSETS / self.teacher, self.out / "teacher")
+            if not (self.out / TEACHER / DESCRIPTION).exists():
+                convert_model(ASSETS / self.teacher, self.out / TEACHER)
+            train, _ = split_prompts(read_prompts(TEACHERS[self.teacher].world.train_prompts).texts)
+            write_file(self.out / PROMPTS, "\n".join(train).encode())
             if not any(result.part == "teacher" for result in self.results):
                 for steps, figures in self.bench.teachers().items():
                     self.keep(Result("teacher", "teacher", steps, 0.0, figures=figures))
@@ -85,8 +91,8 @@ class Study:
 
     @functools.cached_property
     def bench(self) -> Bench:
-        some = recipe(self.teacher, self.out / "teacher", self.out, Cell("linear", 1, 1.0), PUBLISHED, 0, self.calls)
-        return Bench(self.teacher, self.out / "teacher", some, self.prompts)
+        some = recipe(self.teacher, self.out, self.out, Cell("linear", 1, 1.0), PUBLISHED, 0, self.calls)
+        return Bench(self.teacher, self.out, some, self.prompts)
 
     def search(self, cell: Cell) -> None:
         """Searches a cell's best setting, and, before it, that of the cell whose setting it begins with."""
@@ -109,7 +115,7 @@ class Study:
             return
         print(f"{cell}, {part}, {setting}, seed {seed}, up to {until:g} of the budget", flush=True)
         published = part == "published"
-        whole = recipe(self.teacher, self.out / "teacher", run, cell, setting, seed, self.calls, published=published)
+        whole = recipe(self.teacher, self.out, run, cell, setting, seed, self.calls, published=published)
         began = time.monotonic()
         for stop in stops:
             steps = stop_after(stop, whole.steps)

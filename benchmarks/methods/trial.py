@@ -13,23 +13,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.demo.evaluate import SEED, Results, Sampler, diversity, measure, run_samplers
 from arcflow_jax.demo.run import TEACHERS
-from arcflow_jax.demo.world import World
 from arcflow_jax.evaluate.trajectory.comparison import Comparison, ComparisonSettings
 from arcflow_jax.evaluate.trajectory.report import Tally, compare_all, figures
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.training.loop import train
 from arcflow_jax.training.recipe import Recipe
 from arcflow_jax.training.report.log import LOG
-from benchmarks.methods.protocol import DIVERSE, EULER, TRACED, VALIDATION
+from benchmarks.methods.protocol import DIVERSE, EULER, HELD_OUT, TEACHER, TRACED, VALIDATION
 
 DENSE = f"teacher_{EULER[-1]}"
-VALIDATION_SEED = SEED + 1  # of the search's captions and noises
+VALIDATION_SEED = SEED + 1  # of the search's noises
 TRACED_PARTS = ("total", "local", "drift")  # what is kept of the trajectory report
 
 
@@ -38,18 +36,21 @@ class Bench:
 
     Args:
       teacher: a key of `TEACHERS`.
-      model: the converted teacher.
+      home: has the converted teacher.
       recipe: of any run; all have the same guidance.
-      prompts: how many test prompts to measure on.
+      prompts: how many test prompts, and at most how many validation prompts, to measure on.
     """
 
-    def __init__(self, teacher: str, model: Path, recipe: Recipe, prompts: int):
-        self.model, self.world = model, TEACHERS[teacher].world
+    def __init__(self, teacher: str, home: Path, recipe: Recipe, prompts: int):
+        self.model, self.world = home / TEACHER, TEACHERS[teacher].world
         trained = recipe.distillation
         self.guidance = recipe.guidance
         self.negative_prompt = trained.negative_prompt if trained.teacher_guidance == "cfg" else None
-        self.test = [self.world.captions.of(text) for text in read_prompts(self.world.test_prompts).texts[:prompts]]
-        self.validation = validation_captions(self.world, min(VALIDATION, prompts))
+        _, validation = split_prompts(read_prompts(self.world.train_prompts).texts)
+        test = read_prompts(self.world.test_prompts).texts
+        self.validation, self.test = (
+            [self.world.captions.of(text) for text in texts[:prompts]] for texts in (validation, test)
+        )
 
     def teachers(self) -> dict[int, dict[str, Any]]:
         """The figures of the teacher's Euler steps on the test prompts, by their number."""
@@ -111,12 +112,12 @@ class Bench:
         return diversity(self.world, self._samplers, self.test[:DIVERSE], self.guidance, self.negative_prompt)
 
 
-def validation_captions(world: World, count: int) -> list[Any]:
-    """Random captions that are in neither the training nor the test prompts."""
-    used = {text for path in (world.train_prompts, world.test_prompts) for text in read_prompts(path).texts}
-    drawn = np.asarray(world.captions.random(jax.random.key(VALIDATION_SEED), 32 * count))
-    captions = [world.captions.of_indices(*indices) for indices in drawn.tolist()]
-    return [caption for caption in captions if str(caption) not in used][:count]
+def split_prompts(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Training prompts, divided into those to train on and those of the search. No text is in both."""
+    different = sorted(set(texts))
+    order = np.random.default_rng(0).permutation(len(different))
+    held = {different[i] for i in order[: round(HELD_OUT * len(different))]}
+    return [text for text in texts if text not in held], [text for text in texts if text in held][:VALIDATION]
 
 
 def train_to(recipe: Recipe, steps: int, console: Path) -> tuple[float, float]:
