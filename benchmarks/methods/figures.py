@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -104,11 +105,12 @@ def spread(
     axes: Axes,
     results: dict[int, list[Result]],
     label: str,
-    read: Callable[[Result], float] = lambda result: result.error,
+    read: Callable[[Result], float | None] = lambda result: result.error,
     **style: object,
 ) -> None:
-    """Means and standard deviations over seeds, by x."""
-    values = {x: [read(result) for result in found] for x, found in results.items() if found}
+    """Means and standard deviations over seeds, by x, of figures that are finite."""
+    values = {x: [value for r in found if (value := read(r)) is not None] for x, found in results.items()}
+    values = {x: each for x, each in values.items() if each and all(map(math.isfinite, each))}
     if values:
         means = [statistics.mean(each) for each in values.values()]
         spreads = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values.values()]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from arcflow_jax.demo.run import TEACHERS
+from arcflow_jax.errors import UserError
 from arcflow_jax.training.recipe import Recipe, read_config
 
 # Each method, by what it changes in the teacher's recipe in configs/
@@ -113,14 +114,10 @@ def parent(cell: Cell, scope: Scope) -> Cell | None:
 
 
 def training_steps(calls: int, recipe: Recipe) -> int:
-    """How many training steps a budget of teacher calls has.
-
-    A training step calls the teacher once for each example, segment and visited state. Raises ValueError if the budget
-    does not suffice for one.
-    """
+    """How many training steps a budget of teacher calls has. Raises UserError if it has none."""
     steps = calls // calls_of_step(recipe)
     if not steps:
-        raise ValueError(f"{calls} teacher calls do not suffice for a training step, which has {calls_of_step(recipe)}")
+        raise UserError(f"{calls} teacher calls do not suffice for a training step, which has {calls_of_step(recipe)}")
     return steps
 
 

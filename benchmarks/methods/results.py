@@ -36,7 +36,7 @@ class Result:
       steps: training steps so far.
       calls: teacher calls so far.
       seconds: of a training step, the median, without compilation.
-      loss: mean since the stop before.
+      loss: mean over the last 1/8 of the budget; None if it was not finite.
       figures: of `demo.evaluate.measure`, and, where they were measured, `diversity` relative to the dense teacher's
         and `segments`, the trajectory report's.
     """
@@ -51,7 +51,7 @@ class Result:
     steps: int = 0
     calls: int = 0
     seconds: float = 0.0
-    loss: float = 0.0
+    loss: float | None = None
     figures: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property

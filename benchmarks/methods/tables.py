@@ -77,9 +77,7 @@ def training(results: Sequence[Result], nfe: int, shift: float) -> str:
         }
         if any(stops.values()):
             cells = [
-                f"{mean(found, lambda r: r.figures['endpoint_error'], 4)}; {statistics.mean(r.loss for r in found):.3g}"
-                if found
-                else ""
+                f"{mean(found, lambda r: r.figures['endpoint_error'], 4)}; {mean(found, lambda r: r.loss, 3)}"
                 for found in stops.values()
             ]
             rows.append([method, *cells])
@@ -102,7 +100,7 @@ def traced(results: Sequence[Result], nfe: int, shift: float) -> str:
 
 def titles(results: Sequence[Result]) -> list[str]:
     """The measures' names; what the first attribute of the world is, is a measure too."""
-    attribute = next((first_attribute(result) for result in results), "")
+    attribute = next((first_attribute(result) for result in results if result.part != "search"), "")
     return [*MEASURES[:3], attribute, MEASURES[3]]
 
 
@@ -123,8 +121,10 @@ def measures(results: Sequence[Result]) -> list[str]:
 
 
 def mean(results: Sequence[Result], read: Callable[[Result], float | None], digits: int) -> str:
-    """Mean ± sample standard deviation of a figure, without the latter if there is one result only."""
+    """Mean ± sample standard deviation of a figure, without the latter if there is one result only; "" if none."""
     values = [read(result) for result in results]
+    if not values:
+        return ""
     if None in values:
         return "not finite"
     text = f"{statistics.mean(values):.{digits}f}"

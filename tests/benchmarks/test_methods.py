@@ -18,6 +18,7 @@ from arcflow_jax.flow.distill import distil, teacher_share
 from arcflow_jax.flow.momentum import Mixture
 from arcflow_jax.training.recipe import Recipe, read_config
 from benchmarks.methods import figures, plan, protocol, report, search, tables
+from benchmarks.methods.__main__ import main
 from benchmarks.methods.protocol import (
     BATCHES,
     METHODS,
@@ -125,7 +126,7 @@ def test_budgets_are_equal_and_end_at_whole_training_steps():
             stops = [protocol.stop_after(stop, settings.steps) for stop in STOPS]
             assert stops == sorted(set(stops))
             assert stops[-1] == settings.steps
-    with pytest.raises(ValueError, match="100 teacher calls do not suffice for a training step, which has 128"):
+    with pytest.raises(UserError, match="100 teacher calls do not suffice for a training step, which has 128"):
         protocol.recipe("tiny-flux", Path("home"), Path("out"), CELL, PUBLISHED, 0, 100)
 
 
@@ -146,6 +147,20 @@ def test_every_cell_begins_with_a_cell_that_comes_before():
     before = [protocol.parent(cell, SCOPE) for cell in order]
     assert before[0] is None
     assert all(each in order[:i] for i, each in enumerate(before[1:], 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--nfe", "3"], "the protocol has no such NFE and shift: it has NFE 2 with shift 0.6, NFE 2 with shift 3.2,"),
+        (["--prompts", "1"], "prompts is 1, but must be from 2 to 512"),
+    ],
+)
+def test_impossible_options_are_refused(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["methods", "--out", str(tmp_path), "--results", str(tmp_path), *options])
+    with pytest.raises(SystemExit):
+        main()
+    assert message in capsys.readouterr().err
 
 
 # The search
@@ -290,7 +305,7 @@ def test_tables(tmp_path):
     assert f"| momentum-16 | 3 | 0.001 | 32 | never | 200 | 25,600 | 100 | 0.0200 ± 0.0100 | {measured}" in text
     assert "| momentum-16, published recipe | 1 | 0.0001 | 16 | 1/5 | 400 | 51,200 | 200 | 0.5000 | 2.50 |" in text
     assert "| 4 | 0.2500 | 2.50 | 75.0 % | 50.0 % | 0.900 |" in text
-    assert "| momentum-16 | 0.0200 ± 0.0100; 2 | 0.0600 ± 0.0300; 2 |" in text
+    assert "| momentum-16 | 0.0200 ± 0.0100; 2.000 ± 0.000 | 0.0600 ± 0.0300; 2.000 ± 0.000 |" in text
     assert "| momentum-16 | 1: σ 1.000 to 0.500 | 0.25 | 0.125 | 0.25 | 0.125 |" in text
     assert "legendre" not in text
     for name in ("overview", "nfe-2-shift-0.6"):
@@ -299,7 +314,7 @@ def test_tables(tmp_path):
 
 
 def test_a_best_setting_that_changed_is_shown_when_it_is_measured():
-    """A search that goes on can find another one: what was measured of the first is not shown as its."""
+    """A search that continues can find another setting: what was measured of the first is not shown as its."""
     found = study()
     found.append(result("search", 0.05, 0, 1.0, setting=Setting(3e-3, 32, "never")))
     assert tables.shown(found, CELL, "best") == []
