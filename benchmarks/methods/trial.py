@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import math
 import shutil
@@ -79,7 +80,7 @@ class Bench:
         settings = ComparisonSettings(steps=nfe, seed=SEED)
         comparison = Comparison(self.model, run, settings, batch_size=16)
         tally = Tally()
-        with contextlib.redirect_stdout(None):
+        with contextlib.redirect_stdout(io.StringIO()):
             compare_all(comparison, [str(caption) for caption in self.test[:TRACED]], tally, None)
         return [
             {kind: {part: segment[kind][part] for part in TRACED_PARTS} for kind in ("velocity", "state")}

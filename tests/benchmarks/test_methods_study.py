@@ -36,7 +36,8 @@ def test_an_interrupted_study_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "parent", lambda cell, scope: None)
     monkeypatch.setattr("benchmarks.methods.plan.parent", lambda cell, scope: None)
     monkeypatch.setattr("benchmarks.methods.plan.parts", lambda cell, scope: ["best"])
-    monkeypatch.setattr("benchmarks.methods.trial.EULER", (2, 50))
+    for name, value in (("EULER", (2, 50)), ("DIVERSE", 2), ("TRACED", 2)):
+        monkeypatch.setattr(f"benchmarks.methods.trial.{name}", value)
 
     def begun() -> Study:
         return Study("tiny-flux", tmp_path / "out", tmp_path / "results", calls=1024, prompts=4)
@@ -65,7 +66,7 @@ def test_an_interrupted_study_resumes(tmp_path, monkeypatch, capsys):
     assert "search, rate 0.001, batch 32, schedule never, seed 0, up to 1 of the budget" in capsys.readouterr().out
     found = begun().results
     assert [(r.part, r.share) for r in found if r.part in ("best", "search")] == [
-        (part, share) for part in ("best", "search") for share in protocol.STOPS
+        (part, share) for part in ("search", "best") for share in protocol.STOPS
     ]
     dense = {r.nfe: r.figures for r in found if r.part == "teacher"}
     assert dense[2]["endpoint_error"] > dense[50]["endpoint_error"] == 0
