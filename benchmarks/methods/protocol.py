@@ -127,8 +127,13 @@ def calls_of_step(recipe: Recipe) -> int:
 
 
 def stop_after(part: float, steps: int) -> int:
-    """The training step at which a part of the budget is used."""
-    return max(1, round(part * steps))
+    """The training step at which a part of the budget, one of `STOPS`, is used."""
+    return steps if part == 1 else min(steps, round(part / STOPS[0]) * first_stop(steps))
+
+
+def first_stop(steps: int) -> int:
+    """The training step of the first stop. All but the last are multiples of it."""
+    return max(1, round(STOPS[0] * steps))
 
 
 def recipe(
@@ -162,5 +167,6 @@ def recipe(
     config.distillation.decay = 10**9 if math.isinf(part) else round(part * steps)
     begin = round((0.01 if published else 0.05) * steps)
     config.optimizer.warmup = config.optimizer.clip_from = config.ema.start = begin
-    config.steps, config.log_every, config.save_every = steps, max(1, steps // 80), max(1, steps // 4)
+    config.steps, config.log_every = steps, max(1, steps // 80)
+    config.save_every = config.keep_every = first_stop(steps)
     return Recipe.from_config(config)

@@ -31,12 +31,13 @@ from benchmarks.methods.protocol import (
     Cell,
     Setting,
     calls_of_step,
+    first_stop,
     parent,
     recipe,
     stop_after,
 )
 from benchmarks.methods.results import Files, Part, Result, errors
-from benchmarks.methods.trial import Bench, split_prompts, train_to
+from benchmarks.methods.trial import Bench, logged, split_prompts, student_at, train_to
 
 
 class Study:
@@ -106,7 +107,7 @@ class Study:
             jax.clear_caches()  # no other cell runs these programs
 
     def measure(self, part: Part, cell: Cell, setting: Setting, seed: int, until: float) -> None:
-        """Trains a run up to a part of its budget, and measures it at all stops up to there that are not measured."""
+        """Trains a run up to a part of its budget, and measures it at the stops up to there that have no result."""
         run = self.folder(part, cell) / f"{setting.rate:g}-{setting.batch}-{setting.schedule.replace('/', '-')}-{seed}"
         known = (cell, part, setting, seed)
         done = [r.share for r in self.results if (r.cell, r.part, r.setting, r.seed) == known]
@@ -117,15 +118,17 @@ class Study:
         published = part == "published"
         whole = recipe(self.teacher, self.out, run, cell, setting, seed, self.calls, published=published)
         began = time.monotonic()
+        train_to(whole, stop_after(until, whole.steps), self.out / "train.log")
         for stop in stops:
             steps = stop_after(stop, whole.steps)
-            loss, seconds = train_to(whole, steps, self.out / "train.log")
+            student = student_at(run, steps)
             if part == "search":
-                figures = self.bench.validate(run, cell.nfe)
+                figures = self.bench.validate(student, cell.nfe)
             else:
-                figures = self.bench.test_figures(run, cell.nfe)
+                figures = self.bench.test_figures(student, cell.nfe)
                 if seed == SEEDS[0] and stop == self.chosen_stop(part, cell):
-                    figures["segments"] = self.bench.segments(run, cell.nfe)
+                    figures["segments"] = self.bench.segments(student, cell.nfe)
+            loss, seconds = logged(run, steps, first_stop(whole.steps))
             used = {"share": stop, "steps": steps, "calls": steps * calls_of_step(whole)}
             self.keep(
                 Result(part, *vars(cell).values(), setting, seed, **used, seconds=seconds, loss=loss, figures=figures)

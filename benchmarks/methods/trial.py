@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from arcflow_jax.checkpoints.training import DESCRIPTION
 from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.demo.evaluate import SEED, Results, Sampler, diversity, measure, run_samplers
 from arcflow_jax.demo.run import TEACHERS
@@ -61,24 +62,24 @@ class Bench:
             for n in EULER
         }
 
-    def validate(self, run: Path, nfe: int) -> dict[str, Any]:
+    def validate(self, student: Path, nfe: int) -> dict[str, Any]:
         """The endpoint error of a student on the validation prompts, by which the search decides."""
-        results = self._run({"student": self._student(run, nfe)}, self.validation, VALIDATION_SEED)["student"]
+        results = self._run({"student": self._student(student, nfe)}, self.validation, VALIDATION_SEED)["student"]
         latents, truth = (np.concatenate(each.latents) for each in (results, self._validation_truth))
         return {"endpoint_error": float(np.square(latents - truth).mean())}
 
-    def test_figures(self, run: Path, nfe: int) -> dict[str, Any]:
+    def test_figures(self, student: Path, nfe: int) -> dict[str, Any]:
         """The figures of a student on the test prompts."""
-        sampler = {"student": self._student(run, nfe)}
+        sampler = {"student": self._student(student, nfe)}
         results = {DENSE: self._teachers[DENSE]} | self._run(sampler, self.test, SEED)
         found = measure(self.world, results, self.test, DENSE)["student"]
         own = diversity(self.world, sampler, self.test[:DIVERSE], self.guidance, self.negative_prompt)["student"]
         return found | {"diversity": own / self._diversities[DENSE]}
 
-    def segments(self, run: Path, nfe: int) -> list[dict[str, Any]]:
+    def segments(self, student: Path, nfe: int) -> list[dict[str, Any]]:
         """The trajectory report of a student: the parts of its error in each segment (see `evaluate.trajectory`)."""
         settings = ComparisonSettings(steps=nfe, seed=SEED)
-        comparison = Comparison(self.model, run, settings, batch_size=16)
+        comparison = Comparison(self.model, student, settings, batch_size=16)
         tally = Tally()
         with contextlib.redirect_stdout(io.StringIO()):
             compare_all(comparison, [str(caption) for caption in self.test[:TRACED]], tally, None)
@@ -88,8 +89,8 @@ class Bench:
             for segment in figures(tally, comparison.grid)["segments"]
         ]
 
-    def _student(self, run: Path, nfe: int) -> Sampler:
-        return Sampler(ArcFlowPipeline.from_pretrained(self.model, adapter=run), nfe)
+    def _student(self, student: Path, nfe: int) -> Sampler:
+        return Sampler(ArcFlowPipeline.from_pretrained(self.model, adapter=student), nfe)
 
     def _run(self, samplers: dict[str, Sampler], captions: Sequence[Any], seed: int) -> dict[str, Results]:
         return run_samplers(samplers, captions, self.guidance, self.negative_prompt, seed=seed)
@@ -120,26 +121,35 @@ def split_prompts(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     return [text for text in texts if text not in held], [text for text in texts if text in held][:VALIDATION]
 
 
-def train_to(recipe: Recipe, steps: int, console: Path) -> tuple[float, float]:
-    """Trains a run up to a training step, from its last checkpoint.
+def train_to(recipe: Recipe, steps: int, console: Path) -> None:
+    """Trains a run up to a training step, from its last checkpoint, if it has not come there before.
 
     Args:
       recipe: of the whole run.
       console: a file that gets what the training prints.
-
-    Returns:
-      The mean loss since the last 1/8 of the run; and the median seconds of a training step, without compilation.
     """
-    run = Path(recipe.out)
-    if any(line["step"] > steps for line in lines_of(run)):  # what was measured at this step is lost
-        shutil.rmtree(run)
-    with console.open("a") as file, contextlib.redirect_stdout(file):
-        train(dataclasses.replace(recipe, steps=steps))
-    lines = [line for line in lines_of(run) if line["step"] > steps - max(1, recipe.steps // 8)]
+    if not checkpoint(Path(recipe.out), steps).is_dir():
+        with console.open("a") as file, contextlib.redirect_stdout(file):
+            train(dataclasses.replace(recipe, steps=steps))
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    """Where a run's checkpoint is."""
+    return run / "checkpoints" / str(step)
+
+
+def student_at(run: Path, step: int) -> Path:
+    """The student after a training step, as a directory of its own: what reads a run takes its newest checkpoint."""
+    alone = run / "stops" / str(step)
+    if not alone.exists():
+        shutil.copytree(checkpoint(run, step), checkpoint(alone, step))
+        shutil.copy(run / DESCRIPTION, alone)
+    return alone
+
+
+def logged(run: Path, step: int, last: int) -> tuple[float, float]:
+    """Mean loss and median seconds of the last training steps up to one. The median has no compilation."""
+    with (run / LOG).open() as file:
+        lines = [line for line in map(json.loads, file) if step - last < line["step"] <= step]
     losses = [math.nan if line["loss"] is None else line["loss"] for line in lines]
     return statistics.mean(losses), statistics.median(1 / line["steps_per_second"] for line in lines)
-
-
-def lines_of(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log so far."""
-    return [json.loads(line) for line in (run / LOG).read_text().splitlines()] if (run / LOG).exists() else []

@@ -59,7 +59,17 @@ def test_a_run_differs_from_the_bundled_recipe_in_what_the_protocol_says(method)
     usual = flat(Recipe.from_config(read_config("tiny")))
     cell, setting = Cell(method, 4, 3.2), Setting(3e-3, 64, "never")
     found = flat(recipe(cell, setting, seed=7))
-    places = {"model", "prompts", "out", "preview_every", "keep_last", "max_skipped", "log_every", "save_every"}
+    places = {
+        "model",
+        "prompts",
+        "out",
+        "preview_every",
+        "keep_last",
+        "max_skipped",
+        "log_every",
+        "save_every",
+        "keep_every",
+    }
     changed = {name: x for name, x in found.items() if x != usual[name] and name not in places}
     # 51 200 calls of batch 64, 4 segments and 4 states are 50 steps. Warm-up is 5 % of them, as 20 are of 400
     expected = {"steps": 50, "batch": 64, "seed": 7, "distillation.nfe": 4, "distillation.shift": 3.2}
@@ -126,6 +136,9 @@ def test_budgets_are_equal_and_end_at_whole_training_steps():
             stops = [protocol.stop_after(stop, settings.steps) for stop in STOPS]
             assert stops == sorted(set(stops))
             assert stops[-1] == settings.steps
+            # Where a run saves checkpoints that stay
+            assert all(stop % settings.save_every == 0 for stop in stops[:-1])
+            assert settings.keep_every == settings.save_every
     with pytest.raises(UserError, match="100 teacher calls do not suffice for a training step, which has 128"):
         protocol.recipe("tiny-flux", Path("home"), Path("out"), CELL, PUBLISHED, 0, 100)
 
