@@ -54,7 +54,11 @@ def timed(call: Callable[[], object]) -> tuple[object, float]:
 
 
 def run_samplers(
-    samplers: dict[str, Sampler], captions: Sequence[Any], guidance: float, negative_prompt: str | None = None
+    samplers: dict[str, Sampler],
+    captions: Sequence[Any],
+    guidance: float,
+    negative_prompt: str | None = None,
+    seed: int = SEED,
 ) -> dict[str, Results]:
     """Runs every sampler on every caption. They take turns, so that changes of the machine's speed affect all.
 
@@ -63,6 +67,7 @@ def run_samplers(
     Args:
       guidance: the scale of the guidance embedding, or of the teacher's classifier-free guidance (CFG).
       negative_prompt: the negative prompt of the teacher's CFG; None for no CFG.
+      seed: of the noises.
     """
     results = {name: Results() for name in samplers}
     batches = [list(map(str, captions[i : i + BATCH])) for i in range(0, len(captions), BATCH)]
@@ -75,7 +80,7 @@ def run_samplers(
     with progress_bar(transient=True) as bar:
         task = bar.add_task("sampling", total=len(batches), text="compiling")
         for index, counted in [(0, False), *((index, True) for index in range(len(batches)))]:
-            noise = shared.noise(SEED, len(batches[index]), rows, columns, first=index * BATCH)
+            noise = shared.noise(seed, len(batches[index]), rows, columns, first=index * BATCH)
             conditioning, encode_seconds = timed(lambda i=index: prepare(batches[i]))
             guided = with_cfg(shared, conditioning, len(batches[index]), guidance, negative_prompt)
             for name, sampler in samplers.items():

@@ -64,7 +64,7 @@ def test_source_written_as_it_is_read_converts_the_same(tmp_path, capfd):
     assert fingerprints(convert_model(source, tmp_path / "again")) == fingerprints(tmp_path / "converted")
 
 
-SCRIPTS = [path.stem for path in (ROOT / "benchmarks").glob("*.py") if '"__main__"' in path.read_text()] + ["ablation"]
+SCRIPTS = [path.stem for path in (ROOT / "benchmarks").glob("*.py") if '"__main__"' in path.read_text()] + ["methods"]
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ MODELS = {
     "flux2": ROOT / "configs" / "flux.2-klein-4b",
     "flux2:9b": ROOT / "configs" / "flux.2-klein-9b",
     **dict.fromkeys(("qwen", "qwen:compact", "qwen:legendre"), ROOT / "configs" / "qwen-image"),
-    **dict.fromkeys(("tiny", "tiny:linear", "tiny:legendre", "tiny_ablation"), ASSETS / "tiny-flux"),
+    **dict.fromkeys(("tiny", "tiny:linear", "tiny:legendre"), ASSETS / "tiny-flux"),
     "tiny_qwen": ASSETS / "tiny-qwen",
 }
 DEVICES = (1, 4, 8, 16, 32, 64, 256)

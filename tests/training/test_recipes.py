@@ -28,7 +28,7 @@ LARGE = {
     "qwen": ("QwenImagePipeline", "qwen-image", ("published", "compact", "legendre", "single")),
 }
 VARIANTS = {name: variants for name, (*_, variants) in LARGE.items()}
-VARIANTS |= dict.fromkeys(("tiny", "tiny_qwen", "tiny_ablation"), ("arcflow", "linear", "legendre"))
+VARIANTS |= dict.fromkeys(("tiny", "tiny_qwen"), ("arcflow", "linear", "legendre"))
 
 
 @pytest.mark.parametrize(("name", "variant"), [(name, each) for name, (*_, some) in LARGE.items() for each in some])
@@ -73,17 +73,16 @@ def test_every_bundled_recipe_is_found_by_name_and_by_file():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_recipes_are_small(name):
     lines = (CONFIGS / f"{name}.py").read_text().splitlines()
-    assert len(lines) <= (60 if name == "tiny_ablation" else 40)
+    assert len(lines) <= 40
 
 
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
         ("flux:curved", "recipe flux:curved: known variants are default, published, legendre, single"),
-        ("tiny_ablation:arcflow+faster", "recipe .*: no change is called faster; known are nfe-1, "),
         (
             "fluks",
-            "no recipe is called 'fluks': known are flux, flux2, qwen, tiny, tiny_ablation, tiny_qwen; a",
+            "no recipe is called 'fluks': known are flux, flux2, qwen, tiny, tiny_qwen; a",
         ),
         ("nowhere/mine.py", "recipe nowhere/mine.py does not exist"),
     ],

@@ -1,0 +1,172 @@
+"""The protocol: what is compared, with which budget, and which settings a method may have. See docs/results.md.
+
+Another method is one line in `METHODS`, another teacher one line in `SCOPES`. Results that were measured under another
+protocol are not compared with new ones: see `identity`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from arcflow_jax.demo.run import TEACHERS
+from arcflow_jax.errors import UserError
+from arcflow_jax.training.recipe import Recipe, read_config
+
+# Each method, by what it changes in the teacher's recipe in configs/
+METHODS: dict[str, dict[str, Any]] = {
+    "linear": {"adapter.modes": 1, "distillation.mode_dropout": 0.0},
+    "momentum-4": {"adapter.modes": 4},
+    "momentum-16": {"adapter.modes": 16},
+    "legendre-3": {"adapter.basis": "legendre", "adapter.modes": 3, "distillation.mode_dropout": 0.0},
+    "legendre-4": {"adapter.basis": "legendre", "adapter.modes": 4, "distillation.mode_dropout": 0.0},
+}
+EULER = (2, 4, 8, 50)  # the teacher's steps; students are compared with the last
+NFES = (2, 1, 4)  # in the order of the work
+
+# What a method may choose from: each axis in order. The search begins with `GRID`, and may go on to its neighbours.
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+BATCHES = (8, 16, 32, 64, 128)  # the more examples, the fewer training steps
+# The teacher's share of the mixed trajectory falls from 1 to 0 over this part of the training steps
+SCHEDULES = {"0": 0.0, "1/5": 0.2, "1": 1.0, "never": math.inf}
+GRID = {"rate": (1e-4, 3e-4, 1e-3, 3e-3), "batch": (32,), "schedule": ("1/5", "never")}
+
+STOPS = (1 / 8, 1 / 4, 1 / 2, 1.0)  # parts of the budget after which a run is evaluated
+FIRST = 1 / 4  # of the budget, which all settings of the grid get
+MOST = 12  # settings of one search that get the whole budget
+SEARCH_SEED, SEEDS = 0, (1, 2, 3)
+HELD_OUT = 0.2  # of the different training prompts: no student is trained on them, and the search validates on them
+VALIDATION = 256  # of those, the prompts of the search
+DIVERSE = 32  # test prompts whose images are compared with one another
+TRACED = 64  # test prompts of the trajectory report
+PUBLISHED_SHIFT = 3.2
+
+TEACHER, PROMPTS = "teacher", "prompts-train.txt"  # in the folder of a study
+
+
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """What a bundled teacher's students are compared at.
+
+    Attributes:
+      calls: the budget of a run: how often the teacher is evaluated on one example.
+      shifts: timestep shifts, in the order of the work. The search at NFE 2 and the first one begins with `GRID`, the
+        other ones with what was found there.
+    """
+
+    calls: int
+    shifts: tuple[float, ...]
+
+    @property
+    def published_shift(self) -> float:
+        """The shift at which the published recipe is run."""
+        return PUBLISHED_SHIFT if PUBLISHED_SHIFT in self.shifts else self.shifts[0]
+
+
+SCOPES = {"tiny-flux": Scope(calls=51_200, shifts=(0.6, 3.2, 1.0))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a method may choose.
+
+    Attributes:
+      rate: the learning rate, constant after warm-up.
+      batch: examples in a training step.
+      schedule: a key of `SCHEDULES`.
+    """
+
+    rate: float
+    batch: int
+    schedule: str
+
+    def __str__(self) -> str:
+        return f"rate {self.rate:g}, batch {self.batch}, schedule {self.schedule}"
+
+
+PUBLISHED = Setting(rate=1e-4, batch=16, schedule="1/5")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A method, the student's NFE and the timestep shift. Each cell has a search, and results of its own."""
+
+    method: str
+    nfe: int
+    shift: float
+
+    def __str__(self) -> str:
+        return f"{self.method}, NFE {self.nfe}, shift {self.shift:g}"
+
+
+def cells(scope: Scope) -> list[tuple[int, float]]:
+    """NFE and shift of all cells, in the order of the work."""
+    return [(nfe, shift) for nfe in NFES for shift in scope.shifts]
+
+
+def parent(cell: Cell, scope: Scope) -> Cell | None:
+    """The cell whose setting the search of this one begins with; None where it begins with the grid."""
+    if cell.nfe != NFES[0]:
+        return dataclasses.replace(cell, nfe=NFES[0])
+    return dataclasses.replace(cell, shift=scope.shifts[0]) if cell.shift != scope.shifts[0] else None
+
+
+def training_steps(calls: int, recipe: Recipe) -> int:
+    """How many training steps a budget of teacher calls has. Raises UserError if it has none."""
+    steps = calls // calls_of_step(recipe)
+    if not steps:
+        raise UserError(f"{calls} teacher calls do not suffice for a training step, which has {calls_of_step(recipe)}")
+    return steps
+
+
+def calls_of_step(recipe: Recipe) -> int:
+    """Teacher calls of one training step: M for each segment of each example."""
+    return recipe.batch * recipe.distillation.nfe * recipe.distillation.states
+
+
+def stop_after(part: float, steps: int) -> int:
+    """The training step at which a part of the budget, one of `STOPS`, is used."""
+    return steps if part == 1 else min(steps, round(part / STOPS[0]) * first_stop(steps))
+
+
+def first_stop(steps: int) -> int:
+    """The training step of the first stop. All but the last are multiples of it."""
+    return max(1, round(STOPS[0] * steps))
+
+
+def recipe(
+    teacher: str, home: Path, out: Path, cell: Cell, setting: Setting, seed: int, calls: int, published: bool = False
+) -> Recipe:
+    """The recipe of a run that uses the whole budget.
+
+    It is the teacher's own in configs/, with a constant learning rate after warm-up, as published. Warm-up, clipping
+    and EMA begin after 5 % of the training steps there, and after 1 % in the published one.
+
+    Args:
+      teacher: a key of `TEACHERS`.
+      home: has the converted teacher and the training prompts, see `TEACHER` and `PROMPTS`.
+      out: the run's directory.
+      calls: the budget.
+      published: whether to take everything else as published too, LoRA's rank excepted.
+    """
+    config = read_config(TEACHERS[teacher].config)
+    values = {"model": str(home / TEACHER), "prompts": str(home / PROMPTS), "out": str(out), "seed": seed}
+    values |= {"batch": setting.batch, "preview_every": 0, "keep_last": 1, "max_skipped": 10**9}
+    values |= {"distillation.nfe": cell.nfe, "distillation.shift": cell.shift}
+    values |= {"optimizer.learning_rate": setting.rate, "optimizer.decay_steps": 0} | METHODS[cell.method]
+    config.update_from_flattened_dict(values)
+    if published:
+        config.adapter.dropout = 0.05
+        if config.adapter.basis == "momentum" and config.adapter.modes > 1:
+            config.optimizer.groups = (("head.proj_out_loggamma.*", 0.1),)
+    steps = training_steps(calls, Recipe.from_config(config))
+    part = SCHEDULES[setting.schedule]
+    # A share that never falls: by 1e-9 in a training step
+    config.distillation.decay = 10**9 if math.isinf(part) else round(part * steps)
+    begin = round((0.01 if published else 0.05) * steps)
+    config.optimizer.warmup = config.optimizer.clip_from = config.ema.start = begin
+    config.steps, config.log_every = steps, max(1, steps // 80)
+    config.save_every = config.keep_every = first_stop(steps)
+    return Recipe.from_config(config)
