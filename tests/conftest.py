@@ -33,6 +33,12 @@ def tiny_flux(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_emoji(tmp_path_factory) -> Path:
+    """The bundled emoji teacher as a model directory. All tests and workers share it: do not write to it."""
+    return converted("tiny-emoji", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def tiny_qwen(tmp_path_factory) -> Path:
     """The bundled Qwen-Image teacher as a model directory. All tests and workers share it: do not write to it."""
     return converted("tiny-qwen", tmp_path_factory)

@@ -14,6 +14,7 @@ from arcflow_jax.errors import UserError
 
 
 class Teacher(enum.StrEnum):
+    tiny_emoji = "tiny-emoji"
     tiny_flux = "tiny-flux"
     tiny_qwen = "tiny-qwen"
 
@@ -94,8 +95,8 @@ def compile_report(
 def demo(
     out: Annotated[Path, path_option(help="Directory for the demo's model, students and report.")] = options.DEMO,
     teacher: Annotated[
-        Teacher, typer.Option(help="The bundled teacher, a FLUX.1 or a Qwen-Image.")
-    ] = Teacher.tiny_flux,
+        Teacher, typer.Option(help="The bundled teacher: a FLUX.1 of emoji, a FLUX.1 or a Qwen-Image of shapes.")
+    ] = Teacher.tiny_emoji,
     quantize: Annotated[KernelFormat | None, typer.Option(help="Format of the teacher's kernels.")] = None,
 ) -> None:
     """Converts a bundled teacher, distils it, and compares 2 steps with 50, in about ten minutes on two cores.

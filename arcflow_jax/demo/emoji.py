@@ -1,8 +1,10 @@
 """The world of emoji: one of Noto's emoji over a plain background, with captions.
 
 An image is drawn from four attributes. Its caption always names the emoji, and may omit size, position and background.
-An omitted attribute takes any value, including values between the named ones, so a caption stands for a continuous
-distribution of images.
+An omitted size or position takes any value, the position also a corner; an omitted background is any mixture of two. So
+a caption stands for a distribution of images, with separate modes and a continuous part.
+
+There are two sizes and nine places, no more: a network of this size then has the capacity for an emoji's details.
 
 The captions need nothing. The images need the emoji's bitmaps, which are not bundled: `tools/tiny_teacher/glyphs.py`
 reads them from the font.
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from arcflow_jax.demo import ASSETS, SIDE
-from arcflow_jax.demo.captions import Captions, within
+from arcflow_jax.demo.captions import Captions
 from arcflow_jax.demo.world import World
 
 
@@ -37,13 +39,9 @@ BACKGROUNDS = ("white", "gray", "black", "pink", "orange", "green", "blue", "pur
 ATTRIBUTES = {"emoji": NAMES, "size": SIZES, "position": POSITIONS, "background": BACKGROUNDS}
 OMITTED = {"size": 0.3, "position": 0.3, "background": 0.5}  # probability that a caption omits the attribute
 
-# Lowest and highest value of each number that an image is drawn with; the last entry is for an omitted attribute.
-WIDTH = np.array([[40, 42], [54, 56], [40, 56]], np.float32)  # pixels along a side
-# x and y, from -1, where the emoji's square touches the left or upper edge of the image, to 1
-PLACE = np.array([[-0.9, 0], [0.9, 0], [0, -0.9], [0, 0.9], [0, 0]], np.float32)
-PLACE = np.concatenate(  # [POSITIONS + 1, 2, 2]
-    [np.stack([PLACE - 0.1, PLACE + 0.1], axis=1), np.array([[[-1, -1], [1, 1]]], np.float32)]
-)
+WIDTH = np.array([40, 56], np.float32)  # pixels along a side, by size
+# x and y of the POSITIONS, then of the corners; 0, where the emoji touches the left or upper edge of the image, to 1
+PLACE = np.array([[0, 1], [2, 1], [1, 0], [1, 2], [1, 1], [0, 0], [2, 0], [0, 2], [2, 2]], np.float32) / 2
 BACKGROUND_RGB = np.array(
     [
         [245, 245, 245],
@@ -89,6 +87,12 @@ CAPTIONS = Captions(Caption, ATTRIBUTES, OMITTED)
 WORLD = World(captions=CAPTIONS, folder=ASSETS / "emoji", judge_sizes={"widths": (32, 64, 128, 128), "features": 128})
 
 
+def any_or(key: jax.Array, chosen: jax.Array, values: np.ndarray) -> jax.Array:
+    """The chosen entries [B, …] of values [·, …], or any entry where none is chosen, -1."""
+    drawn = jax.random.randint(key, chosen.shape, 0, len(values))
+    return jnp.asarray(values)[jnp.where(chosen < 0, drawn, chosen)]
+
+
 def render(key: jax.Array, attributes: jax.Array, glyphs: jax.Array) -> jax.Array:
     """Images [B, P, P, 3] in [-1, 1] for captions with attributes [B, 4]; `key` draws what the captions leave open.
 
@@ -101,8 +105,8 @@ def render(key: jax.Array, attributes: jax.Array, glyphs: jax.Array) -> jax.Arra
     batch = len(attributes)
     size_key, place_key, mix_key, other_key, share_key, shade_key = jax.random.split(key, 6)
 
-    width = within(size_key, WIDTH, size)
-    corner = (within(place_key, PLACE, position) + 1) / 2 * (SIDE - width)[:, None]  # x, y
+    width = any_or(size_key, size, WIDTH)
+    corner = any_or(place_key, position, PLACE) * (SIDE - width)[:, None]  # x, y
 
     colours = jnp.asarray(BACKGROUND_RGB)
     first, second = (colours[jax.random.randint(key, (batch,), 0, len(colours))] for key in (mix_key, other_key))

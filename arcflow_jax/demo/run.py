@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from arcflow_jax.data.prompts import read_prompts
-from arcflow_jax.demo import ASSETS, report, shapes
+from arcflow_jax.demo import ASSETS, emoji, report, shapes
 from arcflow_jax.demo.evaluate import Sampler, measure, run_samplers
 from arcflow_jax.demo.trajectory import film
 from arcflow_jax.demo.world import World
@@ -44,7 +44,11 @@ class Teacher(NamedTuple):
     config: str
 
 
-TEACHERS = {"tiny-flux": Teacher(shapes.WORLD, "tiny"), "tiny-qwen": Teacher(shapes.WORLD, "tiny_qwen")}
+TEACHERS = {
+    "tiny-emoji": Teacher(emoji.WORLD, "tiny_emoji"),
+    "tiny-flux": Teacher(shapes.WORLD, "tiny"),
+    "tiny-qwen": Teacher(shapes.WORLD, "tiny_qwen"),
+}
 
 
 def recipe(teacher: str, student: str, out: Path) -> Recipe:
@@ -76,7 +80,7 @@ def sources(model: ModelDirectory) -> dict[str, ComponentDescription]:
     return {name: dataclasses.replace(each, stored=None) for name, each in model.description.components.items()}
 
 
-def demo(out: Path, teacher: str = "tiny-flux", quantize: Format | None = None) -> dict[str, object]:
+def demo(out: Path, teacher: str = "tiny-emoji", quantize: Format | None = None) -> dict[str, object]:
     """Runs the demo, or resumes it, and returns what it writes to metrics.json.
 
     Writes to `out`: teacher/ (converted), arcflow/ and linear/ (students), metrics.json, grid.png, index.html.

@@ -102,12 +102,6 @@ def test_omitted_attributes_take_values_between_the_named_ones():
     assert ((wide > 13) & (wide < 15.5)).sum() > 50
 
 
-def test_judge_reads_rendered_images(tmp_path):
-    images, attributes = jax.jit(SHAPES.draw(tmp_path), static_argnums=1)(jax.random.key(12), 256)
-    shares = agreement(WORLD.read(images)[1], np.asarray(attributes), WORLD.captions.values)
-    assert min(shares.values()) >= 0.99, shares
-
-
 @pytest.mark.slow
 def test_true_features_are_those_of_rendered_images(tmp_path):
     for file in WORLD.folder.iterdir():
@@ -221,7 +215,7 @@ def test_a_directory_of_another_teacher_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("teacher", "quantize"), [("tiny-flux", None), ("tiny-qwen", "int8")])
+@pytest.mark.parametrize(("teacher", "quantize"), [("tiny-emoji", None), ("tiny-qwen", "int8")])
 def test_whole_demo_in_few_steps(tmp_path, monkeypatch, teacher, quantize):
     """Two training steps, a teacher of 16 steps, the prompts of the grid: nothing is learned, all is written."""
     recipe = run.recipe

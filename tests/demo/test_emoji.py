@@ -87,13 +87,22 @@ def test_place_and_size_are_those_of_the_caption(drawn):
     for (_, size, position, _), row, column in zip(attributes[visible], rows[visible], columns[visible], strict=True):
         (y,), (x,) = np.nonzero(row), np.nonzero(column)
         width = np.ptp(x) + 1
-        assert abs(width - np.mean(emoji.WIDTH[size])) <= 3
+        assert abs(width - emoji.WIDTH[size]) <= 1
         x, y = x.mean() - (SIDE - 1) / 2, y.mean() - (SIDE - 1) / 2
         margin = (SIDE - width) / 2
         wanted = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "center": (0, 0)}
-        np.testing.assert_allclose(
-            (x, y), 0.9 * margin * np.array(wanted[POSITIONS[position]]), atol=0.1 * margin + 1.5
-        )
+        np.testing.assert_allclose((x, y), margin * np.array(wanted[POSITIONS[position]]), atol=1)
+
+
+def test_what_is_left_open_takes_every_value():
+    glyphs = jnp.asarray(disc(255, (200, 30, 60)))[None]
+    attributes = jnp.array([[0, -1, -1, 2]] * 400)  # over black
+    images = (np.asarray(jax.jit(emoji.render)(jax.random.key(1), attributes, glyphs)) + 1) * 127.5
+    boxes = set()
+    for image in images[..., 0] > 100:
+        (y,), (x,) = np.nonzero(image.any(1)), np.nonzero(image.any(0))
+        boxes.add((np.ptp(x) > 48, *(np.sign(np.rint((side.mean() - (SIDE - 1) / 2) / 2)) for side in (x, y))))
+    assert len(boxes) == 2 * 9
 
 
 def test_bitmaps_show_what_the_font_shows():

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
-from PIL import Image
 from safetensors.numpy import load_file
 
 from arcflow_jax.networks.layers import Linear
 from tools.tiny_teacher import common, vae
-from tools.tiny_teacher.emoji import EMOJI
-from tools.tiny_teacher.measure import as_grid, check_vae, judged
+from tools.tiny_teacher.measure import as_grid, judged
 from tools.tiny_teacher.shapes import SHAPES
 from tools.tiny_teacher.teacher import VAERound
-from tools.train_tiny_teacher import TRAINED
 
 
 def regression(state: nnx.State, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -117,22 +112,3 @@ def test_rounds_start_from_the_last_one(tmp_path, monkeypatch):
             np.testing.assert_array_equal(leaf, factor * of_first)
     made = common.load_state(tmp_path / "vae.safetensors", vae.new_vae(teacher))
     np.testing.assert_array_equal(jax.tree.leaves(nnx.state(made))[0], 4 * jax.tree.leaves(first)[0])
-
-
-@pytest.mark.slow
-def test_trained_parts_of_the_emoji_teacher(tmp_path, capsys):
-    """The bundled judge reads originals, and what the bundled VAE makes of them."""
-    pytest.importorskip("fontTools")
-    from tools.tiny_teacher.glyphs import FONT, make_glyphs
-
-    if not FONT.exists():
-        pytest.skip("the font is not installed")
-    make_glyphs(tmp_path)
-    for name in ("judge.safetensors", "vae.safetensors"):
-        shutil.copy(TRAINED / "emoji" / name, tmp_path)
-    check_vae(tmp_path, EMOJI, 128)
-    figures = json.loads(capsys.readouterr().out)
-    assert figures["originals"]["emoji"] >= 0.95
-    assert figures["reconstructions"]["emoji"] >= 0.9
-    assert figures["PSNR in dB"] >= 25
-    assert Image.open(tmp_path / "vae.png").size == (12 * 64, 12 * 64)  # 72 pairs

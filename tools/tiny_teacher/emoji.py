@@ -30,7 +30,10 @@ EMOJI = Teacher(
         scaling_factor=1.0,  # set at assembly, from the latents' mean and standard deviation
         shift_factor=0.0,
     ),
-    vae_rounds=(VAERound(steps=4_000, horizon=5_000, ema=0.995, absolute=0.1, kl=5e-4),),
+    vae_rounds=(
+        VAERound(steps=4_000, horizon=5_000, ema=0.995, absolute=0.1, kl=5e-4),
+        VAERound(steps=3_000, horizon=3_000, ema=0.995, absolute=0.1, decoder_only=True),
+    ),
     judge_steps=2_500,
     text_steps=1_000,
     text_dtype="bfloat16",
@@ -46,8 +49,8 @@ EMOJI = Teacher(
         axes_dims_rope=(8, 12, 12),
     ),
     images=40_000,
-    rounds=(Round(4_000, 1.5e-3, 0.998, centre=0.2), Round(8_000, 1e-3, 0.999, centre=0.2)),
-    guided_steps=3_000,
+    rounds=(Round(4_000, 1.5e-3, 0.998, centre=0.2), Round(6_000, 1e-3, 0.999, centre=0.2)),
+    guided_steps=2_000,
     guidance=(1.0, 4.0),
     every=250,
 )

@@ -34,6 +34,7 @@ class VAERound:
     absolute: float = 0.0
     kl: float = 1e-3
     bend: float = 1e-2
+    decoder_only: bool = False  # the encoder, and so the latents, stay as they are
 
 
 @dataclasses.dataclass(frozen=True)

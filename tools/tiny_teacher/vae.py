@@ -35,6 +35,10 @@ def make_vae(work: Path, teacher: Teacher, new: Callable[[Teacher], VAE] = new_v
         image_key, noise_key = jax.random.split(key)
         images, _ = draw(image_key, settings.batch)
         model = nnx.merge(graphdef, state)
+        if settings.decoder_only:
+            error = model.decode(jax.lax.stop_gradient(model.encode(images))) - images
+            mse = jnp.mean(error**2)
+            return mse + settings.absolute * jnp.abs(error).mean(), {"mse": mse}
         mean, log_variance = model.posterior(images)
         latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(noise_key, mean.shape)
         kl = 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1 - log_variance)
