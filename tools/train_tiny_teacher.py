@@ -1,4 +1,4 @@
-"""Trains the bundled teachers, `arcflow_jax/assets/tiny-flux` and `tiny-qwen`, and their judge, from scratch.
+"""Trains the bundled teachers, `arcflow_jax/assets/tiny-…`, and their judges, from scratch.
 
     python tools/train_tiny_teacher.py --work /tmp/tiny                # every stage that is not done yet
     python tools/train_tiny_teacher.py --work /tmp/tiny guided         # one stage again
@@ -13,19 +13,19 @@ what it makes. Its text encoders, judge, VAE and denoiser come from an earlier v
 whose captions could also omit the position. On the present version, the VAE was trained for 1 000 more steps (learning
 rate 1e-3, without the straightness term), the denoiser for 3 500 (as in its second round), then `guided` in two parts.
 
-The emoji world's teacher is not finished: `tools/tiny_teacher/trained/emoji` has its VAE, judge and text encoders. The
-script starts from these; the other stages take hours.
+Nor is the bundled teacher of the emoji. Its VAE, its judge and the denoiser's first round come from an earlier version
+of `arcflow_jax.demo.emoji`, with any size between small and large and any place. Its captions had "a orange"; the text
+encoders got "an" with the weights of "a".
 
 Everything is seeded. Each stage reads what earlier stages left in the work folder. A training that was stopped resumes
-from its last report, every few hundred steps. Copy `tiny-flux/`, `judge.safetensors` or `tiny-qwen/` from the work
-folder to `arcflow_jax/assets/`.
+from its last report, every few hundred steps. Copy `tiny-…/` from the work folder to `arcflow_jax/assets/`, and the
+judge, the prompts and `true-features.safetensors` to the world's folder there.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,8 +44,6 @@ from tools.tiny_teacher.shapes import SHAPES
 from tools.tiny_teacher.teacher import Teacher
 from tools.tiny_teacher.text import make_text
 from tools.tiny_teacher.vae import make_vae
-
-TRAINED = Path(__file__).parent / "tiny_teacher" / "trained"  # results of unfinished teachers, by kind
 
 # stage: its function, and what it leaves in the work folder
 Stages = dict[str, tuple[Callable[[Path], None], str]]
@@ -101,9 +99,6 @@ def main() -> None:
     stages = KINDS[args.kind]
     if unknown := set(args.stages) - stages.keys():
         parser.error(f"{args.kind} has no stage {', '.join(unknown)}")
-    for trained in (TRAINED / args.kind).glob("*"):
-        if not (args.work / trained.name).exists():
-            (shutil.copytree if trained.is_dir() else shutil.copy)(trained, args.work / trained.name)
     for name in args.stages or [name for name, (_, made) in stages.items() if not (args.work / made).exists()]:
         print(f"== {name}", flush=True)
         stages[name][0](args.work)

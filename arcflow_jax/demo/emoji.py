@@ -76,7 +76,8 @@ class Caption:
         if self.position >= 0:
             words.append(POSITION_WORDS[self.position])
         if self.background >= 0:
-            words.append(f"on a {BACKGROUNDS[self.background]} background")
+            colour = BACKGROUNDS[self.background]
+            words.append(f"on {'an' if colour == 'orange' else 'a'} {colour} background")
         return " ".join(words)
 
     def as_array(self) -> np.ndarray:  # [4], in the order of ATTRIBUTES

@@ -129,4 +129,11 @@ def test_bitmaps_show_what_the_font_shows():
 
 
 def test_font_is_not_bundled():
-    assert sorted(path.name for path in (ROOT / "arcflow_jax/assets/emoji").iterdir()) == ["NOTICE.md", "names.txt"]
+    assert sorted(path.name for path in (ROOT / "arcflow_jax/assets/emoji").iterdir()) == [
+        "NOTICE.md",
+        "judge.safetensors",
+        "names.txt",
+        "prompts-test.txt",
+        "prompts-train.txt",
+        "true-features.safetensors",
+    ]
