@@ -58,7 +58,10 @@ def test_adapter_json_comes_back(tmp_path):
         (lambda v: v["transformer"].pop("class"), r"missing transformer\.class$"),
         (lambda v: v["transformer"].update(config=3), r"transformer\.config is 3, but has to be a JSON object$"),
         (lambda v: v.update(version=9), "is not of arcflow_jax adapter version 1 or 2, but of version 9$"),
-        (lambda v: v.update(seed=9), "unknown seed: known are base, adapter, distillation, guidance, transformer, pipeline$"),
+        (
+            lambda v: v.update(seed=9),
+            "unknown seed: known are base, .*, pipeline$",
+        ),
         (
             lambda v: v["distillation"].update(shift=-1),
             r"distillation\.shift is -1, but has to be a number from",
