@@ -104,7 +104,7 @@ def main() -> None:
         if not (folder / "teacher" / DESCRIPTION).exists():
             formats = {} if base == "none" else {"transformer": base}
             convert_model(ASSETS / arguments.teacher, folder / "teacher", quantize=formats)
-        settings = recipe(arguments.teacher, "arcflow", folder)
+        settings = recipe(arguments.teacher, folder)
         if arguments.steps is not None:
             settings = Recipe(**{**vars(settings), "steps": arguments.steps})
         train(settings)

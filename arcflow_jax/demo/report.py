@@ -20,11 +20,11 @@ from arcflow_jax.training.report.log import read_losses
 
 LABELS = {
     "teacher_50": "teacher, 50 steps",
+    "teacher_4": "teacher, 4 steps",
     "teacher_2": "teacher, 2 steps",
-    "linear_2": "linear student, 2 steps",
     "arcflow_2": "ArcFlow, 2 steps",
 }
-COLOURS = {"arcflow": "#c2410c", "linear": "#64748b"}
+COLOUR = "#c2410c"
 COLUMNS = 10
 CELL, GAP, LEFT, TOP = 128, 6, 190, 52  # pixels
 FILMS = 5  # prompts whose trajectories are shown
@@ -36,7 +36,7 @@ def write(
     results: dict[str, Results],
     captions: Sequence[object],
     film: Film,
-    logs: dict[str, Path],
+    log: Path,
 ) -> None:
     """Writes grid.png and index.html under `out`."""
     grid = draw_grid(results, captions)
@@ -49,7 +49,7 @@ def write(
         bars=bar_rows(metrics["bars"]),
         agreement=agreement_rows(metrics),
         **film_parts(film, captions),
-        curves=curves({name: read_losses(path) for name, path in logs.items()}),
+        curve=curve(read_losses(log)),
         teacher=metrics["teacher"],
         prompts=metrics["prompts"],
         training_steps=metrics["training_steps"],
@@ -115,10 +115,9 @@ def film_parts(film: Film, captions: Sequence[object]) -> dict[str, str]:
     }
 
 
-def curves(losses: dict[str, list[tuple[int, float]]], width: int = 640, height: int = 220) -> str:
-    """The training losses as an SVG, on a logarithmic scale."""
-    steps = [step for series in losses.values() for step, _ in series]
-    logs = [np.log10(loss) for series in losses.values() for _, loss in series]
+def curve(losses: list[tuple[int, float]], width: int = 640, height: int = 220) -> str:
+    """The training loss as an SVG, on a logarithmic scale."""
+    steps, logs = [step for step, _ in losses], [np.log10(loss) for _, loss in losses]
     low, high = min(logs), max(logs) + 1e-9
 
     def point(step: int, loss: float) -> str:
@@ -126,17 +125,13 @@ def curves(losses: dict[str, list[tuple[int, float]]], width: int = 640, height:
         y = 10 + (height - 40) * (high - np.log10(loss)) / (high - low)
         return f"{x:.1f},{y:.1f}"
 
-    lines = "".join(
-        f'<polyline fill="none" stroke="{COLOURS[name]}" stroke-width="2" '
-        f'points="{" ".join(point(*pair) for pair in series)}"><title>{name}</title></polyline>'
-        f'<text x="{width - 150}" y="{24 + 18 * i}" fill="{COLOURS[name]}">{name} student</text>'
-        for i, (name, series) in enumerate(losses.items())
-    )
+    points = " ".join(point(*pair) for pair in losses)
+    line = f'<polyline fill="none" stroke="{COLOUR}" stroke-width="2" points="{points}"/>'
     axis = (
         f'<text x="2" y="18">{10**high:.3g}</text><text x="2" y="{height - 30}">{10**low:.3g}</text>'
         f'<text x="50" y="{height - 8}">step 0</text><text x="{width - 40}" y="{height - 8}">{max(steps)}</text>'
     )
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="training loss">{lines}{axis}</svg>'
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="training loss">{line}{axis}</svg>'
 
 
 def table_rows(metrics: dict[str, object]) -> str:
@@ -201,8 +196,8 @@ output { font-variant-numeric: tabular-nums; }
 @media (max-width: 800px) { .frame { width: 64px; height: 64px; } .film th { width: 64px; } }
 </style></head><body>
 <h1>A 50-step teacher, matched in two steps</h1>
-<p>Four samplers with the same prompts, and the same noise in each column: the bundled teacher $teacher and two students
-of it. The prompts are the first of the test list; none of them was used in training.</p>
+<p>Four samplers with the same prompts, and the same noise in each column: the bundled teacher $teacher in 50, 4 and 2
+steps, and its student. The prompts are the first of the test list; none of them was used in training.</p>
 <img alt="images of the four samplers" src="data:image/png;base64,$grid">
 <h2>From noise to data</h2>
 <p>The states on the way, decoded. The teacher is evaluated at each of its steps. The student is evaluated twice, and
@@ -224,8 +219,8 @@ prompt to image includes text encoders and decoder.</p>
 <table><tr><th>ArcFlow in 2 steps</th><th>measured</th><th>target</th><th></th></tr>$bars</table>
 <h2>Prompt agreement by attribute</h2>
 <table>$agreement</table>
-<h2>Training loss, $training_steps training steps each</h2>
-$curves
+<h2>Training loss, $training_steps training steps</h2>
+$curve
 <p class="note">$date, $machine.</p>
 <script>
 const said = $said, film = document.getElementById("film"), level = document.getElementById("level");
