@@ -20,5 +20,5 @@ def get_config(arg: str = "arcflow") -> ConfigDict:
         "rocket on a black background",
     )
     config.distillation.update(shift=2.0, decay=48)
-    config.optimizer.decay_steps = 240
+    config.optimizer.update(learning_rate=6e-3, decay_steps=240)
     return config

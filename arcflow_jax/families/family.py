@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -47,28 +46,20 @@ class Network:
 
     def abstract(self, config: Any, dtype: Any = jnp.float32, quantization: Quantization | None = None) -> nnx.Module:
         """The network with shapes in place of arrays. Raises UserError if the quantization does not fit."""
-        return self._abstract(config, None, dtype, quantization)
+        return layers.abstract(lambda: self._quantized(config, dtype, quantization))
 
     def student(
         self, config: Any, adapter: AdapterConfig, dtype: Any, quantization: Quantization | None = None
     ) -> ArcModel:
         """A transformer with a student's head and LoRA, with shapes in place of arrays. Errors as for `abstract`."""
-        return self._abstract(config, adapter, jnp.dtype(dtype), quantization)
+        return layers.abstract(
+            lambda: self._quantized(config, jnp.dtype(dtype), quantization).attach_student(adapter, nnx.Rngs(0))
+        )
 
-    def _abstract(self, *shape: Any) -> Any:
-        graphdef, state = self._split(*shape)
-        return nnx.merge(graphdef, jax.tree.map(lambda x: x, state))  # with variables of its own
-
-    @functools.lru_cache(maxsize=64)  # noqa: B019  there are few kinds of networks, and they live as long as the process
-    def _split(
-        self, config: Any, adapter: AdapterConfig | None, dtype: Any, quantization: Quantization | None
-    ) -> tuple[nnx.GraphDef, nnx.State]:
-        def build() -> Any:
-            network: Any = self.build(config, dtype, nnx.Rngs(0))
-            quantize_layers(network, quantization)
-            return network if adapter is None else network.attach_student(adapter, nnx.Rngs(0))
-
-        return nnx.split(layers.abstract(build))
+    def _quantized(self, config: Any, dtype: Any, quantization: Quantization | None) -> Any:
+        network = self.build(config, dtype, nnx.Rngs(0))
+        quantize_layers(network, quantization)
+        return network
 
     def quantization(self, config: Any, format: Format | None) -> Quantization | None:
         """What quantization to a format changes; None for None."""

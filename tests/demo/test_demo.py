@@ -9,6 +9,7 @@ import itertools
 import json
 import re
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 from arcflow_jax.cli.reports import Teacher
-from arcflow_jax.data.prompts import read_prompts
+from arcflow_jax.data.prompts import Prompts, read_prompts
 from arcflow_jax.demo import ASSETS, report, run, shapes
 from arcflow_jax.demo import evaluate as evaluation
 from arcflow_jax.demo.evaluate import BATCH, SEED, Results, Sampler, diversity, run_samplers
@@ -217,9 +218,12 @@ def test_whole_demo_in_few_steps(tmp_path, monkeypatch, teacher, quantize):
     """Two training steps, a teacher of 16 steps, the prompts of the grid: nothing is learned, all is written."""
     recipe = run.recipe
     monkeypatch.setattr(run, "recipe", lambda *args: dataclasses.replace(recipe(*args), steps=2))
-    few = read_prompts(WORLD.test_prompts)
-    few = dataclasses.replace(few, texts=few.texts[:9])
-    monkeypatch.setattr(run, "read_prompts", lambda file: few)
+
+    def few(file: Path) -> Prompts:
+        prompts = read_prompts(file)
+        return dataclasses.replace(prompts, texts=prompts.texts[:9])
+
+    monkeypatch.setattr(run, "read_prompts", few)
     monkeypatch.setattr(run, "TEACHER_STEPS", 16)
     metrics = run.demo(tmp_path / "demo", teacher, quantize)
     assert (metrics["prompts"], metrics["training_steps"]) == (9, 2)

@@ -23,6 +23,7 @@ MODELS = {
     "flux2:9b": ROOT / "configs" / "flux.2-klein-9b",
     **dict.fromkeys(("qwen", "qwen:compact", "qwen:legendre"), ROOT / "configs" / "qwen-image"),
     **dict.fromkeys(("tiny", "tiny:linear", "tiny:legendre"), ASSETS / "tiny-flux"),
+    "tiny_emoji": ASSETS / "tiny-emoji",
     "tiny_qwen": ASSETS / "tiny-qwen",
 }
 DEVICES = (1, 4, 8, 16, 32, 64, 256)
