@@ -6,6 +6,7 @@ Loading a model verifies the parts that it reads. This reads all of a model, run
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from arcflow_jax.models.model_directory import (
 from arcflow_jax.models.model_directory import DESCRIPTION as MODEL
 from arcflow_jax.networks.states import nest, unnest
 from arcflow_jax.storage.files import json_records
+
+TOGETHER = 2**28  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,13 +118,30 @@ def stored_arrays(checkpoint: Path, where: Path) -> Iterator[tuple[str, np.ndarr
     """The arrays of an Orbax checkpoint, one after the other, by their paths on disk. Raises UserError."""
     try:
         with ocp.Checkpointer(handler()) as checkpointer:
-            for path, kept in unnest(handler().metadata(place(checkpoint)).tree).items():
-                item = nest({path: jax.ShapeDtypeStruct(kept.shape, kept.dtype)})
+            kept = unnest(handler().metadata(place(checkpoint)).tree).items()
+            for group in read_together({path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in kept}):
+                item = nest(group)
                 restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
                 args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
-                yield path, np.asarray(unnest(checkpointer.restore(place(checkpoint), args=args))[path])
+                restored = unnest(checkpointer.restore(place(checkpoint), args=args))
+                yield from ((path, np.asarray(restored.pop(path))) for path in group)
     except Exception as error:  # Orbax and TensorStore raise all kinds of errors, down to the bare Exception
         raise UserError(f"{where} is damaged: {one_line(error.__cause__ or error)}") from error
+
+
+def read_together(arrays: dict[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
+    """Groups of at most `TOGETHER` bytes, or of one array: each reading of a bucket waits for several answers."""
+    group: dict[str, jax.ShapeDtypeStruct] = {}
+    size = 0
+    for path, array in arrays.items():
+        more = math.prod(array.shape) * array.dtype.itemsize
+        if group and size + more > TOGETHER:
+            yield group
+            group, size = {}, 0
+        group[path] = array
+        size += more
+    if group:
+        yield group
 
 
 def check_finite(array: np.ndarray, what: str) -> None:

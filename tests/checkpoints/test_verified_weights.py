@@ -17,6 +17,7 @@ import pytest
 from flax import nnx
 
 from arcflow_jax.arrays import writer
+from arcflow_jax.checkpoints import verify as verification
 from arcflow_jax.checkpoints.student_formats import export_adapter
 from arcflow_jax.checkpoints.training import load_adapter
 from arcflow_jax.checkpoints.verify import verify
@@ -288,3 +289,11 @@ def test_verify_finds_what_is_not_finite(student, tmp_path):
     file.write_bytes(data)
     with pytest.raises(UserError, match="has values that are not finite"):
         verify(exported)
+
+
+def test_arrays_are_read_in_groups_of_a_size(monkeypatch):
+    arrays = {name: jax.ShapeDtypeStruct((int(name),), jnp.float32) for name in ("1", "2", "3", "9", "4")}
+    monkeypatch.setattr(verification, "TOGETHER", 4 * 6)
+    groups = list(verification.read_together(arrays))
+    assert [list(group) for group in groups] == [["1", "2", "3"], ["9"], ["4"]]
+    assert {path: x for group in groups for path, x in group.items()} == arrays
