@@ -1,9 +1,10 @@
 """How much of a style LoRA's effect on the teacher at 50 steps is left on the 2-step student.
 
+    arcflow demo --teacher tiny-flux --out runs/demo-shapes
     python tools/train_style_lora.py --style stripes --out runs/stripes.safetensors
     python benchmarks/style_lora.py --style stripes --lora runs/stripes.safetensors
 
-The effect is measured in pixels, over test prompts of the bundled world: for stripes, how much brighter the bright
+The effect is measured in pixels, over test prompts of the shapes: for stripes, how much brighter the bright
 bands are than the dark ones; for the tint, how much more red than blue there is. Teacher and student start from the
 same noise, with and without the LoRA.
 """
@@ -49,8 +50,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lora", required=True, help="what tools/train_style_lora.py wrote")
     parser.add_argument("--style", choices=MEASURES, default="stripes")
-    parser.add_argument("--model", default="runs/demo/teacher")
-    parser.add_argument("--adapter", default="runs/demo/arcflow")
+    parser.add_argument("--model", default="runs/demo-shapes/teacher")
+    parser.add_argument("--adapter", default="runs/demo-shapes/arcflow")
     parser.add_argument("--prompts", type=int, default=128, help="how many of the test prompts")
     parser.add_argument("--scale", type=float, default=1.0, help="strength of the LoRA")
     parser.add_argument("--batch-size", type=int, default=32)
