@@ -13,7 +13,7 @@ what it makes. Its text encoders, judge, VAE and denoiser come from an earlier v
 whose captions could also omit the position. On the present version, the VAE was trained for 1 000 more steps (learning
 rate 1e-3, without the straightness term), the denoiser for 3 500 (as in its second round), then `guided` in two parts.
 
-Nor is the bundled teacher of the emoji. Its VAE's first round and the denoiser's first round come from an earlier version
+Nor is the bundled teacher of the emoji. The first rounds of its VAE and of its denoiser come from an earlier version
 of `arcflow_jax.demo.emoji`, with any size between small and large and any place. Its captions had "a orange"; the text
 encoders got "an" with the weights of "a".
 
