@@ -99,7 +99,7 @@ def demo(
     ] = Teacher.tiny_emoji,
     quantize: Annotated[KernelFormat | None, typer.Option(help="Format of the teacher's kernels.")] = None,
 ) -> None:
-    """Converts a bundled teacher, distils it, and compares 2 steps with 50, in about ten minutes on two cores.
+    """Converts a bundled teacher, distils it, and compares 2 steps with 50, in five to ten minutes on two cores.
 
     Leaves index.html, grid.png and metrics.json in OUT, and a student that arcflow sample uses. An interrupted demo
     resumes.
