@@ -30,7 +30,8 @@ from arcflow_jax.storage.lock import abandon
 GRACE = 10  # seconds in which a process may end by itself after a failure, its own or another's
 FAILED, SEEN = "arcflow_jax/failed", "arcflow_jax/seen"  # keys of the store: the first failure; who has read it
 LOST = "another process of this run was killed or cannot be reached"
-COLLECTIVES = ("Gloo", "NCCL", "Connection reset", "closed by peer")  # how a broken connection shows in an exception
+# How a broken connection shows in an exception: of a collective, or of a barrier
+BROKEN = ("Gloo", "NCCL", "Connection reset", "closed by peer", "Broken pipe", "Barrier", "heartbeat", "UNAVAILABLE")
 ABORT = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
@@ -59,7 +60,7 @@ class Failure:
             print(f"error: {reason}", file=sys.stderr, flush=True)
             return
         text = f"{type(error).__name__}: {one_line(error)}"
-        if any(name in text for name in COLLECTIVES):
+        if any(name in text for name in BROKEN):
             print(f"error: {LOST}: {text}", file=sys.stderr, flush=True)
         who = f"process {jax.process_index()} on {socket.gethostname()}"
         with contextlib.suppress(Exception):  # another has told first, or the connection is gone

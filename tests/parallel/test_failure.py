@@ -107,7 +107,7 @@ def test_training_on_two_processes_ends_when_one_does(tiny_flux, tmp_path):
     (killed_main, stderr), killed = both_end(TRAINING, "kill", tiny_flux, run)
     assert killed[0] == -signal.SIGKILL
     assert killed_main == 1
-    assert "error: another process of this run was killed or cannot be reached" in stderr
+    assert "error: another process of this run was killed or cannot be reached" in stderr, stderr
     assert len(losses(run)) >= 2
     # The next run has checkpoint 2, unless the kill came before it was complete
     for entry in (run / "checkpoints").iterdir():
