@@ -14,8 +14,8 @@ whose captions could also omit the position. On the present version, the VAE was
 rate 1e-3, without the straightness term), the denoiser for 3 500 (as in its second round), then `guided` in two parts.
 
 Nor is the bundled teacher of the emoji. The first rounds of its VAE and of its denoiser come from an earlier version
-of `arcflow_jax.demo.emoji`, with any size between small and large and any place. Its captions had "a orange"; the text
-encoders got "an" with the weights of "a".
+of `arcflow_jax.demo.emoji`, with any size between small and large and any place. The text encoders were trained with
+"a orange background"; the token "an" has the embedding of "a".
 
 Everything is seeded. Each stage reads what earlier stages left in the work folder. A training that was stopped resumes
 from its last report, every few hundred steps. Copy `tiny-…/` from the work folder to `arcflow_jax/assets/`, and the

@@ -34,7 +34,7 @@ from arcflow_jax.models.model_directory import DESCRIPTION as MODEL
 from arcflow_jax.networks.states import nest, unnest
 from arcflow_jax.storage.files import json_records
 
-TOGETHER = 2**28  # bytes
+TOGETHER = 2**28  # bytes of arrays that are read at once
 
 
 @dataclasses.dataclass(frozen=True)

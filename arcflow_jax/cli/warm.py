@@ -21,7 +21,7 @@ def warm(
     ] = "",
     references: Annotated[
         int,
-        typer.Option(help="Compile the programs with this many reference images, each of the size of the image made."),
+        typer.Option(min=0, help="Compile for this many reference images, each of the size of the image made."),
     ] = 0,
     *,
     sampling: options.SamplingOptions,

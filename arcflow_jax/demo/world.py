@@ -17,7 +17,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from arcflow_jax.demo.captions import Captions
-from arcflow_jax.demo.judge import Judge, load_judge
+from arcflow_jax.demo.judge import load_judge
 from arcflow_jax.evaluate.frechet import Moments
 
 
@@ -45,12 +45,9 @@ class World:
         return self.folder / "prompts-test.txt"
 
     @functools.cached_property
-    def judge(self) -> Judge:
-        return load_judge(self.folder / "judge.safetensors", self.captions.values, **self.judge_sizes)
-
-    @functools.cached_property
     def _judged(self) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
-        graphdef, state = nnx.split(self.judge)
+        judge = load_judge(self.folder / "judge.safetensors", self.captions.values, **self.judge_sizes)
+        graphdef, state = nnx.split(judge)
 
         @jax.jit
         def judged(images: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -60,7 +60,7 @@ class References:
 def open_image(file: str | Path, sizes: Sequence[str]) -> StartImage:
     """An image file, scaled to cover each of these sizes and cropped at its center. Raises UserError."""
     image = opened(file)
-    return StartImage({size: Start(fit(image, size), None) for size in sizes})
+    return StartImage({size: Start(cropped(image, size), None) for size in sizes})
 
 
 def open_references(files: Sequence[str | Path], sizes: Sequence[str], most: int) -> References:
@@ -68,7 +68,7 @@ def open_references(files: Sequence[str | Path], sizes: Sequence[str], most: int
     if len(files) > most:
         raise UserError(f"There are {len(files)} reference images. The model reads {most} at most.")
     images = list(map(opened, files))
-    return References({size: Start(np.stack([fit(image, size) for image in images]), None) for size in sizes})
+    return References({size: Start(np.stack([cropped(image, size) for image in images]), None) for size in sizes})
 
 
 def opened(file: str | Path) -> Image.Image:
@@ -83,7 +83,8 @@ def opened(file: str | Path) -> Image.Image:
         ) from None
 
 
-def fit(image: Image.Image, size: str) -> np.ndarray:  # [H, W, 3], uint8
+def cropped(image: Image.Image, size: str) -> np.ndarray:  # [H, W, 3], uint8
+    """An image, scaled to cover a size and cropped at its center."""
     return np.asarray(ImageOps.fit(image, sides(size), Image.Resampling.LANCZOS))
 
 

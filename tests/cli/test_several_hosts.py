@@ -142,11 +142,12 @@ def test_an_error_in_one_process_ends_both_and_the_next_ones_resume(tiny_flux, t
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     recipe = ("--config", "tiny", f"--config.model={tiny_flux}", "--config.batch=2", "--out", tmp_path / "out")
     embed = ("embed-prompts", *recipe, f"--config.prompts={tmp_path}/prompts.txt")
-    first, second = both(1, *embed, code=2)
-    assert "error: no more" in second
-    assert "error: process 1 on " in first
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / ".out.lock").exists()
+    for fails in (0, 1):
+        texts = both(fails, *embed, code=2)
+        assert "error: no more" in texts[fails]
+        assert f"error: process {fails} on " in texts[1 - fails]
+        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / ".out.lock").exists()
     both("none", *embed)
     shards = -(-read_description(tmp_path / "out").prompts // 2)
     assert sorted(files(tmp_path / "out"))[1:] == [f"shard-{i:05d}.safetensors" for i in range(shards)]

@@ -93,11 +93,16 @@ def test_judge_reads_true_images(teacher, true_images):
 
 @pytest.mark.slow
 def test_vae_reconstructs_images(teacher, pipeline, true_images):
-    images = true_images[0][:64]
+    """As well as the bar says, and so that the judge reads what they show."""
+    images, attributes = (array[:64] for array in true_images)
     graphdef, abstract = nnx.split(pipeline.directory.abstract("vae", jnp.float32))
     model = nnx.merge(graphdef, pipeline.directory.load("vae", abstract))
-    error = float(jnp.square(model.decode(model.encode(images)) - images).mean())
-    assert 10 * np.log10(4 / error) >= (26.5 if teacher == "tiny-emoji" else 32)
+    decoded = model.decode(model.encode(images))
+    error = float(jnp.square(decoded - images).mean())
+    assert 10 * np.log10(4 / error) >= (27 if teacher == "tiny-emoji" else 32)
+    world = TEACHERS[teacher].world
+    shares = agreement(world.read(decoded)[1], np.asarray(attributes), world.captions.values)
+    assert min(shares.values()) >= 0.9, shares
 
 
 @pytest.mark.slow
@@ -110,6 +115,5 @@ def test_fifty_steps_follow_the_prompts(teacher, pipeline):
     _, read = world.read(np.stack([np.asarray(image) for image in images]) / 127.5 - 1)
     asked = np.stack([world.captions.of(prompt).as_array() for prompt in prompts])
     shares = agreement(read, asked, world.captions.values)
-    first = shares.pop(next(iter(shares)))
-    assert first >= (0.7 if teacher == "tiny-emoji" else 0.85)
-    assert min(shares.values()) >= 0.85
+    assert shares.pop("mean") >= 0.9
+    assert min(shares.values()) >= (0.8 if teacher == "tiny-emoji" else 0.85)

@@ -67,11 +67,11 @@ train(bucketed(model, out))
 
 
 def bucketed(model: Path, out: Path) -> Recipe:
-    """A run on prompts of two image sizes, with a preview."""
+    """A run on prompts of two image sizes, in both phases, with a preview."""
     prompts = out.parent / "prompts.jsonl"
     lines = [{"prompt": text, "height": 32, "width": 32 + 16 * (i % 2)} for i, text in enumerate(PROMPTS)]
     prompts.write_text("\n".join(map(json.dumps, lines)))
-    changes = {"prompts": str(prompts), "steps": 10, "save_every": 5}
+    changes = {"prompts": str(prompts), "steps": 10, "save_every": 5, "distillation.decay": 4}
     return recipe(model, out, **changes, preview_every=4, preview_prompts=("a ring",))
 
 
@@ -94,7 +94,7 @@ def test_kill_and_resume_is_bit_identical(model, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         at_step = compiled_at_each_step(patched)
         straight = train(bucketed(model, tmp_path / "straight"))
-    assert at_step[0] >= 1  # the size that no other test has compiled
+    assert at_step[0] >= 4  # both sizes, both phases, which no other test has compiled
     # No training step compiles, and no preview; a checkpoint does, the first of which is of step 5
     assert at_step[:5] == [at_step[0]] * 5, at_step
     killed = child(KILLED_AT_7, model, tmp_path / "killed")  # which finds the compiled programs
@@ -115,6 +115,7 @@ def test_kill_and_resume_is_bit_identical(model, tmp_path, monkeypatch):
     shown = [[(e.step, v.tag) for e in events(run) for v in e.summary.value if v.tag == "loss"]
              for run in (straight, resumed)]  # fmt: skip
     assert shown[0] == shown[1] == [(step, "loss") for step in range(1, 11)]
+    assert len({line["teacher_share"] > 0 for line in log(straight)[:5]}) == 2
     assert (straight / "previews" / "000004.png").exists()
 
     # what is left can be sampled from, with EMA weights and without
