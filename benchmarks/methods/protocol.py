@@ -1,7 +1,7 @@
 """The protocol: what is compared, with which budget, and which settings a method may have. See docs/results.md.
 
-Another method is one line in `METHODS`, another teacher one line in `SCOPES`. `results.Files` refuses results of another
-teacher, budget or number of prompts. Whoever changes anything else here, or a teacher's recipe, removes the results.
+Another method is one line in `METHODS`, another teacher one line in `SCOPES`. `results.Files` refuses results of other
+weights, of another budget or number of prompts. Whoever changes anything else here, or a recipe, removes the results.
 """
 
 from __future__ import annotations
