@@ -16,6 +16,10 @@ import numpy as np
 
 C = TypeVar("C")
 
+# Where in an image, in both worlds
+POSITIONS = ("left", "right", "top", "bottom", "center")
+POSITION_WORDS = ("on the left", "on the right", "at the top", "at the bottom", "in the center")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Captions(Generic[C]):

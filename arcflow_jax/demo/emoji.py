@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from arcflow_jax.demo import ASSETS, SIDE
-from arcflow_jax.demo.captions import Captions
+from arcflow_jax.demo.captions import POSITION_WORDS, POSITIONS, Captions
 from arcflow_jax.demo.world import World
 
 
@@ -34,7 +34,6 @@ def read_names() -> dict[str, str]:
 NAMES = tuple(read_names())
 # Each attribute's values; -1 in an attribute array means that the caption omits the attribute.
 SIZES = ("small", "large")
-POSITIONS = ("left", "right", "top", "bottom", "center")
 BACKGROUNDS = ("white", "gray", "black", "pink", "orange", "green", "blue", "purple")
 ATTRIBUTES = {"emoji": NAMES, "size": SIZES, "position": POSITIONS, "background": BACKGROUNDS}
 OMITTED = {"size": 0.3, "position": 0.3, "background": 0.5}  # probability that a caption omits the attribute
@@ -56,8 +55,6 @@ BACKGROUND_RGB = np.array(
     np.float32,
 )
 SHADE = 8  # a background differs by at most this from its name's colour, or from a mixture of two, of 255
-
-POSITION_WORDS = ("on the left", "on the right", "at the top", "at the bottom", "in the center")
 
 
 @dataclasses.dataclass(frozen=True)

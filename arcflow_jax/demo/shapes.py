@@ -17,13 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from arcflow_jax.demo import ASSETS, SIDE
-from arcflow_jax.demo.captions import Captions, within
+from arcflow_jax.demo.captions import POSITION_WORDS, POSITIONS, Captions, within
 from arcflow_jax.demo.world import World
 
 # Each attribute's values; -1 in an attribute array means that the caption omits the attribute.
 SHAPES = ("circle", "square", "triangle", "ring")
 COLOURS = ("red", "green", "blue", "yellow", "purple")
-POSITIONS = ("left", "right", "top", "bottom", "center")
 SIZES = ("small", "large")
 BACKGROUNDS = ("white", "gray", "black")
 ATTRIBUTES = {
@@ -42,8 +41,6 @@ RADIUS = np.array([[10.0, 12.5], [16.0, 18.5], [10.0, 18.5]], np.float32)  # pix
 LIGHTNESS = np.array([[0.92, 1.0], [0.46, 0.54], [0.0, 0.08], [0.0, 1.0]], np.float32)  # of the background's gray
 
 OMITTED = {"size": 0.1, "background": 0.8}  # probability that a caption omits the attribute
-
-POSITION_WORDS = ("on the left", "on the right", "at the top", "at the bottom", "in the center")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +100,26 @@ class Data:
         """Tokens [B, 16, 4C] of random images, and the indices of their captions [B]."""
         picked = jax.random.randint(key, (batch,), 0, len(self.tokens))
         return self.tokens[picked], self.caption[picked]
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddedData:
+    """The same with captions that were embedded beforehand. A family adds `conditioning`."""
+
+    tokens: jax.Array  # [·, 16, 4C]
+    caption: jax.Array  # [·]
+    embedded: dict[str, jax.Array]  # [captions + 1, …] each; the last is of the empty prompt
+
+    draw = Data.draw
+
+    @property
+    def empty(self) -> int:
+        return len(self.embedded["text"]) - 1
+
+    @classmethod
+    def load(cls, work: Path, teacher: Teacher) -> Self:
+        latents, embedded = load_file(work / "latents.safetensors"), load_file(work / "embeddings.safetensors")
+        return cls(latents["tokens"], teacher.captions.index(latents["attributes"]), embedded)
 
 
 def noisy(key: jax.Array, tokens: jax.Array, centre: float) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -190,29 +190,10 @@ def make_embeddings(work: Path) -> None:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """As `denoiser.Data`."""
-
-    tokens: jax.Array  # [·, 16, 16]
-    caption: jax.Array  # [·]
-    text: jax.Array  # [captions + 1, T, 3 D]; the last is the empty prompt
-
-    draw = denoiser.Data.draw
-
-    @property
-    def empty(self) -> int:
-        return len(self.text) - 1
-
-    @classmethod
-    def load(cls, work: Path, teacher: Teacher) -> Data:
-        latents = load_file(work / "latents.safetensors")
-        embedded = load_file(work / "embeddings.safetensors")
-        return cls(latents["tokens"], teacher.captions.index(latents["attributes"]), embedded["text"])
-
+class Data(denoiser.EmbeddedData):
     def conditioning(self, caption: jax.Array, guidance: jax.Array) -> Flux2Conditioning:
         positions = jnp.pad(packing.position_ids(denoiser.GRID, denoiser.GRID), ((0, 0), (0, 1)))
-        return Flux2Conditioning(self.text[caption], None, positions)
+        return Flux2Conditioning(self.embedded["text"][caption], None, positions)
 
 
 def new_model(teacher: Teacher) -> ArcModel:

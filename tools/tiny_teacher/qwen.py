@@ -129,30 +129,10 @@ def make_embeddings(work: Path) -> None:
     save_file(embedded, work / "embeddings.safetensors")
 
 
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """As `denoiser.Data`."""
-
-    tokens: jax.Array  # [·, 16, 16]
-    caption: jax.Array  # [·]
-    text: jax.Array  # [captions + 1, T, D]; the last is the empty prompt
-    lengths: jax.Array  # [captions + 1]
-
-    draw = denoiser.Data.draw
-
-    @property
-    def empty(self) -> int:
-        return len(self.text) - 1
-
-    @classmethod
-    def load(cls, work: Path, teacher: Teacher) -> Data:
-        latents, embedded = load_file(work / "latents.safetensors"), load_file(work / "embeddings.safetensors")
-        caption = teacher.captions.index(latents["attributes"])
-        return cls(latents["tokens"], caption, embedded["text"], embedded["lengths"])
-
+class Data(denoiser.EmbeddedData):
     def conditioning(self, caption: jax.Array, guidance: jax.Array) -> QwenImageConditioning:
         positions = packing.centred_positions(denoiser.GRID, denoiser.GRID)
-        return QwenImageConditioning(self.text[caption], self.lengths[caption], positions)
+        return QwenImageConditioning(self.embedded["text"][caption], self.embedded["lengths"][caption], positions)
 
 
 def new_model(teacher: Teacher) -> ArcModel:
