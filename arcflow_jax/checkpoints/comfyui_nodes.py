@@ -30,7 +30,7 @@ class Load:
 
     @classmethod
     def INPUT_TYPES(cls):
-        base_model = f"The base model: a hub id, or a folder of diffusers, of {STUDENT['pipeline']}."
+        base_model = f"The base model for {STUDENT['pipeline']}: a hub id or a diffusers folder."
         offload = "Keep on the GPU only the network that computes. Off is faster, if all of them fit."
         return {
             "required": {
@@ -42,7 +42,7 @@ class Load:
 
     def load(self, base_model, precision, offload):
         if not base_model.strip():
-            raise ValueError(f"base_model is empty: name a hub id or a folder of diffusers, of {STUDENT['pipeline']}")
+            raise ValueError(f"base_model is empty: name a hub id or a diffusers folder for {STUDENT['pipeline']}")
         from .pipeline import ArcFlowPipeline  # only now: diffusers would make ComfyUI start later
 
         comfy.model_management.unload_all_models()  # ComfyUI does not see what this one takes
