@@ -65,7 +65,10 @@ class Scope:
         return PUBLISHED_SHIFT if PUBLISHED_SHIFT in self.shifts else self.shifts[0]
 
 
-SCOPES = {"tiny-flux": Scope(calls=51_200, shifts=(0.6, 3.2, 1.0))}
+SCOPES = {
+    "tiny-flux": Scope(calls=51_200, shifts=(0.6, 3.2, 1.0)),
+    "tiny-emoji": Scope(calls=61_440, shifts=(2.0,)),  # all of its recipe's budget, which is short
+}
 
 
 @dataclasses.dataclass(frozen=True)
