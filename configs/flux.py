@@ -1,13 +1,13 @@
 """Distils FLUX.1-dev into two steps.
 
-    arcflow convert --source PATH/TO/FLUX.1-dev --out checkpoints/flux
+    arcflow convert --source black-forest-labs/FLUX.1-dev --out checkpoints/flux
     arcflow train --config flux --config.prompts=prompts.txt
 
-Variants: the default trains rank 224, 4.8 % of the teacher; `flux:published` is the paper's, rank 256 and 5.5 %;
-`flux:legendre` has Legendre polynomials in place of the momentum mixture, and has not been tried at this size.
-`flux:single` is for one card of 24 GB, or of 16 GB with int4: rank 64, one example at a time, on a quantized base:
+Variants: the default trains rank 224, 4.8 % of the teacher. `flux:published` is the paper's, rank 256, 5.5 %.
+`flux:legendre` has Legendre polynomials in place of the momentum mixture. `flux:single` is for one card of 24 GB, or of
+16 GB with int4: rank 64, one example at a time, on a quantized base. None has been run at this size.
 
-    arcflow convert --source PATH/TO/FLUX.1-dev --out checkpoints/flux-int8 --quantize int8
+    arcflow convert --source black-forest-labs/FLUX.1-dev --out checkpoints/flux-int8 --quantize int8
     arcflow embed-prompts --config flux:single --config.prompts=prompts.txt --out embeddings/flux
     arcflow train --config flux:single --config.prompts=prompts.txt
 """

@@ -3,15 +3,15 @@
     arcflow convert --source black-forest-labs/FLUX.2-klein-base-4B --out checkpoints/klein-4b
     arcflow train --config flux2 --config.prompts=prompts.txt
 
-Variants: the default, `flux2:4b`, trains rank 128, 4.8 % of the 4B teacher; `flux2:9b` rank 160, 4.4 % of the 9B.
-`flux2:single` is for one card of 24 GB: the 4B, rank 64, one example at a time, on a quantized base:
+Variants: the default, `flux2:4b`, trains rank 128, 4.8 % of the 4B teacher. `flux2:9b` trains rank 160, 4.4 % of the
+9B. `flux2:single` is for one card of 12 GB: the 4B, rank 64, one example at a time, on a quantized base.
 
     arcflow convert --source black-forest-labs/FLUX.2-klein-base-4B --out checkpoints/klein-4b-int8 --quantize int8
     arcflow embed-prompts --config flux2:single --config.prompts=prompts.txt --out embeddings/klein-4b
     arcflow train --config flux2:single --config.prompts=prompts.txt
 
-None has been tried at this size. The student's timestep shift is ArcFlow's 3.2: at 1024 × 1024 the teacher's own is 3.2
-for 200 steps as well, and 7.6 for 50, which makes up for the error of the Euler steps that a student has not.
+None has been run at this size. The student's timestep shift is ArcFlow's 3.2. At 1024 × 1024, the teacher's own is 3.2
+for 200 steps, and 7.6 for 50, which compensates for the error of Euler steps. A student has no such error.
 """
 
 from ml_collections import ConfigDict

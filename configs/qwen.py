@@ -1,14 +1,14 @@
 """Distils Qwen-Image into two steps.
 
-    arcflow convert --source PATH/TO/Qwen-Image --out checkpoints/qwen
+    arcflow convert --source Qwen/Qwen-Image --out checkpoints/qwen
     arcflow train --config qwen --config.prompts=prompts.txt
 
-Variants: the default, `qwen:published`, is the paper's, rank 256, 4.7 % of the teacher; `qwen:compact`, rank 64 and
-batch 4, is for fewer devices; `qwen:legendre` has Legendre polynomials in place of the momentum mixture. Neither of
-the last two has been tried at this size. `qwen:single` is for one card of 32 GB, or of 24 GB with int4: rank 64, one
-example at a time, on a quantized base:
+Variants: the default, `qwen:published`, is the paper's, rank 256, 4.7 % of the teacher. `qwen:compact`, rank 64 and
+batch 4, is for fewer devices. `qwen:legendre` has Legendre polynomials in place of the momentum mixture. `qwen:single`
+is for one card of 32 GB, or of 24 GB with int4: rank 64, one example at a time, on a quantized base. None has been run
+at this size.
 
-    arcflow convert --source PATH/TO/Qwen-Image --out checkpoints/qwen-int8 --quantize int8
+    arcflow convert --source Qwen/Qwen-Image --out checkpoints/qwen-int8 --quantize int8
     arcflow embed-prompts --config qwen:single --config.prompts=prompts.txt --out embeddings/qwen
     arcflow train --config qwen:single --config.prompts=prompts.txt
 """

@@ -1,8 +1,8 @@
-"""Distils the bundled teacher on a laptop, in a few minutes.
+"""Distils the bundled FLUX.1 of shapes on a laptop, in a few minutes.
 
     arcflow train --config tiny
 
-Variants: `tiny:linear`, one constant velocity a segment; `tiny:legendre`, Legendre polynomials.
+Variants: `tiny:linear` has one constant velocity for each segment, `tiny:legendre` Legendre polynomials.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Distils the bundled teacher of the emoji on a laptop: the recipe and the variants of tiny.py.
+"""Distils the bundled FLUX.1 of emoji on a laptop, with the variants of tiny.py.
 
 arcflow train --config tiny_emoji
 """

@@ -1,4 +1,4 @@
-"""Distils the bundled Qwen-Image on a laptop: the recipe and the variants of tiny.py, with CFG for the teacher.
+"""Distils the bundled Qwen-Image on a laptop, with CFG for the teacher and the variants of tiny.py.
 
 arcflow train --config tiny_qwen
 """

@@ -35,8 +35,8 @@ def evaluate_trajectory(
     prompts: Annotated[
         str,
         typer.Option(
-            help="A .txt file of prompts, one a line, a .jsonl or .parquet file, a folder of such files, or the hub id "
-            "of a data set, OWNER/NAME or OWNER/NAME:SPLIT."
+            help="A .txt file of prompts, one per line, a .jsonl or .parquet file, a folder of such files, or the hub "
+            "id of a data set, OWNER/NAME or OWNER/NAME:SPLIT."
         ),
     ],
     out: Annotated[Path, path_option(help="Directory for the figures and the plot.")],
@@ -58,12 +58,12 @@ def evaluate_trajectory(
     student: options.StudentOptions,
     hosts: options.HostOptions,
 ) -> None:
-    """Compares student and teacher along trajectories from the same noises, and shows where the error arises.
+    """Compares student and teacher along trajectories from the same noise, and shows where the error arises.
 
     Endpoint error; and for each segment the velocity and state errors over the noise level, split into the error from
     the teacher's own state (local), the error inherited from earlier segments (drift), and the closed form against
-    quadrature. Leaves trajectory.json and trajectory.png in OUT. An interrupted evaluation resumes. Several machines
-    share the prompts; run the same command on each, as for arcflow train.
+    quadrature. Leaves trajectory.json and trajectory.png in OUT. An interrupted evaluation resumes. Several hosts
+    divide the prompts; run the same command on each, as for arcflow train.
     """
     from arcflow_jax.data.prompts import read_prompts
     from arcflow_jax.evaluate.trajectory.comparison import Comparison, ComparisonSettings
@@ -162,7 +162,7 @@ def evaluate_metrics(
     """FID, pFID, CLIP score, retrieval, HPS and diversity of a folder of images, or of a student or teacher directly.
 
     Without a reference, only the images' statistics are computed, for use as a reference later. An interrupted
-    evaluation resumes. Several machines share the images; run the same command on each, as for arcflow train. Needs
+    evaluation resumes. Several hosts divide the images; run the same command on each, as for arcflow train. Needs
     PyTorch: pip install arcflow_jax[eval].
     """
     from arcflow_jax.data.prompts import read_prompts
@@ -220,7 +220,7 @@ def evaluate_export(
 ) -> None:
     """Makes the images of a benchmark, laid out as its own scorer reads them. An interrupted export resumes.
 
-    Several machines share the prompts; run the same command on each, as for arcflow train.
+    Several hosts divide the prompts; run the same command on each, as for arcflow train.
     """
     from arcflow_jax.evaluate.benchmarks import LAYOUTS
     from arcflow_jax.evaluate.benchmarks import export as make

@@ -95,13 +95,13 @@ def options_of(group: Any) -> list[inspect.Parameter]:
 
 @dataclasses.dataclass(frozen=True)
 class HostOptions:
-    """How the processes of a command on several machines find one another."""
+    """How the processes of a command on several hosts find one another."""
 
     coordinator: Annotated[
-        str | None, typer.Option(help="HOST:PORT of the first of several machines, as the others reach it.")
+        str | None, typer.Option(help="HOST:PORT of the first of several processes, as the others reach it.")
     ] = None
-    processes: Annotated[int | None, typer.Option(help="How many machines run this command.")] = None
-    process_id: Annotated[int | None, typer.Option(help="The number of this machine, from 0.")] = None
+    processes: Annotated[int | None, typer.Option(help="How many processes run this command, on all hosts.")] = None
+    process_id: Annotated[int | None, typer.Option(help="The number of this process, from 0.")] = None
 
     @contextlib.contextmanager
     def connected(self) -> Generator[None]:
@@ -185,8 +185,7 @@ class LoadingOptions(ModelOptions):
     compute: Annotated[
         EightBits | None,
         typer.Option(
-            help="Multiply activations in 8 bits as well, of a model with int8 or fp8 weights: for chips that have "
-            "such products."
+            help="Multiply activations in 8 bits as well, if the weights are int8 or fp8: on chips that support it."
         ),
     ] = None
     offload: Annotated[

@@ -39,7 +39,7 @@ class Program(enum.StrEnum):
 
 def compile_report(
     context: typer.Context,
-    config: Annotated[str, typer.Option(help="The recipe: FILE.py, or FILE.py:VARIANT.")],
+    config: Annotated[str, typer.Option(help="The recipe: NAME or FILE.py, and :VARIANT if it has some.")],
     topology: Annotated[
         list[str],
         typer.Option(
@@ -99,7 +99,7 @@ def demo(
     ] = Teacher.tiny_emoji,
     quantize: Annotated[KernelFormat | None, typer.Option(help="Format of the teacher's kernels.")] = None,
 ) -> None:
-    """Converts a bundled teacher, distils it, and compares 2 steps with 50, in five to ten minutes on two cores.
+    """Converts a bundled teacher, distils it, and compares 2 steps with 50, in a few minutes on two cores.
 
     Leaves index.html, grid.png and metrics.json in OUT, and a student that arcflow sample uses. An interrupted demo
     resumes.

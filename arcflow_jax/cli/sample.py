@@ -22,7 +22,7 @@ def sample(
     ] = None,
     prompts_file: Annotated[
         Path | None,
-        path_option(help="A .txt file of prompts, one a line, or a .jsonl or .parquet file with a field `prompt`."),
+        path_option(help="A .txt file of prompts, one per line, or a .jsonl or .parquet file with a field `prompt`."),
     ] = None,
     images: Annotated[int, typer.Option(help="Number of images per prompt, each from noise of its own.")] = 1,
     latents: Annotated[
@@ -41,11 +41,11 @@ def sample(
     ] = None,
     mask: Annotated[
         Path | None,
-        path_option(help="With one --image: what to paint anew, white on an image of the same size. The rest stays."),
+        path_option(help="With one --image: what to repaint, white on an image of the same size. The rest stays."),
     ] = None,
     strength: Annotated[
         float | None,
-        typer.Option(help="With one --image: how much of it is made anew, above 0 and at most 1. By default 0.6."),
+        typer.Option(help="With one --image: how much of it is repainted, above 0 and at most 1. By default 0.6."),
     ] = None,
     grid: Annotated[bool, typer.Option("--grid", help="Also write grid.png, all images on one sheet.")] = False,
     out: Annotated[Path, path_option(help="Directory for the images.")] = Path("images"),
@@ -55,7 +55,7 @@ def sample(
 ) -> None:
     """Makes images from prompts: one PNG each, with its settings in the metadata.
 
-    Several machines share the images; run the same command on each, as for arcflow train.
+    Several hosts divide the images; run the same command on each, as for arcflow train.
     """
     if (prompt is None) == (prompts_file is None):
         raise UserError("say what the images should show: either with --prompt or with --prompts-file")

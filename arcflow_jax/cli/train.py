@@ -46,8 +46,8 @@ def train(
     directory (--config.out) exists, the run resumes from its last checkpoint. On SIGTERM it writes a checkpoint and
     ends with exit code 143.
 
-    On several machines, run the same command on each. On TPU pods and under SLURM they find one another; elsewhere
-    give --coordinator, --processes and --process-id.
+    On several hosts, run the same command on each. On TPU pods and under SLURM the processes find one another;
+    elsewhere give --coordinator, --processes and --process-id.
     """
     from arcflow_jax.parallel import xla_presets
 
@@ -82,7 +82,7 @@ def embed_prompts(
 
     arcflow train then reads them, with the same recipe and --config.embeddings=OUT. Where the encoders fit, train
     without them: embeddings take 4.2 MB per prompt for FLUX.1, 7.9 MB for FLUX.2 [klein] 4B, 3.7 MB for Qwen-Image. An
-    interrupted run resumes. Several machines share the prompts; run the same command on each, as for arcflow train.
+    interrupted run resumes. Several hosts divide the prompts; run the same command on each, as for arcflow train.
     """
     from arcflow_jax.parallel.processes import is_main
     from arcflow_jax.storage import cache

@@ -26,7 +26,7 @@ def warm(
     *,
     sampling: options.SamplingOptions,
 ) -> None:
-    """Compiles ahead, into the cache, all that sampling from a model takes, for each size.
+    """Compiles the programs that sampling from a model needs, for each size, into the cache.
 
     Programs are kept for the same machine, versions, batch size and steps. With --batch-size, the smaller batches that
     arcflow serve makes are compiled as well. Each size is sampled once for each batch size, and no image is written.

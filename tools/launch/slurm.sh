@@ -3,11 +3,11 @@
 #
 #     sbatch tools/launch/slurm.sh --config flux --config.prompts=prompts.txt --config.out=/shared/runs/flux
 #
-# The arguments are those of `arcflow train`. Options of sbatch go before the script and replace the lines below. Model,
-# prompts and run have to lie where all nodes reach them: on a shared file system, or in a bucket.
+# The arguments are those of `arcflow train`. Options of sbatch go before the script and override the lines below. Put
+# model, prompts and run where all nodes reach them: on a shared file system, or in a bucket.
 #
-# At SIGTERM, training writes a checkpoint and ends with exit code 143. SIGTERM comes two minutes before the time limit,
-# and when the partition preempts the job. The job then puts itself into the queue again, and the run resumes.
+# At SIGTERM, training saves a checkpoint and exits with code 143. SIGTERM comes two minutes before the time limit, and
+# when the partition preempts the job. The job then requeues itself, and the run resumes.
 
 #SBATCH --job-name=arcflow
 #SBATCH --nodes=4
@@ -24,7 +24,7 @@
 ARCFLOW=${ARCFLOW:-.venv/bin/arcflow}
 PREEMPTED=143
 
-trap '' TERM  # for the tasks, not for this script, which has to outlive them
+trap '' TERM  # SIGTERM is for the tasks; this script must outlive them
 
 # Without --kill-on-bad-exit: the first process that ends must not kill one that is still writing the checkpoint
 srun --kill-on-bad-exit=0 --wait=300 "$ARCFLOW" train --xla-preset h100 "$@"

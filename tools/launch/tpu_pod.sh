@@ -7,7 +7,7 @@
 #         --config.prompts=gs://BUCKET/prompts.txt --config.out=gs://BUCKET/runs/flux
 #
 # The arguments are those of `arcflow train`. TYPE counts TensorCores for v5p (v5p-128 is 64 chips), chips for v6e (with
-# RUNTIME=v2-alpha-tpuv6e, PRESET=v6e). KIND=--spot, the default, may be preempted; KIND= asks for slices that may not.
+# RUNTIME=v2-alpha-tpuv6e, PRESET=v6e). The default, KIND=--spot, may be preempted; KIND= asks for slices that may not.
 set -euo pipefail
 
 : "${NAME:?}" "${ZONE:?}" "${TYPE:?}" "${RUNTIME:?}" "${PRESET:?}"
