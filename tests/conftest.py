@@ -39,6 +39,12 @@ def tiny_emoji(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_flux2(tmp_path_factory) -> Path:
+    """The bundled FLUX.2 [klein] teacher as a model directory. All tests and workers share it: do not write to it."""
+    return converted("tiny-flux2", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def tiny_qwen(tmp_path_factory) -> Path:
     """The bundled Qwen-Image teacher as a model directory. All tests and workers share it: do not write to it."""
     return converted("tiny-qwen", tmp_path_factory)

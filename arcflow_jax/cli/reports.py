@@ -16,6 +16,7 @@ from arcflow_jax.errors import UserError
 class Teacher(enum.StrEnum):
     tiny_emoji = "tiny-emoji"
     tiny_flux = "tiny-flux"
+    tiny_flux2 = "tiny-flux2"
     tiny_qwen = "tiny-qwen"
 
 

@@ -47,6 +47,7 @@ class Teacher(NamedTuple):
 TEACHERS = {
     "tiny-emoji": Teacher(emoji.WORLD, "tiny_emoji"),
     "tiny-flux": Teacher(shapes.WORLD, "tiny"),
+    "tiny-flux2": Teacher(shapes.WORLD, "tiny_flux2"),
     "tiny-qwen": Teacher(shapes.WORLD, "tiny_qwen"),
 }
 

@@ -48,7 +48,12 @@ def test_ids_are_those_of_diffusers(folders, name):
         assert cut.any()
 
 
-CLASSES = {"tiny-flux/tokenizer": "CLIP", "tiny-flux/tokenizer_2": "T5", "tiny-qwen/tokenizer": "Qwen2"}
+CLASSES = {
+    "tiny-flux/tokenizer": "CLIP",
+    "tiny-flux/tokenizer_2": "T5",
+    "tiny-flux2/tokenizer": "Qwen2",
+    "tiny-qwen/tokenizer": "Qwen2",
+}
 
 
 def as_it_is(folder: Path, theirs: Any) -> None:

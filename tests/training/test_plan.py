@@ -24,6 +24,7 @@ MODELS = {
     **dict.fromkeys(("qwen", "qwen:compact", "qwen:legendre"), ROOT / "configs" / "qwen-image"),
     **dict.fromkeys(("tiny", "tiny:linear", "tiny:legendre"), ASSETS / "tiny-flux"),
     "tiny_emoji": ASSETS / "tiny-emoji",
+    "tiny_flux2": ASSETS / "tiny-flux2",
     "tiny_qwen": ASSETS / "tiny-qwen",
 }
 DEVICES = (1, 4, 8, 16, 32, 64, 256)

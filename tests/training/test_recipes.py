@@ -28,7 +28,7 @@ LARGE = {
     "qwen": ("QwenImagePipeline", "qwen-image", ("published", "compact", "legendre", "single")),
 }
 VARIANTS = {name: variants for name, (*_, variants) in LARGE.items()}
-VARIANTS |= dict.fromkeys(("tiny", "tiny_emoji", "tiny_qwen"), ("arcflow", "linear", "legendre"))
+VARIANTS |= dict.fromkeys(("tiny", "tiny_emoji", "tiny_flux2", "tiny_qwen"), ("arcflow", "linear", "legendre"))
 
 
 @pytest.mark.parametrize(("name", "variant"), [(name, each) for name, (*_, some) in LARGE.items() for each in some])
@@ -82,7 +82,7 @@ def test_recipes_are_small(name):
         ("flux:curved", "recipe flux:curved: known variants are default, published, legendre, single"),
         (
             "fluks",
-            "no recipe is called 'fluks': known are flux, flux2, qwen, tiny, tiny_emoji, tiny_qwen; a",
+            "no recipe is called 'fluks': known are flux, flux2, qwen, tiny, tiny_emoji, tiny_flux2, tiny_qwen; a",
         ),
         ("nowhere/mine.py", "recipe nowhere/mine.py does not exist"),
     ],
