@@ -8,10 +8,11 @@
 
 On two free CPU cores a step of the shapes' VAE or denoiser takes about 0.17 s, and there are 4 500 and 11 000 of them.
 
-This script makes the bundled Qwen-Image exactly, in 53 minutes on a busy machine. The bundled FLUX.1 is not exactly
-what it makes. Its text encoders, judge, VAE and denoiser come from an earlier version of `arcflow_jax.demo.shapes`,
-whose captions could also omit the position. On the present version, the VAE was trained for 1 000 more steps (learning
-rate 1e-3, without the straightness term), the denoiser for 3 500 (as in its second round), then `guided` in two parts.
+This script makes the bundled Qwen-Image and FLUX.2 exactly, in 53 and 55 minutes on a busy machine. The bundled FLUX.1
+is not exactly what it makes. Its text encoders, judge, VAE and denoiser come from an earlier version of
+`arcflow_jax.demo.shapes`, whose captions could also omit the position. On the present version, the VAE was trained for
+1 000 more steps (learning rate 1e-3, without the straightness term), the denoiser for 3 500 (as in its second round),
+then `guided` in two parts.
 
 Nor is the bundled teacher of the emoji. The first rounds of its VAE and of its denoiser come from an earlier version
 of `arcflow_jax.demo.emoji`, with any size between small and large and any place. The text encoders were trained with
