@@ -205,11 +205,14 @@ class LoadingOptions(ModelOptions):
 
     def adapter_or_teacher(self) -> str | None:
         """The student's adapter, None for the teacher. Raises UserError if the options contradict one another."""
-        if self.teacher and (self.adapter is not None or self.raw):
-            superfluous = "--adapter" if self.adapter is not None else "--raw"
-            raise UserError(f"--teacher samples without a student: leave {superfluous} out")
-        if self.teacher and self.adapter_scale != 1:
-            raise UserError("--teacher samples without a student: leave --adapter-scale out")
+        of_student = {
+            "--adapter": self.adapter is not None,
+            "--raw": self.raw,
+            "--adapter-scale": self.adapter_scale != 1,
+            "--merge" if self.merge else "--no-merge": self.merge is not None,
+        }
+        if self.teacher and (given := [name for name, is_given in of_student.items() if is_given]):
+            raise UserError(f"--teacher samples without a student: leave {given[0]} out")
         return None if self.teacher else which_student(self.model, self.adapter, ", or say --teacher for the teacher")
 
     def load(self, mesh: Mesh | None = None) -> ArcFlowPipeline:

@@ -368,6 +368,13 @@ def test_sample_refuses_bad_input(capfd, tmp_path, monkeypatch, model, student):
     refused("cannot write .*out", *whole, "--prompt", "a ring", "--out", file / "out")
 
 
+@pytest.mark.parametrize("option", ["--raw", "--no-merge", "--merge", "--adapter=a", "--adapter-scale=0.5"])
+def test_a_teacher_has_no_students_options(capfd, tmp_path, option):
+    command = ("sample", "--model", tmp_path, "--teacher", "--prompt", "a ring", option)
+    name = option.partition("=")[0]
+    assert_refused(capfd, tmp_path, *command, message=f"samples without a student: leave {name} out")
+
+
 def test_sample_refuses_an_adapter_of_another_base(capfd, tmp_path, model, student):
     description = AdapterDescription.read(student)
     other = tmp_path / "other"
