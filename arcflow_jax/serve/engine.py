@@ -70,9 +70,10 @@ class Begun:
 class Engine:
     """Makes images of waiting requests in batches, in one thread for each pipeline.
 
-    A batch starts once `batch_size` images of the same settings wait, or the oldest one has waited for `wait` seconds.
-    It is filled up to the next of a few sizes, so it runs a compiled program; and each image has noise of its own, so
-    it does not depend on the others. A full batch is handed to the devices while another one runs.
+    A batch has the image that has waited longest, and others of its settings. It starts once they are `batch_size`, or
+    the first has waited for `wait` seconds. It is filled up to the next of a few sizes, so it runs a compiled program;
+    and each image has noise of its own, so it does not depend on the others. A full batch is handed to the devices
+    while another one runs.
 
     Args:
       pipelines: replicas of one model, each on devices of its own.
@@ -109,7 +110,7 @@ class Engine:
         self._sizes = batch_sizes(self.pipeline.mesh, batch_size)
         # An image's `info` names the weights; where they lie concerns no client
         origin = self.pipeline.origin
-        self._names = {key: Path(str(origin[key])).name for key in ("model", "adapter") if key in origin}
+        self._names = {key: Path(str(origin[key])).resolve().name for key in ("model", "adapter") if key in origin}
         self.name = self._names.get("adapter", self._names["model"])
         self.loras: dict[str, float] = {}
         self._adapters: dict[str, str] = {}  # their names in the pipelines
