@@ -175,7 +175,7 @@ class LoadingOptions(ModelOptions):
         typer.Option(
             "--merge/--no-merge",
             help="Add LoRA to the base model's weights, or compute it beside them, which is slower but does not round "
-            "the sums to bfloat16. By default added, unless the base model is quantized.",
+            "the sums to bfloat16. By default added, unless the base model is quantized, or with --offload blocks.",
         ),
     ] = None
     lora: Annotated[list[str] | None, typer.Option(help=LORA_HELP, metavar="LORA")] = None
