@@ -299,11 +299,14 @@ class SamplingOptions(StudentOptions, LoadingOptions):
 
 
 def which_student(model: Path, adapter: str | None, otherwise: str = "") -> str:
-    """The adapter that is meant, by default the demo's. Raises UserError if none is named for another model."""
+    """The adapter that is meant, by default the demo's. Raises UserError if none is named for another model, or there
+    is no demo."""
     if adapter is not None:
         return adapter
     if model != DEMO / "teacher":
         raise UserError(f"name the student with --adapter{otherwise}")
+    if not model.exists():
+        raise UserError(f"there is no demo in {DEMO}: run arcflow demo first, or name --model and --adapter")
     return str(DEMO / "arcflow")
 
 

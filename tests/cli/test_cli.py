@@ -368,6 +368,12 @@ def test_sample_refuses_bad_input(capfd, tmp_path, monkeypatch, model, student):
     refused("cannot write .*out", *whole, "--prompt", "a ring", "--out", file / "out")
 
 
+def test_the_default_is_the_demo(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = "there is no demo in runs/demo: run arcflow demo first, or name --model and --adapter"
+    assert_refused(capfd, tmp_path, "sample", "--prompt", "a ring", message=message)
+
+
 @pytest.mark.parametrize("option", ["--raw", "--no-merge", "--merge", "--adapter=a", "--adapter-scale=0.5"])
 def test_a_teacher_has_no_students_options(capfd, tmp_path, option):
     command = ("sample", "--model", tmp_path, "--teacher", "--prompt", "a ring", option)
