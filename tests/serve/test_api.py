@@ -214,7 +214,7 @@ def test_a_batch_that_fails(door, engine, monkeypatch):
 
 
 def test_the_key(door, engine):
-    locked = api.Door(door.app, "käse", engine.metrics)
+    locked = api.Door(door.app, "käse\n", engine.metrics)
     basic = base64.b64encode("any:käse".encode()).decode()
     right = [{"Authorization": "Bearer käse".encode()}, {"Authorization": f"Basic {basic}"}]
     wrong = [{}, {"Authorization": "Bearer kase"}, {"Authorization": "Basic !"}, {"Authorization": "Bearer"}]
