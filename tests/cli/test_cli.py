@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 import subprocess
@@ -125,6 +126,15 @@ def test_a_traceback_shows_hidden_causes(capfd, monkeypatch):
     with pytest.raises(SystemExit), report_errors():
         fail()
     assert "invalid literal for int()" in capfd.readouterr().err
+
+
+def test_devices_that_do_not_start(tiny_flux):
+    command = [sys.executable, "-m", "arcflow_jax", "sample", "--model", tiny_flux, "--teacher", "--prompt", "a ring"]
+    environment = {**os.environ, "JAX_PLATFORMS": "nowhere"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: JAX finds no device: Unable to initialize backend 'nowhere'")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_user_error_is_a_value_error():
