@@ -312,12 +312,12 @@ class Engine:
                 image.info["loras"] = ", ".join(f"{name}:{strength:g}" for name, strength in active.items() if strength)
             waiting.future.set_result(png(image, FAST))
             self.metrics.images.inc()
-        except BaseException as error:
-            waiting.future.set_exception(error)
+        except Exception as error:
+            failed([waiting], error)
 
 
 def failed(batch: Sequence[Waiting], error: Exception) -> None:
-    """Tells those who wait for a batch that it failed."""
-    LOG.error("a batch failed", exc_info=error)
+    """Tells those who wait for images of a batch that they failed."""
+    LOG.error("images failed", exc_info=error)
     for each in batch:
         each.future.set_exception(error)

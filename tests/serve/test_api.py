@@ -210,6 +210,17 @@ def test_a_batch_that_fails(door, engine, monkeypatch):
     assert asked(door, post({"prompt": PROMPT}))[0].status_code == 200
 
 
+def test_the_log_says_why_an_image_is_not_written(door, address, monkeypatch, caplog):
+    def failing(*_):
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr("arcflow_jax.serve.engine.png", failing)
+    (answer,) = asked(door, post({"prompt": PROMPT}))
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+    assert "secret" not in answer.text
+    assert "RuntimeError: secret" in caplog.text
+
+
 # --- who may ask ---
 
 
