@@ -64,6 +64,14 @@ def test_a_prompt_that_is_not_text(prompt):
         check_prompts(["a fox", prompt])
 
 
+def test_an_empty_source_is_not_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("not a prompt")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="a path is empty: name a file or a folder"):
+        read_prompts("")
+    assert read_prompts(".").texts == ["not a prompt"]
+
+
 def test_folder_of_all_kinds_in_the_order_of_paths(tmp_path):
     folder = tmp_path / "prompts"
     for name in ("b", ".cache"):
