@@ -198,7 +198,7 @@ def test_a_deadline(engine, door, gate):
     assert "retry-after" in answer.headers
 
 
-def test_a_batch_that_fails(door, engine, monkeypatch):
+def test_a_batch_that_fails(door, address, engine, monkeypatch):
     def failing(*_, **__):
         raise RuntimeError("secret")
 
