@@ -157,6 +157,8 @@ def test_tools_are_the_same_entry_points(tmp_path):
         (("--steps", "0"), "num_inference_steps is 0, but has to be a whole number from 1"),
         (("--guidance", "nan"), "guidance_scale is nan"),
         (("--strength", "0"), "strength is 0"),
+        (("--strength", "0.5"), "--strength is for an image to start from: give --image as well"),
+        (("--mask", "mask.png"), "--mask is for an image to start from: give --image as well"),
         (("--height", "-8"), "height is -8"),
     ],
 )
