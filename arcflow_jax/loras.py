@@ -152,9 +152,10 @@ class StyleLoRAs:
                 self.transformer.state = weights
             else:
                 encoders[component] = weights
-        fused = [self.origin.get("fused"), self.origin.get("loras")]
+        fused = [names for key in ("fused", "loras") if (names := self.origin.get(key))]
         self.unload_lora_weights()
-        self.origin["fused"] = ", ".join(filter(None, fused))
+        if fused:
+            self.origin["fused"] = ", ".join(fused)
 
     def _on_head(self, update: Update) -> Update:
         """A change of the teacher's output layer, as the student's head takes it; others as they are.

@@ -164,7 +164,7 @@ def resolve_settings(
         default_steps, default_guidance, default_ratio = trained.nfe, student.guidance, trained.final_step_ratio
     return SamplingSettings(
         steps=default_steps if steps is None else steps,
-        seed=seed,
+        seed=schema.converted(Seed, seed, "seed"),
         guidance=default_guidance if guidance is None else guidance,
         rows=rows,
         columns=columns,

@@ -177,7 +177,9 @@ def converted(hint: Any, value: Any, name: str, *, own: bool = False) -> Any:
         value = value.item()
     try:
         result = msgspec.convert(value, hint)
-    except (msgspec.ValidationError, UnicodeEncodeError):  # the second for half a surrogate pair
+        if isinstance(result, str):
+            result.encode()  # fails for half a surrogate pair, which is no text
+    except (msgspec.ValidationError, UnicodeEncodeError):
         raise UserError(f"{name} is {shown(value)}, but has to be {describe(hint)}") from None
     if isinstance(result, int) and result > limits(hint).get("le", result):
         raise UserError(f"{name} is {shown(value)}, but has to be {describe(hint)}")

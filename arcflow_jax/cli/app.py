@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Generator, Sequence
 
 import typer
 
 from arcflow_jax.cli import doctor, evaluate, exchange, reports, sample, serve, train, warm
-from arcflow_jax.errors import report_errors
+from arcflow_jax.errors import UserError, one_line, report_errors
 
 app = typer.Typer(
     help="ArcFlow in JAX: distils large text-to-image models into 2-step generators.",
@@ -36,5 +37,16 @@ app.command()(doctor.doctor)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits: with 0 if all is done, or with `errors.exit_code`."""
-    with report_errors():
+    with report_errors(), devices_needed():
         app(arguments)
+
+
+@contextlib.contextmanager
+def devices_needed() -> Generator[None]:
+    """Inside the `with` block, JAX that does not start, as JAX_PLATFORMS or a driver has it, raises UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "initialize backend" not in str(error):
+            raise
+        raise UserError(f"JAX finds no device: {one_line(error)}") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from arcflow_jax.cli.options import path_option
-from arcflow_jax.errors import UserError, of_files, one_line
+from arcflow_jax.errors import of_files
 
 if TYPE_CHECKING:
     import jax
@@ -99,11 +99,7 @@ def devices() -> list[str]:
     from arcflow_jax.networks.attention import choose
     from arcflow_jax.parallel.mesh import capability_of
 
-    try:
-        here = jax.local_devices()
-    except RuntimeError as error:  # JAX_PLATFORMS names a platform that does not start
-        raise UserError(f"JAX finds no device: {one_line(error)}") from error
-    lines = []
+    here, lines = jax.local_devices(), []
     for device in here:
         capability = capability_of(device)
         known = f", compute capability {'.'.join(map(str, capability))}" if capability else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from pathlib import Path
 from typing import Annotated
@@ -174,11 +175,15 @@ def evaluate_metrics(
 
     if (images is None) == (prompts is None):
         raise UserError("say what to judge: either --images, or what to sample with --prompts")
-    if images is not None and (sampling.adapter is not None or sampling.teacher):
-        raise UserError("--images are there already: leave --adapter and --teacher out, or name --prompts")
-    if images is not None and (count is not None or images_per_prompt is not None):
-        raise UserError("--images are there already: leave --count and --images-per-prompt out, or name --prompts")
+    if images is not None:
+        given = {"count": count, "images_per_prompt": images_per_prompt}
+        of_sampling = {each.name: (getattr(sampling, each.name), each.default) for each in dataclasses.fields(sampling)}
+        given |= {name: value for name, (value, default) in of_sampling.items() if value != default}
+        if names := [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]:
+            raise UserError(f"--images are there already: leave {', '.join(names)} out, or name --prompts")
     metrics = DEFAULT if metric is None else [each.value for each in metric]
+    if hps is not None and "hps" not in metrics:
+        raise UserError("--hps is the network of the metric hps: add --metric hps, or leave --hps out")
     diverse = "diversity" in metrics
     if diverse and images_per_prompt == 1:
         raise UserError("diversity needs at least two images of each prompt: leave --images-per-prompt out for 16")

@@ -175,7 +175,7 @@ class LoadingOptions(ModelOptions):
         typer.Option(
             "--merge/--no-merge",
             help="Add LoRA to the base model's weights, or compute it beside them, which is slower but does not round "
-            "the sums to bfloat16. By default added, unless the base model is quantized.",
+            "the sums to bfloat16. By default added, unless the base model is quantized, or with --offload blocks.",
         ),
     ] = None
     lora: Annotated[list[str] | None, typer.Option(help=LORA_HELP, metavar="LORA")] = None
@@ -205,11 +205,14 @@ class LoadingOptions(ModelOptions):
 
     def adapter_or_teacher(self) -> str | None:
         """The student's adapter, None for the teacher. Raises UserError if the options contradict one another."""
-        if self.teacher and (self.adapter is not None or self.raw):
-            superfluous = "--adapter" if self.adapter is not None else "--raw"
-            raise UserError(f"--teacher samples without a student: leave {superfluous} out")
-        if self.teacher and self.adapter_scale != 1:
-            raise UserError("--teacher samples without a student: leave --adapter-scale out")
+        of_student = {
+            "--adapter": self.adapter is not None,
+            "--raw": self.raw,
+            "--adapter-scale": self.adapter_scale != 1,
+            "--merge" if self.merge else "--no-merge": self.merge is not None,
+        }
+        if self.teacher and (given := [name for name, is_given in of_student.items() if is_given]):
+            raise UserError(f"--teacher samples without a student: leave {given[0]} out")
         return None if self.teacher else which_student(self.model, self.adapter, ", or say --teacher for the teacher")
 
     def load(self, mesh: Mesh | None = None) -> ArcFlowPipeline:
@@ -296,11 +299,14 @@ class SamplingOptions(StudentOptions, LoadingOptions):
 
 
 def which_student(model: Path, adapter: str | None, otherwise: str = "") -> str:
-    """The adapter that is meant, by default the demo's. Raises UserError if none is named for another model."""
+    """The adapter that is meant, by default the demo's. Raises UserError if none is named for another model, or there
+    is no demo."""
     if adapter is not None:
         return adapter
     if model != DEMO / "teacher":
         raise UserError(f"name the student with --adapter{otherwise}")
+    if not model.exists():
+        raise UserError(f"there is no demo in {DEMO}: run arcflow demo first, or name --model and --adapter")
     return str(DEMO / "arcflow")
 
 

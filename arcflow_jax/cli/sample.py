@@ -103,6 +103,9 @@ def make_images(
     check_prompts(prompts)
     check_ranges(strength=given[2])
     image_files, mask_file, strength = given
+    if not image_files and (mask_file is not None or strength is not None):
+        name = "--strength" if mask_file is None else "--mask"
+        raise UserError(f"{name} is for an image to start from: give --image as well, or leave {name} out")
     settings: dict[str, Any] = {**sampling.settings(), "strength": strength}
     check_same({"the prompts": list(prompts), "the options": [images, sampling.batch_size, settings]})
     noise = None if latents is None else read_latents(latents)

@@ -78,12 +78,12 @@ def serve(
     """
     from arcflow_jax.data.prompts import library
 
-    for name in ("fastapi", "uvicorn", "prometheus_client"):
+    for name in ("fastapi", "uvicorn", "prometheus_client", "python_multipart", *(["gradio"] if page else [])):
         library(name, "arcflow serve and its clients", extra="serve")
     import jax
 
     from arcflow_jax.parallel.mesh import parse_mesh
-    from arcflow_jax.sampling_settings import sides
+    from arcflow_jax.sampling_settings import batch_for, sides
     from arcflow_jax.serve import api, requests, server
     from arcflow_jax.serve.choices import comparison
     from arcflow_jax.serve.engine import Engine
@@ -93,7 +93,11 @@ def serve(
 
     if api_key is not None and not api_key.strip():
         raise UserError("the API key is empty: leave it out, or choose a long one")
+    if compare and (loading.teacher or not page):
+        superfluous = "--teacher" if loading.teacher else "--no-page"
+        raise UserError(f"--compare shows a teacher beside its student on the page: leave {superfluous} out")
     asked_sizes = [sides(size) for size in filter(None, sizes.split(","))]
+    asked_steps = requests.numbers(steps)
     devices = jax.local_devices()
     share = len(devices) // replicas
     if not share:
@@ -102,19 +106,21 @@ def serve(
     pipelines = [loading.load(mesh) for mesh in meshes]
     metrics = Metrics(batch_size)
     common = {"capacity": queue, "on_request": compile_on_request, "wait": wait_ms / 1000}
-    settings = declared(pipelines[0], asked_sizes, requests.numbers(steps), edits)
+    settings = declared(pipelines[0], asked_sizes, asked_steps, edits)
+    limits = requests.Limits(min(max_images, queue), max_prompt, max_steps, max_pixels, timeout)
+    limits.check_served(settings)
     engine = Engine(pipelines, batch_size=batch_size, declared=settings, metrics=metrics, **common)
     teacher = None
     if compare:
-        of_teacher = dataclasses.replace(loading, adapter=None, adapter_scale=1.0, raw=False, teacher=True)
+        of_teacher = dataclasses.replace(loading, adapter=None, adapter_scale=1.0, raw=False, merge=None, teacher=True)
         loaded = of_teacher.load(meshes[0])
         settings = comparison(loaded, list(dict.fromkeys((each.width, each.height) for each in settings)), edits)
-        alone = loaded.together() if not loaded.offload else 1
+        limits.check_served(settings)
+        alone = batch_for(loaded.mesh, None)
         teacher = Engine([loaded], batch_size=alone, declared=settings, metrics=Metrics(alone), **common)
 
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     logging.getLogger("arcflow.serve").setLevel(logging.INFO)
-    limits = requests.Limits(min(max_images, queue), max_prompt, max_steps, max_pixels, timeout)
     images = Images(link_seconds)
     app = api.build(engine, limits=limits, images=images)
     if page:

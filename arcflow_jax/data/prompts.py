@@ -66,7 +66,9 @@ class Row(NamedTuple):
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
-    """Raises UserError if there is no prompt, or an empty one."""
+    """Raises UserError if there is no prompt, an empty one, or one that is not text."""
+    for prompt in prompts:
+        schema.converted(str, prompt, "prompt")
     if not prompts or any(not prompt.strip() for prompt in prompts):
         raise UserError("a prompt is empty: say in words what the image should show")
 

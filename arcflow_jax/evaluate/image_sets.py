@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from arcflow_jax import schema
-from arcflow_jax.data.images import SUFFIXES, read_image, read_images, text_in
+from arcflow_jax.data.images import METADATA, SUFFIXES, read_image, read_images, text_in
 from arcflow_jax.data.prompts import Prompts, hidden
 from arcflow_jax.errors import UserError, one_line
 from arcflow_jax.pipeline import ArcFlowPipeline
@@ -89,11 +89,11 @@ class Folder:
             yield image
 
     def prompt(self, image: Image.Image) -> str:
-        return image.info.get("prompt") or self._captions[image.info["file"]]
+        return image.info.get("prompt") or self._caption(image.info["file"])
 
     @functools.cached_property
     def prompts(self) -> list[str]:
-        return [text_in(file, "prompt") or self._captions[file] for file in self.files]
+        return [text_in(file, "prompt") or self._caption(file) for file in self.files]
 
     @functools.cached_property
     def images_per_prompt(self) -> int:
@@ -107,6 +107,12 @@ class Folder:
         if many < 2:
             raise UserError(f"{self.folder} has one image of each prompt: diversity needs at least two")
         return many
+
+    def _caption(self, file: Path) -> str:
+        """Raises UserError if there is none."""
+        if (found := self._captions.get(file)) is None:
+            raise UserError(f"{file} has no prompt, and {self.folder} no caption of it: name all images in {METADATA}")
+        return found
 
     @functools.cached_property
     def _captions(self) -> dict[Path, str]:

@@ -91,7 +91,7 @@ def shows(scope: Scope, key: str) -> bool:
             _, _, shown = base64.b64decode(shown).partition(b":")
         except ValueError:
             return False
-    return hmac.compare_digest(shown.strip(), key.encode())
+    return hmac.compare_digest(shown.strip(), key.strip().encode())  # a key read from a file may end a line
 
 
 def as_response(error: ApiError, headers: dict[str, str] = {}) -> Response:  # noqa: B006

@@ -53,18 +53,19 @@ async def read_form(headers: Headers, chunks: AsyncGenerator[bytes]) -> dict[str
         try:
             for key, value in form.multi_items():
                 name, bracket, inner = key.partition("[")
-                kept = values.setdefault("loras", {}) if name == "loras" and bracket else values
-                name = inner.removesuffix("]") if kept is not values else name if inner == "]" else key
-                if name == "image" and isinstance(value, UploadFile):
+                of_lora = name == "loras" and bool(bracket)
+                kept = values.setdefault("loras", {}) if of_lora else values
+                name = inner.removesuffix("]") if of_lora else name if inner == "]" else key
+                if name == "image" and not of_lora and isinstance(value, UploadFile):
                     kept.setdefault(name, []).append(await value.read())
-                elif name in kept:
-                    raise UserError(f"{one_line(name)} is there twice, but may be there once")
+                elif not isinstance(kept, dict) or name in kept:  # loras may have come as a text
+                    raise UserError(f"{one_line(key)} is there twice, but may be there once")
                 elif isinstance(value, UploadFile):
                     kept[name] = await value.read()
-                elif name in FILES:
+                elif name in FILES and not of_lora:
                     raise UserError(f"{name} is a text, but has to be a file")
                 else:
-                    kept[name] = number(value) if kept is not values or name in NUMBERS else value
+                    kept[name] = number(value) if of_lora or name in NUMBERS else value
         finally:
             await form.close()
     except MultiPartException as error:

@@ -70,9 +70,10 @@ class Begun:
 class Engine:
     """Makes images of waiting requests in batches, in one thread for each pipeline.
 
-    A batch starts once `batch_size` images of the same settings wait, or the oldest one has waited for `wait` seconds.
-    It is filled up to the next of a few sizes, so it runs a compiled program; and each image has noise of its own, so
-    it does not depend on the others. A full batch is handed to the devices while another one runs.
+    A batch has the image that has waited longest, and others of its settings. It starts once they are `batch_size`, or
+    the first has waited for `wait` seconds. It is filled up to the next of a few sizes, so it runs a compiled program;
+    and each image has noise of its own, so it does not depend on the others. A full batch is handed to the devices
+    while another one runs.
 
     Args:
       pipelines: replicas of one model, each on devices of its own.
@@ -109,7 +110,7 @@ class Engine:
         self._sizes = batch_sizes(self.pipeline.mesh, batch_size)
         # An image's `info` names the weights; where they lie concerns no client
         origin = self.pipeline.origin
-        self._names = {key: Path(str(origin[key])).name for key in ("model", "adapter") if key in origin}
+        self._names = {key: Path(str(origin[key])).resolve().name for key in ("model", "adapter") if key in origin}
         self.name = self._names.get("adapter", self._names["model"])
         self.loras: dict[str, float] = {}
         self._adapters: dict[str, str] = {}  # their names in the pipelines
@@ -311,12 +312,12 @@ class Engine:
                 image.info["loras"] = ", ".join(f"{name}:{strength:g}" for name, strength in active.items() if strength)
             waiting.future.set_result(png(image, FAST))
             self.metrics.images.inc()
-        except BaseException as error:
-            waiting.future.set_exception(error)
+        except Exception as error:
+            failed([waiting], error)
 
 
 def failed(batch: Sequence[Waiting], error: Exception) -> None:
-    """Tells those who wait for a batch that it failed."""
-    LOG.error("a batch failed", exc_info=error)
+    """Tells those who wait for images of a batch that they failed."""
+    LOG.error("images failed", exc_info=error)
     for each in batch:
         each.future.set_exception(error)

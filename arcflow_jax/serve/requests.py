@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -63,6 +63,15 @@ class Limits:
     seconds: float
     body: int = 2**18
     upload: int = 2**25
+
+    def check_served(self, settings: Sequence[Settings]) -> None:
+        """Raises UserError if every request of some settings would be refused."""
+        for each in settings:
+            if each.width * each.height > self.pixels or each.steps > self.steps:
+                raise UserError(
+                    f"{each.width}x{each.height} in {each.steps} steps is served, but --max-pixels {self.pixels} and "
+                    f"--max-steps {self.steps} refuse every such request: raise them"
+                )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,6 +52,8 @@ def serve(door: Door, engines: Sequence[Engine], *, host: str, port: int, grace:
 
 def listening(host: str, port: int) -> socket.socket:
     """A socket that listens. Raises UserError."""
+    if not host:  # which Python takes for all addresses of the machine
+        raise UserError("the host is empty: 127.0.0.1 is for this machine only, 0.0.0.0 for all that reach it")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=1024)

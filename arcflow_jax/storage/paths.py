@@ -28,6 +28,8 @@ def as_path(source: str | os.PathLike[str]) -> Path:
       UserError: if it cannot exist: its name is too long, or names no bucket, …
     """
     text = os.fspath(source)
+    if not text:  # as of a variable that is not set; Path takes it for the working directory
+        raise UserError("a path is empty: name a file or a folder, or . for the working directory")
     if text.startswith(SCHEMES):
         from arcflow_jax.storage.bucket import BucketPath  # not at the top: it takes 0.2 s, and few need it
 

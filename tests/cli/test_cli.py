@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 import subprocess
@@ -127,6 +128,15 @@ def test_a_traceback_shows_hidden_causes(capfd, monkeypatch):
     assert "invalid literal for int()" in capfd.readouterr().err
 
 
+def test_devices_that_do_not_start(tiny_flux):
+    command = [sys.executable, "-m", "arcflow_jax", "sample", "--model", tiny_flux, "--teacher", "--prompt", "a ring"]
+    environment = {**os.environ, "JAX_PLATFORMS": "nowhere"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: JAX finds no device: Unable to initialize backend 'nowhere'")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_user_error_is_a_value_error():
     with pytest.raises(ValueError, match="bad"):
         raise UserError("bad")
@@ -147,6 +157,8 @@ def test_tools_are_the_same_entry_points(tmp_path):
         (("--steps", "0"), "num_inference_steps is 0, but has to be a whole number from 1"),
         (("--guidance", "nan"), "guidance_scale is nan"),
         (("--strength", "0"), "strength is 0"),
+        (("--strength", "0.5"), "--strength is for an image to start from: give --image as well"),
+        (("--mask", "mask.png"), "--mask is for an image to start from: give --image as well"),
         (("--height", "-8"), "height is -8"),
     ],
 )
@@ -366,6 +378,19 @@ def test_sample_refuses_bad_input(capfd, tmp_path, monkeypatch, model, student):
     file = tmp_path / "file"
     file.write_text("")
     refused("cannot write .*out", *whole, "--prompt", "a ring", "--out", file / "out")
+
+
+def test_the_default_is_the_demo(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = "there is no demo in runs/demo: run arcflow demo first, or name --model and --adapter"
+    assert_refused(capfd, tmp_path, "sample", "--prompt", "a ring", message=message)
+
+
+@pytest.mark.parametrize("option", ["--raw", "--no-merge", "--merge", "--adapter=a", "--adapter-scale=0.5"])
+def test_a_teacher_has_no_students_options(capfd, tmp_path, option):
+    command = ("sample", "--model", tmp_path, "--teacher", "--prompt", "a ring", option)
+    name = option.partition("=")[0]
+    assert_refused(capfd, tmp_path, *command, message=f"samples without a student: leave {name} out")
 
 
 def test_sample_refuses_an_adapter_of_another_base(capfd, tmp_path, model, student):

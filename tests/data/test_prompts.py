@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from arcflow_jax.data.prompts import read_prompts
+from arcflow_jax.data.prompts import check_prompts, read_prompts
 from arcflow_jax.errors import UserError
 
 pa = pytest.importorskip("pyarrow")
@@ -55,6 +55,21 @@ def test_parquet(tmp_path, kind):
     prompts = read_prompts(write_parquet(tmp_path / "a.parquet", columns, row_group_size=17))
     assert prompts.texts == [text for text in texts if text]
     assert prompts.empty == 2
+
+
+@pytest.mark.parametrize("prompt", ["a \udcff", b"a fox", None], ids=["half a surrogate pair", "bytes", "None"])
+def test_a_prompt_that_is_not_text(prompt):
+    """The first is what Python makes of a command line that is not in UTF-8; the tokenizer raised a TypeError."""
+    with pytest.raises(UserError, match=r"prompt is .*, but has to be a text"):
+        check_prompts(["a fox", prompt])
+
+
+def test_an_empty_source_is_not_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("not a prompt")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="a path is empty: name a file or a folder"):
+        read_prompts("")
+    assert read_prompts(".").texts == ["not a prompt"]
 
 
 def test_folder_of_all_kinds_in_the_order_of_paths(tmp_path):

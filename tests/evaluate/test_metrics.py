@@ -232,6 +232,10 @@ def test_captions_beside_the_images(tmp_path, clip):
     images = Folder(folder)
     assert [images.prompt(image) for image in images.stream(1)] == PROMPTS[1:3]
     assert [image.mode for image in images.stream(0)] == ["RGB"] * 3
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.jpg", "text": "a red circle"}\n')
+    with pytest.raises(UserError, match=r"1\.jpg has no prompt, and .*jpeg no caption of it: name all images in"):
+        _ = Folder(folder).prompts
+    (folder / "metadata.jsonl").unlink()
     (folder / "1.txt").unlink()
     with pytest.raises(UserError, match=r"1\.jpg has no caption"):
         evaluate(Folder(folder), {}, tmp_path / "a.json", ["clip"], clip=str(clip))
@@ -261,7 +265,7 @@ def test_bad_input(capfd, folders, tmp_path, inception, clip, monkeypatch):
 
     refused("either --images, or what to sample with --prompts", images=None)
     refused("either --images, or what to sample with --prompts", prompts="a.txt")
-    refused("leave --adapter and --teacher out", adapter="x")
+    refused("leave --adapter out, or name --prompts", adapter="x")
     refused("image folder .*nothing does not exist", images=tmp_path / "nothing")
     refused("empty contains no images", images=tmp_path / "empty")
     refused(r"must be a \.json file", out=tmp_path / "a.npz")

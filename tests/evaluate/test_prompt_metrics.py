@@ -224,7 +224,10 @@ def test_bad_input(capfd, seeds, clip, dino, tmp_path):
     images = ("--images", seeds / "student")
     diversity = (*images, "--metric", "diversity")
     refused("the metric hps needs its network: name a CLIP model with --hps", *images, "--metric", "hps")
-    refused("are there already: leave --count and --images-per-prompt out", *images, "--count", 3)
+    refused("add --metric hps, or leave --hps out", *images, "--hps", clip)
+    refused("are there already: leave --count out, or name --prompts", *images, "--count", 3)
+    ignored = ("--steps", 4, "--teacher", "--guidance", 2, "--model", seeds)
+    refused("are there already: leave --model, --teacher, --steps, --guidance out", *images, *ignored)
     refused("a reference needs fid or pfid among", *diversity, "--real", seeds / "teacher")
     refused(
         "needs fid or pfid, or diversity, among", *images, "--metric", "clip", "--teacher-images", seeds / "teacher"

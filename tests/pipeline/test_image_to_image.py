@@ -234,5 +234,5 @@ def test_command(capfd, tiny_flux, student, tmp_path, pipe):
     expected = pipe(PROMPTS[0], image=PHOTOS[0], mask_image=MASK, strength=0.8).images[0]
     np.testing.assert_allclose(made.astype(int), np.asarray(expected, int), atol=1)
     refused = (*model, "--out", tmp_path / "none")
-    assert_refused(capfd, tmp_path, *refused, "--mask", mask, message="mask_image is for an image to start from")
+    assert_refused(capfd, tmp_path, *refused, "--mask", mask, message="--mask is for an image to start from")
     assert_refused(capfd, tmp_path, *refused, "--image", tmp_path / "no.png", message="no.png")

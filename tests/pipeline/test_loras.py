@@ -118,6 +118,8 @@ def test_padded_ranks(rank):
 
 def test_beside_the_weights_is_as_in_the_weights(tiny_flux, pipe, tmp_path):
     """Of a pair of LoRAs, in float32; and fused, the network runs the program of the plain one."""
+    pipe.fuse_lora()  # of none
+    assert "fused" not in pipe.described()
     before = latents(pipe)
     pipe.load_lora_weights(write_lora(tmp_path / "a.safetensors"), scale=0.7)
     pipe.load_lora_weights(write_lora(tmp_path / "b.safetensors", seed=1, layers=LAYERS | OUTPUT), scale=-0.4)

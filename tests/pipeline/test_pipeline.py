@@ -175,6 +175,7 @@ def test_latents_that_do_not_fit(pipe, given, message):
     ("settings", "message"),
     [
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+        ({"seed": None}, "seed is None, but has to be a whole number"),  # it was taken for 0, and not told
         ({"batch_size": 0}, "batch_size is 0"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
         ({"final_step_ratio": 0.0}, r"final_step_ratio is 0\.0"),

@@ -86,12 +86,20 @@ def test_an_address_that_is_taken():
         listening("127.0.0.1", taken.getsockname()[1])
 
 
+def test_no_address_is_not_all_of_them():
+    with pytest.raises(UserError, match=r"the host is empty"):
+        listening("", 0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--sizes", "64"], "size is '64', but has to be WIDTHxHEIGHT"),
         (["--sizes", "65x65"], "65"),
         (["--steps", "two"], "steps is 'two', but has to be a whole number"),
+        (["--sizes", "4096x2048"], "4096x2048 in 2 steps is served, but --max-pixels 4194304 and .* refuse every"),
+        (["--steps", "2,101"], "64x64 in 101 steps is served, but .* --max-steps 100 refuse every such request"),
+        (["--compare", "--no-page"], "leave --no-page out"),
         (["--replicas", "1000"], "--replicas is 1000, but may be at most"),
         (["--mesh", "data=0"], "mesh 'data=0'"),
         (["--api-key", " "], "the API key is empty"),

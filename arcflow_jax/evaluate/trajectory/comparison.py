@@ -50,7 +50,7 @@ def compare_models(
     shift: jax.Array,
     terminal: jax.Array | None,
 ) -> tuple[dict[str, dict[str, jax.Array]], jax.Array]:
-    """Measures, as `trajectory.compare` does, an `ArcModel` with a student, from noise `latents` [B, N, 4C].
+    """Measures, as `figures.compare` does, an `ArcModel` with a student, from noise `latents` [B, N, 4C].
 
     Args:
       conditioning: the student's.
@@ -58,7 +58,7 @@ def compare_models(
       shift, terminal: the teacher's Euler grid, see `schedule.euler_grid`.
 
     Returns:
-      The sizes that `trajectory.compare` returns.
+      The sizes that `figures.compare` returns.
       Mean square distances [B] between the teacher in as few steps as the student and the dense teacher.
     """
     model = nnx.merge(graphdef, model_state)

@@ -49,7 +49,7 @@ class Tally:
     """Sums over the first prompts of a list.
 
     Attributes:
-      sums: by kind and name as in `trajectory.compare`, each [P].
+      sums: by kind and name as in `figures.compare`, each [P].
       student, teacher: for each prompt, the mean square distance to the dense teacher's end state: the student's, and
         that of the teacher in as few steps.
     """
@@ -250,7 +250,7 @@ def figures(tally: Tally, grid: Grid) -> dict[str, Any]:
       latents and the dense teacher's, with mean, median and standard error of the mean; `relative` is the student's
       mean over the teacher's.
     segments: for each, `sigma`, where it starts and ends; `velocity`, means over the dense teacher's nodes in it;
-      `state`, at its end; both with the parts that `trajectory` defines; `closed_form`, the root mean square of that
+      `state`, at its end; both with the parts that `figures.py` defines; `closed_form`, the root mean square of that
       part of the state, relative to the segment's displacement; `curves`, the same parts at every σ.
     """
     segments = []
