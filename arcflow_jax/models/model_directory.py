@@ -127,6 +127,13 @@ class ModelDescription:
             raise UserError("fingerprint is not that of components.transformer")
 
 
+def unreadable(component: Path, error: Exception) -> UserError:
+    """The error of a component whose weights cannot be read. Only what is damaged is called so."""
+    if cause_of(error) is not None:
+        return cannot_load(str(component), clear_cause(error, component))
+    return UserError(f"{component} is damaged: {one_line(error.__cause__ or error)}; convert the model again")
+
+
 def shape(arrays: Mapping[str, Any], path: str) -> tuple[int, ...] | None:
     """The shape of one array; None if there is no such array."""
     return tuple(arrays[path].shape) if path in arrays else None
@@ -264,10 +271,7 @@ class ModelDirectory:
         except Exception as error:  # Orbax and TensorStore raise all kinds of errors, down to the bare Exception
             if out_of_memory(error):
                 raise
-            if cause_of(error) is not None:
-                raise cannot_load(str(self.path / component), clear_cause(error, self.path)) from error
-            detail = one_line(error.__cause__ or error)
-            raise UserError(f"{self.path / component} is damaged: {detail}; convert the model again") from error
+            raise unreadable(self.path / component, error) from error
         raise UserError(f"{self.path / component} does not fit the network: {len(wrong)} differ ({first_few(wrong)})")
 
     def tokenizer(self, name: str) -> Path:

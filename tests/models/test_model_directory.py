@@ -31,6 +31,7 @@ from arcflow_jax.models.model_directory import ArrayDigest, ModelDirectory, fing
 from arcflow_jax.networks.backbones.flux import FluxConfig
 from arcflow_jax.networks.states import flatten, nest, unnest
 from arcflow_jax.parallel.mesh import make_mesh, state_shardings
+from tests.helpers.damage import overwrite
 from tests.helpers.own_json import rewrite
 from tests.helpers.processes import with_devices
 from tests.helpers.source_folder import CONFIGS, random_state, write_source
@@ -303,14 +304,6 @@ def test_a_file_that_was_not_written_is_refused(copy):
     (copy / "vae" / "new").write_text("")
     with pytest.raises(UserError, match=r"/vae is damaged: new is not a file of it"):
         load(ModelDirectory.open(copy), "vae")
-
-
-def overwrite(file: Path) -> None:
-    """Other bytes in the middle, as many as there were."""
-    data = bytearray(file.read_bytes())
-    third = len(data) // 3
-    data[third : 2 * third] = bytes(byte ^ 0x5A for byte in data[third : 2 * third])
-    file.write_bytes(data)
 
 
 def test_overwritten_bytes_are_refused(tiny_flux, tmp_path):
