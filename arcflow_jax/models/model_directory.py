@@ -278,7 +278,9 @@ class ModelDirectory:
         """The folder of a tokenizer. Raises UserError if its files are not as they were written."""
         self.check_files(name)
         for file, sha256 in self.description.tokenizers.items():
-            if file.startswith(f"{name}/") and file_digest(self.path / file) != sha256:
+            with cannot_read(self.path / file):
+                as_written = not file.startswith(f"{name}/") or file_digest(self.path / file) == sha256
+            if not as_written:
                 raise UserError(f"{self.path / file} is damaged, or was changed: convert the model again")
         return self.path / name
 

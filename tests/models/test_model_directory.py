@@ -19,14 +19,16 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.progress import Progress
 from safetensors.numpy import load_file, save_file
 
 from arcflow_jax.arrays import writer
 from arcflow_jax.convert.engine import export_tensors
 from arcflow_jax.convert.text import t5
+from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.flow.schedule import Scheduler
-from arcflow_jax.models import conversion
+from arcflow_jax.models import conversion, model_directory
 from arcflow_jax.models.model_directory import ArrayDigest, ModelDirectory, fingerprint
 from arcflow_jax.networks.backbones.flux import FluxConfig
 from arcflow_jax.networks.states import flatten, nest, unnest
@@ -100,6 +102,15 @@ def test_a_folder_that_must_not_be_read(converted, monkeypatch):
         load(directory, "vae")
 
 
+def test_a_tokenizer_that_must_not_be_read(converted, monkeypatch):
+    def refuse(path: Path) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(model_directory, "file_digest", refuse)
+    with pytest.raises(UserError, match=r"^cannot read .*/tokenizer/tokenizer_config.json: Permission denied$"):
+        ModelDirectory.open(converted).tokenizer("tokenizer")
+
+
 def test_a_network_runs_on_loaded_weights(converted):
     directory = ModelDirectory.open(converted)
     graphdef, abstract = nnx.split(directory.abstract("text_encoder_2"))
@@ -155,6 +166,14 @@ def test_dtype(tmp_path, stored, asked, kept):
     }
 
 
+@pytest.mark.parametrize("dtype", ["float64", np.int8, "half"])
+def test_a_dtype_that_no_model_has(source, tmp_path, dtype):
+    name = dtype if isinstance(dtype, str) else "int8"
+    with pytest.raises(UserError, match=f"dtype is '{name}', but has to be 'float32' or 'bfloat16' or 'float16'"):
+        conversion.convert_model(source, tmp_path / "out", dtype)
+    assert not list(tmp_path.iterdir())
+
+
 def test_shards_of_several_dtypes(source, tmp_path):
     """float32 holds bfloat16 and float16 exactly, and neither of these the other."""
     mixed = shutil.copytree(source, tmp_path / "source")
@@ -169,6 +188,23 @@ def test_shards_of_several_dtypes(source, tmp_path):
     assert directory.dtype("text_encoder_2") == np.float32
     exported = export_tensors(t5, load(directory, "text_encoder_2"))
     jax.tree.map(np.testing.assert_array_equal, exported, expected)
+
+
+@pytest.mark.parametrize("teacher", ["tiny-flux", "tiny-qwen"])
+def test_the_bar_ends_where_it_should(tmp_path, monkeypatch, teacher):
+    """Also where a part of a tensor is not used, as of Qwen-Image's VAE, which is for video."""
+    bars, make = [], conversion.progress_bar
+
+    def kept(**options: bool) -> Progress:
+        bars.append(make(**options))
+        return bars[-1]
+
+    monkeypatch.setattr(conversion, "progress_bar", kept)
+    conversion.convert_model(ASSETS / teacher, tmp_path / "out")
+    (bar,) = bars
+    assert {task.description: task.completed for task in bar.tasks} == {
+        task.description: task.total for task in bar.tasks
+    }
 
 
 def digest(path: str, array: np.ndarray) -> tuple[str, bytes]:
@@ -314,6 +350,7 @@ def test_overwritten_bytes_are_refused(tiny_flux, tmp_path):
     program = """
 import sys
 from flax import nnx
+from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.models.model_directory import ModelDirectory
 for path in sys.argv[1:]:
