@@ -223,8 +223,8 @@ def convert_folder(
         aside = stack.enter_context(whole_directory(out, sum(writer.bytes for writer in writers)))
         for name in family.tokenizers:
             copy_tokenizer(folder / name, aside / name, folder)
-        files = [file for name in family.tokenizers for file in sorted((aside / name).iterdir())]
-        tokenizers = {file.relative_to(aside).as_posix(): file_digest(file) for file in files}
+        copied = [file for name in family.tokenizers for file in sorted((aside / name).iterdir())]
+        tokenizers = {file.relative_to(aside).as_posix(): file_digest(file) for file in copied}
         entries = {writer.component.name: writer.write(aside) for writer in writers}
         description = ModelDescription(
             pipeline=family.pipeline,
