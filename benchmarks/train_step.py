@@ -31,13 +31,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-TARGETS = (
-    "single_transformer_blocks.proj_mlp",
-    "single_transformer_blocks.proj_out",
-    "transformer_blocks.ff.*",
-    "transformer_blocks.ff_context.*",
-    "time_text_embed.timestep_embedder.*",
-)
+# FLUX.1's LoRA targets by the names of PyTorch
 THEIR_TARGETS = (
     r"single_transformer_blocks\.\d+\.proj_(mlp|out)|transformer_blocks\.\d+\.ff(_context)?\.net\.(0\.proj|2)"
     r"|time_text_embed\.timestep_embedder\.linear_[12]"
@@ -87,7 +81,7 @@ def ours(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
     from arcflow_jax.convert.adapter import AdapterTable
     from arcflow_jax.convert.backbones import flux as table
     from arcflow_jax.convert.engine import export_tensors
-    from arcflow_jax.families.flux import FLUX
+    from arcflow_jax.families.flux import FAMILY, FLUX
     from arcflow_jax.families.latents import position_ids
     from arcflow_jax.flow.distill import Distillation, Draws
     from arcflow_jax.networks.backbones.flux import FluxConditioning, FluxConfig
@@ -100,7 +94,7 @@ def ours(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
     config, tokens = FluxConfig(**size.flux), size.rows**2
     key = jax.random.key(0)
     model = FLUX.build(config, jnp.float32, nnx.Rngs(1))
-    model.attach_student(AdapterConfig(size.modes, size.rank, float(size.rank), 0.0, TARGETS), nnx.Rngs(0))
+    model.attach_student(AdapterConfig(size.modes, size.rank, float(size.rank), 0.0, FAMILY.lora_targets), nnx.Rngs(0))
     model.initialize_student(key)
     graphdef, base, adapter = split_model(model)
     adapter = jax.tree.map(jnp.copy, adapter)  # the head shares arrays with the base model, and is donated

@@ -122,7 +122,7 @@ def write_checkpoint(path: Path, streams: Mapping[str, Any]) -> None:
 
     Raises:
       OSError: if the disk is full or cannot be written.
-      UserError: see `arrays.check_name`.
+      UserError: see `orbax.check_name`.
     """
     check_name(path)
     handler = StreamHandler()

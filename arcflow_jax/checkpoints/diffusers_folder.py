@@ -108,7 +108,7 @@ def export_diffusers(
         try:
             hub.upload(out, push)
         except UserError as error:
-            raise UserError(f"{out} is complete, but not on the hub: {error}") from error
+            raise type(error)(f"{out} is complete, but not on the hub: {error}") from error
     return out
 
 

@@ -193,7 +193,7 @@ def find(source: str | Path, revision: str | None = None) -> Path:
     try:
         found = hub.fetch(repository, revision, [*files, *hub.weights_of(folder)]) / folder
     except UserError as error:
-        raise UserError(f"adapter {source} does not exist on this machine, and on the hub: {error}") from error
+        raise type(error)(f"adapter {source} does not exist on this machine, and on the hub: {error}") from error
     if not found.is_dir():
         raise UserError(f"{source} on the hub holds no student")
     return found

@@ -23,12 +23,13 @@ from arcflow_jax.console import progress_bar
 from arcflow_jax.data.embeddings import DESCRIPTION as EMBEDDINGS
 from arcflow_jax.data.embeddings import checked_row, read_cache, shard_path
 from arcflow_jax.data.tokenizers import load_tokenizer
-from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.errors import NetworkError, UserError
 from arcflow_jax.models.model_directory import (
     CHECKPOINT,
     ArrayDigest,
     ModelDirectory,
     fingerprint,
+    unreadable,
 )
 from arcflow_jax.models.model_directory import DESCRIPTION as MODEL
 from arcflow_jax.networks.states import nest, unnest
@@ -55,6 +56,7 @@ def verify(folder: Path) -> int:
 
     Raises:
       UserError: if a part is damaged, after all have been checked, or if the folder is none of what is known.
+      NetworkError: at once, if the folder is in a bucket that does not answer.
     """
     faults = []
     parts = parts_of(folder)
@@ -64,6 +66,8 @@ def verify(folder: Path) -> int:
             progress.update(task, description=f"verifying {part.name}")
             try:
                 print(f"{part.name}: {part.check()}", flush=True)
+            except NetworkError:  # which says nothing of the part
+                raise
             except UserError as error:
                 print(f"{part.name}: DAMAGED", flush=True)
                 faults.append(error)
@@ -126,7 +130,7 @@ def stored_arrays(checkpoint: Path, where: Path) -> Iterator[tuple[str, np.ndarr
                 restored = unnest(checkpointer.restore(place(checkpoint), args=args))
                 yield from ((path, np.asarray(restored.pop(path))) for path in group)
     except Exception as error:  # Orbax and TensorStore raise all kinds of errors, down to the bare Exception
-        raise UserError(f"{where} is damaged: {one_line(error.__cause__ or error)}") from error
+        raise unreadable(where, error) from error
 
 
 def read_together(arrays: dict[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:

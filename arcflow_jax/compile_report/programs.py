@@ -30,6 +30,7 @@ from arcflow_jax.networks.student import merged_graphdef, merged_state, split_mo
 from arcflow_jax.parallel.mesh import batched, check_batch, replicated, sharded, with_shardings
 from arcflow_jax.parallel.offload import block_shardings
 from arcflow_jax.storage.files import read_json
+from arcflow_jax.storage.paths import as_path
 from arcflow_jax.training.compile import parts
 from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.plan import chosen_remat, held_in_training, parameters, step_settings
@@ -86,7 +87,7 @@ def open_model(path: str | Path, quantize: Format | None = None) -> ModelDirecto
     Args:
       quantize: of a folder: the format of the kernels of its transformer and text encoders.
     """
-    path = Path(path)
+    path = as_path(path)
     if (path / DESCRIPTION).is_file() or not (path / "model_index.json").is_file():
         if quantize is not None:
             raise UserError(f"{path} is a converted model, whose kernels are as they are: leave --quantize out")

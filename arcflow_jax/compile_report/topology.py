@@ -34,13 +34,14 @@ class HostSharding(NamedSharding):
 def chip(topology: str) -> Chip:
     """The chip of a topology. Raises UserError if its name is unknown, or what follows it is of another form."""
     name, colon, rest = topology.partition(":")
-    if name in TPUS and rest:
+    if name in TPUS and re.fullmatch(r"[^*]+(\*[1-9]\d{0,4})?", rest):
         return CHIPS[name]
     if name in GPUS and (not colon or gpus(topology)):
         return CHIPS[name]
     raise UserError(
-        f"unknown topology {topology!r}: give one of {', '.join(TPUS)} with a shape, such as v6e:2x4, or one of "
-        f"{', '.join(GPUS)} with a number of devices, such as h100:8; more than {HOST} GPUs are whole hosts of {HOST}"
+        f"unknown topology {topology!r}: give one of {', '.join(TPUS)} with a shape, such as v6e:2x4, or v6e:2x4*2 for "
+        f"two slices, or one of {', '.join(GPUS)} with a number of devices, such as h100:8; more than {HOST} GPUs are "
+        f"whole hosts of {HOST}"
     )
 
 
@@ -53,15 +54,15 @@ def gpus(topology: str) -> int:
 
 def describe(topology: str) -> list[Any]:
     """The devices of a topology. Raises UserError if the compiler does not know it."""
-    name, _, slices = topology.partition("*")
+    known, (name, _, slices) = chip(topology), topology.partition("*")
     options: dict[str, Any] = {"platform": "tpu", "num_slices": int(slices or 1)}
-    if chip(topology).gpu is not None:
+    if known.gpu is not None:
         count = gpus(topology)
         hosts = max(1, count // HOST)
         name = name.partition(":")[0]
         options = {
             "platform": "cuda",
-            "target_config": target_config(CHIPS[name]),
+            "target_config": target_config(known),
             "topology": f"1x{hosts}x{count // hosts}",
         }
     try:

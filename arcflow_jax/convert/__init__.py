@@ -2,5 +2,5 @@
 
 `rules` defines the entries of a table, `engine` checks and reads checkpoints, `adapter` derives the table of a student
 from that of its base model, `style_lora` reads style LoRAs. The tables lie as the networks do: `backbones`, `text`,
-`vaes`. May import networks' states, flow and errors. Loading a converted model does not need the engine.
+`vaes`. May import networks, schema and errors. Loading a converted model does not need the engine.
 """

@@ -1,7 +1,7 @@
 """The strict engine: checkpoint tensors to NNX states and back, by a table of rules (see `convert.rules`).
 
 Strict means: every tensor of the source is used or on the ignore list, every target is filled in all its layers, shapes
-agree, dtypes are floating, values are finite. Names, shapes and dtypes are checked before any values are read, and one
+agree, dtypes are floating, values are finite. Names, shapes and dtypes are checked before values are converted, and one
 `UserError` lists all that is wrong. Values are then read layer by layer (`layers`), so a checkpoint may be larger than
 the memory.
 """
@@ -102,7 +102,8 @@ def check(
 ) -> Iterator[tuple[Fill, list[Tensor]]]:
     """Each target with the source tensors that fill it, and their names in the source.
 
-    All names, shapes and dtypes are checked before this returns. Only `layers` reads values.
+    All names, shapes and dtypes are checked before this returns. `layers` reads values; here only those of a tensor
+    that has two names are compared.
 
     Raises:
       UserError: one line that names `where` and lists what is missing, left over and wrong.

@@ -238,7 +238,7 @@ def misfits(tensors: Mapping[str, Tensor], parts: Mapping[str, str], layers: Seq
         if kind in shapes and shapes[kind] != shape:
             wrong.append(f"{parts[kind]} is {list(shapes[kind])} instead of [{shape[0]}, {shape[1]}]")
     if rank == 0:
-        wrong.append(f"{parts['a']} has rank 0")
+        wrong.append(f"{parts.get('a') or parts['b']} has rank 0")
     if math.prod(shapes.get("alpha", ())) != 1:
         wrong.append(f"{parts['alpha']} is {list(shapes['alpha'])} instead of one number")
     return wrong

@@ -42,7 +42,7 @@ from arcflow_jax.models.style_loras import fused_layers, read_style_lora
 from arcflow_jax.networks.kernel import Format
 from arcflow_jax.networks.quantization import Quantization
 from arcflow_jax.networks.states import nest, shapes_of
-from arcflow_jax.schema import Layers
+from arcflow_jax.schema import Layers, Precision
 from arcflow_jax.storage import hub
 from arcflow_jax.storage.atomic import new_output, whole_directory
 from arcflow_jax.storage.files import file_digest, read_json, write_own
@@ -173,6 +173,8 @@ def convert_model(
       UserError: if the source is incomplete or wrong, or `out` cannot be written.
     """
     folder, out = as_path(source), as_path(out).absolute()
+    if dtype is not None:
+        dtype = schema.converted(Precision, dtype if isinstance(dtype, str) else np.dtype(dtype).name, "dtype")
     files = {name: as_path(file) for name, file in (files or {}).items()}
     with new_output(out, DESCRIPTION):
         if folder.is_dir():
@@ -221,8 +223,8 @@ def convert_folder(
         aside = stack.enter_context(whole_directory(out, sum(writer.bytes for writer in writers)))
         for name in family.tokenizers:
             copy_tokenizer(folder / name, aside / name, folder)
-        files = [file for name in family.tokenizers for file in sorted((aside / name).iterdir())]
-        tokenizers = {file.relative_to(aside).as_posix(): file_digest(file) for file in files}
+        copied = [file for name in family.tokenizers for file in sorted((aside / name).iterdir())]
+        tokenizers = {file.relative_to(aside).as_posix(): file_digest(file) for file in copied}
         entries = {writer.component.name: writer.write(aside) for writer in writers}
         description = ModelDescription(
             pipeline=family.pipeline,
@@ -245,7 +247,7 @@ class ComponentWriter:
 
     def __init__(self, component: Component, progress: Progress):
         self.component, self.progress = component, progress
-        total = sum(math.prod(tensor.shape) for _, group in component.fills for tensor in group)
+        total = sum(math.prod(fill.shape) for fill, _ in component.fills)
         self.task = progress.add_task(component.name, total=total * component.source_dtype.itemsize, text="")
         self.digests: list[tuple[str, bytes]] = []  # of the source's values, in the source's dtype
         self.stored: list[tuple[str, bytes]] = []  # of the values as they are stored

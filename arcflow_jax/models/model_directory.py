@@ -40,7 +40,7 @@ from arcflow_jax.networks.states import flatten, nest, unflatten, unnest
 from arcflow_jax.networks.student import AdapterConfig, ArcModel
 from arcflow_jax.schema import SHA256, Precision, Size
 from arcflow_jax.storage.files import cannot_read, file_digest, is_inside, read_own
-from arcflow_jax.storage.paths import as_path
+from arcflow_jax.storage.paths import as_path, in_bucket, sizes_below
 
 DESCRIPTION = "model.json"
 FORMAT = "arcflow_jax model"
@@ -125,6 +125,13 @@ class ModelDescription:
         transformer = self.components.get("transformer")
         if transformer is not None and transformer.fingerprint not in (None, self.fingerprint):
             raise UserError("fingerprint is not that of components.transformer")
+
+
+def unreadable(component: Path, error: Exception) -> UserError:
+    """The error of a component whose weights cannot be read. Only what is damaged is called so."""
+    if cause_of(error) is not None:
+        return cannot_load(str(component), clear_cause(error, component))
+    return UserError(f"{component} is damaged: {one_line(error.__cause__ or error)}; convert the model again")
 
 
 def shape(arrays: Mapping[str, Any], path: str) -> tuple[int, ...] | None:
@@ -264,31 +271,30 @@ class ModelDirectory:
         except Exception as error:  # Orbax and TensorStore raise all kinds of errors, down to the bare Exception
             if out_of_memory(error):
                 raise
-            if cause_of(error) is not None:
-                raise cannot_load(str(self.path / component), clear_cause(error, self.path)) from error
-            detail = one_line(error.__cause__ or error)
-            raise UserError(f"{self.path / component} is damaged: {detail}; convert the model again") from error
+            raise unreadable(self.path / component, error) from error
         raise UserError(f"{self.path / component} does not fit the network: {len(wrong)} differ ({first_few(wrong)})")
 
     def tokenizer(self, name: str) -> Path:
         """The folder of a tokenizer. Raises UserError if its files are not as they were written."""
         self.check_files(name)
         for file, sha256 in self.description.tokenizers.items():
-            if file.startswith(f"{name}/") and file_digest(self.path / file) != sha256:
+            with cannot_read(self.path / file):
+                as_written = not file.startswith(f"{name}/") or file_digest(self.path / file) == sha256
+            if not as_written:
                 raise UserError(f"{self.path / file} is damaged, or was changed: convert the model again")
         return self.path / name
 
     def check_files(self, component: str) -> None:
         """Raises UserError if a file of a component is missing, cannot be read, has another size than when it was
         written, or is not one of those that were written."""
-        with cannot_read(self.path / component):
+        folder = self.path / component
+        with cannot_read(folder):
+            sizes = {f"{component}/{name}": size for name, size in sizes_below(folder).items()}
             for name, size in self.description.files.items():
-                file = self.path / name
-                if name.startswith(f"{component}/") and not (file.is_file() and file.stat().st_size == size):
-                    fault = "truncated" if file.is_file() else "missing"
-                    raise UserError(f"{self.path / component} is damaged: {name} is {fault}; convert the model again")
-            for file in (self.path / component).rglob("*"):
-                if not file.is_dir() and file.relative_to(self.path).as_posix() not in self.description.files:
-                    raise UserError(
-                        f"{self.path / component} is damaged: {file.name} is not a file of it; convert again"
-                    )
+                if name.startswith(f"{component}/") and sizes.get(name) != size:
+                    fault = "truncated" if name in sizes else "missing"
+                    raise UserError(f"{folder} is damaged: {name} is {fault}; convert the model again")
+            others = [] if in_bucket(folder) else [file for file in folder.rglob("*") if not file.is_dir()]
+            for name in {*sizes, *(file.relative_to(self.path).as_posix() for file in others)}:
+                if name not in self.description.files:
+                    raise UserError(f"{folder} is damaged: {Path(name).name} is not a file of it; convert again")

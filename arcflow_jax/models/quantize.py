@@ -17,7 +17,7 @@ from arcflow_jax.arrays.orbax import handler, place
 from arcflow_jax.arrays.writer import Stream, write_checkpoint
 from arcflow_jax.console import progress_bar
 from arcflow_jax.data.tokenizers import copy_tokenizer
-from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.errors import UserError
 from arcflow_jax.models.kernels import Formats, digested, formats_of, quantized_streams
 from arcflow_jax.models.model_directory import (
     CHECKPOINT,
@@ -26,6 +26,7 @@ from arcflow_jax.models.model_directory import (
     VERSION,
     ModelDirectory,
     fingerprint,
+    unreadable,
 )
 from arcflow_jax.networks.kernel import Format
 from arcflow_jax.networks.quantization import Quantization
@@ -89,7 +90,8 @@ class Copy:
             self.quantization = directory.networks[name].quantization(directory.config(name), format)
         self.digests: list[tuple[str, bytes]] = []
         self.context = ocp.type_handlers.get_ts_context(use_ocdbt=True)
-        stored = unnest(handler().metadata(place(self.where / CHECKPOINT)).tree)
+        with self.telling_why():
+            stored = unnest(handler().metadata(place(self.where / CHECKPOINT)).tree)
         total = sum(np.dtype(array.dtype).itemsize * int(np.prod(array.shape)) for array in stored.values())
         self.progress, self.task = progress, progress.add_task(name, total=total, text="")
         streams = [self.streams_of(path, array.shape, array.dtype) for path, array in stored.items()]
@@ -102,7 +104,7 @@ class Copy:
         def read() -> Iterator[np.ndarray]:
             array = self.open(path)
             for part in (array[i] for i in range(shape[0])) if stacked else (array,):
-                with self.telling_damage():
+                with self.telling_why():
                     layer = part.read().result()
                 yield layer
                 self.progress.advance(self.task, layer.nbytes)
@@ -120,17 +122,17 @@ class Copy:
             use_zarr3=True,
             ts_context=self.context,
         )
-        with self.telling_damage():
+        with self.telling_why():
             spec = ts.Spec(ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=True))
             return ts.open(spec, context=self.context).result()
 
     @contextlib.contextmanager
-    def telling_damage(self) -> Iterator[None]:
+    def telling_why(self) -> Iterator[None]:
         """Inside the `with` block, a failed read is a UserError."""
         try:
             yield
         except Exception as error:  # TensorStore raises all kinds of errors
-            raise UserError(f"{self.where} is damaged: {one_line(error)}; convert the model again") from error
+            raise unreadable(self.where, error) from error
 
     @property
     def bytes(self) -> int:

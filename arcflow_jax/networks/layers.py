@@ -41,7 +41,7 @@ class Base(nnx.Variable):
 
 
 class Adapter(nnx.Variable):
-    """A weight that distillation trains: LoRA, momentum head, the student's output norm."""
+    """A weight that distillation trains: LoRA, and the student's head with its output norm."""
 
 
 class Style(nnx.Variable):

@@ -79,7 +79,7 @@ def whole_directory(out: Path, needed: int) -> Iterator[Path]:
             yield aside
             os.replace(aside, out)
         except UserError as error:  # which may name a file in what is removed now
-            raise UserError(str(error).replace(str(aside), str(out))) from error
+            raise type(error)(str(error).replace(str(aside), str(out))) from error
         finally:
             remove_tree(aside)
 

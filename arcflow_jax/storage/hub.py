@@ -9,7 +9,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from arcflow_jax.errors import UserError, one_line
+from arcflow_jax.errors import NetworkError, UserError, cause_of, one_line
 from arcflow_jax.storage.safetensors import STEMS
 
 PREFIX = "hf:"  # before a hub id that could also be a local path
@@ -59,7 +59,8 @@ def fetch(repository: str, revision: str | None, patterns: Iterable[str]) -> Pat
       patterns: file names, in which `*` stands for anything.
 
     Raises:
-      UserError: if the repository or revision does not exist, needs a login or a licence, or cannot be reached.
+      UserError: if the repository or revision does not exist, or needs a login or a licence.
+      NetworkError: if the hub cannot be reached.
     """
     from huggingface_hub import errors  # not at the top: it loads an HTTP client, which most commands never need
 
@@ -79,12 +80,12 @@ def fetch(repository: str, revision: str | None, patterns: Iterable[str]) -> Pat
     except errors.RevisionNotFoundError:
         raise UserError(f"{repository} has no revision {revision}: {page}/commits lists them") from None
     except errors.LocalEntryNotFoundError as error:  # without a network, too
-        raise UserError(
+        raise NetworkError(
             f"cannot fetch {repository}: the hub cannot be reached, and the files are not all in the local cache "
             f"({one_line(error.__cause__ or error)})"
         ) from None
     except Exception as error:  # from its HTTP client, whose class differs between versions, or a full disk
-        raise UserError(f"cannot fetch {repository}: {one_line(error)}") from error
+        raise kind_of(error)(f"cannot fetch {repository}: {one_line(error)}") from error
 
 
 def upload(folder: Path, repository: str) -> None:
@@ -94,7 +95,8 @@ def upload(folder: Path, repository: str) -> None:
       repository: owner/name.
 
     Raises:
-      UserError: if the hub does not let this user write there, or cannot be reached.
+      UserError: if the hub does not let this user write there.
+      NetworkError: if the hub cannot be reached.
     """
     try:
         huggingface_hub.create_repo(repository, exist_ok=True)
@@ -104,9 +106,19 @@ def upload(folder: Path, repository: str) -> None:
             commit_message=f"A student from arcflow_jax {version('arcflow_jax')}",
         )
     except Exception as error:  # from its HTTP client, whose class differs between versions
-        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+        if status_of(error) in (401, 403):
             raise UserError(
                 f"the hub does not let you write to {repository}: log in with `hf auth login`, or set HF_TOKEN, with a "
                 "token that may write there"
             ) from None
-        raise UserError(f"cannot upload to {repository}: {one_line(error)}") from error
+        raise kind_of(error)(f"cannot upload to {repository}: {one_line(error)}") from error
+
+
+def kind_of(error: Exception) -> type[UserError]:
+    """The kind of error that a failed request is: NetworkError if the hub is at fault, or the network."""
+    return NetworkError if status_of(error) >= 500 or cause_of(error) == "network" else UserError
+
+
+def status_of(error: Exception) -> int:
+    """The HTTP status of an answer that an exception reports; 0 if there was none."""
+    return getattr(getattr(error, "response", None), "status_code", 0)

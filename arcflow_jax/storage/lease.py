@@ -85,8 +85,8 @@ class Lease:
             except FileExistsError:
                 raise Held(read(self.object)) from None
             time.sleep(SETTLED)
-            if (now := read(self.object)) is None or (now.process, now.host) != (self.mine.process, self.mine.host):
-                raise Held(now) from None
+            if not self.is_mine():
+                raise Held(read(self.object)) from None
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.renew, daemon=True)
         self.thread.start()
@@ -94,20 +94,32 @@ class Lease:
     def write(self, new: bool = False) -> None:
         self.object.write_bytes(msgspec.json.encode(self.mine), new=new)
 
+    def is_mine(self) -> bool:
+        """Whether this process still has the lease. After a suspension, another one may have taken it over."""
+        now = read(self.object)
+        return now is not None and now.who == self.mine.who
+
     def renew(self) -> None:
-        """Renews the lease until it is released. A renewal that fails is tried again: the lease lasts longer."""
+        """Renews the lease until it is released, or another process has taken it over.
+
+        A renewal that fails is tried again: the lease lasts longer.
+        """
         while not self.ended.wait(RENEWED):
-            self.mine = msgspec.structs.replace(self.mine, renewed=time.time())
             try:
+                if not self.is_mine():
+                    print(f"{self.object} was not renewed in time: another process may write there now", flush=True)
+                    return
+                self.mine = msgspec.structs.replace(self.mine, renewed=time.time())
                 self.write()
             except (OSError, UserError) as error:
                 print(f"could not renew {self.object}: {error}", flush=True)
 
     def release(self) -> None:
-        """Gives the lease back."""
+        """Gives the lease back, unless another process has taken it over."""
         self.ended.set()
         self.thread.join()
-        self.object.unlink(missing_ok=True)
+        if self.is_mine():
+            self.object.unlink(missing_ok=True)
 
 
 def read(path: BucketPath) -> Holder | None:

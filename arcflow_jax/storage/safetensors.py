@@ -81,7 +81,9 @@ class FileTensor:
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file, complete or not at all. Raises OSError."""
-    write_file(path, save(dict(tensors), dict(metadata or {}) or None))
+    # The library takes the bytes as they lie in memory, also those of a transposed view
+    rows = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    write_file(path, save(rows, dict(metadata or {}) or None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +126,10 @@ def read_header(path: Path) -> dict[str, FileTensor]:
     }
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path) -> dict[str, str]:
     """The texts that a safetensors file has besides tensors. Raises UserError if it is damaged."""
-    return schema.nested(parse_header(path)[0], "__metadata__")
+    found = schema.nested(parse_header(path)[0], "__metadata__")
+    return schema.converted(dict[str, str], found, f"{path}: __metadata__")
 
 
 def parse_header(path: Path) -> tuple[dict[str, Any], int]:

@@ -33,7 +33,7 @@ from arcflow_jax.data.embeddings import (
 )
 from arcflow_jax.data.tokenizers import load_tokenizer
 from arcflow_jax.demo import ASSETS
-from arcflow_jax.errors import UserError
+from arcflow_jax.errors import NetworkError, UserError
 from arcflow_jax.models import conversion
 from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.student import split_model
@@ -279,6 +279,16 @@ def test_verify(capfd, model, student, cache, tmp_path):
     code, _, err = run(capfd, "verify", tmp_path / "empty")
     assert code == 2
     assert "empty is no model, run, export or cache of embeddings: it has none of model.json, adapter.json" in err
+
+
+def test_a_store_that_does_not_answer_is_no_damage(capfd, model, monkeypatch):
+    def unavailable() -> None:
+        raise ValueError("UNAVAILABLE: CURL error Could not resolve host")
+
+    monkeypatch.setattr(verification, "handler", unavailable)
+    with pytest.raises(NetworkError, match="cannot be reached, try again: UNAVAILABLE"):
+        verify(model)
+    assert "DAMAGED" not in capfd.readouterr().out
 
 
 def test_verify_finds_what_is_not_finite(student, tmp_path):

@@ -62,6 +62,13 @@ def test_topologies_of_gpus():
             chip(wrong)
 
 
+def test_slices_of_tpus():
+    assert chip("v5p:2x2x1*2") is chip("v5p:2x2x1") is CHIPS["v5p"]
+    for wrong in ("v5p:2x2x1*x", "v5p:2x2x1*0", "v5p:2x2x1*", "v5p:2x2x1*1*2", "v5p:*2"):
+        with pytest.raises(UserError, match=r"unknown topology .* or v6e:2x4\*2 for two slices"):
+            topology.describe(wrong)
+
+
 def test_a_missing_or_other_compiler_names_the_command(monkeypatch):
     versions = {"jax-cuda12-plugin": "0.1.0", "jax-cuda12-pjrt": jax.__version__}
 

@@ -6,11 +6,13 @@ import jax
 import pytest
 from flax import nnx
 
-from arcflow_jax.compile_report.programs import WeightOptions, sampler, text_encoder, training_step
+from arcflow_jax.compile_report import programs
+from arcflow_jax.compile_report.programs import WeightOptions, open_model, sampler, text_encoder, training_step
 from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.parallel.mesh import make_mesh
 from arcflow_jax.parallel.offload import HOST
+from arcflow_jax.storage.bucket import BucketPath
 from arcflow_jax.training.recipe import Recipe, read_config
 
 STACKS = {"blocks", "layers", "transformer_blocks", "single_transformer_blocks"}
@@ -37,3 +39,11 @@ def test_a_training_step_streams_no_blocks():
     mesh = make_mesh((1, 1, 1, 1), jax.devices()[:1])
     with pytest.raises(UserError, match="needs all blocks on the device"):
         training_step(Recipe.from_config(config), mesh, 1, WeightOptions(offload="blocks"), steady=True)
+
+
+def test_a_model_in_a_bucket_is_looked_for_there(monkeypatch):
+    opened: list[BucketPath] = []
+    monkeypatch.setattr(BucketPath, "is_file", lambda path: False)
+    monkeypatch.setattr(programs.ModelDirectory, "open", opened.append)
+    open_model("gs://bucket/model")
+    assert [str(path) for path in opened] == ["gs://bucket/model"]

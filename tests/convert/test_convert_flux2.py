@@ -26,7 +26,6 @@ KLEIN_4B = Flux2Config(
     joint_attention_dim=7680,
     guidance_embeds=False,
 )
-# model config; tensors of a block, and those that are no block's
 SIZES = {
     "klein 4B": KLEIN_4B,
     "klein 9B": dataclasses.replace(

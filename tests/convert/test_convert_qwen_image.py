@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from arcflow_jax.networks.student import AdapterConfig, split_model
 from arcflow_jax.parallel.mesh import MESH_AXES, state_shardings
 from arcflow_jax.storage.files import read_json
 from arcflow_jax.training.recipe import Recipe, read_config
+from tests.helpers.paths import CONFIGS
 
 QWEN_IMAGE = QwenImageConfig(
     in_channels=64, num_layers=60, attention_head_dim=128, num_attention_heads=24, joint_attention_dim=3584
@@ -87,7 +87,7 @@ def test_full_size_student_is_the_authors(recipe, rank):
 def test_full_size_weights_are_split(sizes):
     """Transformer and text encoder take the share of a device and little more, however the mesh splits weights."""
     mesh = AbstractMesh(sizes, MESH_AXES)
-    file = Path("configs/qwen-image/text_encoder/config.json")
+    file = CONFIGS / "qwen-image" / "text_encoder" / "config.json"
     encoder = schema.parse(family.QWEN2_5_VL.config, read_json(file), str(file))
     sizes_of = ((family.QWEN_IMAGE, QWEN_IMAGE, 20_430_401_088), (family.QWEN2_5_VL, encoder, 7_070_619_136))
     for network, config, weights in sizes_of:

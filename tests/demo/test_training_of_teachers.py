@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from arcflow_jax.networks.layers import Linear
-from tools.tiny_teacher import common, vae
+from tools.make_tiny_qwen import CONFIGS
+from tools.tiny_teacher import common, qwen, vae
 from tools.tiny_teacher.measure import as_grid, judged
 from tools.tiny_teacher.shapes import SHAPES
 from tools.tiny_teacher.teacher import VAERound
@@ -68,6 +70,19 @@ def test_weights_of_half_precision_are_loaded_in_float32(tmp_path):
     for ours, rounded in zip(jax.tree.leaves(nnx.state(loaded)), jax.tree.leaves(half), strict=True):
         assert ours.dtype == np.float32
         np.testing.assert_array_equal(ours, rounded.astype("float32"))
+
+
+def test_one_teachers_sizes_are_not_anothers(tmp_path, monkeypatch):
+    """The bundled Qwen-Image begins with the config of the random one, which stays as it is."""
+    before = copy.deepcopy(CONFIGS)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KilledError
+
+    monkeypatch.setattr(qwen.text, "train_encoder", killed)
+    with pytest.raises(KilledError):
+        qwen.make_text(tmp_path)
+    assert before == CONFIGS
 
 
 class Reader(nnx.Module):

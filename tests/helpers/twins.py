@@ -104,6 +104,16 @@ def norm_centre(name: str) -> float:
     return 1.0 if "norm" in name else 0.0
 
 
+def vae_scale(name: str, parameter: Any) -> float:
+    """Standard deviations for `randomize` of a VAE."""
+    return 0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+
+
+def scale_centre(name: str) -> float:
+    """Means for `randomize`: 1 for the scales of norms that have biases."""
+    return 1.0 if "norm" in name and name.endswith("weight") else 0.0
+
+
 def flux_inputs(config: FluxConfig, rows: int = 4, columns: int = 6, length: int = 7):
     """Tokens, σ and conditioning for a batch of two."""
     rng = np.random.default_rng(0)

@@ -19,18 +19,23 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.progress import Progress
 from safetensors.numpy import load_file, save_file
 
 from arcflow_jax.arrays import writer
 from arcflow_jax.convert.engine import export_tensors
 from arcflow_jax.convert.text import t5
+from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.flow.schedule import Scheduler
-from arcflow_jax.models import conversion
+from arcflow_jax.models import conversion, model_directory
 from arcflow_jax.models.model_directory import ArrayDigest, ModelDirectory, fingerprint
 from arcflow_jax.networks.backbones.flux import FluxConfig
 from arcflow_jax.networks.states import flatten, nest, unnest
 from arcflow_jax.parallel.mesh import make_mesh, state_shardings
+from arcflow_jax.storage.bucket import BucketPath
+from arcflow_jax.storage.paths import as_path
+from tests.helpers.damage import overwrite
 from tests.helpers.own_json import rewrite
 from tests.helpers.processes import with_devices
 from tests.helpers.source_folder import CONFIGS, random_state, write_source
@@ -99,6 +104,15 @@ def test_a_folder_that_must_not_be_read(converted, monkeypatch):
         load(directory, "vae")
 
 
+def test_a_tokenizer_that_must_not_be_read(converted, monkeypatch):
+    def refuse(path: Path) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(model_directory, "file_digest", refuse)
+    with pytest.raises(UserError, match=r"^cannot read .*/tokenizer/tokenizer_config.json: Permission denied$"):
+        ModelDirectory.open(converted).tokenizer("tokenizer")
+
+
 def test_a_network_runs_on_loaded_weights(converted):
     directory = ModelDirectory.open(converted)
     graphdef, abstract = nnx.split(directory.abstract("text_encoder_2"))
@@ -154,6 +168,14 @@ def test_dtype(tmp_path, stored, asked, kept):
     }
 
 
+@pytest.mark.parametrize("dtype", ["float64", np.int8, "half"])
+def test_a_dtype_that_no_model_has(source, tmp_path, dtype):
+    name = dtype if isinstance(dtype, str) else "int8"
+    with pytest.raises(UserError, match=f"dtype is '{name}', but has to be 'float32' or 'bfloat16' or 'float16'"):
+        conversion.convert_model(source, tmp_path / "out", dtype)
+    assert not list(tmp_path.iterdir())
+
+
 def test_shards_of_several_dtypes(source, tmp_path):
     """float32 holds bfloat16 and float16 exactly, and neither of these the other."""
     mixed = shutil.copytree(source, tmp_path / "source")
@@ -168,6 +190,23 @@ def test_shards_of_several_dtypes(source, tmp_path):
     assert directory.dtype("text_encoder_2") == np.float32
     exported = export_tensors(t5, load(directory, "text_encoder_2"))
     jax.tree.map(np.testing.assert_array_equal, exported, expected)
+
+
+@pytest.mark.parametrize("teacher", ["tiny-flux", "tiny-qwen"])
+def test_the_bar_ends_where_it_should(tmp_path, monkeypatch, teacher):
+    """Also where a part of a tensor is not used, as of Qwen-Image's VAE, which is for video."""
+    bars, make = [], conversion.progress_bar
+
+    def kept(**options: bool) -> Progress:
+        bars.append(make(**options))
+        return bars[-1]
+
+    monkeypatch.setattr(conversion, "progress_bar", kept)
+    conversion.convert_model(ASSETS / teacher, tmp_path / "out")
+    (bar,) = bars
+    assert {task.description: task.completed for task in bar.tasks} == {
+        task.description: task.total for task in bar.tasks
+    }
 
 
 def digest(path: str, array: np.ndarray) -> tuple[str, bytes]:
@@ -305,14 +344,6 @@ def test_a_file_that_was_not_written_is_refused(copy):
         load(ModelDirectory.open(copy), "vae")
 
 
-def overwrite(file: Path) -> None:
-    """Other bytes in the middle, as many as there were."""
-    data = bytearray(file.read_bytes())
-    third = len(data) // 3
-    data[third : 2 * third] = bytes(byte ^ 0x5A for byte in data[third : 2 * third])
-    file.write_bytes(data)
-
-
 def test_overwritten_bytes_are_refused(tiny_flux, tmp_path):
     """In each kind of file of a checkpoint; and nothing but our one line is printed.
 
@@ -321,6 +352,7 @@ def test_overwritten_bytes_are_refused(tiny_flux, tmp_path):
     program = """
 import sys
 from flax import nnx
+from arcflow_jax.demo import ASSETS
 from arcflow_jax.errors import UserError
 from arcflow_jax.models.model_directory import ModelDirectory
 for path in sys.argv[1:]:
@@ -344,6 +376,27 @@ for path in sys.argv[1:]:
     lines = done.stdout.splitlines()
     for line, path in zip(lines, damaged, strict=True):
         assert re.fullmatch(rf"{path}/vae is damaged: .*; convert the model again", line)
+
+
+def test_a_bucket_is_asked_for_all_files_at_once(converted, monkeypatch):
+    """Not for each of them, of which a large model has hundreds."""
+    description = ModelDirectory.open(converted).description
+    sizes = {name: size for name, size in description.files.items() if name.startswith("vae/")}
+    there = as_path("gs://bucket/model")
+
+    def asked(path: BucketPath) -> None:
+        raise AssertionError(f"asked for {path} alone")
+
+    monkeypatch.setattr(BucketPath, "info", asked)
+    monkeypatch.setattr(BucketPath, "sizes", lambda path: {there / name: size for name, size in sizes.items()})
+    directory = ModelDirectory(there, description)
+    directory.check_files("vae")
+    sizes["vae/state/_METADATA"] -= 1
+    with pytest.raises(UserError, match="/vae is damaged: vae/state/_METADATA is truncated"):
+        directory.check_files("vae")
+    sizes |= {"vae/state/_METADATA": description.files["vae/state/_METADATA"], "vae/new": 1}
+    with pytest.raises(UserError, match="/vae is damaged: new is not a file of it"):
+        directory.check_files("vae")
 
 
 @pytest.mark.parametrize("layers", [1, 5])

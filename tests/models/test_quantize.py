@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -15,7 +14,8 @@ from flax import nnx
 
 from arcflow_jax.checkpoints.verify import verify
 from arcflow_jax.demo import ASSETS
-from arcflow_jax.errors import UserError
+from arcflow_jax.errors import NetworkError, UserError
+from arcflow_jax.models import quantize as quantize_module
 from arcflow_jax.models.conversion import convert_model
 from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.models.quantize import quantize_model
@@ -25,6 +25,7 @@ from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.training.embeddings import encoders_fingerprint
 from arcflow_jax.training.loop import train
 from tests.helpers.command_line import assert_refused, run
+from tests.helpers.damage import overwrite
 from tests.helpers.random_student import write_adapter
 from tests.helpers.tiny_run import losses, recipe, saved
 
@@ -129,16 +130,25 @@ def test_refusals(tiny_flux, quantized, student, tmp_path, capfd):
 
 
 def test_a_damaged_source_is_told(tiny_flux, tmp_path):
-    model = shutil.copytree(tiny_flux, tmp_path / "model")
-    description = json.loads((model / "model.json").read_text())
-    sizes = {name: size for name, size in description["files"].items() if name.startswith("transformer/")}
-    largest = max(sizes, key=sizes.get)
-    data = bytearray((model / largest).read_bytes())
-    data[len(data) // 2] ^= 16
-    (model / largest).write_bytes(data)
-    with pytest.raises(UserError, match="transformer is damaged"):
-        quantize_model(model, tmp_path / "out", "int8")
-    assert sorted(tmp_path.iterdir()) == [model]
+    """In the values, and in the lists of what there is."""
+    state = tiny_flux / "transformer" / "state"
+    values = max((state / "ocdbt.process_0" / "d").iterdir(), key=lambda file: file.stat().st_size)
+    for file in (values, state / "manifest.ocdbt", state / "_METADATA"):
+        model = shutil.copytree(tiny_flux, tmp_path / "model")
+        overwrite(model / file.relative_to(tiny_flux))
+        with pytest.raises(UserError, match=r"transformer is damaged: .*; convert the model again"):
+            quantize_model(model, tmp_path / "out", "int8")
+        assert sorted(tmp_path.iterdir()) == [model]
+        shutil.rmtree(model)
+
+
+def test_a_source_that_does_not_answer_is_not_damaged(tiny_flux, tmp_path, monkeypatch):
+    def unavailable(*_: object, **__: object) -> None:
+        raise ValueError("UNAVAILABLE: CURL error Could not resolve host")
+
+    monkeypatch.setattr(quantize_module.ts, "open", unavailable)
+    with pytest.raises(NetworkError, match="cannot be reached, try again: UNAVAILABLE"):
+        quantize_model(tiny_flux, tmp_path / "out", "int8")
 
 
 def test_the_command_line(tiny_flux, student, tmp_path, capfd):

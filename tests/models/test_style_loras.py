@@ -84,6 +84,7 @@ A, B = f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"
         ({A: zeros(4, D + 1)}, rf"1 wrong \({A} is \[4, 17\] instead of \[4, 16\]\)"),
         ({B: zeros(D, 5)}, rf"1 wrong \({B} is \[16, 5\] instead of \[16, 4\]\)"),
         ({A: zeros(0, D), B: zeros(D, 0)}, rf"1 wrong \({A} has rank 0\)"),
+        ({A: None, B: zeros(D, 0)}, rf"1 missing \(A beside {B}\); 1 wrong \({B} has rank 0\)"),
         ({A: zeros(4, D).astype(np.int8)}, rf"1 wrong \({A} is int8\)"),
         ({f"{LAYER}.alpha": zeros(2)}, rf"1 wrong \({LAYER}.alpha is \[2\] instead of one number\)"),
         (

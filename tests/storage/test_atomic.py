@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from arcflow_jax.errors import UserError
+from arcflow_jax.errors import NetworkError, UserError
 from arcflow_jax.storage.atomic import (
     append,
     cannot_write,
@@ -172,3 +172,9 @@ def test_an_error_names_the_output(tmp_path):
     with pytest.raises(UserError) as caught, whole_directory(tmp_path / "out", 0) as aside:
         raise UserError(f"cannot read {aside / 'a'}")
     assert str(caught.value) == f"cannot read {tmp_path / 'out' / 'a'}"
+
+
+def test_a_network_that_does_not_answer_stays_that(tmp_path):
+    """The command then exits with another code."""
+    with pytest.raises(NetworkError, match="does not answer"), whole_directory(tmp_path / "out", 0):
+        raise NetworkError("the bucket of the source does not answer")

@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import socket
+import threading
 import time
 
 import msgspec
@@ -178,6 +179,23 @@ def test_a_lease_of_another_host(folder, monkeypatch):
             time.sleep(0.05)
         assert lease.read(place).renewed > first.renewed
     assert not place.exists()
+
+
+def test_a_lease_that_was_taken_over_is_left_to_the_other(folder, monkeypatch):
+    """As after a suspension that was longer than the lease."""
+    place, now = hidden(folder / "out", "lock"), time.time()
+    other = lease.Holder(12, "faraway", now, now)
+    held = lease.Lease(place)
+    held.acquire()
+    place.write_bytes(msgspec.json.encode(other))
+    monkeypatch.setattr(lease, "RENEWED", 0.0)
+    renewal = threading.Thread(target=held.renew, daemon=True)
+    renewal.start()
+    renewal.join(20)
+    assert not renewal.is_alive()
+    assert lease.read(place) == other
+    held.release()
+    assert lease.read(place) == other
 
 
 def test_images_and_prompts(folder):

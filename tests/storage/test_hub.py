@@ -12,7 +12,7 @@ import pytest
 from arcflow_jax.checkpoints import student_formats
 from arcflow_jax.cli.app import main
 from arcflow_jax.data.prompts import read_prompts
-from arcflow_jax.errors import UserError
+from arcflow_jax.errors import UserError, exit_code
 from arcflow_jax.models import conversion
 from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.storage import hub
@@ -123,6 +123,8 @@ def test_what_the_hub_refuses(fake, tmp_path, monkeypatch, source, revision, ref
     with pytest.raises(UserError, match=message) as caught:
         conversion.convert_model(source, tmp_path / "out", revision=revision)
     assert "\n" not in str(caught.value)
+    # No user can correct a hub that does not answer: launchers then start the command again
+    assert exit_code(caught.value) == (1 if message.startswith("^cannot fetch") else 2)
     assert not (tmp_path / "out").exists()
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import save, save_file
 
 from arcflow_jax.errors import UserError
 from arcflow_jax.storage.files import write_json
-from arcflow_jax.storage.safetensors import read_file, read_folder, read_header
+from arcflow_jax.storage.safetensors import read_file, read_folder, read_header, read_metadata, write_tensors
 
 ARRAYS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.int8)}
 WHOLE = save(ARRAYS)
@@ -69,6 +69,23 @@ def test_any_bytes_are_tensors_of_the_file_or_an_error(tmp_path, position, byte,
     for tensor in tensors.values():
         assert 0 <= tensor.offset <= length
         assert np.asarray(tensor).shape == tensor.shape  # reads all of its bytes
+
+
+def test_any_layout_in_memory_is_written(tmp_path):
+    """The library itself writes the bytes of a view as they lie there, under its shape."""
+    rows = ARRAYS["a"]
+    tensors = {"transposed": rows.T, "every second": rows[:, ::2], "backwards": rows[::-1], "number": np.float32(3)}
+    write_tensors(tmp_path / "x.safetensors", tensors)
+    found = read_header(tmp_path / "x.safetensors")
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(np.asarray(found[name]), tensor, strict=True)
+
+
+@pytest.mark.parametrize("value", [5, None, {"a": "b"}])
+def test_metadata_that_is_no_text_is_damage(tmp_path, value):
+    (tmp_path / "x.safetensors").write_bytes(with_header({"__metadata__": {"policy_config": value}}, b""))
+    with pytest.raises(UserError, match=r"x\.safetensors: __metadata__\.policy_config is .*, but has to be a text"):
+        read_metadata(tmp_path / "x.safetensors")
 
 
 def test_a_name_in_an_error_has_no_control_codes(tmp_path):

@@ -87,7 +87,7 @@ def make_text(work: Path, seed: int = 0) -> None:
         config = CONFIGS["text_encoder"]
         sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "vocab_size": vocabulary}
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-        config |= {"text_config": config["text_config"] | sizes}
+        config = config | {"text_config": config["text_config"] | sizes}
         encoder = Qwen2_5VLText(schema.parse(Qwen2_5VLConfig, config, "text_encoder"), rngs=nnx.Rngs(seed))
 
         def features(encoder: Qwen2_5VLText, ids: jax.Array) -> jax.Array:  # [B, T] -> [B, D]

@@ -1,1 +1,1 @@
-"""Text encoders: CLIP, T5, and the language model of Qwen2.5-VL. May import what networks may."""
+"""Text encoders: CLIP, T5, and the language models of Qwen2.5-VL and Qwen3. May import what networks may."""

@@ -17,7 +17,15 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.networks import layers
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.text.clip import CLIPTextConfig, CLIPTextEncoder
-from tests.helpers.twins import imported, random_network, relative_error, run
+from tests.helpers.twins import (
+    imported,
+    language_scale,
+    random_network,
+    randomize,
+    relative_error,
+    run,
+    scale_centre,
+)
 from tools.tiny_teacher.text import new_clip, write_clip
 from tools.tiny_teacher.tokenizers import make_clip_tokenizer
 
@@ -58,14 +66,7 @@ def twin(config, device="cpu"):
 
     with torch.device(device):
         model = CLIPTextModel(TheirConfig(**config)).eval()
-    if device == "cpu":
-        torch.manual_seed(0)
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-                scale = 0.3 if weight.ndim == 1 or "embedding" in name else weight.shape[1] ** -0.5
-                weight.copy_(centre + scale * torch.randn_like(weight))
-    return model
+    return randomize(model, language_scale, scale_centre) if device == "cpu" else model
 
 
 def ours(model, config, dtype=jnp.float32):

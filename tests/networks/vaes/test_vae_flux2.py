@@ -20,7 +20,7 @@ from arcflow_jax.networks import layers
 from arcflow_jax.networks.states import shapes_of
 from arcflow_jax.networks.vaes import vae as strips
 from arcflow_jax.networks.vaes.flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
-from tests.helpers.twins import relative_error
+from tests.helpers.twins import randomize, relative_error, scale_centre, vae_scale
 
 TINY = AutoencoderKLFlux2Config(
     block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=16
@@ -52,12 +52,8 @@ def twin(config, device="cpu"):
     with torch.device(device):
         model = diffusers.AutoencoderKLFlux2(**config, **blocks).eval()
     if device == "cpu":
-        torch.manual_seed(0)
+        randomize(model, vae_scale, scale_centre)
         with torch.no_grad():
-            for name, weight in model.named_parameters():
-                centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-                scale = 0.3 if weight.ndim == 1 else weight[0].numel() ** -0.5
-                weight.copy_(centre + scale * torch.randn_like(weight))
             model.bn.running_mean.normal_()
             model.bn.running_var.uniform_(0.2, 4.0)
     return model

@@ -16,7 +16,7 @@ from arcflow_jax.convert.vaes import kl as table
 from arcflow_jax.errors import UserError
 from arcflow_jax.networks import layers
 from arcflow_jax.networks.vaes.kl import AutoencoderKL, AutoencoderKLConfig
-from tests.helpers.twins import relative_error
+from tests.helpers.twins import randomize, relative_error, scale_centre, vae_scale
 
 TINY = AutoencoderKLConfig(
     block_out_channels=(8, 16),
@@ -41,7 +41,7 @@ CONFIGS = {
 
 def twin(config: AutoencoderKLConfig):
     """diffusers' model with the same model config and random weights."""
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     levels = len(config.block_out_channels)
     model = diffusers.AutoencoderKL(
@@ -50,14 +50,8 @@ def twin(config: AutoencoderKLConfig):
         up_block_types=["UpDecoderBlock2D"] * levels,
         use_quant_conv=False,
         use_post_quant_conv=False,
-    ).eval()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            scale = 0.3 if weight.ndim == 1 else weight[0].numel() ** -0.5
-            weight.copy_(centre + scale * torch.randn_like(weight))
-    return model
+    )
+    return randomize(model, vae_scale, scale_centre)
 
 
 def ours(model, config: AutoencoderKLConfig) -> AutoencoderKL:
