@@ -192,7 +192,8 @@ class Checkpoints:
         finally:
             self._arrays.settle()
             self._log.close()
-            if not self.read_only and jax.process_index() == 0:
+            # In a bucket there are none: what has no mark yet has its own name
+            if not self.read_only and jax.process_index() == 0 and not in_bucket(self.run):
                 for failed in (self.run / "checkpoints").glob("*.orbax-checkpoint-tmp"):  # they may fill the disk
                     remove_tree(failed)
 
@@ -231,7 +232,9 @@ class Checkpoints:
             told = as_os_error(error, self.run)
             reason = one_line(error if told is None else told.strerror)
             kind = NetworkError if cause_of(error) == "network" else UserError
-            there = [int(path.name) for path in (self.run / "checkpoints").glob("*") if is_complete(path)]
+            there = []
+            with contextlib.suppress(OSError):  # a bucket that does not answer: that is the error to tell
+                there = [int(path.name) for path in (self.run / "checkpoints").glob("*") if is_complete(path)]
             kept = f"; checkpoint {max(there)} is intact" if there else ""
             failed = "cannot list the checkpoints of" if self.read_only else "cannot write a checkpoint to"
             raise kind(f"{failed} {self.run}{kept}: {reason}") from error
