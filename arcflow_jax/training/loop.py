@@ -11,7 +11,7 @@ import numpy as np
 
 from arcflow_jax.checkpoints.training import DESCRIPTION, AdapterDescription, Checkpoints
 from arcflow_jax.data.batches import Ahead, Size
-from arcflow_jax.errors import Preempted, UserError
+from arcflow_jax.errors import Preempted, UserError, of_files
 from arcflow_jax.generate import random_key
 from arcflow_jax.networks.conditioning import referring
 from arcflow_jax.parallel.failure import ends_together
@@ -205,4 +205,4 @@ def describe(run: Path, description: AdapterDescription) -> None:
             run.mkdir(parents=True, exist_ok=True)
             description.write(run)
     except OSError as error:
-        raise UserError(f"cannot write to {run}: {error.strerror}") from None
+        raise of_files(f"cannot write to {run}", error) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -20,11 +21,13 @@ import pytest
 from arcflow_jax import families
 from arcflow_jax.checkpoints.training import Checkpoints
 from arcflow_jax.cli.app import main
-from arcflow_jax.errors import UserError
+from arcflow_jax.errors import NetworkError, UserError
 from arcflow_jax.families import flux
 from arcflow_jax.pipeline import ArcFlowPipeline
+from arcflow_jax.storage.bucket import BucketPath
+from arcflow_jax.storage.paths import as_path
 from arcflow_jax.training import compile, plan, state
-from arcflow_jax.training.loop import train
+from arcflow_jax.training.loop import describe, train
 from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.recipe import Recipe
 from arcflow_jax.training.report.log import RunLog
@@ -175,6 +178,20 @@ def test_full_disk_under_the_log(model, tmp_path, capsys):
     with disk_for_files_up_to(0), pytest.raises(UserError, match=message):
         write_a_line()
     assert capsys.readouterr().err == ""
+
+
+def test_a_bucket_that_does_not_take_the_log_may_do_so_later(model, tmp_path, monkeypatch):
+    """So the exit code is 1: tools/launch/jobset.yaml does not start again what ends with 2."""
+
+    def no_answer(*args: object, **settings: object) -> None:
+        raise ConnectionError(errno.EIO, "bucket b does not answer, try again")
+
+    for name in ("info", "write_bytes"):
+        monkeypatch.setattr(BucketPath, name, no_answer)
+    run, settings = as_path("gs://b/run"), recipe(model, tmp_path / "run")
+    for write in (lambda: RunLog(run, settings, 0), lambda: settings.write(run), lambda: describe(run, None)):
+        with pytest.raises(NetworkError, match=r"^cannot write to gs://b/run.*: bucket b does not answer, try again$"):
+            write()
 
 
 def poison(monkeypatch, steps: set[int]) -> None:

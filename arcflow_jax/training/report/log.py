@@ -36,7 +36,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from arcflow_jax import schema
 from arcflow_jax.console import duration, optional, progress_bar
 from arcflow_jax.data.output import png, save_image
-from arcflow_jax.errors import Preempted, UserError
+from arcflow_jax.errors import Preempted, UserError, of_files
 from arcflow_jax.parallel.processes import is_main
 from arcflow_jax.schema import TrainingSteps
 from arcflow_jax.storage.atomic import append, make_directory, upload, write_file
@@ -170,7 +170,7 @@ class RunLog:
         try:
             yield
         except OSError as error:
-            raise UserError(f"cannot write to {self.run}, its checkpoints are intact: {error.strerror}") from error
+            raise of_files(f"cannot write to {self.run}, its checkpoints are intact", error) from error
 
 
 @contextlib.contextmanager
