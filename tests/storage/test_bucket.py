@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -178,6 +179,35 @@ def test_a_lease_of_another_host(folder, monkeypatch):
             time.sleep(0.05)
         assert lease.read(place).renewed > first.renewed
     assert not place.exists()
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_lease_of_the_same_process_id_from_before(folder, monkeypatch, runs):
+    """Of this container before it started again; or of another one that runs, with the same host name."""
+    place, now = hidden(folder / "out", "lock"), time.time()
+    old = lease.Holder(os.getpid(), socket.gethostname(), lease.STARTED - 1, now)
+    place.write_bytes(msgspec.json.encode(old))
+    slept = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if runs:
+            place.write_bytes(msgspec.json.encode(msgspec.structs.replace(old, renewed=now + lease.RENEWED)))
+
+    monkeypatch.setattr(lease.time, "sleep", sleep)
+    refused = pytest.raises(UserError, match="is being written by") if runs else contextlib.nullcontext()
+    with refused, one_writer(folder / "out"):
+        assert lease.read(place).since > lease.STARTED
+    assert slept[0] > lease.RENEWED  # long enough to see who runs
+
+
+def test_a_lease_that_expired_on_this_host(folder):
+    """Its process id is that of another process meanwhile."""
+    place, now = hidden(folder / "out", "lock"), time.time()
+    expired = lease.Holder(os.getppid(), socket.gethostname(), now - 500, now - lease.EXPIRES - 1)
+    place.write_bytes(msgspec.json.encode(expired))
+    with one_writer(folder / "out"):
+        assert lease.read(place).process == os.getpid()
 
 
 def test_images_and_prompts(folder):
