@@ -212,6 +212,11 @@ class Checkpoints:
         """Saves a finished student, which has EMA weights only and cannot be resumed. Raises UserError as `save`."""
         self._write(0, {"ema": ema})
 
+    def wait(self) -> None:
+        """Waits until all saves are complete. Raises UserError if one fails."""
+        with self._managing():
+            self.manager.wait_until_finished()
+
     def check(self) -> None:
         """Raises UserError if a save in the background has failed."""
         with self._managing():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import errno
 import json
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from orbax.checkpoint._src.serialization import serialization
 
 from arcflow_jax import families
 from arcflow_jax.checkpoints.training import Checkpoints
@@ -26,7 +28,7 @@ from arcflow_jax.families import flux
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.storage.bucket import BucketPath
 from arcflow_jax.storage.paths import as_path
-from arcflow_jax.training import compile, plan, state
+from arcflow_jax.training import compile, loop, plan, state
 from arcflow_jax.training.loop import describe, train
 from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.recipe import Recipe
@@ -236,6 +238,19 @@ def test_too_many_in_a_row_stop_the_run(model, tmp_path, monkeypatch, capfd):
 
     for module in (plan, state):
         monkeypatch.setattr(module, "make_optimizer", broken)
+    write, told = serialization.async_serialize_from_host, loop.too_many_skipped
+    there: list[list[str]] = []
+
+    async def write_slowly(*args: object, **settings: object) -> None:
+        await asyncio.sleep(1)
+        await write(*args, **settings)
+
+    def look(*args):
+        there.append(os.listdir(tmp_path / "run" / "checkpoints"))
+        return told(*args)
+
+    monkeypatch.setattr(serialization, "async_serialize_from_host", write_slowly)
+    monkeypatch.setattr(loop, "too_many_skipped", look)
     changes = {
         "steps": 90,
         "save_every": 10,
@@ -247,6 +262,7 @@ def test_too_many_in_a_row_stop_the_run(model, tmp_path, monkeypatch, capfd):
     error = capfd.readouterr().err
     assert re.fullmatch(r"error: stopped: loss, gradient or update of the last 3 training steps was .*\n", error)
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["3"]
+    assert there == [["3"]]  # complete before the error is told, because several processes end soon then
     with Checkpoints(tmp_path / "run", read_only=True) as checkpoints:
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(checkpoints.manager.restore(3)))
 
