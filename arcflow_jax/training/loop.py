@@ -119,6 +119,11 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
         with RunLog(run, recipe, done) as log, trace, data:
             log.say(str(plan.prompts))
             log.say(plan.header() + (f"; resumes after training step {done}" if done else ""))
+
+            def save() -> None:
+                log.upload()  # or a run that is killed after this checkpoint would lack lines up to it
+                checkpoints.save(int(state.step), state.items())
+
             for i in range(done, recipe.steps):
                 trace.before(i + 1)
                 prompts, size, images = data.take(functools.partial(is_computing, values))
@@ -142,7 +147,7 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
                     cut = sum_over_rows(encode.cut, mesh)
                     line = log.step(i + 1, values | {"prompts_cut": cut, "waited": data.waited})
                     if line["skipped_in_row"] > recipe.max_skipped:
-                        checkpoints.save(int(state.step), state.items())
+                        save()
                         checkpoints.wait()  # once the error is told, several processes end within seconds
                         raise UserError(too_many_skipped(line, run))
                     checkpoints.check()
@@ -150,9 +155,9 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
                     with optional_preview():
                         log.image(i + 1, preview.sheet(state))
                 if due(recipe.save_every, i + 1, recipe):
-                    checkpoints.save(int(state.step), state.items())
+                    save()
                 if preemption.reached(i + 1) and i + 1 < recipe.steps:
-                    checkpoints.save(int(state.step), state.items())
+                    save()
                     raise Preempted(
                         f"preempted: checkpoint at step {i + 1} of {recipe.steps} written to {run}; run the same "
                         "command to resume"

@@ -32,6 +32,7 @@ from arcflow_jax.training import compile, loop, plan, state
 from arcflow_jax.training.loop import describe, train
 from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.recipe import Recipe
+from arcflow_jax.training.report import log as report_log
 from arcflow_jax.training.report.log import RunLog
 from tests.helpers.events import events
 from tests.helpers.full_disk import disk_for_files_up_to
@@ -140,8 +141,13 @@ def test_preempted_run_saves_and_exits_with_143(model, tmp_path, monkeypatch, ca
     monkeypatch.setattr(RunLog, "step", preempting)
     before = signal.getsignal(signal.SIGTERM)
     # The teacher's share reaches zero only after the checkpoint
-    arguments = overrides(model, tmp_path / "run", **{"distillation.decay": 3})
-    assert exit_code(["train", "--config", TINY, *arguments]) == 143
+    arguments = overrides(model, tmp_path / "run", **{"distillation.decay": 3, "save_every": 3})
+    with monkeypatch.context() as patched:
+        order, save = [], Checkpoints.save
+        patched.setattr(report_log, "upload", lambda file: order.append("log"))
+        patched.setattr(Checkpoints, "save", lambda *arguments: order.append("checkpoint") or save(*arguments))
+        assert exit_code(["train", "--config", TINY, *arguments]) == 143
+    assert order == ["log", "checkpoint"]  # in a bucket, a kill after the checkpoint leaves no line of it out
     message = f"preempted: checkpoint at step 2 of 4 written to {tmp_path / 'run'}; run the same command to resume\n"
     assert capfd.readouterr().out.endswith(message)
     assert signal.getsignal(signal.SIGTERM) == before

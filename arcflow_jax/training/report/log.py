@@ -140,14 +140,18 @@ class RunLog:
                 print(f"step {step} of {self.recipe.steps}: {text}, {left} left", flush=True)
             self.lines.write(json.dumps(finite(line)) + "\n")
             self.lines.flush()
-            if self.recipe.save_every and step % self.recipe.save_every == 0:
-                upload(self.lines)  # or a run that is killed after this checkpoint would lack lines up to it
             for name, value in scalars.items():
                 self._event(step=step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]))
             self.tensorboard.flush()
         if self.wandb is not None:
             self.wandb.log({"step": step, **scalars})
         return line
+
+    def upload(self) -> None:
+        """Uploads the lines so far, if the run is in a bucket."""
+        if self.writes:
+            with self._writing():
+                upload(self.lines)
 
     def image(self, step: int, image: Image.Image) -> None:
         """Keeps an image drawn after training step `step`."""
