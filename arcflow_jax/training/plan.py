@@ -1,4 +1,4 @@
-"""What a recipe comes to before anything large is loaded: shapes, shardings, and the compiled step."""
+"""What a recipe comes to before anything large is loaded: shapes, shardings, and the settings of a step."""
 
 from __future__ import annotations
 
