@@ -257,7 +257,7 @@ class Checkpoints:
         step = self.latest if step is None else step
         steps = sorted(self.manager.all_steps())
         if step not in steps:
-            raise UserError(f"{self.run} has no checkpoint {step}; there are {', '.join(map(str, steps))}")
+            raise UserError(f"{self.run} has no checkpoint {step}; there are {', '.join(map(str, steps)) or 'none'}")
         read = self._read(to_dicts(like), step)
         restored = {name: from_dicts(value, read[name]) for name, value in like.items()}
         if newer := steps[steps.index(step) + 1 :]:  # only now: this checkpoint might have been damaged

@@ -156,6 +156,11 @@ def test_only_a_damaged_checkpoint_advises_another(tmp_path, monkeypatch, error,
     assert exit_code(caught.value) == (1 if "UNAVAILABLE" in str(error) else 2)
 
 
+def test_a_run_without_checkpoints_has_none_to_resume_from(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match=r"has no checkpoint 5; there are none$"):
+        restore(checkpoints, state(0), 5)
+
+
 def test_a_checkpoint_of_other_shapes_does_not_fit(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         for step in (3, 6):
