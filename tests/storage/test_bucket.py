@@ -123,6 +123,28 @@ def test_a_file_that_grows(folder, monkeypatch):
     assert path.read_text() == "one\ntwo\nthree\nfour\n"
 
 
+def test_a_file_whose_upload_takes_long_is_uploaded_less_often(monkeypatch):
+    """A run waits for it: previews of large images make TensorBoard's file of hundreds of megabytes."""
+    now, ends = [0.0], []
+    monkeypatch.setattr(bucket_module.time, "monotonic", lambda: now[0])
+
+    class Slow:
+        def exists(self) -> bool:
+            return False
+
+        def write_bytes(self, data: bytes) -> None:
+            now[0] += 10
+            ends.append(now[0])
+
+    file = bucket_module.Growing(Slow())
+    for _ in range(100):
+        now[0] += 10
+        file.write(b"line\n")
+        file.flush()
+    assert len(ends) > 3
+    assert min(np.diff(ends)) >= 10 / 0.05  # a twentieth of the time
+
+
 def test_a_directory_is_whole_or_not_there(folder):
     out = folder / "out"
 
