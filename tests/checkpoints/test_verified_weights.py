@@ -281,6 +281,13 @@ def test_verify(capfd, model, student, cache, tmp_path):
     assert "empty is no model, run, export or cache of embeddings: it has none of model.json, adapter.json" in err
 
 
+def test_verify_beside_a_run_that_deletes_a_checkpoint(student, tmp_path):
+    copy = shutil.copytree(student, tmp_path / "run")
+    (part,) = verification.parts_of(copy)
+    shutil.rmtree(copy / "checkpoints" / "0")
+    assert part.check() == "deleted meanwhile, as a run does that trains"
+
+
 def test_verify_finds_what_is_not_finite(student, tmp_path):
     exported = export_adapter(student, tmp_path / "export", dtype=jnp.float32)
     file = largest(exported)
