@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import os
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -27,7 +26,7 @@ from arcflow_jax.flow import sampler
 from arcflow_jax.models.model_directory import ModelDirectory
 from arcflow_jax.networks.conditioning import Conditioning, Guided
 from arcflow_jax.networks.student import merged_state
-from arcflow_jax.parallel.fits import DEFAULT_SHARE, FRACTION, INT4, INT8, Load, Offload, explained
+from arcflow_jax.parallel.fits import INT4, INT8, Load, Offload, explained, gpu_share
 from arcflow_jax.parallel.mesh import MESH_AXES, capability_of, constrain, parse_mesh, sharded, state_shardings
 
 TEACHER_STEPS = 50  # the default for the teacher
@@ -230,8 +229,7 @@ def memory_share(device: jax.Device) -> float | None:
 
     It stays as JAX has it, because it cannot know what else needs the card: a display, or another process.
     """
-    share = os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get(FRACTION) or DEFAULT_SHARE
-    return float(share) if device.platform == "gpu" else None
+    return gpu_share() if device.platform == "gpu" else None
 
 
 def load_of(directory: ModelDirectory, dtype: Any, mesh: Mesh, *, offload: Offload | None, tiled: bool | None) -> Load:

@@ -192,7 +192,8 @@ class Checkpoints:
         finally:
             self._arrays.settle()
             self._log.close()
-            if not self.read_only and jax.process_index() == 0:
+            # In a bucket there are none: what has no mark yet has its own name
+            if not self.read_only and jax.process_index() == 0 and not in_bucket(self.run):
                 for failed in (self.run / "checkpoints").glob("*.orbax-checkpoint-tmp"):  # they may fill the disk
                     remove_tree(failed)
 
@@ -210,6 +211,11 @@ class Checkpoints:
     def save_ema(self, ema: nnx.State) -> None:
         """Saves a finished student, which has EMA weights only and cannot be resumed. Raises UserError as `save`."""
         self._write(0, {"ema": ema})
+
+    def wait(self) -> None:
+        """Waits until all saves are complete. Raises UserError if one fails."""
+        with self._managing():
+            self.manager.wait_until_finished()
 
     def check(self) -> None:
         """Raises UserError if a save in the background has failed."""
@@ -231,7 +237,9 @@ class Checkpoints:
             told = as_os_error(error, self.run)
             reason = one_line(error if told is None else told.strerror)
             kind = NetworkError if cause_of(error) == "network" else UserError
-            there = [int(path.name) for path in (self.run / "checkpoints").glob("*") if is_complete(path)]
+            there = []
+            with contextlib.suppress(OSError):  # a bucket that does not answer: that is the error to tell
+                there = [int(path.name) for path in (self.run / "checkpoints").glob("*") if is_complete(path)]
             kept = f"; checkpoint {max(there)} is intact" if there else ""
             failed = "cannot list the checkpoints of" if self.read_only else "cannot write a checkpoint to"
             raise kind(f"{failed} {self.run}{kept}: {reason}") from error
@@ -249,7 +257,7 @@ class Checkpoints:
         step = self.latest if step is None else step
         steps = sorted(self.manager.all_steps())
         if step not in steps:
-            raise UserError(f"{self.run} has no checkpoint {step}; there are {', '.join(map(str, steps))}")
+            raise UserError(f"{self.run} has no checkpoint {step}; there are {', '.join(map(str, steps)) or 'none'}")
         read = self._read(to_dicts(like), step)
         restored = {name: from_dicts(value, read[name]) for name, value in like.items()}
         if newer := steps[steps.index(step) + 1 :]:  # only now: this checkpoint might have been damaged

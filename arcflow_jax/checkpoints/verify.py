@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from arcflow_jax.networks.states import nest, unnest
 from arcflow_jax.storage.files import json_records
 
 TOGETHER = 2**28  # bytes of arrays that are read at once
+DELETED = 1.0  # seconds in which a checkpoint that a run is deleting is gone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +161,13 @@ def parts_of_run(folder: Path) -> list[Part]:
     _, checkpoints = load_adapter(folder)
 
     def checkpoint(step: int) -> str:
-        arrays = jax.tree_util.tree_leaves_with_path(checkpoints.everything(step))
+        try:
+            arrays = jax.tree_util.tree_leaves_with_path(checkpoints.everything(step))
+        except UserError:
+            time.sleep(DELETED)
+            if (folder / "checkpoints" / str(step)).exists():
+                raise
+            return "deleted meanwhile, as a run does that trains"
         for path, array in arrays:
             check_finite(np.asarray(array), f"checkpoint {step} in {folder}: {jax.tree_util.keystr(path)}")
         return f"{len(arrays)} arrays"

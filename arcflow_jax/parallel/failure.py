@@ -23,7 +23,7 @@ from typing import NoReturn
 import jax
 from jax._src import distributed  # its key-value store has no public name
 
-from arcflow_jax.errors import Preempted, exit_code, one_line
+from arcflow_jax.errors import Preempted, UserError, exit_code, one_line
 from arcflow_jax.parallel.processes import several
 from arcflow_jax.storage.lock import abandon
 
@@ -31,7 +31,9 @@ GRACE = 10  # seconds in which a process may end by itself after a failure, its 
 FAILED, SEEN = "arcflow_jax/failed", "arcflow_jax/seen"  # keys of the store: the first failure; who has read it
 LOST = "another process of this run was killed or cannot be reached"
 # How a broken connection shows in an exception: of a collective, or of a barrier
-BROKEN = ("Gloo", "NCCL", "Connection reset", "closed by peer", "Broken pipe", "Barrier", "heartbeat", "UNAVAILABLE")
+BROKEN = ("Gloo", "NCCL", "Barrier", "heartbeat")
+# And how any network's does. A UserError says itself which: that of a bucket, or of the hub
+BROKEN_ANYWHERE = ("Connection reset", "closed by peer", "Broken pipe", "UNAVAILABLE")
 ABORT = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
@@ -60,7 +62,8 @@ class Failure:
             print(f"error: {reason}", file=sys.stderr, flush=True)
             return
         text = f"{type(error).__name__}: {one_line(error)}"
-        if any(name in text for name in BROKEN):
+        signs = BROKEN if isinstance(error, UserError) else BROKEN + BROKEN_ANYWHERE
+        if any(sign in text for sign in signs):
             print(f"error: {LOST}: {text}", file=sys.stderr, flush=True)
         who = f"process {jax.process_index()} on {socket.gethostname()}"
         with contextlib.suppress(Exception):  # another has told first, or the connection is gone

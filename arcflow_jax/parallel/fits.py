@@ -6,6 +6,7 @@ No JAX here, and no device: sizes in, text out.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
@@ -57,6 +58,11 @@ MEASURED: tuple[Row, ...] = (
 SAMPLER, DECODER, TILED_DECODER = 400, 2600, 1300
 INT8, INT4 = 8, 4.5  # bits of a weight, with int4's scales
 STREAMED = 0.15  # of a network's weights, what the device holds while its blocks are streamed
+
+
+def gpu_share() -> float:
+    """JAX's share of a GPU's memory, by the environment."""
+    return float(os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get(FRACTION) or DEFAULT_SHARE)
 
 
 @dataclasses.dataclass(frozen=True)

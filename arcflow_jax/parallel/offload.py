@@ -20,7 +20,7 @@ class Weights:
     """The weights of one or more networks that run together.
 
     Args:
-      state: a pytree of arrays where they are to be inside `run`, which may be host memory.
+      state: a pytree of arrays, each in the memory in which `run` hands it on; that may be the host's.
       offload: whether to keep all of them in host memory otherwise.
     """
 

@@ -31,6 +31,7 @@ PERMISSIONS = {
 }
 LOGIN = {"gs": "gcloud auth application-default login", "s3": "aws configure, or AWS_ACCESS_KEY_ID"}
 UPLOAD_SECONDS = 30.0  # between two uploads of a growing file
+UPLOAD_PAUSE = 20  # and this many times what an upload took, as it stops the writer: with many previews, for seconds
 for _scheme in ("gs", "gcs", "s3"):  # other processes write there too; this is for Orbax's own paths as well
     fsspec.config.conf.setdefault(_scheme, {}).setdefault("use_listings_cache", False)
 
@@ -204,7 +205,7 @@ class BucketPath(Base):
 class Growing(io.BytesIO):
     """A file that is appended to, which an object cannot be. It is in memory and is uploaded as a whole.
 
-    That happens at most every `UPLOAD_SECONDS` when it is flushed, and when it is closed.
+    That happens at most every `UPLOAD_SECONDS` when it is flushed, less often if it takes long, and when it is closed.
     """
 
     def __init__(self, path: BucketPath):
@@ -220,8 +221,10 @@ class Growing(io.BytesIO):
     def upload(self) -> None:
         """Uploads what is new. Raises OSError."""
         if self.tell() > self.uploaded:
+            began = time.monotonic()
             self.path.write_bytes(self.getvalue())
-            self.uploaded, self.next_upload = self.tell(), time.monotonic() + UPLOAD_SECONDS
+            ended = time.monotonic()
+            self.uploaded, self.next_upload = self.tell(), ended + max(UPLOAD_SECONDS, UPLOAD_PAUSE * (ended - began))
 
     def close(self) -> None:
         if not self.closed:

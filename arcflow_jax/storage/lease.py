@@ -2,7 +2,8 @@
 
 The object is made only if there is none, so of two writers one gets it. It has process id and host of its writer, and
 when it was last renewed. A writer renews its lease in a thread. A lease that was not renewed for `EXPIRES` seconds, or
-whose process has ended on the same host, is taken over.
+whose process has ended on the same host, is taken over. A container that starts again has the same host name, and its
+process the same id, often 1. So an older lease of this very id is taken over if nobody renews it while one waits.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from arcflow_jax.storage.bucket import BucketPath
 
 RENEWED = 30.0  # seconds between renewals
 EXPIRES = 180.0  # seconds after which nobody renews any more
+STARTED = time.time()  # no lease of this process is older
 SETTLED = 1.0  # seconds after which a taken lease is read again: two processes may have taken over the same one
 
 
@@ -45,8 +47,10 @@ class Holder(msgspec.Struct, frozen=True):
     @property
     def has_ended(self) -> bool:
         """Whether nobody holds the lease any more."""
+        if time.time() - self.renewed > EXPIRES:
+            return True
         if self.host != socket.gethostname():
-            return time.time() - self.renewed > EXPIRES
+            return False
         try:
             os.kill(self.process, 0)
         except ProcessLookupError:
@@ -77,7 +81,7 @@ class Lease:
             self.write(new=True)
         except FileExistsError:
             holder = read(self.object)
-            if holder is None or not holder.has_ended:
+            if holder is None or not (holder.has_ended or self.is_of_before(holder)):
                 raise Held(holder) from None
             self.object.unlink(missing_ok=True)
             try:
@@ -90,6 +94,14 @@ class Lease:
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.renew, daemon=True)
         self.thread.start()
+
+    def is_of_before(self, holder: Holder) -> bool:
+        """Whether a lease is of this container before it started again. Waits, to tell it from one that runs."""
+        if (holder.process, holder.host) != (os.getpid(), socket.gethostname()) or holder.since >= STARTED:
+            return False
+        print(f"waiting {1.5 * RENEWED:g} s, to see whether {self.object} is renewed", flush=True)
+        time.sleep(1.5 * RENEWED)
+        return read(self.object) == holder
 
     def write(self, new: bool = False) -> None:
         self.object.write_bytes(msgspec.json.encode(self.mine), new=new)

@@ -11,7 +11,7 @@ import numpy as np
 
 from arcflow_jax.checkpoints.training import DESCRIPTION, AdapterDescription, Checkpoints
 from arcflow_jax.data.batches import Ahead, Size
-from arcflow_jax.errors import Preempted, UserError
+from arcflow_jax.errors import Preempted, UserError, of_files
 from arcflow_jax.generate import random_key
 from arcflow_jax.networks.conditioning import referring
 from arcflow_jax.parallel.failure import ends_together
@@ -119,6 +119,11 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
         with RunLog(run, recipe, done) as log, trace, data:
             log.say(str(plan.prompts))
             log.say(plan.header() + (f"; resumes after training step {done}" if done else ""))
+
+            def save() -> None:
+                log.upload()  # or a run that is killed after this checkpoint would lack lines up to it
+                checkpoints.save(int(state.step), state.items())
+
             for i in range(done, recipe.steps):
                 trace.before(i + 1)
                 prompts, size, images = data.take(functools.partial(is_computing, values))
@@ -142,16 +147,17 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
                     cut = sum_over_rows(encode.cut, mesh)
                     line = log.step(i + 1, values | {"prompts_cut": cut, "waited": data.waited})
                     if line["skipped_in_row"] > recipe.max_skipped:
-                        checkpoints.save(int(state.step), state.items())
+                        save()
+                        checkpoints.wait()  # once the error is told, several processes end within seconds
                         raise UserError(too_many_skipped(line, run))
                     checkpoints.check()
                 if preview is not None and due(recipe.preview_every, i + 1, recipe):
                     with optional_preview():
                         log.image(i + 1, preview.sheet(state))
                 if due(recipe.save_every, i + 1, recipe):
-                    checkpoints.save(int(state.step), state.items())
+                    save()
                 if preemption.reached(i + 1) and i + 1 < recipe.steps:
-                    checkpoints.save(int(state.step), state.items())
+                    save()
                     raise Preempted(
                         f"preempted: checkpoint at step {i + 1} of {recipe.steps} written to {run}; run the same "
                         "command to resume"
@@ -205,4 +211,4 @@ def describe(run: Path, description: AdapterDescription) -> None:
             run.mkdir(parents=True, exist_ok=True)
             description.write(run)
     except OSError as error:
-        raise UserError(f"cannot write to {run}: {error.strerror}") from None
+        raise of_files(f"cannot write to {run}", error) from error

@@ -1,4 +1,4 @@
-"""What a recipe comes to before anything large is loaded: shapes, shardings, and the compiled step."""
+"""What a recipe comes to before anything large is loaded: shapes, shardings, and the settings of a step."""
 
 from __future__ import annotations
 
@@ -134,11 +134,15 @@ class Plan:
         left = range(done, self.recipe.steps)
         return dict.fromkeys((self.grids[batches.size(i)], self.steady(i)) for i in left)
 
+    def trained_and_whole(self) -> tuple[int, int]:
+        """The number of parameters that are trained, and that of the teacher before it was quantized."""
+        teacher = self.directory.networks["transformer"].abstract(self.directory.config("transformer"))
+        return parameters(self.adapter), parameters(nnx.state(teacher))
+
     def header(self) -> str:
         """How much is trained, and on what."""
         size = ", ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
-        teacher = self.directory.networks["transformer"].abstract(self.directory.config("transformer"))  # not quantized
-        trained, whole = parameters(self.adapter), parameters(nnx.state(teacher))
+        trained, whole = self.trained_and_whole()
         share = f"{trained / 1e6:.2f} of {whole / 1e6:.2f} million parameters ({100 * trained / whole:.2f} %)"
         text = f"trains {share} on {self.mesh.size} × {self.mesh.devices.flat[0].device_kind}: {size}"
         if self.prompts.sizes:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from msgspec import Meta
 
 from arcflow_jax import configs, schema
-from arcflow_jax.errors import UserError, first_few, one_line
+from arcflow_jax.errors import UserError, first_few, of_files, one_line
 from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.states import nest
 from arcflow_jax.networks.student import AdapterConfig
@@ -185,7 +185,7 @@ class Recipe:
             if is_main():
                 write_json(run / SETTINGS, self.resolved())
         except OSError as error:
-            raise UserError(f"cannot write to {run}: {error.strerror}") from None
+            raise of_files(f"cannot write to {run}", error) from error
 
     def check_same(self, run: Path) -> None:
         """Raises UserError if the run was begun with other values of what decides its numbers."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from typing import Any, Literal
 
 import jax
@@ -16,6 +15,7 @@ from jax.sharding import Mesh
 from arcflow_jax.networks.conditioning import Conditioning
 from arcflow_jax.networks.layers import Remat
 from arcflow_jax.parallel.chips import Chip, chip_of
+from arcflow_jax.parallel.fits import gpu_share
 
 # Of the memory, what "auto" fills with all that it counts. The rest is for what it does not: the teacher's activations,
 # those of one block, gathered weights, the head
@@ -79,4 +79,4 @@ def kept_bytes(
 
 def usable(chip: Chip) -> float:
     """Bytes of a chip that JAX uses: of a GPU three quarters, if not told otherwise."""
-    return chip.memory * (float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")) if chip.gpu else 1.0)
+    return chip.memory * (gpu_share() if chip.gpu else 1.0)

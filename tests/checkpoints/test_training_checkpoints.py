@@ -26,6 +26,7 @@ from arcflow_jax.arrays.writer import Stream, write_checkpoint
 from arcflow_jax.checkpoints.training import Checkpoints
 from arcflow_jax.errors import UserError, exit_code
 from arcflow_jax.networks.layers import Adapter
+from arcflow_jax.storage.bucket import BucketPath
 from arcflow_jax.storage.paths import as_path
 from arcflow_jax.training.state import Skipped, TrainState
 from tests.helpers.buckets import bucket
@@ -153,6 +154,11 @@ def test_only_a_damaged_checkpoint_advises_another(tmp_path, monkeypatch, error,
             restore(checkpoints, state(0))
     assert "--step" not in str(caught.value)
     assert exit_code(caught.value) == (1 if "UNAVAILABLE" in str(error) else 2)
+
+
+def test_a_run_without_checkpoints_has_none_to_resume_from(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match=r"has no checkpoint 5; there are none$"):
+        restore(checkpoints, state(0), 5)
 
 
 def test_a_checkpoint_of_other_shapes_does_not_fit(tmp_path):
@@ -354,6 +360,22 @@ def test_a_bucket_that_takes_no_weights_is_named_with_the_permission():
             write_checkpoint(as_path(f"{url}/model/state"), {"a": stream})
     told = clear_cause(ValueError("PERMISSION_DENIED: HTTP response code: 403"), as_path("s3://b/run"))
     assert str(told).startswith("this account may not read bucket b: it needs s3:GetObject and s3:ListBucket (")
+
+
+def test_a_bucket_that_stops_to_answer_is_told_as_such(monkeypatch):
+    """Nor can it be asked which checkpoints are complete."""
+    pytest.importorskip("gcp_storage_emulator")
+
+    def no_answer(*args: object, **settings: object) -> None:
+        raise ConnectionError(errno.EIO, "bucket bucket does not answer, try again")
+
+    with bucket("gs") as url, monkeypatch.context() as patched:
+        refused = pytest.raises(UserError, match=rf"^cannot write a checkpoint to {url}/run: bucket bucket does not")
+        with refused as caught, Checkpoints(as_path(f"{url}/run")) as checkpoints:
+            patched.setattr(checkpoints.manager, "save", no_answer)
+            patched.setattr(BucketPath, "info", no_answer)
+            save(checkpoints, state(1))
+    assert exit_code(caught.value) == 1
 
 
 def test_a_file_that_no_memory_holds_is_refused(tmp_path):

@@ -291,6 +291,13 @@ def test_a_store_that_does_not_answer_is_no_damage(capfd, model, monkeypatch):
     assert "DAMAGED" not in capfd.readouterr().out
 
 
+def test_verify_beside_a_run_that_deletes_a_checkpoint(student, tmp_path):
+    copy = shutil.copytree(student, tmp_path / "run")
+    (part,) = verification.parts_of(copy)
+    shutil.rmtree(copy / "checkpoints" / "0")
+    assert part.check() == "deleted meanwhile, as a run does that trains"
+
+
 def test_verify_finds_what_is_not_finite(student, tmp_path):
     exported = export_adapter(student, tmp_path / "export", dtype=jnp.float32)
     file = largest(exported)

@@ -1,7 +1,7 @@
-"""Five training steps of a tiny random FLUX, on all devices and processes there are.
+"""Five training steps of a tiny random FLUX, on all devices there are.
 
-As a script, in a process that a test gives several devices, `few_steps.py MESHES [ADDRESS ID]` prints the losses on
-each of several meshes. With an address it is one of two processes.
+As a script, in a process that a test gives several devices, `few_steps.py MESHES` prints the losses on each of several
+meshes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from arcflow_jax.flow.distill import Distillation
 from arcflow_jax.networks.backbones.flux import FluxConditioning, FluxConfig
 from arcflow_jax.networks.student import AdapterConfig, split_model
 from arcflow_jax.parallel.mesh import make_mesh, state_shardings
-from arcflow_jax.parallel.processes import from_rows, initialize, local_rows
+from arcflow_jax.parallel.processes import from_rows, local_rows
 from arcflow_jax.training.optimizer import OptimizerConfig, make_optimizer
 from arcflow_jax.training.plan import initial_state
 from arcflow_jax.training.state import EmaConfig, TrainState, train_step
@@ -100,9 +100,7 @@ def losses(logs: Sequence[dict[str, np.ndarray]]) -> list[float]:
     return [float(log["loss"]) for log in logs]
 
 
-def main(meshes: str, address: str | None = None, process: str | None = None) -> None:
-    if address is not None:
-        initialize(address, 2, int(process))
+def main(meshes: str) -> None:
     found = []
     for sizes in json.loads(meshes):
         logs, state, mesh = few_steps(sizes)

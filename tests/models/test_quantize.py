@@ -24,6 +24,7 @@ from arcflow_jax.networks.layers import linear_layers
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.training.embeddings import encoders_fingerprint
 from arcflow_jax.training.loop import train
+from arcflow_jax.training.report import dry_run
 from tests.helpers.command_line import assert_refused, run
 from tests.helpers.damage import overwrite
 from tests.helpers.random_student import write_adapter
@@ -79,6 +80,12 @@ def test_a_student_on_a_quantized_base(tiny_flux, quantized, student, format):
     plain.transformer.state, plain.prompt_encoder = nnx.state(model), pipe.prompt_encoder
     np.testing.assert_allclose(endpoint(pipe), endpoint(plain), rtol=1e-4, atol=1e-4)
     assert np.linalg.norm(endpoint(pipe) - exact) > 1e-3 * np.linalg.norm(exact)
+
+
+def test_a_dry_run_counts_weights_and_not_codes(tiny_flux, quantized, tmp_path):
+    """int4 has two weights in a byte, and every format has scales beside them."""
+    texts = [dry_run.report(recipe(model, tmp_path / "run")) for model in (tiny_flux, *quantized.values())]
+    assert len({line for text in texts for line in text.splitlines() if line.startswith("parameters")}) == 1
 
 
 @pytest.mark.slow

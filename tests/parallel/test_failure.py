@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from arcflow_jax.errors import NetworkError, UserError
+from arcflow_jax.parallel import failure
 from tests.helpers.processes import free_address, start
 from tests.helpers.tiny_run import losses
 
@@ -73,6 +75,20 @@ def test_the_death_of_one_process_ends_the_other(who):
     assert ends[who][0] == -signal.SIGKILL
     assert ends[1 - who][0] == 1
     assert "error: another process of this run was killed or cannot be reached" in ends[1 - who][1]
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (NetworkError("checkpoint 3 in gs://b/run cannot be reached, try again: UNAVAILABLE: CURL error"), False),
+        (UserError("cannot write a checkpoint to /run: Barrier timed out"), True),
+        (RuntimeError("UNAVAILABLE: Connection reset by peer"), True),
+    ],
+)
+def test_a_bucket_that_does_not_answer_is_no_lost_process(monkeypatch, capfd, error, lost):
+    monkeypatch.setattr(failure.atexit, "register", lambda function: None)
+    failure.Failure().tell(error)
+    assert (failure.LOST in capfd.readouterr().err) == lost
 
 
 TRAINING = """

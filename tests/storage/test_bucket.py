@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -123,6 +124,28 @@ def test_a_file_that_grows(folder, monkeypatch):
     assert path.read_text() == "one\ntwo\nthree\nfour\n"
 
 
+def test_a_file_whose_upload_takes_long_is_uploaded_less_often(monkeypatch):
+    """A run waits for it: previews of large images make TensorBoard's file of hundreds of megabytes."""
+    now, ends = [0.0], []
+    monkeypatch.setattr(bucket_module.time, "monotonic", lambda: now[0])
+
+    class Slow:
+        def exists(self) -> bool:
+            return False
+
+        def write_bytes(self, data: bytes) -> None:
+            now[0] += 10
+            ends.append(now[0])
+
+    file = bucket_module.Growing(Slow())
+    for _ in range(100):
+        now[0] += 10
+        file.write(b"line\n")
+        file.flush()
+    assert len(ends) > 3
+    assert min(np.diff(ends)) >= 10 / 0.05  # a twentieth of the time
+
+
 def test_a_directory_is_whole_or_not_there(folder):
     out = folder / "out"
 
@@ -196,6 +219,35 @@ def test_a_lease_that_was_taken_over_is_left_to_the_other(folder, monkeypatch):
     assert lease.read(place) == other
     held.release()
     assert lease.read(place) == other
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_lease_of_the_same_process_id_from_before(folder, monkeypatch, runs):
+    """Of this container before it started again; or of another one that runs, with the same host name."""
+    place, now = hidden(folder / "out", "lock"), time.time()
+    old = lease.Holder(os.getpid(), socket.gethostname(), lease.STARTED - 1, now)
+    place.write_bytes(msgspec.json.encode(old))
+    slept = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if runs:
+            place.write_bytes(msgspec.json.encode(msgspec.structs.replace(old, renewed=now + lease.RENEWED)))
+
+    monkeypatch.setattr(lease.time, "sleep", sleep)
+    refused = pytest.raises(UserError, match="is being written by") if runs else contextlib.nullcontext()
+    with refused, one_writer(folder / "out"):
+        assert lease.read(place).since > lease.STARTED
+    assert slept[0] > lease.RENEWED  # long enough to see who runs
+
+
+def test_a_lease_that_expired_on_this_host(folder):
+    """Its process id is that of another process meanwhile."""
+    place, now = hidden(folder / "out", "lock"), time.time()
+    expired = lease.Holder(os.getppid(), socket.gethostname(), now - 500, now - lease.EXPIRES - 1)
+    place.write_bytes(msgspec.json.encode(expired))
+    with one_writer(folder / "out"):
+        assert lease.read(place).process == os.getpid()
 
 
 def test_images_and_prompts(folder):

@@ -93,10 +93,14 @@ def test_the_choice_follows_memory(parts, monkeypatch):
 
 
 def test_of_a_gpu_jax_uses_a_part(monkeypatch):
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    names = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")  # JAX's former name, and its newer one
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
     assert usable(CHIPS["h100"]) == 0.75 * CHIPS["h100"].memory
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-    assert usable(CHIPS["h100"]) == 0.9 * CHIPS["h100"].memory
+    for name, share in zip(names, (0.9, 0.8), strict=True):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, str(share))
+            assert usable(CHIPS["h100"]) == share * CHIPS["h100"].memory
     assert usable(CHIPS["v5p"]) == CHIPS["v5p"].memory
 
 

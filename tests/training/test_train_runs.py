@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -16,17 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from orbax.checkpoint._src.serialization import serialization
 
 from arcflow_jax import families
 from arcflow_jax.checkpoints.training import Checkpoints
 from arcflow_jax.cli.app import main
-from arcflow_jax.errors import UserError
+from arcflow_jax.errors import NetworkError, UserError
 from arcflow_jax.families import flux
 from arcflow_jax.pipeline import ArcFlowPipeline
-from arcflow_jax.training import compile, plan, state
-from arcflow_jax.training.loop import train
+from arcflow_jax.storage.bucket import BucketPath
+from arcflow_jax.storage.paths import as_path
+from arcflow_jax.training import compile, loop, plan, state
+from arcflow_jax.training.loop import describe, train
 from arcflow_jax.training.optimizer import make_optimizer
 from arcflow_jax.training.recipe import Recipe
+from arcflow_jax.training.report import log as report_log
 from arcflow_jax.training.report.log import RunLog
 from tests.helpers.events import events
 from tests.helpers.full_disk import disk_for_files_up_to
@@ -135,8 +141,13 @@ def test_preempted_run_saves_and_exits_with_143(model, tmp_path, monkeypatch, ca
     monkeypatch.setattr(RunLog, "step", preempting)
     before = signal.getsignal(signal.SIGTERM)
     # The teacher's share reaches zero only after the checkpoint
-    arguments = overrides(model, tmp_path / "run", **{"distillation.decay": 3})
-    assert exit_code(["train", "--config", TINY, *arguments]) == 143
+    arguments = overrides(model, tmp_path / "run", **{"distillation.decay": 3, "save_every": 3})
+    with monkeypatch.context() as patched:
+        order, save = [], Checkpoints.save
+        patched.setattr(report_log, "upload", lambda file: order.append("log"))
+        patched.setattr(Checkpoints, "save", lambda *arguments: order.append("checkpoint") or save(*arguments))
+        assert exit_code(["train", "--config", TINY, *arguments]) == 143
+    assert order == ["log", "checkpoint"]  # in a bucket, a kill after the checkpoint leaves no line of it out
     message = f"preempted: checkpoint at step 2 of 4 written to {tmp_path / 'run'}; run the same command to resume\n"
     assert capfd.readouterr().out.endswith(message)
     assert signal.getsignal(signal.SIGTERM) == before
@@ -175,6 +186,20 @@ def test_full_disk_under_the_log(model, tmp_path, capsys):
     with disk_for_files_up_to(0), pytest.raises(UserError, match=message):
         write_a_line()
     assert capsys.readouterr().err == ""
+
+
+def test_a_bucket_that_does_not_take_the_log_may_do_so_later(model, tmp_path, monkeypatch):
+    """So the exit code is 1: tools/launch/jobset.yaml does not start again what ends with 2."""
+
+    def no_answer(*args: object, **settings: object) -> None:
+        raise ConnectionError(errno.EIO, "bucket b does not answer, try again")
+
+    for name in ("info", "write_bytes"):
+        monkeypatch.setattr(BucketPath, name, no_answer)
+    run, settings = as_path("gs://b/run"), recipe(model, tmp_path / "run")
+    for write in (lambda: RunLog(run, settings, 0), lambda: settings.write(run), lambda: describe(run, None)):
+        with pytest.raises(NetworkError, match=r"^cannot write to gs://b/run.*: bucket b does not answer, try again$"):
+            write()
 
 
 def poison(monkeypatch, steps: set[int]) -> None:
@@ -219,6 +244,19 @@ def test_too_many_in_a_row_stop_the_run(model, tmp_path, monkeypatch, capfd):
 
     for module in (plan, state):
         monkeypatch.setattr(module, "make_optimizer", broken)
+    write, told = serialization.async_serialize_from_host, loop.too_many_skipped
+    there: list[list[str]] = []
+
+    async def write_slowly(*args: object, **settings: object) -> None:
+        await asyncio.sleep(1)
+        await write(*args, **settings)
+
+    def look(*args):
+        there.append(os.listdir(tmp_path / "run" / "checkpoints"))
+        return told(*args)
+
+    monkeypatch.setattr(serialization, "async_serialize_from_host", write_slowly)
+    monkeypatch.setattr(loop, "too_many_skipped", look)
     changes = {
         "steps": 90,
         "save_every": 10,
@@ -230,6 +268,7 @@ def test_too_many_in_a_row_stop_the_run(model, tmp_path, monkeypatch, capfd):
     error = capfd.readouterr().err
     assert re.fullmatch(r"error: stopped: loss, gradient or update of the last 3 training steps was .*\n", error)
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["3"]
+    assert there == [["3"]]  # complete before the error is told, because several processes end soon then
     with Checkpoints(tmp_path / "run", read_only=True) as checkpoints:
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(checkpoints.manager.restore(3)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from arcflow_jax.errors import first_few
-from arcflow_jax.training.plan import OFFLOADED, Plan, bytes_per_device, parameters
+from arcflow_jax.training.plan import OFFLOADED, Plan, bytes_per_device
 from arcflow_jax.training.recipe import Recipe
 
 
@@ -17,7 +17,7 @@ def report(recipe: Recipe) -> str:
     """
     plan = Plan.make(recipe)
     recipe = plan.recipe
-    trained, whole = parameters(plan.adapter), parameters(plan.base)
+    trained, whole = plan.trained_and_whole()
     sizes = {name: bytes_per_device(plan.mesh, state) for name, state in plan.held.items()}
     tokens = first_few([f"{rows} × {columns}" for rows, columns in plan.grids.values()])
     memory = [*sizes.items(), ("total", sum(sizes.values()))]

@@ -36,7 +36,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from arcflow_jax import schema
 from arcflow_jax.console import duration, optional, progress_bar
 from arcflow_jax.data.output import png, save_image
-from arcflow_jax.errors import Preempted, UserError
+from arcflow_jax.errors import Preempted, UserError, of_files
 from arcflow_jax.parallel.processes import is_main
 from arcflow_jax.schema import TrainingSteps
 from arcflow_jax.storage.atomic import append, make_directory, upload, write_file
@@ -140,14 +140,18 @@ class RunLog:
                 print(f"step {step} of {self.recipe.steps}: {text}, {left} left", flush=True)
             self.lines.write(json.dumps(finite(line)) + "\n")
             self.lines.flush()
-            if self.recipe.save_every and step % self.recipe.save_every == 0:
-                upload(self.lines)  # or a run that is killed after this checkpoint would lack lines up to it
             for name, value in scalars.items():
                 self._event(step=step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]))
             self.tensorboard.flush()
         if self.wandb is not None:
             self.wandb.log({"step": step, **scalars})
         return line
+
+    def upload(self) -> None:
+        """Uploads the lines so far, if the run is in a bucket."""
+        if self.writes:
+            with self._writing():
+                upload(self.lines)
 
     def image(self, step: int, image: Image.Image) -> None:
         """Keeps an image drawn after training step `step`."""
@@ -170,7 +174,7 @@ class RunLog:
         try:
             yield
         except OSError as error:
-            raise UserError(f"cannot write to {self.run}, its checkpoints are intact: {error.strerror}") from error
+            raise of_files(f"cannot write to {self.run}, its checkpoints are intact", error) from error
 
 
 @contextlib.contextmanager
