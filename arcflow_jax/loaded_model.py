@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from arcflow_jax import schema
 from arcflow_jax.checkpoints.student_formats import open_student
 from arcflow_jax.checkpoints.training import AdapterDescription, checksum
+from arcflow_jax.errors import UserError
 from arcflow_jax.flow.sampler import Known
 from arcflow_jax.generate import (
     decode_latents,
@@ -168,9 +169,12 @@ class LoadedModel(StyleLoRAs):
           vae_tiling: decodes in tiles, the same images with less memory (`networks.vaes.vae`); None: large ones.
 
         Raises:
-          UserError: if model or adapter is missing or damaged, the adapter was trained on another base model, the mesh
-            does not fit the devices, or they run out of memory.
+          UserError: if model or adapter is missing or damaged, the adapter was trained on another base model, there is
+            no adapter but an option of one, the mesh does not fit the devices, or they run out of memory.
         """
+        of_student = {"raw": raw, "merge": merge is not None, "adapter_scale": adapter_scale != 1}
+        if adapter is None and (given := [name for name, is_given in of_student.items() if is_given]):
+            raise UserError(f"{given[0]} is of a student: name its adapter, or leave {given[0]} out for the teacher")
         directory = ModelDirectory.open(converted(path_or_id))
         mesh = sampling_mesh(mesh)
         offload = "networks" if offload is True else offload or None

@@ -187,6 +187,13 @@ def test_settings_that_do_not_fit(pipe, settings, message):
         pipe.stream(PROMPTS, **{**SIZE, **settings})  # before the first image is asked for
 
 
+@pytest.mark.parametrize("option", [{"raw": True}, {"merge": False}, {"adapter_scale": 0.5}])
+def test_what_concerns_a_student_is_refused_without_one(model, option):
+    (name,) = option
+    with pytest.raises(UserError, match=f"^{name} is of a student: name its adapter, or leave {name} out"):
+        ArcFlowPipeline.from_pretrained(model, **option)
+
+
 def test_a_model_that_does_not_name_a_size(pipe, monkeypatch):
     assert pipe.grid() == (4, 4)
     monkeypatch.delitem(pipe.directory.config_json("vae"), "sample_size")
