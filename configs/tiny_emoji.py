@@ -11,7 +11,7 @@ from arcflow_jax.demo import ASSETS
 
 def get_config(arg: str = "arcflow") -> ConfigDict:
     config = tiny.get_config(arg)
-    config.update(model=str(ASSETS / "tiny-emoji"), out=f"runs/tiny-emoji-{arg}", guidance=2.5, steps=240)
+    config.update(model=str(ASSETS / "tiny-emoji"), out=f"runs/tiny-emoji-{arg}", guidance=2.5, steps=300)
     config.prompts = str(ASSETS / "emoji" / "prompts-train.txt")
     config.preview_prompts = (
         "large pizza on the left",
@@ -19,6 +19,6 @@ def get_config(arg: str = "arcflow") -> ConfigDict:
         "tiger face",
         "rocket on a black background",
     )
-    config.distillation.update(shift=2.0, decay=48)
-    config.optimizer.update(learning_rate=6e-3, decay_steps=240)
+    config.distillation.update(shift=2.0, decay=60)
+    config.optimizer.update(learning_rate=6e-3, decay_steps=300)
     return config
