@@ -89,7 +89,11 @@ class StyleLoRAs:
         for update in read_style_lora(path_or_id, components):
             updates[update.component].append(self._on_head(update))
         self.loras[name] = StyleLoRA(str(path_or_id), dict(updates), schema.converted(Offset, scale, "scale"))
-        self._apply()
+        try:
+            self._apply()
+        except BaseException:  # out of memory, or interrupted: the pipeline goes on as it was
+            del self.loras[name]
+            raise
         return name
 
     def set_adapters(

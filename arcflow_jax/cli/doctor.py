@@ -87,6 +87,8 @@ def check_bucket(place: Path) -> str:
         step = "cleared of what was written there"
         name.unlink()
     except OSError as error:
+        with contextlib.suppress(OSError):
+            name.unlink(missing_ok=True)
         raise of_files(f"{place} cannot be {step}", error) from error
     return f"{place}: listed ({count} entries), written, read and removed"
 

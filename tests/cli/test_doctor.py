@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import types
+from pathlib import Path
 
 import jax
 import pytest
@@ -73,3 +75,12 @@ def test_a_folder_that_cannot_be_written(capfd, tmp_path):
     (tmp_path / "file").write_text("")
     place = tmp_path / "file"
     assert_refused(capfd, tmp_path, "doctor", "--bucket", place, message="/file cannot be listed: Not a directory$")
+
+
+def test_a_folder_that_cannot_be_read_keeps_nothing(capfd, tmp_path, monkeypatch):
+    def no_answer(path: Path) -> bytes:
+        raise OSError(errno.EIO, "no answer")
+
+    monkeypatch.setattr(Path, "read_bytes", no_answer)
+    assert_refused(capfd, tmp_path, "doctor", "--bucket", tmp_path, message="cannot be read: no answer$")
+    assert not list(tmp_path.iterdir())

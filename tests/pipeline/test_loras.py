@@ -92,6 +92,24 @@ def test_switching_compiles_nothing(pipe, tmp_path):
         assert all(relative_error(result, other) > 1e-3 for other in [plain, *results[:i]]), i
 
 
+def test_a_lora_that_does_not_fit_into_memory_is_not_loaded(teacher_pipe, tmp_path, monkeypatch):
+    first = teacher_pipe.load_lora_weights(write_lora(tmp_path / "first.safetensors"))
+    before = teacher_pipe.described()
+
+    def full() -> None:
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    second = write_lora(tmp_path / "second.safetensors", seed=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(teacher_pipe, "_apply", full)
+        with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+            teacher_pipe.load_lora_weights(second, "second")
+    teacher_pipe.set_adapters(first)
+    assert teacher_pipe.described() == before
+    with pytest.raises(UserError, match="no LoRA 'second' is loaded, only 'default_0'"):
+        teacher_pipe.set_adapters("second")
+
+
 def test_a_larger_rank_or_more_layers_compile_once(teacher_pipe, tmp_path):
     pipe = teacher_pipe
     pipe.load_lora_weights(write_lora(tmp_path / "small.safetensors"), "small")
