@@ -173,6 +173,20 @@ def test_a_directory_is_whole_or_not_there(folder):
     assert (folder / "other" / "notes").exists()
 
 
+@pytest.mark.parametrize("end", [b"", b"\r", b"\n", b"\r\n", b"\n\r", b"\r\r"])
+def test_every_last_byte_is_written(folder, tmp_path, end):
+    (tmp_path / "local").write_bytes(b"0123" + end)
+    (folder / "uploaded").upload(tmp_path / "local")
+    (folder / "new").write_bytes(b"0123" + end, new=True)
+    (folder / "again").write_bytes(b"before")
+    (folder / "again").write_bytes(b"0123" + end)
+    for name in ("uploaded", "new", "again"):
+        assert (folder / name).read_bytes() == b"0123" + end
+        assert (folder / name).stat().st_size == 4 + len(end)
+    with pytest.raises(FileExistsError):
+        (folder / "new").write_bytes(end or b"other", new=True)
+
+
 def test_a_second_writer_is_refused(folder):
     process = child(HOLD, folder / "out")
     assert process.stdout.readline() == "held\n"
