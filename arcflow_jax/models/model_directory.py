@@ -40,7 +40,7 @@ from arcflow_jax.networks.states import flatten, nest, unflatten, unnest
 from arcflow_jax.networks.student import AdapterConfig, ArcModel
 from arcflow_jax.schema import SHA256, Precision, Size
 from arcflow_jax.storage.files import cannot_read, file_digest, is_inside, read_own
-from arcflow_jax.storage.paths import as_path
+from arcflow_jax.storage.paths import as_path, in_bucket, sizes_below
 
 DESCRIPTION = "model.json"
 FORMAT = "arcflow_jax model"
@@ -287,14 +287,14 @@ class ModelDirectory:
     def check_files(self, component: str) -> None:
         """Raises UserError if a file of a component is missing, cannot be read, has another size than when it was
         written, or is not one of those that were written."""
-        with cannot_read(self.path / component):
+        folder = self.path / component
+        with cannot_read(folder):
+            sizes = {f"{component}/{name}": size for name, size in sizes_below(folder).items()}
             for name, size in self.description.files.items():
-                file = self.path / name
-                if name.startswith(f"{component}/") and not (file.is_file() and file.stat().st_size == size):
-                    fault = "truncated" if file.is_file() else "missing"
-                    raise UserError(f"{self.path / component} is damaged: {name} is {fault}; convert the model again")
-            for file in (self.path / component).rglob("*"):
-                if not file.is_dir() and file.relative_to(self.path).as_posix() not in self.description.files:
-                    raise UserError(
-                        f"{self.path / component} is damaged: {file.name} is not a file of it; convert again"
-                    )
+                if name.startswith(f"{component}/") and sizes.get(name) != size:
+                    fault = "truncated" if name in sizes else "missing"
+                    raise UserError(f"{folder} is damaged: {name} is {fault}; convert the model again")
+            others = [] if in_bucket(folder) else [file for file in folder.rglob("*") if not file.is_dir()]
+            for name in {*sizes, *(file.relative_to(self.path).as_posix() for file in others)}:
+                if name not in self.description.files:
+                    raise UserError(f"{folder} is damaged: {Path(name).name} is not a file of it; convert again")

@@ -33,6 +33,8 @@ from arcflow_jax.models.model_directory import ArrayDigest, ModelDirectory, fing
 from arcflow_jax.networks.backbones.flux import FluxConfig
 from arcflow_jax.networks.states import flatten, nest, unnest
 from arcflow_jax.parallel.mesh import make_mesh, state_shardings
+from arcflow_jax.storage.bucket import BucketPath
+from arcflow_jax.storage.paths import as_path
 from tests.helpers.damage import overwrite
 from tests.helpers.own_json import rewrite
 from tests.helpers.processes import with_devices
@@ -374,6 +376,27 @@ for path in sys.argv[1:]:
     lines = done.stdout.splitlines()
     for line, path in zip(lines, damaged, strict=True):
         assert re.fullmatch(rf"{path}/vae is damaged: .*; convert the model again", line)
+
+
+def test_a_bucket_is_asked_for_all_files_at_once(converted, monkeypatch):
+    """Not for each of them, of which a large model has hundreds."""
+    description = ModelDirectory.open(converted).description
+    sizes = {name: size for name, size in description.files.items() if name.startswith("vae/")}
+    there = as_path("gs://bucket/model")
+
+    def asked(path: BucketPath) -> None:
+        raise AssertionError(f"asked for {path} alone")
+
+    monkeypatch.setattr(BucketPath, "info", asked)
+    monkeypatch.setattr(BucketPath, "sizes", lambda path: {there / name: size for name, size in sizes.items()})
+    directory = ModelDirectory(there, description)
+    directory.check_files("vae")
+    sizes["vae/state/_METADATA"] -= 1
+    with pytest.raises(UserError, match="/vae is damaged: vae/state/_METADATA is truncated"):
+        directory.check_files("vae")
+    sizes |= {"vae/state/_METADATA": description.files["vae/state/_METADATA"], "vae/new": 1}
+    with pytest.raises(UserError, match="/vae is damaged: new is not a file of it"):
+        directory.check_files("vae")
 
 
 @pytest.mark.parametrize("layers", [1, 5])
