@@ -94,6 +94,5 @@ def test_two_processes_read_every_array_once(tiny_flux, tmp_path):
         for process in [start(2, *command, i) for i in (0, 1)]:
             finish(process)
         together = [(served(part) - one) / len(MESHES) for part, one in zip(parts, alone, strict=True)]
-    # Twice as much without. Only the adapter's large array tells: of the tiny model's small ones a process also reads
-    # what lies between its own, more or less of it by the order in which they were written
-    assert together[-1] < 1.5 * alone[-1], (alone, together)
+    # Twice as much without. Both read the index of all arrays, which is large beside a tiny model
+    assert all(two < 1.5 * one for one, two in zip(alone, together, strict=True)), (alone, together)
