@@ -5,12 +5,14 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from arcflow_jax.checkpoints.training import Checkpoints
 from arcflow_jax.models.model_directory import ModelDirectory
@@ -36,15 +38,20 @@ def adapter() -> nnx.State:
 
 
 def read_both(place: Path, sizes: tuple[int, ...]) -> dict[str, Any]:
-    """The transformer's weights in bfloat16, and the adapter, on a mesh of all devices; by name."""
+    """The transformer's weights in bfloat16, and the adapter, on a mesh of all devices; by name.
+
+    In a bucket, Orbax reads arrays together that are less than 1 MB apart, with what lies between them. Here nearly all
+    are, so that both processes would read nearly all. These are read apart.
+    """
     mesh = make_mesh(sizes)
     directory = ModelDirectory.open(place / "model")
     abstract = nnx.state(directory.abstract("transformer", jnp.bfloat16))
     shardings = jax.tree.map(lambda x: x.sharding, sharded(mesh, abstract))
-    base = directory.load("transformer", abstract, shardings)
-    with Checkpoints(place / "run", read_only=True) as checkpoints:
-        like = jax.eval_shape(adapter)
-        restored = checkpoints.restore_adapter(sharded(mesh, like))
+    with mock.patch.object(tensorstore_utils, "is_remote_storage", return_value=False):
+        base = directory.load("transformer", abstract, shardings)
+        with Checkpoints(place / "run", read_only=True) as checkpoints:
+            like = jax.eval_shape(adapter)
+            restored = checkpoints.restore_adapter(sharded(mesh, like))
     found = jax.tree.leaves_with_path({"base": base, "adapter": restored})
     return {jax.tree_util.keystr(path): x for path, x in found}
 
@@ -95,4 +102,4 @@ def test_two_processes_read_every_array_once(tiny_flux, tmp_path):
             finish(process)
         together = [(served(part) - one) / len(MESHES) for part, one in zip(parts, alone, strict=True)]
     # Twice as much without. Both read the index of all arrays, which is large beside a tiny model
-    assert all(two < 1.5 * one for one, two in zip(alone, together, strict=True)), (alone, together)
+    assert all(two < 1.1 * one for one, two in zip(alone, together, strict=True)), (alone, together)
