@@ -174,7 +174,7 @@ class LoadedModel(StyleLoRAs):
         """
         of_student = {"raw": raw, "merge": merge is not None, "adapter_scale": adapter_scale != 1}
         if adapter is None and (given := [name for name, is_given in of_student.items() if is_given]):
-            raise UserError(f"{given[0]} is of a student: name its adapter, or leave {given[0]} out for the teacher")
+            raise UserError(f"{given[0]} is an option of a student: name its adapter, or leave {given[0]} out")
         directory = ModelDirectory.open(converted(path_or_id))
         mesh = sampling_mesh(mesh)
         offload = "networks" if offload is True else offload or None

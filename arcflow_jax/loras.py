@@ -91,7 +91,7 @@ class StyleLoRAs:
         self.loras[name] = StyleLoRA(str(path_or_id), dict(updates), schema.converted(Offset, scale, "scale"))
         try:
             self._apply()
-        except BaseException:  # out of memory, or interrupted: the pipeline goes on as it was
+        except BaseException:  # out of memory, or interrupted: the LoRAs stay as they were
             del self.loras[name]
             raise
         return name

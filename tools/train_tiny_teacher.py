@@ -14,9 +14,10 @@ is not exactly what it makes. Its text encoders, judge, VAE and denoiser come fr
 1 000 more steps (learning rate 1e-3, without the straightness term), the denoiser for 3 500 (as in its second round),
 then `guided` in two parts.
 
-Nor is the bundled teacher of the emoji. The first rounds of its VAE and of its denoiser come from an earlier version
-of `arcflow_jax.demo.emoji`, with any size between small and large and any place. The text encoders were trained with
-"a orange background"; the token "an" has the embedding of "a".
+Nor is the bundled teacher of the emoji. The first rounds of its VAE and of its denoiser come from an earlier version of
+`arcflow_jax.demo.emoji`, with any size between small and large and any place. The text encoders were trained with "a
+orange background"; the token "an" has the embedding of "a". The second round of the denoiser had half as many images,
+and the first 500 steps of the third had the learning rate of a round of 8 000.
 
 Everything is seeded. Each stage reads what earlier stages left in the work folder. A training that was stopped resumes
 from its last report, every few hundred steps. Copy `tiny-…/` from the work folder to `arcflow_jax/assets/`, and the

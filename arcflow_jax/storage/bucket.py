@@ -141,8 +141,8 @@ class BucketPath(Base):
 
     def write_bytes(self, data: bytes, *, new: bool = False) -> None:
         """Writes the object, or replaces it. Raises FileExistsError if it is to be new, and is not."""
-        # gcsfs separates the parts of a small upload by a line feed. After a carriage return the two are one separator,
-        # and the last byte is lost. An upload in chunks, here mostly one, has no separators.
+        # gcsfs writes a line feed between the data of a small upload and its end. If the data ends in a carriage return,
+        # both may be read as one line break, and the byte is lost. An upload in chunks, here one, has no such line.
         chunks = {"chunksize": min(len(data), CHUNK)} if self.scheme == "gs" and data.endswith(b"\r") else {}
         try:
             with self.clear_errors(write=True):

@@ -148,7 +148,7 @@ def train_alone(recipe: Recipe, run: Path, step: int | None, profile: str | None
                     line = log.step(i + 1, values | {"prompts_cut": cut, "waited": data.waited})
                     if line["skipped_in_row"] > recipe.max_skipped:
                         save()
-                        checkpoints.wait()  # once the error is told, several processes end within seconds
+                        checkpoints.wait()  # once the error is reported, the other processes exit within seconds
                         raise UserError(too_many_skipped(line, run))
                     checkpoints.check()
                 if preview is not None and due(recipe.preview_every, i + 1, recipe):

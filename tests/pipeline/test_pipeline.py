@@ -190,7 +190,7 @@ def test_settings_that_do_not_fit(pipe, settings, message):
 @pytest.mark.parametrize("option", [{"raw": True}, {"merge": False}, {"adapter_scale": 0.5}])
 def test_what_concerns_a_student_is_refused_without_one(model, option):
     (name,) = option
-    with pytest.raises(UserError, match=f"^{name} is of a student: name its adapter, or leave {name} out"):
+    with pytest.raises(UserError, match=f"^{name} is an option of a student: name its adapter, or leave {name} out"):
         ArcFlowPipeline.from_pretrained(model, **option)
 
 

@@ -268,7 +268,7 @@ def test_too_many_in_a_row_stop_the_run(model, tmp_path, monkeypatch, capfd):
     error = capfd.readouterr().err
     assert re.fullmatch(r"error: stopped: loss, gradient or update of the last 3 training steps was .*\n", error)
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["3"]
-    assert there == [["3"]]  # complete before the error is told, because several processes end soon then
+    assert there == [["3"]]  # complete before the error is reported: the other processes exit soon after
     with Checkpoints(tmp_path / "run", read_only=True) as checkpoints:
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(checkpoints.manager.restore(3)))
 
