@@ -30,8 +30,8 @@ PERMISSIONS = {
     "s3": ("s3:GetObject and s3:ListBucket", "s3:PutObject and s3:DeleteObject"),
 }
 LOGIN = {"gs": "gcloud auth application-default login", "s3": "aws configure, or AWS_ACCESS_KEY_ID"}
-LARGE = 8 * 2**20  # bytes of a file that gcsfs uploads in chunks; it does so from 5 MiB on
-CHUNK = 50 * 2**20
+LARGE = 8 * 2**20  # bytes from which a local file is uploaded in chunks; gcsfs does so from 5 MiB on
+CHUNK = 50 * 2**20  # bytes of a chunk, as gcsfs has it
 UPLOAD_SECONDS = 30.0  # between two uploads of a growing file
 UPLOAD_PAUSE = 20  # and this many times what an upload took, as it stops the writer: with many previews, for seconds
 for _scheme in ("gs", "gcs", "s3"):  # other processes write there too; this is for Orbax's own paths as well
@@ -141,8 +141,8 @@ class BucketPath(Base):
 
     def write_bytes(self, data: bytes, *, new: bool = False) -> None:
         """Writes the object, or replaces it. Raises FileExistsError if it is to be new, and is not."""
-        # gcsfs writes a line feed between the data of a small upload and its end. If the data ends in a carriage return,
-        # both may be read as one line break, and the byte is lost. An upload in chunks, here one, has no such line.
+        # gcsfs writes a line feed after the data of a small upload. After a carriage return the two may be read as one
+        # line break, and the byte is lost. An upload of at least `chunksize` bytes is sent without any line feed.
         chunks = {"chunksize": min(len(data), CHUNK)} if self.scheme == "gs" and data.endswith(b"\r") else {}
         try:
             with self.clear_errors(write=True):
