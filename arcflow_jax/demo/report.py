@@ -100,7 +100,7 @@ def film_parts(film: Film, captions: Sequence[object]) -> dict[str, str]:
     encoded = io.BytesIO()
     sheet.save(encoded, "JPEG", quality=88)
     cells = [f'<td><div class="frame" style="--row: {row}"></div></td>' for row in range(rows)]
-    labels = (LABELS["teacher_50"], "ArcFlow, 2 evaluations")
+    labels = (LABELS["teacher_50"], LABELS["arcflow_2"])
     table = [f"<th>{name}</th>{''.join(cells[i * count : (i + 1) * count])}" for i, name in enumerate(labels)]
     head = "".join(f"<th>{html.escape(str(caption))}</th>" for caption in captions[:count])
     distances = film.distance[:, :count].mean(1)
@@ -195,7 +195,7 @@ img, svg { max-width: 100%; } svg { max-width: 640px; font: 12px system-ui, sans
 output { font-variant-numeric: tabular-nums; }
 @media (max-width: 800px) { .frame { width: 64px; height: 64px; } .film th { width: 64px; } }
 </style></head><body>
-<h1>A 50-step teacher, matched in two steps</h1>
+<h1>A teacher in 50 steps, its student in two</h1>
 <p>Four samplers with the same prompts, and the same noise in each column: the bundled teacher $teacher in 50, 4 and 2
 steps, and its student. The prompts are the first of the test list; none of them was used in training.</p>
 <img alt="images of the four samplers" src="data:image/png;base64,$grid">
@@ -216,9 +216,9 @@ distance: between a small classifier's features of these images and of true imag
 agreement: share of the requested attributes that the classifier reads in the image. Times: median over batches of 16;
 prompt to image includes text encoders and decoder.</p>
 <h2>Targets of the demo</h2>
-<table><tr><th>ArcFlow in 2 steps</th><th>measured</th><th>target</th><th></th></tr>$bars</table>
+<div class="wide"><table><tr><th>ArcFlow in 2 steps</th><th>measured</th><th>target</th><th></th></tr>$bars</table></div>
 <h2>Prompt agreement by attribute</h2>
-<table>$agreement</table>
+<div class="wide"><table>$agreement</table></div>
 <h2>Training loss, $training_steps training steps</h2>
 $curve
 <p class="note">$date, $machine.</p>
