@@ -167,7 +167,7 @@ def parts_of_run(folder: Path) -> list[Part]:
             time.sleep(DELETED)
             if (folder / "checkpoints" / str(step)).exists():
                 raise
-            return "deleted meanwhile, as a run does that trains"
+            return "deleted meanwhile by the run, which is training"
         for path, array in arrays:
             check_finite(np.asarray(array), f"checkpoint {step} in {folder}: {jax.tree_util.keystr(path)}")
         return f"{len(arrays)} arrays"

@@ -61,7 +61,7 @@ STREAMED = 0.15  # of a network's weights, what the device holds while its block
 
 
 def gpu_share() -> float:
-    """JAX's share of a GPU's memory, by the environment."""
+    """The share of a GPU's memory that JAX takes, as environment variables set it."""
     return float(os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get(FRACTION) or DEFAULT_SHARE)
 
 

@@ -70,10 +70,10 @@ class Begun:
 class Engine:
     """Makes images of waiting requests in batches, in one thread for each pipeline.
 
-    A batch has the image that has waited longest, and others of its settings. It starts once they are `batch_size`, or
-    the first has waited for `wait` seconds. It is filled up to the next of a few sizes, so it runs a compiled program;
-    and each image has noise of its own, so it does not depend on the others. A full batch is handed to the devices
-    while another one runs.
+    A batch takes the image that has waited longest, and others with the same settings. It starts once it has
+    `batch_size` images, or the first has waited for `wait` seconds. It is filled up to the next of a few sizes, so it
+    runs a compiled program. Each image has noise of its own, so it does not depend on the others. A full batch is
+    handed to the devices while another one runs.
 
     Args:
       pipelines: replicas of one model, each on devices of its own.

@@ -115,7 +115,7 @@ def upload(folder: Path, repository: str) -> None:
 
 
 def kind_of(error: Exception) -> type[UserError]:
-    """The kind of error that a failed request is: NetworkError if the hub is at fault, or the network."""
+    """The class of a failed request's error: NetworkError if the hub or the network failed."""
     return NetworkError if status_of(error) >= 500 or cause_of(error) == "network" else UserError
 
 

@@ -2,8 +2,8 @@
 
 The object is made only if there is none, so of two writers one gets it. It has process id and host of its writer, and
 when it was last renewed. A writer renews its lease in a thread. A lease that was not renewed for `EXPIRES` seconds, or
-whose process has ended on the same host, is taken over. A container that starts again has the same host name, and its
-process the same id, often 1. So an older lease of this very id is taken over if nobody renews it while one waits.
+whose process has ended on the same host, is taken over. A container that restarts keeps its host name, and its process
+keeps its id, often 1. So a process waits at an older lease with its own id, and takes it over if nobody renews it.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Lease:
             self.write(new=True)
         except FileExistsError:
             holder = read(self.object)
-            if holder is None or not (holder.has_ended or self.is_of_before(holder)):
+            if holder is None or not (holder.has_ended or self.was_left_here(holder)):
                 raise Held(holder) from None
             self.object.unlink(missing_ok=True)
             try:
@@ -95,8 +95,8 @@ class Lease:
         self.thread = threading.Thread(target=self.renew, daemon=True)
         self.thread.start()
 
-    def is_of_before(self, holder: Holder) -> bool:
-        """Whether a lease is of this container before it started again. Waits, to tell it from one that runs."""
+    def was_left_here(self, holder: Holder) -> bool:
+        """Whether this container took the lease before it restarted. Waits, because another one that runs would renew it."""
         if (holder.process, holder.host) != (os.getpid(), socket.gethostname()) or holder.since >= STARTED:
             return False
         print(f"waiting {1.5 * RENEWED:g} s, to see whether {self.object} is renewed", flush=True)

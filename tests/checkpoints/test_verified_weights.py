@@ -295,7 +295,7 @@ def test_verify_beside_a_run_that_deletes_a_checkpoint(student, tmp_path):
     copy = shutil.copytree(student, tmp_path / "run")
     (part,) = verification.parts_of(copy)
     shutil.rmtree(copy / "checkpoints" / "0")
-    assert part.check() == "deleted meanwhile, as a run does that trains"
+    assert part.check() == "deleted meanwhile by the run, which is training"
 
 
 def test_verify_finds_what_is_not_finite(student, tmp_path):
