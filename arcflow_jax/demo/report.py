@@ -216,7 +216,8 @@ distance: between a small classifier's features of these images and of true imag
 agreement: share of the requested attributes that the classifier reads in the image. Times: median over batches of 16;
 prompt to image includes text encoders and decoder.</p>
 <h2>Targets of the demo</h2>
-<div class="wide"><table><tr><th>ArcFlow in 2 steps</th><th>measured</th><th>target</th><th></th></tr>$bars</table></div>
+<div class="wide"><table><tr><th>ArcFlow in 2 steps</th><th>measured</th><th>target</th><th></th></tr>
+$bars</table></div>
 <h2>Prompt agreement by attribute</h2>
 <div class="wide"><table>$agreement</table></div>
 <h2>Training loss, $training_steps training steps</h2>

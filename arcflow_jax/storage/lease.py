@@ -96,7 +96,7 @@ class Lease:
         self.thread.start()
 
     def was_left_here(self, holder: Holder) -> bool:
-        """Whether this container took the lease before it restarted. Waits, because another one that runs would renew it."""
+        """Whether this container took the lease before it restarted. Waits: another process would renew it."""
         if (holder.process, holder.host) != (os.getpid(), socket.gethostname()) or holder.since >= STARTED:
             return False
         print(f"waiting {1.5 * RENEWED:g} s, to see whether {self.object} is renewed", flush=True)
