@@ -92,7 +92,7 @@ def make_images(
 ) -> None:
     """`sample`, once the processes are connected; `given` are images, mask and strength."""
     from arcflow_jax.data.images import read_image
-    from arcflow_jax.data.output import contact_sheet, file_name, read_latents, save_image, unused
+    from arcflow_jax.data.output import contact_sheet, file_name, read_latents, save_new_image
     from arcflow_jax.data.prompts import check_prompts
     from arcflow_jax.parallel.processes import is_main
     from arcflow_jax.parallel.together import check_directory, check_same, gathered, own_share
@@ -132,11 +132,10 @@ def make_images(
         for made in stream:
             if latents is not None:
                 made.info["latents"] = latents
-            save_image(made, path := unused(out / file_name(made)))
+            path = save_new_image(made, out / file_name(made))
             print(path)
             paths.append(str(path))
         paths = [path for each in gathered(paths) for path in each]
         if grid and is_main():
             sheet = contact_sheet([read_image(as_path(path)) for path in paths], columns=images if images > 1 else None)
-            save_image(sheet, path := unused(out / "grid.png"))
-            print(path)
+            print(save_new_image(sheet, out / "grid.png"))

@@ -50,7 +50,7 @@ def serve(
     batch_size: Annotated[int, typer.Option(min=1, help="Most images of a batch.")] = 4,
     wait_ms: Annotated[int, typer.Option(min=0, help="Milliseconds that an image waits for others of its batch.")] = 10,
     queue: Annotated[int, typer.Option(min=1, help="Images that may wait. More are refused, with status 429.")] = 64,
-    timeout: Annotated[float, typer.Option(min=0, help="Seconds until a request fails with status 504.")] = 120,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds until a request fails with status 504.")] = 120,
     grace: Annotated[int, typer.Option(min=0, help="Seconds that waiting requests have after SIGTERM.")] = 30,
     replicas: Annotated[
         int, typer.Option(min=1, help="Copies of the model, each on its part of the devices, with a mesh of its own.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import math
@@ -23,6 +24,22 @@ def save_image(image: Image.Image, path: Path) -> None:
     """Writes a PNG. Raises UserError."""
     with cannot_write(path):
         write_file(path, png(image))
+
+
+def save_new_image(image: Image.Image, path: Path) -> Path:
+    """Writes a PNG under an unused name: the path's, or that with the first number from 2 on. Returns the path.
+
+    Raises UserError.
+    """
+    data = png(image)
+    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
+    with cannot_write(path):
+        for name in itertools.chain([path], numbered):
+            if not name.exists():
+                with contextlib.suppress(FileExistsError):  # by another process, just now
+                    write_file(name, data, new=True)
+                    return name
+    raise AssertionError("numbers do not end")
 
 
 def png(image: Image.Image, compression: int = 6) -> bytes:
@@ -53,12 +70,6 @@ def file_name(image: Image.Image) -> str:
 def words(text: str) -> str:
     """Letters and digits in lower case, with - between the words."""
     return re.sub(r"\W+", "-", text.lower()).strip("-")
-
-
-def unused(path: Path) -> Path:
-    """The path itself, or with the first number from 2 on appended to its name under which no file exists."""
-    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
-    return next(name for name in itertools.chain([path], numbered) if not name.exists())
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:

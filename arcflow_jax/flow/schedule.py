@@ -26,11 +26,6 @@ def sigma_of(t: jax.Array, shift: jax.Array | float) -> jax.Array:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def timestep_of(sigma: jax.Array, shift: jax.Array | float) -> jax.Array:
-    """The timestep t of σ, the inverse of `sigma_of`."""
-    return sigma / (shift - (shift - 1) * sigma)
-
-
 def boundaries(segments: int, final_step_ratio: jax.Array | float) -> jax.Array:
     """The timesteps between which the segments lie, from 1 down to 0: [segments + 1].
 

@@ -37,23 +37,46 @@ def cannot_write(what: object) -> Iterator[None]:
         raise of_files(f"cannot write {what}", error) from error
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes, *, new: bool = False) -> None:
     """Writes a file, which appears complete or not at all. A link at `path` is replaced, not followed.
 
+    Args:
+      new: the path has to be unused, also when the file is complete: another process may write the same.
+
     Raises:
+      FileExistsError: if `new` and it is used.
       OSError: as it is; `cannot_write` around it makes a UserError of it.
     """
     if in_bucket(path):
-        return path.write_bytes(data)
+        return path.write_bytes(data, new=new)
     clear_leftovers(path)
     aside = hidden(path, f"{secrets.token_hex(8)}.tmp")
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with open(descriptor, "wb") as file:
             file.write(data)
+        if new and linked(aside, path):
+            return
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def linked(file: Path, path: Path) -> bool:
+    """Gives a file a second name, if the disk has hard links. Unlike a rename, a link replaces nothing.
+
+    Raises:
+      FileExistsError: if the name is used.
+    """
+    try:
+        os.link(file, path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if path.exists():
+            raise FileExistsError(path) from error
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from arcflow_jax.data.output import file_name, read_latents, save_image, unused
+from arcflow_jax.data import output
+from arcflow_jax.data.output import file_name, read_latents, save_image, save_new_image
 from arcflow_jax.errors import UserError
 from tests.helpers.full_disk import disk_for_files_up_to
 
@@ -47,17 +48,35 @@ def test_names_fit_a_file_system(tmp_path):
     long = image(prompt="𠀀" * 100, adapter="𠀀" * 100)
     path = tmp_path / file_name(long)
     save_image(long, path)
-    save_image(long, unused(path))
+    save_new_image(long, path)
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_no_file_is_overwritten(tmp_path):
-    names = []
-    for _ in range(3):
-        path = unused(tmp_path / "a.b.png")
-        names.append(path.name)
-        path.write_text("")
+    names = [save_new_image(image(), tmp_path / "a.b.png").name for _ in range(3)]
     assert names == ["a.b.png", "a.b-2.png", "a.b-3.png"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_nor_is_one_that_appears_meanwhile(tmp_path, monkeypatch, links):
+    """Another process writes the same name after this one has looked."""
+    path, write = tmp_path / "grid.png", output.write_file
+
+    def other_first(name, *args, **options):
+        if name == path:
+            path.write_text("other")
+        write(name, *args, **options)
+
+    def no_links(*_):
+        raise PermissionError("this disk has none")
+
+    monkeypatch.setattr(output, "write_file", other_first)
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    assert save_new_image(image(), path).name == "grid-2.png"
+    assert path.read_text() == "other"
+    assert Image.open(tmp_path / "grid-2.png").size == (64, 64)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_settings_are_saved_as_text(tmp_path):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from arcflow_jax import schema
 from arcflow_jax.errors import UserError
-from arcflow_jax.flow.schedule import Scheduler, boundaries, euler_grid, sigma_of, timestep_of
+from arcflow_jax.flow.schedule import Scheduler, boundaries, euler_grid, sigma_of
 from tests.helpers import golden
 
 times = st.floats(0, 1, width=32)
@@ -22,10 +22,10 @@ shifts = st.floats(0.25, 8, width=32)
 
 @settings(deadline=None)
 @given(times, times, shifts)
-def test_sigma_of_is_monotone_and_timestep_of_inverts_it(t, other, shift):
+def test_sigma_of_is_monotone_and_1_over_the_shift_inverts_it(t, other, shift):
     low, high = sorted([t, other])
     assert 0 <= sigma_of(low, shift) <= sigma_of(high, shift) <= 1
-    assert timestep_of(sigma_of(t, shift), shift) == pytest.approx(t, abs=1e-6)
+    assert sigma_of(sigma_of(t, shift), 1 / shift) == pytest.approx(t, abs=1e-6)
 
 
 def test_sigma_of_keeps_the_ends_and_moves_the_middle():
