@@ -76,17 +76,21 @@ def make_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 class Values:
     """Fills holes with random numbers, which depend only on the position in the file.
 
-    Vectors get absolute values: a batch norm's variance is one.
+    Vectors get absolute values: a batch norm's variance is one. The scales of a video VAE's norms, C × 1 × 1 × 1, are
+    near 1, or hardly anything of a latent would be left in the image.
     """
 
     def __init__(self):
         numbers = 0.02 * np.random.default_rng(0).standard_normal(POOL, np.float32)
         self.bytes = numbers.astype(ml_dtypes.bfloat16).view(np.uint8)
         self.positive = np.abs(numbers).astype(ml_dtypes.bfloat16).view(np.uint8)
+        self.scales = (1 + numbers).astype(ml_dtypes.bfloat16).view(np.uint8)
 
     def write(self, tensor: FileTensor) -> None:
         """Writes a tensor through to the disk, so that reading it reads the disk."""
-        numbers = self.positive if len(tensor.shape) == 1 else self.bytes
+        numbers = self.bytes
+        if tensor.shape[:1] == (math.prod(tensor.shape),):
+            numbers = self.positive if len(tensor.shape) == 1 else self.scales
         place, stop = tensor.offset, tensor.offset + nbytes(tensor.shape)
         with tensor.path.open("r+b", buffering=0) as file:
             file.seek(place)

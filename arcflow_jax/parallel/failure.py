@@ -28,7 +28,7 @@ from arcflow_jax.parallel.processes import several
 from arcflow_jax.storage.lock import abandon
 
 GRACE = 10  # seconds in which a process may end by itself after a failure, its own or another's
-FAILED, SEEN = "arcflow_jax/failed", "arcflow_jax/seen"  # keys of the store: the first failure; who has read it
+FAILED, SEEN = "arcflow_jax/failed", "arcflow_jax/seen"  # keys of the store: the first failure; who knows of one
 LOST = "another process of this run was killed or cannot be reached"
 # How a broken connection shows in an exception: of a collective, or of a barrier
 BROKEN = ("Gloo", "NCCL", "Barrier", "heartbeat")
@@ -68,6 +68,7 @@ class Failure:
         who = f"process {jax.process_index()} on {socket.gethostname()}"
         with contextlib.suppress(Exception):  # another has told first, or the connection is gone
             self.client.key_value_set(FAILED, json.dumps({"text": f"{who} failed: {text}", "code": self.code}))
+        self.knows()
 
     @contextlib.contextmanager
     def telling(self) -> Iterator[None]:
@@ -85,8 +86,13 @@ class Failure:
             with contextlib.suppress(Exception):  # there is none, or the connection is gone
                 failed = json.loads(self.client.key_value_try_get(FAILED))
                 self.reason, self.code = failed["text"], failed["code"]
-                self.client.key_value_set(f"{SEEN}/{jax.process_index()}", "")
+                self.knows()
         return self.reason
+
+    def knows(self) -> None:
+        """Lets the first process end: this one knows of a failure, its own or another's."""
+        with contextlib.suppress(Exception):  # it has said so before, or the connection is gone
+            self.client.key_value_set(f"{SEEN}/{jax.process_index()}", "")
 
     def watch(self) -> None:
         """Ends this process if it does not end by itself after a failure. Runs in a thread."""
@@ -113,9 +119,9 @@ class Failure:
         """Ends this process without JAX's shutdown, in which it would wait for the others."""
         end = time.monotonic() + GRACE
         with contextlib.suppress(Exception):
-            # The store is in the first process, which therefore stays until all have read
+            # The store is in the first process, which therefore stays until all know
             while jax.process_index() == 0 and time.monotonic() < end:
-                if len(self.client.key_value_dir_get(SEEN)) >= jax.process_count() - 1:
+                if len(self.client.key_value_dir_get(SEEN)) == jax.process_count():
                     break
                 time.sleep(0.2)
         for stream in (sys.stdout, sys.stderr):

@@ -20,18 +20,21 @@ WAITING = """
     import numpy as np
     from jax.experimental import multihost_utils
     from arcflow_jax.errors import UserError, report_errors
-    from arcflow_jax.parallel import processes
+    from arcflow_jax.parallel import failure, processes
     from arcflow_jax.parallel.failure import ends_together
     processes.HEARTBEAT = 5
     address, process, how = sys.argv[1:]
+    if how.endswith("both"):
+        failure.Failure.look = lambda self: None  # both fail before they hear of each other
+        failure.GRACE = processes.HEARTBEAT = 1000  # and the first does not wait for the other
     with report_errors():
         processes.initialize(address, 2, int(process))
         with ends_together():
             for i in range(10_000):
-                if i == 3 and how.endswith(process):
+                if i == 3 and how.endswith((process, "both")):
                     if how.startswith("kill"):
                         os.kill(os.getpid(), 9)
-                    raise {"error": RuntimeError, "user error": UserError}[how[:-2]]("no more")
+                    raise {"error": RuntimeError, "user error": UserError}[how.rpartition(" ")[0]]("no more")
                 multihost_utils.process_allgather(np.ones(3))
 """
 
@@ -67,6 +70,12 @@ def test_an_exception_in_one_process_ends_both(how, who, code):
     assert told, ends[1 - who][1]
     assert "failed: " in told[0]
     assert "Error: no more" in told[0]
+
+
+def test_an_exception_in_both_ends_both_at_once():
+    for code, stderr in both_end(WAITING, "user error both"):
+        assert code == 2
+        assert "error: no more" in stderr
 
 
 @pytest.mark.parametrize("who", [0, 1])
