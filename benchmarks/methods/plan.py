@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.methods import search
-from benchmarks.methods.protocol import FIRST, SEEDS, Cell, Scope, Setting, parent
+from benchmarks.methods.protocol import FIRST, SCHEDULES, SEEDS, Cell, Scope, Setting, parent
 from benchmarks.methods.results import Part, Result, errors
 
 AROUND = 5  # neighbours that a search usually trains with the whole budget
@@ -49,4 +49,6 @@ def search_left(results: Sequence[Result], cell: Cell, scope: Scope) -> float:
 def runs_left(results: Sequence[Result], cells: Sequence[Cell], scope: Scope) -> float:
     """About how many whole budgets these cells will use yet."""
     tests = sum(len(SEEDS) - used(results, cell, part) for cell in cells for part in parts(cell, scope))
+    first = [cell for cell in cells if parent(cell, scope) is None]
+    tests += sum(len(SCHEDULES) - used(results, cell, "schedules") for cell in first)
     return tests + sum(search_left(results, cell, scope) for cell in cells)

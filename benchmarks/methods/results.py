@@ -20,7 +20,7 @@ from arcflow_jax.storage.files import json_records, read_json, read_lines, write
 from benchmarks.methods.protocol import Cell, Setting
 from benchmarks.methods.search import Errors
 
-Part = Literal["search", "best", "published", "teacher"]
+Part = Literal["search", "best", "published", "schedules", "teacher"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import shutil
@@ -23,6 +24,7 @@ from benchmarks.methods import plan, search
 from benchmarks.methods.protocol import (
     PROMPTS,
     PUBLISHED,
+    SCHEDULES,
     SCOPES,
     SEARCH_SEED,
     SEEDS,
@@ -89,6 +91,8 @@ class Study:
                         for part in plan.parts(cell, self.scope):
                             best, _ = search.best(errors(self.results, cell))
                             self.measure(part, cell, best if part == "best" else PUBLISHED, seed, 1.0)
+                for cell in here:
+                    self.schedules(cell)
 
     @functools.cached_property
     def bench(self) -> Bench:
@@ -105,6 +109,13 @@ class Study:
         if self.folder("search", cell).exists():
             shutil.rmtree(self.folder("search", cell))
             jax.clear_caches()  # no other cell runs these programs
+
+    def schedules(self, cell: Cell) -> None:
+        """Trains the best setting of a cell that begins with the grid with every schedule of the teacher's share."""
+        if parent(cell, self.scope) is None:
+            best, _ = search.best(errors(self.results, cell))
+            for schedule in SCHEDULES:
+                self.measure("schedules", cell, dataclasses.replace(best, schedule=schedule), SEEDS[0], 1.0)
 
     def measure(self, part: Part, cell: Cell, setting: Setting, seed: int, until: float) -> None:
         """Trains a run up to a part of its budget, and measures it at the stops up to there that have no result."""
@@ -126,7 +137,7 @@ class Study:
                 figures = self.bench.validate(student, cell.nfe)
             else:
                 figures = self.bench.test_figures(student, cell.nfe)
-                if seed == SEEDS[0] and stop == self.chosen_stop(part, cell):
+                if part == "schedules" or (seed == SEEDS[0] and stop == self.chosen_stop(part, cell)):
                     figures["segments"] = self.bench.segments(student, cell.nfe)
             loss, seconds = logged(run, steps, first_stop(whole.steps))
             used = {"share": stop, "steps": steps, "calls": steps * calls_of_step(whole)}

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.methods import search
-from benchmarks.methods.protocol import METHODS, Cell
+from benchmarks.methods.protocol import METHODS, SCHEDULES, Cell
 from benchmarks.methods.results import Part, Result, errors
 
 MEASURES = ("endpoint error", "Fréchet distance", "prompt agreement", "diversity")
@@ -18,8 +18,8 @@ def tables(results: Sequence[Result]) -> str:
     texts = ["## Teacher", teachers(results)]
     for nfe, shift in places(results):
         texts += [f"## NFE {nfe}, shift {shift:g}", students(results, nfe, shift)]
-        texts += [table for table in (training(results, nfe, shift), traced(results, nfe, shift)) if table]
-    return "\n\n".join(texts) + "\n"
+        texts += [make(results, nfe, shift) for make in (training, traced, schedules)]
+    return "\n\n".join(filter(None, texts)) + "\n"
 
 
 def places(results: Iterable[Result]) -> list[tuple[int, float]]:
@@ -95,6 +95,26 @@ def traced(results: Sequence[Result], nfe: int, shift: float) -> str:
                 values = [f"{segment[kind][name]:.4g}" for kind in ("velocity", "state") for name in ("local", "drift")]
                 rows.append([name, f"{i}: σ {sigmas}", *values])
     head = ["", "segment", "velocity: local", "velocity: drift", "state: local", "state: drift"]
+    return markdown(head, rows) if rows else ""
+
+
+def schedules(results: Sequence[Result], nfe: int, shift: float) -> str:
+    """How the teacher's share matters in training: its best setting, with every schedule.
+
+    The velocity error is that of the first segment on the teacher's own trajectory.
+    """
+    here = [result for result in results if (result.part, result.nfe, result.shift) == ("schedules", nfe, shift)]
+    calls, rows = sorted({result.calls for result in here}), []
+    for method, schedule in itertools.product(METHODS, SCHEDULES):
+        found = {r.calls: r for r in here if (r.method, r.setting.schedule) == (method, schedule)}
+        if found:
+            cells = [
+                f"{mean([r], lambda r: r.error, 4)}; {mean([r], lambda r: r.loss, 3)}; "
+                f"{r.figures['segments'][0]['velocity']['local']:.3f}"
+                for r in (found[count] for count in calls if count in found)
+            ]
+            rows.append([f"{method}, {schedule}", *cells])
+    head = ["share 0 after; error; loss; velocity error", *(f"{count:,} teacher calls" for count in calls)]
     return markdown(head, rows) if rows else ""
 
 

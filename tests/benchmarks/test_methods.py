@@ -290,6 +290,8 @@ def test_what_is_left():
             known.append(result("search", 1.0, 0, until, setting=setting, **values))
             assert plan.runs_left(known, cells, SCOPE) <= before
         known += [result(part, seed=seed, **values) for part in plan.parts(cell, SCOPE) for seed in SEEDS[:-1]]
+    schedules = [dataclasses.replace(PUBLISHED, schedule=schedule) for schedule in SCHEDULES]
+    known += [result("schedules", setting=setting) for setting in schedules]
     assert plan.runs_left(known, cells, SCOPE) == 3  # a seed of each, and of the published recipe
     assert everything > 2 * len(SEEDS) + 10
 
@@ -307,6 +309,9 @@ def study() -> list[Result]:
     found.append(result("published", 0.5))
     parts = {"local": 0.25, "drift": 0.125, "total": 0.5}
     found[5].figures["segments"] = [{"sigma": [1.0, 0.5], "velocity": parts, "state": parts}]
+    for share, error in ((0.5, 0.04), (1.0, 0.06)):
+        found.append(result("schedules", error, 1, share, setting=best))
+        found[-1].figures["segments"] = found[5].figures["segments"]
     return found
 
 
@@ -321,6 +326,7 @@ def test_tables(tmp_path):
     assert "| 4 | 0.2500 | 2.50 | 75.0 % | 50.0 % | 0.900 |" in text
     assert "| momentum-16 | 0.0200 ± 0.0100; 2.000 ± 0.000 | 0.0600 ± 0.0300; 2.000 ± 0.000 |" in text
     assert "| momentum-16 | 1: σ 1.000 to 0.500 | 0.25 | 0.125 | 0.25 | 0.125 |" in text
+    assert "| momentum-16, never | 0.0400; 2.000; 0.250 | 0.0600; 2.000; 0.250 |" in text
     assert "legendre" not in text
     for name in ("overview", "nfe-2-shift-0.6"):
         with Image.open(tmp_path / f"{name}.png") as image:

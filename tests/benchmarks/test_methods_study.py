@@ -32,6 +32,7 @@ def test_an_interrupted_study_resumes(tmp_path, monkeypatch, capsys):
     """One setting and one seed: nothing is done twice, and figures are those of a run without an interruption."""
     monkeypatch.setattr(study, "recipe", small)
     monkeypatch.setattr(study, "SEEDS", (1,))
+    monkeypatch.setattr(study, "SCHEDULES", ("never",))
     monkeypatch.setattr(search, "neighbours", lambda setting: [])
     monkeypatch.setattr(search, "grid", lambda: [SETTING])
     monkeypatch.setattr(study, "parent", lambda cell, scope: None)
@@ -61,7 +62,7 @@ def test_an_interrupted_study_resumes(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out" / "tiny-flux" / "runs" / "legendre-3-nfe-1-shift-3.2" / "search").exists()
 
     begun().run([(1, 3.2)], ["legendre-3"])
-    assert done == [(0, 8), (1, 8), (1, 8)]
+    assert done == [(0, 8), (1, 8), (1, 8), (1, 8)]
     assert "resumes after training step 4" in (tmp_path / "out" / "tiny-flux" / "train.log").read_text()
     assert "search, rate 0.001, batch 32, schedule never, seed 0, up to 1 of the budget" in capsys.readouterr().out
     found = begun().results
@@ -76,11 +77,14 @@ def test_an_interrupted_study_resumes(tmp_path, monkeypatch, capsys):
     (segments,) = [r.figures["segments"] for r in best if "segments" in r.figures]
     assert [segment["sigma"] for segment in segments] == [[1.0, 0.0]]
     assert segments[0]["state"]["drift"] == pytest.approx(0, abs=1e-12)  # there is no segment before
+    schedules = [r for r in found if r.part == "schedules"]
+    assert [r.error for r in schedules] == [r.error for r in best]  # the same run
+    assert all("segments" in r.figures for r in schedules)
 
     # Nothing is left to do, and a run without an interruption has the same figures
     again = begun()
     again.run([(1, 3.2)], ["legendre-3"])
-    assert len(done) == 3
+    assert len(done) == 4
     report.write(again.files.folder, again.results)
     shutil.rmtree(tmp_path / "results" / "tiny-flux" / "nfe-1-shift-3.2")
     whole = begun()
