@@ -15,7 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from arcflow_jax.errors import UserError
-from arcflow_jax.flow.distill import Distillation, Draws, teacher_share, visit_times
+from arcflow_jax.flow.distill import Distillation, Draws, cut_points, teacher_share, visit_times
 
 B, K = 2, 3
 SETTINGS = Distillation()
@@ -30,9 +30,10 @@ timed = jax.jit(visit_times, static_argnames="settings")
     start=st.floats(0.125, 1, width=32),
     part=st.floats(0.05, 1),
     window=st.sampled_from([0, 3, 8]),
+    cuts=st.sampled_from(["sorted", "stratified"]),
 )
-def test_timesteps_stay_in_the_segment_and_leave_room_for_the_window(seed, share, start, part, window):
-    settings = dataclasses.replace(SETTINGS, window=window)
+def test_timesteps_stay_in_the_segment_and_leave_room_for_the_window(seed, share, start, part, window, cuts):
+    settings = dataclasses.replace(SETTINGS, window=window, cuts=cuts)
     draws = Draws(*(np.random.default_rng(seed).random((B, size), np.float32) for size in (K, 4, 3)))
     start = np.full(B, start, np.float32)
     length = np.float32(part) * start
@@ -45,9 +46,8 @@ def test_timesteps_stay_in_the_segment_and_leave_room_for_the_window(seed, share
     assert (leave[-1] - room >= start - length - 1e-6).all()
     # The teacher gets its whole share. The student gets the rest, less what it leaves for the end.
     np.testing.assert_allclose((arrive - leave).sum(0), share * (length - room), atol=1e-5)
-    np.testing.assert_allclose(
-        start - leave[-1], (length - room) * (share + (1 - share) * draws.student.max(-1)), atol=1e-5
-    )
+    last = np.asarray(cut_points(draws, cuts)[0]).max(-1)
+    np.testing.assert_allclose(start - leave[-1], (length - room) * (share + (1 - share) * last), atol=1e-5)
 
 
 def test_window_is_whole_substeps_that_divide_the_segment():
@@ -66,6 +66,21 @@ def test_draws_are_uniform_and_independent():
     np.testing.assert_allclose(columns.mean(0), 0.5, atol=5 * 12**-0.5 / 4000**0.5)
     correlation = np.corrcoef(columns.T) - np.eye(10)
     assert np.abs(correlation).max() < 5 / 4000**0.5
+
+
+def test_stratified_cuts():
+    """One in each cell, and together uniform, as the sorted ones; the moves are of more equal length."""
+    draws = Draws.draw(jax.random.key(0), 4000, 1, 4)
+    student, teacher = map(np.asarray, cut_points(draws, "stratified"))
+    assert (np.floor(4 * student) == np.arange(4)).all()
+    assert np.histogram(student, 20, (0, 1))[0] == pytest.approx(800, rel=0.2)
+    assert (np.floor(4 * teacher + 0.5) == np.arange(1, 4)).all()
+    # Var of a cut is 1/12 of the cell's square: of M moves 2 have it once, the others twice
+    squares = [
+        np.square(np.diff(np.pad(cuts, ((0, 0), (1, 1)), constant_values=(0, 1)))).sum(1).mean()
+        for cuts in (np.asarray(cut_points(draws, "sorted")[1]), teacher)
+    ]
+    np.testing.assert_allclose(squares, [2 / 5, (4 + 6 / 12) / 16], rtol=0.02)
 
 
 def test_teacher_share_falls_to_zero():
