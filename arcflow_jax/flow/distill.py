@@ -50,7 +50,8 @@ class Distillation:
       window: how far past the teacher's Euler step the student's velocity is averaged, in substeps.
       substeps: number of substeps in t ∈ [0, 1]; the unit of `window`.
       mode_dropout: probability of dropping a mode where the student moves the mixed trajectory.
-      decay: training steps over which the teacher's share of the mixed trajectory falls from 1 to 0.
+      decay: training steps in which the teacher's share of the mixed trajectory would fall from 1 to 0.
+      least_share: where it stops falling; 0 is the published way.
       loss_scale: the loss is loss_scale · ½ · mean square.
       state_weight: weight of a second term, ½ · mean square of the integrated states less the teacher's (see
         `integrated_states`); 0 turns it off.
@@ -70,6 +71,7 @@ class Distillation:
     substeps: Count = 128
     mode_dropout: Share = 0.1
     decay: TrainingSteps = 2000
+    least_share: Share = 0.0
     loss_scale: Weight = 30.0
     state_weight: Weight = 0.0
     data_weight: Weight = 0.0
@@ -120,9 +122,10 @@ class Visits:
     end: jax.Array  # [B, N, D]: the state at the end of the segment
 
 
-def teacher_share(step: jax.Array | int, decay: int) -> jax.Array:
-    """The teacher's share of the trajectory in a training step counted from 0: from 1 down to 0 over `decay` steps."""
-    return jnp.maximum(1 - step / decay, 0.0) if decay else jnp.zeros(())
+def teacher_share(step: jax.Array | int, settings: Distillation) -> jax.Array:
+    """The teacher's share of the trajectory in a training step, counted from 0: 1 − step / decay, or `least_share`."""
+    falling = 1 - step / settings.decay if settings.decay else 0.0
+    return jnp.maximum(falling, settings.least_share)
 
 
 def cut_points(draws: Draws, cuts: str) -> tuple[jax.Array, jax.Array]:

@@ -126,8 +126,9 @@ class Plan:
         return MixedBatches(examples, recipe.resolutions, recipe.batch, recipe.seed, rows)
 
     def steady(self, step: int) -> bool:
-        """Whether a training step, counted from 0, is one of the second phase."""
-        return step >= self.recipe.distillation.decay
+        """Whether a training step, counted from 0, is one of the second phase, in which the teacher's share is 0."""
+        settings = self.recipe.distillation
+        return step >= settings.decay and not settings.least_share
 
     def programs(self, batches: MixedBatches | BucketedBatches, done: int) -> dict[tuple[tuple[int, int], bool], None]:
         """What the training steps after `done` have compiled: grid of tokens and phase, in the order of first use."""

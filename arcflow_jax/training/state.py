@@ -119,7 +119,7 @@ def gradient(
     """The first part of `train_step`: the gradient of training step `step`, and a log of it."""
     noise_key, loss_key = jax.random.split(jax.random.fold_in(key, step))
     batch, tokens = conditioning.batch_size, conditioning.positions.shape[0]
-    share = None if steady else teacher_share(step, settings.decay)
+    share = None if steady else teacher_share(step, settings)
     shardings = state_shardings(mesh, adapter)
     model = nnx.merge(graphdef, base, adapter)
     noise = jax.random.normal(noise_key, (batch, tokens, model.backbone.config.in_channels))

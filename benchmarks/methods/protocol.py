@@ -23,6 +23,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "legendre-3": {"adapter.basis": "legendre", "adapter.modes": 3, "distillation.mode_dropout": 0.0},
     "legendre-4": {"adapter.basis": "legendre", "adapter.modes": 4, "distillation.mode_dropout": 0.0},
 }
+MIXED = {"distillation.least_share": 0.4, "distillation.cuts": "stratified"}
+METHODS |= {f"{name}-mixed": METHODS[name] | MIXED for name in ("momentum-16", "legendre-4")}
 EULER = (2, 4, 8, 50)  # the teacher's steps; students are compared with the last
 NFES = (2, 1, 4)  # in the order of the work
 

@@ -95,13 +95,13 @@ def test_the_published_recipe_has_the_published_settings():
 @pytest.mark.parametrize(("schedule", "shares"), [("0", (0, 0, 0)), ("1/5", (1, 0, 0)), ("1", (1, 0.5, 0))])
 def test_schedules_of_the_teachers_share(schedule, shares):
     settings = recipe(setting=Setting(1e-3, 16, schedule))
-    found = [float(teacher_share(step, settings.distillation.decay)) for step in (0, 200, 400)]
+    found = [float(teacher_share(step, settings.distillation)) for step in (0, 200, 400)]
     assert found == pytest.approx(shares)
 
 
 def test_a_share_that_never_falls():
     settings = recipe(setting=Setting(1e-3, 16, "never"))
-    assert float(teacher_share(settings.steps, settings.distillation.decay)) > 1 - 1e-6
+    assert float(teacher_share(settings.steps, settings.distillation)) > 1 - 1e-6
 
 
 @pytest.mark.parametrize("share", [None, 0.5])

@@ -83,10 +83,12 @@ def test_stratified_cuts():
     np.testing.assert_allclose(squares, [2 / 5, (4 + 6 / 12) / 16], rtol=0.02)
 
 
-def test_teacher_share_falls_to_zero():
-    np.testing.assert_allclose([teacher_share(step, 4) for step in (0, 1, 4, 9)], [1, 0.75, 0, 0])
-    assert teacher_share(jnp.int32(0), 0) == 0
-    assert jax.jit(lambda step: teacher_share(step, 2000))(jnp.int32(500)) == pytest.approx(0.75)
+@pytest.mark.parametrize(("least", "shares"), [(0.0, [1, 0.75, 0, 0]), (0.3, [1, 0.75, 0.3, 0.3])])
+def test_teacher_share_falls(least, shares):
+    settings = Distillation(decay=4, least_share=least)
+    np.testing.assert_allclose([teacher_share(step, settings) for step in (0, 1, 4, 9)], shares)
+    assert teacher_share(jnp.int32(0), Distillation(decay=0, least_share=least)) == pytest.approx(least)
+    assert jax.jit(lambda step: teacher_share(step, SETTINGS))(jnp.int32(500)) == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from arcflow_jax.networks.student import ArcModel
 from arcflow_jax.pipeline import ArcFlowPipeline
 from arcflow_jax.training.loop import train
 from tests.helpers.own_json import rewrite
-from tests.helpers.tiny_run import PROMPTS, losses, recipe
+from tests.helpers.tiny_run import PROMPTS, log, losses, recipe
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,10 @@ def test_student_of_legendre_polynomials(model, tmp_path):
     with pytest.raises(UserError, match="mode_dropout has to be 0 with the basis legendre"):
         recipe(model, tmp_path / "run", adapter={"basis": "legendre"})
     changes = {"adapter": {"basis": "legendre"}, "distillation": {"mode_dropout": 0.0}}
+    changes["distillation"] |= {"decay": 1, "least_share": 0.25, "cuts": "stratified"}
     run = train(recipe(model, tmp_path / "run", steps=2, **changes))
     assert all(np.isfinite(losses(run)))
+    assert [line["teacher_share"] for line in log(run)] == [1, 0.25]  # there is no phase in which it is 0
     pipeline = ArcFlowPipeline.from_pretrained(model, adapter=run)
     assert "proj_out_coefficients" in pipeline.transformer.state["head"]
     latents = pipeline.noise(0, 1, 2, 2), pipeline.encode(PROMPTS[:1], guidance=2.0, rows=2, columns=2)
