@@ -1,9 +1,8 @@
-"""The comparison of methods, run in small: interrupted, resumed, continued elsewhere."""
+"""The comparison of methods, run in small: interrupted and resumed."""
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import pytest
@@ -78,15 +77,11 @@ def test_an_interrupted_study_resumes(tmp_path, monkeypatch, capsys):
     assert [segment["sigma"] for segment in segments] == [[1.0, 0.0]]
     assert segments[0]["state"]["drift"] == pytest.approx(0, abs=1e-12)  # there is no segment before
     schedules = [r for r in found if r.part == "schedules"]
-    assert [r.error for r in schedules] == [r.error for r in best]  # the same run
+    assert [r.error for r in schedules] == [r.error for r in best]  # the same run, without an interruption
     assert all("segments" in r.figures for r in schedules)
 
-    # Nothing is left to do, and a run without an interruption has the same figures
+    # Nothing is left to do
     again = begun()
     again.run([(1, 3.2)], ["legendre-3"])
     assert len(done) == 4
     report.write(again.files.folder, again.results)
-    shutil.rmtree(tmp_path / "results" / "tiny-flux" / "nfe-1-shift-3.2")
-    whole = begun()
-    whole.run([(1, 3.2)], ["legendre-3"])
-    assert [r.error for r in whole.results if r.part == "best"] == [r.error for r in best]
