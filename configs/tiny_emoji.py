@@ -19,6 +19,6 @@ def get_config(arg: str = "arcflow") -> ConfigDict:
         "tiger face",
         "rocket on a black background",
     )
-    config.distillation.update(shift=2.0, decay=60)
+    config.distillation.update(shift=2.0, decay=60, least_share=0.4, cuts="stratified")
     config.optimizer.update(learning_rate=6e-3, decay_steps=300)
     return config
