@@ -63,17 +63,17 @@ def shown(results: Sequence[Result], cell: Cell, part: Part) -> list[Result]:
 
 def training(results: Sequence[Result], nfe: int, shift: float) -> str:
     """Loss and endpoint error during training, of each method at its best: means over seeds."""
-    rows, calls = [], sorted({r.calls for r in results if (r.part, r.nfe, r.shift) == ("best", nfe, shift)})
+    rows, shares = [], sorted({r.share for r in results if (r.part, r.nfe, r.shift) == ("best", nfe, shift)})
     for method in METHODS:
         setting = {result.setting for result in shown(results, Cell(method, nfe, shift), "best")}
         stops = {
-            count: [
+            share: [
                 result
                 for result in results
-                if (result.part, result.cell, result.calls) == ("best", Cell(method, nfe, shift), count)
+                if (result.part, result.cell, result.share) == ("best", Cell(method, nfe, shift), share)
                 and result.setting in setting
             ]
-            for count in calls
+            for share in shares
         }
         if any(stops.values()):
             cells = [
@@ -81,7 +81,7 @@ def training(results: Sequence[Result], nfe: int, shift: float) -> str:
                 for found in stops.values()
             ]
             rows.append([method, *cells])
-    return markdown(["error; loss", *(f"{count:,} teacher calls" for count in calls)], rows) if rows else ""
+    return markdown(["error; loss", *stops_of(shares)], rows) if rows else ""
 
 
 def traced(results: Sequence[Result], nfe: int, shift: float) -> str:
@@ -104,18 +104,23 @@ def schedules(results: Sequence[Result], nfe: int, shift: float) -> str:
     The velocity error is that of the first segment on the teacher's own trajectory.
     """
     here = [result for result in results if (result.part, result.nfe, result.shift) == ("schedules", nfe, shift)]
-    calls, rows = sorted({result.calls for result in here}), []
+    shares, rows = sorted({result.share for result in here}), []
     for method, schedule in itertools.product(METHODS, SCHEDULES):
-        found = {r.calls: r for r in here if (r.method, r.setting.schedule) == (method, schedule)}
+        found = {r.share: r for r in here if (r.method, r.setting.schedule) == (method, schedule)}
         if found:
             cells = [
                 f"{mean([r], lambda r: r.error, 4)}; {mean([r], lambda r: r.loss, 3)}; "
                 f"{r.figures['segments'][0]['velocity']['local']:.3f}"
-                for r in (found[count] for count in calls if count in found)
+                for r in (found[share] for share in shares if share in found)
             ]
             rows.append([f"{method}, {schedule}", *cells])
-    head = ["share 0 after; error; loss; velocity error", *(f"{count:,} teacher calls" for count in calls)]
+    head = ["schedule: error; loss; velocity error", *stops_of(shares)]
     return markdown(head, rows) if rows else ""
+
+
+def stops_of(shares: Iterable[float]) -> list[str]:
+    """Column titles: after which part of the budget."""
+    return [f"{share:g} of the budget" for share in shares]
 
 
 def titles(results: Sequence[Result]) -> list[str]:
