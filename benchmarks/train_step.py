@@ -90,7 +90,8 @@ def ours(size: Size, decay: int, steps: int, folder: Path) -> Iterator[float]:
     from arcflow_jax.training.optimizer import OptimizerConfig, make_optimizer
     from arcflow_jax.training.state import EmaConfig, TrainState, train_step
 
-    settings = Distillation(NFE, SHIFT, 1.0, STATES, WINDOW, SUBSTEPS, MODE_DROPOUT, decay, LOSS_SCALE)
+    lengths = {"nfe": NFE, "shift": SHIFT, "states": STATES, "window": WINDOW, "substeps": SUBSTEPS}
+    settings = Distillation(**lengths, mode_dropout=MODE_DROPOUT, decay=decay, loss_scale=LOSS_SCALE)
     config, tokens = FluxConfig(**size.flux), size.rows**2
     key = jax.random.key(0)
     model = FLUX.build(config, jnp.float32, nnx.Rngs(1))

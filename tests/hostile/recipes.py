@@ -201,9 +201,12 @@ def overridden(rng: random.Random, folder: Path) -> Case:
     return Case(f"{recipe[:30]!r} {option[:60]!r}", run, names, wrong, None, None)
 
 
+WORDS = ("dtype", "remat", "adapter.basis", "distillation.cuts", "distillation.teacher_guidance")
+
+
 def read_literal(key: str, value: str) -> Any:
     """What an override says: a text as it stands, others in Python's notation."""
-    if CHECKS.get(key) is text or key in ("dtype", "remat", "adapter.basis", "distillation.teacher_guidance"):
+    if CHECKS.get(key) is text or key in WORDS:
         return value
     try:
         return ast.literal_eval(value)

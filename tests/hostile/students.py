@@ -50,6 +50,8 @@ DISTILLATION: dict[str, rules.Check] = {
     **{name: rules.positive(1e6) for name in ("shift", "final_step_ratio")},
     "window": rules.whole(0, 10**6),
     "decay": rules.whole(0, 10**12),
+    "cuts": rules.one_of("sorted", "stratified"),
+    "least_share": lambda x: rules.number(0, 1)(x) and x < 1,
     "mode_dropout": lambda x: rules.number(0, 1)(x) and x < 1,
     **{name: rules.number(0, 1e6) for name in ("loss_scale", "state_weight", "data_weight")},
     "teacher_guidance": rules.one_of("embedded", "cfg"),
