@@ -76,8 +76,8 @@ def make_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 class Values:
     """Fills holes with random numbers, which depend only on the position in the file.
 
-    Vectors get absolute values: a batch norm's variance is one. The scales of a video VAE's norms, C × 1 × 1 × 1, are
-    near 1, or hardly anything of a latent would be left in the image.
+    Vectors get absolute values: a batch norm's variance is one. The scales of a video VAE's norms,
+    C × 1 × 1 × 1, are near 1: with values near 0, its decoder makes almost the same image of all latents.
     """
 
     def __init__(self):

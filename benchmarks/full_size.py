@@ -10,7 +10,8 @@ but rank 16 (two training steps of one small image; killed after the first, then
 2), export. Then it reads the export back, and compares it with what PEFT expects. Each command is a process of its own.
 Its time and peak memory go to FOLDER/report.json, and a step that is there is not run again. Prints a Markdown table.
 
-Needs 24 GiB of memory, Qwen-Image better 32, and 15 GB (FLUX.2), 20 GB (FLUX.1-dev) or 25 GB (Qwen-Image) of disk.
+Needs 24 GiB of memory, for Qwen-Image rather 32, and 15 GB (FLUX.2), 20 GB (FLUX.1-dev) or 25 GB (Qwen-Image) of
+disk.
 """
 
 from __future__ import annotations

@@ -220,7 +220,7 @@ class Checkpoints:
     def check(self) -> None:
         """Raises UserError if a save in the background has failed. Does not wait for one."""
         with self._managing():
-            # Orbax's own check finds nothing: the thread that completes a save has taken its error
+            # Orbax's check_for_errors finds nothing: the thread that completes a save has taken the error
             if not self.manager.is_saving_in_progress():
                 self.manager.wait_until_finished()
 

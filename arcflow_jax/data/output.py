@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -27,19 +26,19 @@ def save_image(image: Image.Image, path: Path) -> None:
 
 
 def save_new_image(image: Image.Image, path: Path) -> Path:
-    """Writes a PNG under an unused name: the path's, or that with the first number from 2 on. Returns the path.
+    """Writes a PNG under the first unused name of `a.png`, `a-2.png`, `a-3.png`, …, and returns its path.
 
     Raises UserError.
     """
-    data = png(image)
-    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
+    data, name, number = png(image), path, 1
     with cannot_write(path):
-        for name in itertools.chain([path], numbered):
+        while True:
             if not name.exists():
-                with contextlib.suppress(FileExistsError):  # by another process, just now
+                with contextlib.suppress(FileExistsError):  # another process has just written it
                     write_file(name, data, new=True)
                     return name
-    raise AssertionError("numbers do not end")
+            number += 1
+            name = path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
 def png(image: Image.Image, compression: int = 6) -> bytes:

@@ -50,8 +50,8 @@ class Distillation:
       window: how far past the teacher's Euler step the student's velocity is averaged, in substeps.
       substeps: number of substeps in t ∈ [0, 1]; the unit of `window`.
       mode_dropout: probability of dropping a mode where the student moves the mixed trajectory.
-      decay: training steps in which the teacher's share of the mixed trajectory would fall from 1 to 0.
-      least_share: where it stops falling; 0 is the published way.
+      decay: training steps in which the teacher's share of the mixed trajectory falls from 1 to 0, if nothing stops it.
+      least_share: the value at which it stops falling; 0 is the published one.
       loss_scale: the loss is loss_scale · ½ · mean square.
       state_weight: weight of a second term, ½ · mean square of the integrated states less the teacher's (see
         `integrated_states`); 0 turns it off.
@@ -123,7 +123,7 @@ class Visits:
 
 
 def teacher_share(step: jax.Array | int, settings: Distillation) -> jax.Array:
-    """The teacher's share of the trajectory in a training step, counted from 0: 1 − step / decay, or `least_share`."""
+    """The teacher's share of the trajectory in a training step, counted from 0: max(1 − step / decay, least_share)."""
     falling = 1 - step / settings.decay if settings.decay else 0.0
     return jnp.maximum(falling, settings.least_share)
 
@@ -131,10 +131,10 @@ def teacher_share(step: jax.Array | int, settings: Distillation) -> jax.Array:
 def cut_points(draws: Draws, cuts: str) -> tuple[jax.Array, jax.Array]:
     """Where the parts of student [B, M] and teacher [B, M − 1] are cut, rising in [0, 1).
 
-    "sorted": at uniform points. "stratified": the student's at one uniform point in each of M equal cells, the
-    teacher's at one in each cell of that length around 1/M, …, (M − 1)/M. Each state is as likely to be visited, but
-    states do not cluster, and the teacher's M moves have squares that add up to less: on average to 7/6 of those of M
-    equal moves for large M, instead of 2.
+    "sorted": all points are uniform in [0, 1). "stratified": the student's part has one uniform point in each of M
+    equal cells, and the teacher's has one in each cell of the same length around 1/M, …, (M − 1)/M. All of the
+    student's points together are still uniform, but they do not cluster. The teacher's moves are more equal: for large
+    M, the sum of their squares is on average 7/6 of that of M equal moves; sorted, it is twice as large.
     """
     if cuts == "sorted":
         return jnp.sort(draws.student, -1), jnp.sort(draws.teacher, -1)

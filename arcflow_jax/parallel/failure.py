@@ -68,7 +68,7 @@ class Failure:
         who = f"process {jax.process_index()} on {socket.gethostname()}"
         with contextlib.suppress(Exception):  # another has told first, or the connection is gone
             self.client.key_value_set(FAILED, json.dumps({"text": f"{who} failed: {text}", "code": self.code}))
-        self.knows()
+        self.acknowledge()
 
     @contextlib.contextmanager
     def telling(self) -> Iterator[None]:
@@ -86,12 +86,12 @@ class Failure:
             with contextlib.suppress(Exception):  # there is none, or the connection is gone
                 failed = json.loads(self.client.key_value_try_get(FAILED))
                 self.reason, self.code = failed["text"], failed["code"]
-                self.knows()
+                self.acknowledge()
         return self.reason
 
-    def knows(self) -> None:
-        """Lets the first process end: this one knows of a failure, its own or another's."""
-        with contextlib.suppress(Exception):  # it has said so before, or the connection is gone
+    def acknowledge(self) -> None:
+        """Tells the first process that this one knows of a failure, its own or another's. It waits for that."""
+        with contextlib.suppress(Exception):  # told before, or the connection is gone
             self.client.key_value_set(f"{SEEN}/{jax.process_index()}", "")
 
     def watch(self) -> None:

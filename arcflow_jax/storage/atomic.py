@@ -41,10 +41,10 @@ def write_file(path: Path, data: bytes, *, new: bool = False) -> None:
     """Writes a file, which appears complete or not at all. A link at `path` is replaced, not followed.
 
     Args:
-      new: the path has to be unused, also when the file is complete: another process may write the same.
+      new: refuses to replace a file, even one that another process writes at the same time.
 
     Raises:
-      FileExistsError: if `new` and it is used.
+      FileExistsError: if `new`, and there is a file.
       OSError: as it is; `cannot_write` around it makes a UserError of it.
     """
     if in_bucket(path):
@@ -63,10 +63,10 @@ def write_file(path: Path, data: bytes, *, new: bool = False) -> None:
 
 
 def linked(file: Path, path: Path) -> bool:
-    """Gives a file a second name, if the disk has hard links. Unlike a rename, a link replaces nothing.
+    """Gives a file a second name by a hard link, which never replaces a file. False if the disk has no hard links.
 
     Raises:
-      FileExistsError: if the name is used.
+      FileExistsError: if the second name is used.
     """
     try:
         os.link(file, path)

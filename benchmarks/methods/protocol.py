@@ -16,15 +16,17 @@ from arcflow_jax.errors import UserError
 from arcflow_jax.training.recipe import Recipe, read_config
 
 # Each method, by what it changes in the teacher's recipe in configs/
+SHARE = {"distillation.least_share": 0.4, "distillation.cuts": "stratified"}
+LEGENDRE = {"adapter.basis": "legendre", "distillation.mode_dropout": 0.0}
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {"adapter.modes": 1, "distillation.mode_dropout": 0.0},
     "momentum-4": {"adapter.modes": 4},
     "momentum-16": {"adapter.modes": 16},
-    "legendre-3": {"adapter.basis": "legendre", "adapter.modes": 3, "distillation.mode_dropout": 0.0},
-    "legendre-4": {"adapter.basis": "legendre", "adapter.modes": 4, "distillation.mode_dropout": 0.0},
+    "momentum-16-share-0.4": {"adapter.modes": 16} | SHARE,
+    "legendre-3": {"adapter.modes": 3} | LEGENDRE,
+    "legendre-4": {"adapter.modes": 4} | LEGENDRE,
+    "legendre-4-share-0.4": {"adapter.modes": 4} | LEGENDRE | SHARE,
 }
-MIXED = {"distillation.least_share": 0.4, "distillation.cuts": "stratified"}
-METHODS |= {f"{name}-mixed": METHODS[name] | MIXED for name in ("momentum-16", "legendre-4")}
 EULER = (2, 4, 8, 50)  # the teacher's steps; students are compared with the last
 NFES = (2, 1, 4)  # in the order of the work
 

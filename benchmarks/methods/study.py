@@ -111,7 +111,7 @@ class Study:
             jax.clear_caches()  # no other cell runs these programs
 
     def schedules(self, cell: Cell) -> None:
-        """Trains the best setting of a cell that begins with the grid with every schedule of the teacher's share."""
+        """Trains the best setting with every schedule of the teacher's share, for a cell that began with the grid."""
         if parent(cell, self.scope) is None:
             best, _ = search.best(errors(self.results, cell))
             for schedule in SCHEDULES:

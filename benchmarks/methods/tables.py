@@ -99,9 +99,9 @@ def traced(results: Sequence[Result], nfe: int, shift: float) -> str:
 
 
 def schedules(results: Sequence[Result], nfe: int, shift: float) -> str:
-    """How the teacher's share matters in training: its best setting, with every schedule.
+    """Each method's best setting with every schedule of the teacher's share.
 
-    The velocity error is that of the first segment on the teacher's own trajectory.
+    The velocity error is that in the first segment, on the teacher's own trajectory.
     """
     here = [result for result in results if (result.part, result.nfe, result.shift) == ("schedules", nfe, shift)]
     shares, rows = sorted({result.share for result in here}), []
@@ -119,7 +119,7 @@ def schedules(results: Sequence[Result], nfe: int, shift: float) -> str:
 
 
 def stops_of(shares: Iterable[float]) -> list[str]:
-    """Column titles: after which part of the budget."""
+    """The stops as column titles."""
     return [f"{share:g} of the budget" for share in shares]
 
 

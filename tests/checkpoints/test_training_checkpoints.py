@@ -181,7 +181,7 @@ def fill_up(run: Path, size: int, when: str) -> None:
             for _ in range(1000):
                 checkpoints.check()
                 time.sleep(0.01)
-            pytest.fail("the check has told of nothing")
+            pytest.fail("no check has found the failed save")
 
 
 @pytest.mark.parametrize("when", ["at the next save", "at the end", "when asked"])
