@@ -97,7 +97,7 @@ def draw_parts(axes: Axes, results: Sequence[Result], nfe: int, shift: float) ->
                     axes.bar(
                         i + 0.27 * (j - 1), segments[-1]["state"][part], 0.25, color=COLOURS[method], alpha=1 - 0.3 * j
                     )
-    axes.set_xticks(range(len(METHODS)), [method.replace("-", "\n") for method in METHODS])
+    axes.set_xticks(range(len(METHODS)), METHODS, rotation=30, horizontalalignment="right")
     axes.set(title="state at the end: error in all, local, drift", ylabel="mean square")
 
 
@@ -147,4 +147,5 @@ def legend(drawing: Figure) -> None:
     labels = {
         label: handle for axes in drawing.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    drawing.legend(labels.values(), labels, loc="outside lower center", ncols=6, frameon=False)
+    columns = int(drawing.get_figwidth() / 2.5)  # a name takes at most so many inches
+    drawing.legend(labels.values(), labels, loc="outside lower center", ncols=columns, frameon=False)
