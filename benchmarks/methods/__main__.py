@@ -22,7 +22,7 @@ from arcflow_jax.data.prompts import read_prompts
 from arcflow_jax.demo.run import TEACHERS
 from arcflow_jax.errors import UserError, report_errors
 from benchmarks.methods import report
-from benchmarks.methods.protocol import METHODS, SCOPES, cells
+from benchmarks.methods.protocol import METHODS, SCOPES
 from benchmarks.methods.study import Study
 
 
@@ -47,11 +47,11 @@ def main() -> None:
             raise UserError(f"prompts is {prompts}, but must be from 2 to {available}")
         wanted = [
             (nfe, shift)
-            for nfe, shift in cells(scope)
+            for nfe, shift in scope.cells
             if (given.nfe is None or nfe in given.nfe) and (given.shift is None or shift in given.shift)
         ]
         if not wanted:
-            known = ", ".join(f"NFE {nfe} with shift {shift:g}" for nfe, shift in cells(scope))
+            known = ", ".join(f"NFE {nfe} with shift {shift:g}" for nfe, shift in scope.cells)
             raise UserError(f"the protocol has no such NFE and shift: it has {known}")
         study = Study(given.teacher, given.out, given.results, given.calls or scope.calls, prompts)
         if not given.report:

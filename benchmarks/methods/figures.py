@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from benchmarks.methods.protocol import EULER, METHODS, NFES, SCHEDULES, Cell
+from benchmarks.methods.protocol import EULER, METHODS, SCHEDULES, Cell
 from benchmarks.methods.results import Result
 from benchmarks.methods.tables import places, shown
 
@@ -21,19 +21,19 @@ LINES = dict(zip(SCHEDULES, (":", "-", "-.", "--"), strict=True))
 
 def overview(results: Sequence[Result]) -> Figure:
     """Endpoint error by NFE, a panel for each shift: each method at its best, and the teacher's Euler steps."""
-    shifts = sorted({shift for _, shift in places(results)})
+    nfes, shifts = (sorted(set(each)) for each in zip(*places(results), strict=True))
     drawing = Figure(figsize=(5 * len(shifts), 4.5), layout="constrained")
     for axes, shift in zip(drawing.subplots(1, len(shifts), squeeze=False, sharey=True)[0], shifts, strict=True):
         for method in METHODS:
             for part, style in (("best", "-"), ("published", ":")):
-                found = {nfe: shown(results, Cell(method, nfe, shift), part) for nfe in sorted(NFES)}
+                found = {nfe: shown(results, Cell(method, nfe, shift), part) for nfe in nfes}
                 label = method if part == "best" else f"{method}, published recipe"
                 spread(axes, found, label, color=COLOURS[method], linestyle=style, marker="o")
         teacher = {r.nfe: [r] for r in results if r.part == "teacher" and r.nfe in EULER[:-1]}
         spread(axes, teacher, "teacher, Euler steps", color="#1c1917", linestyle="--", marker="D")
         axes.set(title=f"timestep shift {shift:g}", xlabel="NFE", xscale="log", yscale="log")
         plain(axes)
-        axes.set_xticks([*sorted(NFES), 8])
+        axes.set_xticks(sorted({*nfes, *EULER[:-1]}))
     drawing.axes[0].set_ylabel("endpoint error, test prompts")
     legend(drawing)
     return drawing

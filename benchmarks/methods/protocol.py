@@ -15,7 +15,8 @@ from arcflow_jax.demo.run import TEACHERS
 from arcflow_jax.errors import UserError
 from arcflow_jax.training.recipe import Recipe, read_config
 
-# Each method, by what it changes in the teacher's recipe in configs/
+# Each method, by what it changes in the teacher's recipe in configs/ with the published mixed trajectory
+AS_PUBLISHED = {"distillation.least_share": 0.0, "distillation.cuts": "sorted"}
 SHARE = {"distillation.least_share": 0.4, "distillation.cuts": "stratified"}
 LEGENDRE = {"adapter.basis": "legendre", "distillation.mode_dropout": 0.0}
 METHODS: dict[str, dict[str, Any]] = {
@@ -28,7 +29,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "legendre-4-share-0.4": {"adapter.modes": 4} | LEGENDRE | SHARE,
 }
 EULER = (2, 4, 8, 50)  # the teacher's steps; students are compared with the last
-NFES = (2, 1, 4)  # in the order of the work
 
 # What a method may choose from: each axis in order. The search begins with `GRID`, and may go on to its neighbours.
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -39,40 +39,15 @@ GRID = {"rate": (1e-4, 3e-4, 1e-3, 3e-3), "batch": (32,), "schedule": ("1/5", "n
 
 STOPS = (1 / 8, 1 / 4, 1 / 2, 1.0)  # parts of the budget after which a run is evaluated
 FIRST = 1 / 4  # of the budget, which all settings of the grid get
-MOST = 12  # settings of one search that get the whole budget
+MOST = 12  # settings of a search that get the whole budget
+FEWER = 7  # the same, in a search that begins with one setting
 SEARCH_SEED, SEEDS = 0, (1, 2, 3)
 HELD_OUT = 0.2  # of the different training prompts: no student is trained on them, and the search validates on them
 VALIDATION = 256  # of those, the prompts of the search
 DIVERSE = 32  # test prompts whose images are compared with one another
 TRACED = 64  # test prompts of the trajectory report
-PUBLISHED_SHIFT = 3.2
 
 TEACHER, PROMPTS = "teacher", "prompts-train.txt"  # in the folder of a study
-
-
-@dataclasses.dataclass(frozen=True)
-class Scope:
-    """What a bundled teacher's students are compared at.
-
-    Attributes:
-      calls: the budget of a run: how often the teacher is evaluated on one example.
-      shifts: timestep shifts, in the order of the work. The search at NFE 2 and the first one begins with `GRID`, the
-        other ones with what was found there.
-    """
-
-    calls: int
-    shifts: tuple[float, ...]
-
-    @property
-    def published_shift(self) -> float:
-        """The shift at which the published recipe is run."""
-        return PUBLISHED_SHIFT if PUBLISHED_SHIFT in self.shifts else self.shifts[0]
-
-
-SCOPES = {
-    "tiny-flux": Scope(calls=51_200, shifts=(0.6, 3.2, 1.0)),
-    "tiny-emoji": Scope(calls=76_800, shifts=(2.0,)),  # all of its recipe's budget, which is short
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +68,30 @@ class Setting:
         return f"rate {self.rate:g}, batch {self.batch}, schedule {self.schedule}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """What a bundled teacher's students are compared at.
+
+    Attributes:
+      calls: the budget of a run: how often the teacher is evaluated on one example.
+      cells: the NFE and the timestep shift of each cell, in the order of the work.
+      published: of these, the one where the published recipe is run too, with each method that has no `SHARE`.
+      start: the setting that the search of the first cell begins with; None for `GRID`. The other searches begin with
+        what was found there.
+    """
+
+    calls: int
+    cells: tuple[tuple[int, float], ...]
+    published: tuple[int, float]
+    start: Setting | None = None
+
+
 PUBLISHED = Setting(rate=1e-4, batch=16, schedule="1/5")
+SCOPES = {
+    "tiny-flux": Scope(51_200, ((2, 0.6), (2, 3.2), (1, 0.6), (4, 0.6), (2, 1.0)), published=(2, 3.2)),
+    # The whole budget of its recipe, which is short, and the neighbourhood of its setting
+    "tiny-emoji": Scope(76_800, ((2, 2.0), (1, 2.0)), published=(2, 2.0), start=Setting(3e-3, 32, "1/5")),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,16 +106,15 @@ class Cell:
         return f"{self.method}, NFE {self.nfe}, shift {self.shift:g}"
 
 
-def cells(scope: Scope) -> list[tuple[int, float]]:
-    """NFE and shift of all cells, in the order of the work."""
-    return [(nfe, shift) for nfe in NFES for shift in scope.shifts]
-
-
 def parent(cell: Cell, scope: Scope) -> Cell | None:
-    """The cell whose setting the search of this one begins with; None where it begins with the grid."""
-    if cell.nfe != NFES[0]:
-        return dataclasses.replace(cell, nfe=NFES[0])
-    return dataclasses.replace(cell, shift=scope.shifts[0]) if cell.shift != scope.shifts[0] else None
+    """The cell whose setting the search of this one begins with; None for the first one."""
+    first = Cell(cell.method, *scope.cells[0])
+    return first if cell != first else None
+
+
+def has_grid(cell: Cell, scope: Scope) -> bool:
+    """Whether the search of a cell begins with `GRID`."""
+    return parent(cell, scope) is None and scope.start is None
 
 
 def training_steps(calls: int, recipe: Recipe) -> int:
@@ -162,7 +159,8 @@ def recipe(
     values = {"model": str(home / TEACHER), "prompts": str(home / PROMPTS), "out": str(out), "seed": seed}
     values |= {"batch": setting.batch, "preview_every": 0, "keep_last": 1, "max_skipped": 10**9}
     values |= {"distillation.nfe": cell.nfe, "distillation.shift": cell.shift}
-    values |= {"optimizer.learning_rate": setting.rate, "optimizer.decay_steps": 0} | METHODS[cell.method]
+    values |= {"optimizer.learning_rate": setting.rate, "optimizer.decay_steps": 0}
+    values |= AS_PUBLISHED | METHODS[cell.method]
     config.update_from_flattened_dict(values)
     if published:
         config.adapter.dropout = 0.05

@@ -2,7 +2,8 @@
 
 1. All settings of the grid get the first quarter of the budget. The best third of them get the rest of it.
 2. Of the best one, all neighbours get the whole budget: one step up or down on one axis, also beyond the grid. If one
-   of them is better, its neighbours follow, until none is, or `MOST` settings have had the whole budget.
+   of them is better, its neighbours follow, until none is, or `MOST` settings have had the whole budget. A search that
+   begins with a single setting has `FEWER`.
 
 A run with a part of the budget is the beginning of the run with all of it, so no training is for nothing. A setting may
 also stop early: its error is the least one at any of its stops.
@@ -14,7 +15,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from benchmarks.methods.protocol import BATCHES, FIRST, GRID, MOST, RATES, SCHEDULES, Setting
+from benchmarks.methods.protocol import BATCHES, FEWER, FIRST, GRID, MOST, RATES, SCHEDULES, Setting
 
 # Endpoint error on the validation prompts, by setting and part of the budget
 Errors = Mapping[tuple[Setting, float], float]
@@ -60,6 +61,7 @@ def missing(errors: Errors, start: Sequence[Setting]) -> list[tuple[Setting, flo
       errors: all that was measured so far.
       start: the settings to begin with. A single one gets the whole budget.
     """
+    most = MOST if len(start) > 1 else FEWER
     if len(start) > 1:
         if first := [setting for setting in start if (setting, FIRST) not in errors]:
             return [(setting, FIRST) for setting in first]
@@ -68,7 +70,7 @@ def missing(errors: Errors, start: Sequence[Setting]) -> list[tuple[Setting, flo
     if rest := [setting for setting in start if setting not in complete]:
         return [(setting, 1.0) for setting in rest]
     near = [setting for setting in neighbours(best(errors)[0]) if setting not in complete]
-    return [(setting, 1.0) for setting in near[: max(0, MOST - len(complete))]]
+    return [(setting, 1.0) for setting in near[: max(0, most - len(complete))]]
 
 
 def finite(error: float) -> float:

@@ -34,6 +34,7 @@ from benchmarks.methods.protocol import (
     Setting,
     calls_of_step,
     first_stop,
+    has_grid,
     parent,
     recipe,
     stop_after,
@@ -112,7 +113,7 @@ class Study:
 
     def schedules(self, cell: Cell) -> None:
         """Trains the best setting with every schedule of the teacher's share, for a cell that began with the grid."""
-        if parent(cell, self.scope) is None:
+        if has_grid(cell, self.scope):
             best, _ = search.best(errors(self.results, cell))
             for schedule in SCHEDULES:
                 self.measure("schedules", cell, dataclasses.replace(best, schedule=schedule), SEEDS[0], 1.0)

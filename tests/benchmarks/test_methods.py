@@ -22,7 +22,6 @@ from benchmarks.methods.__main__ import main
 from benchmarks.methods.protocol import (
     BATCHES,
     METHODS,
-    NFES,
     PUBLISHED,
     RATES,
     SCHEDULES,
@@ -37,7 +36,7 @@ from benchmarks.methods.results import Files, Result, errors
 from benchmarks.methods.trial import split_prompts
 
 SCOPE = SCOPES["tiny-flux"]
-CELL = Cell("momentum-16", 2, SCOPE.shifts[0])
+CELL = Cell("momentum-16", *SCOPE.cells[0])
 
 
 def recipe(cell: Cell = CELL, setting: Setting = PUBLISHED, seed: int = 0, **options: bool) -> Recipe:
@@ -129,7 +128,7 @@ def test_calls_are_those_that_distillation_makes(share):
 
 
 def test_budgets_are_equal_and_end_at_whole_training_steps():
-    for nfe in NFES:
+    for nfe in sorted({nfe for nfe, _ in SCOPE.cells}):
         for batch in BATCHES:
             settings = recipe(Cell("linear", nfe, 1.0), Setting(1e-3, batch, "0"))
             assert settings.steps * calls_of_step(settings) == SCOPE.calls
@@ -155,8 +154,27 @@ def test_validation_prompts_are_of_their_own():
     assert abs(named[0] - named[1]) < 0.1
 
 
+@pytest.mark.parametrize("teacher", SCOPES)
+def test_a_method_has_the_published_trajectory_unless_its_name_says_otherwise(teacher):
+    """Whatever the teacher's own recipe has."""
+    for method in METHODS:
+        cell, scope = Cell(method, *SCOPES[teacher].cells[0]), SCOPES[teacher]
+        found = protocol.recipe(teacher, Path("home"), Path("out"), cell, PUBLISHED, 0, scope.calls).distillation
+        assert (found.least_share, found.cuts) == ((0.4, "stratified") if "share" in method else (0.0, "sorted"))
+        other = dataclasses.replace(cell, shift=scope.published[1], nfe=scope.published[0])
+        assert ("published" in plan.parts(other, scope)) == ("share" not in method)
+
+
+def test_a_scope_may_begin_with_a_setting():
+    scope = SCOPES["tiny-emoji"]
+    cell = Cell("linear", *scope.cells[0])
+    assert plan.start([], cell, scope) == [scope.start]
+    assert not protocol.has_grid(cell, scope)
+    assert plan.start([], dataclasses.replace(cell, nfe=1), scope) is None
+
+
 def test_every_cell_begins_with_a_cell_that_comes_before():
-    order = [Cell("linear", *place) for place in protocol.cells(SCOPE)]
+    order = [Cell("linear", *place) for place in SCOPE.cells]
     before = [protocol.parent(cell, SCOPE) for cell in order]
     assert before[0] is None
     assert all(each in order[:i] for i, each in enumerate(before[1:], 1))
@@ -217,12 +235,14 @@ def test_a_search_may_begin_with_one_setting():
     (setting, _), found = searched((1e-3, 16, "1/5"), start=[Setting(1e-3, 32, "1/5")])
     assert setting == Setting(1e-3, 16, "1/5")
     assert {part for each, part in found if each == Setting(1e-3, 32, "1/5")} == set(STOPS)
-    assert len(search.whole(found)) <= 10
+    assert len(search.whole(found)) <= search.FEWER
 
 
 def test_a_search_ends_after_most_settings():
     _, found = searched((1e-5, 128, "0"))
     assert len(search.whole(found)) == search.MOST
+    _, found = searched((1e-5, 128, "0"), start=[Setting(1e-3, 32, "1/5")])
+    assert len(search.whole(found)) == search.FEWER
 
 
 def test_a_third_of_the_grid_gets_the_whole_budget():
@@ -279,7 +299,7 @@ def test_results_are_kept(tmp_path):
 
 
 def test_what_is_left():
-    cells = [CELL, dataclasses.replace(CELL, shift=SCOPE.published_shift)]
+    cells = [CELL, Cell(CELL.method, *SCOPE.published)]
     everything = plan.runs_left([], cells, SCOPE)
     known = []
     for cell in cells:

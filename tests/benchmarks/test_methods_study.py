@@ -36,6 +36,7 @@ def test_an_interrupted_study_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(search, "grid", lambda: [SETTING])
     monkeypatch.setattr(study, "parent", lambda cell, scope: None)
     monkeypatch.setattr("benchmarks.methods.plan.parent", lambda cell, scope: None)
+    monkeypatch.setattr(study, "has_grid", lambda cell, scope: True)
     monkeypatch.setattr("benchmarks.methods.plan.parts", lambda cell, scope: ["best"])
     for module in (protocol, study):
         monkeypatch.setattr(module, "STOPS", STOPS)
