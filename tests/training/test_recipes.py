@@ -23,9 +23,9 @@ from arcflow_jax.training.recipe import SETTINGS, Recipe, bundled, read_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LARGE = {
-    "flux": ("FluxPipeline", "flux.1-dev", ("default", "published", "legendre", "single")),
+    "flux": ("FluxPipeline", "flux.1-dev", ("default", "published", "fast", "legendre", "single")),
     "flux2": ("Flux2KleinPipeline", "flux.2-klein-4b", ("4b", "9b", "single")),
-    "qwen": ("QwenImagePipeline", "qwen-image", ("published", "compact", "legendre", "single")),
+    "qwen": ("QwenImagePipeline", "qwen-image", ("published", "fast", "compact", "legendre", "single")),
 }
 VARIANTS = {name: variants for name, (*_, variants) in LARGE.items()}
 VARIANTS |= dict.fromkeys(("tiny", "tiny_emoji", "tiny_flux2", "tiny_qwen"), ("arcflow", "linear", "legendre"))
@@ -61,6 +61,17 @@ def test_the_published_recipe_of_flux():
     assert (recipe.ema.start, recipe.ema.power) == (100, 8.0)
 
 
+@pytest.mark.parametrize(("family", "rank"), [("flux", 224), ("qwen", 256)])
+def test_the_fast_recipe_has_half_of_the_training_steps_and_another_mixed_trajectory(family, rank):
+    published, fast = (Recipe.from_config(read_config(f"{family}:{variant}")) for variant in ("published", "fast"))
+    assert fast.adapter.rank == rank
+    adapter = dataclasses.replace(fast.adapter, rank=256, alpha=256.0)
+    mixed = {"least_share": 0.0, "cuts": "sorted", "decay": 2 * fast.distillation.decay}
+    distillation = dataclasses.replace(fast.distillation, **mixed)
+    changes = {"out": published.out, "steps": 2 * fast.steps, "adapter": adapter, "distillation": distillation}
+    assert dataclasses.replace(fast, **changes) == published
+
+
 def test_every_bundled_recipe_is_found_by_name_and_by_file():
     assert set(bundled()) == VARIANTS.keys()
     for name, variants in VARIANTS.items():
@@ -79,7 +90,7 @@ def test_recipes_are_small(name):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("flux:curved", "recipe flux:curved: known variants are default, published, legendre, single"),
+        ("flux:curved", "recipe flux:curved: known variants are default, published, fast, legendre, single"),
         (
             "fluks",
             "no recipe is called 'fluks': known are flux, flux2, qwen, tiny, tiny_emoji, tiny_flux2, tiny_qwen; a",
