@@ -15,7 +15,7 @@ from arcflow_jax.demo.run import TEACHERS
 from arcflow_jax.errors import UserError
 from arcflow_jax.training.recipe import Recipe, read_config
 
-# Each method, by what it changes in the teacher's recipe in configs/ with the published mixed trajectory
+# Each method, by what it changes in the teacher's recipe in configs/, once that has `AS_PUBLISHED`
 AS_PUBLISHED = {"distillation.least_share": 0.0, "distillation.cuts": "sorted"}
 SHARE = {"distillation.least_share": 0.4, "distillation.cuts": "stratified"}
 LEGENDRE = {"adapter.basis": "legendre", "distillation.mode_dropout": 0.0}

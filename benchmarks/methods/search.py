@@ -3,7 +3,7 @@
 1. All settings of the grid get the first quarter of the budget. The best third of them get the rest of it.
 2. Of the best one, all neighbours get the whole budget: one step up or down on one axis, also beyond the grid. If one
    of them is better, its neighbours follow, until none is, or `MOST` settings have had the whole budget. A search that
-   begins with a single setting has `FEWER`.
+   begins with a single setting ends after `FEWER`.
 
 A run with a part of the budget is the beginning of the run with all of it, so no training is for nothing. A setting may
 also stop early: its error is the least one at any of its stops.
