@@ -47,12 +47,15 @@ def main() -> None:
             raise UserError(f"prompts is {prompts}, but must be from 2 to {available}")
         wanted = [
             (nfe, shift)
-            for nfe, shift in scope.cells
+            for nfe, shift in scope.methods
             if (given.nfe is None or nfe in given.nfe) and (given.shift is None or shift in given.shift)
         ]
         if not wanted:
-            known = ", ".join(f"NFE {nfe} with shift {shift:g}" for nfe, shift in scope.cells)
+            known = ", ".join(f"NFE {nfe} with shift {shift:g}" for nfe, shift in scope.methods)
             raise UserError(f"the protocol has no such NFE and shift: it has {known}")
+        compared = list(dict.fromkeys(method for cell in wanted for method in scope.methods[cell]))
+        if not set(compared) & set(given.methods):
+            raise UserError(f"no method given is compared there; these are: {', '.join(compared)}")
         study = Study(given.teacher, given.out, given.results, given.calls or scope.calls, prompts)
         if not given.report:
             study.run(wanted, given.methods)

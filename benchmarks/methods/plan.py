@@ -5,25 +5,62 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.methods import search
-from benchmarks.methods.protocol import FIRST, METHODS, SCHEDULES, SEEDS, SHARE, Cell, Scope, Setting, has_grid, parent
+from benchmarks.methods.protocol import (
+    FIRST,
+    SCHEDULES,
+    SEEDS,
+    STOPS,
+    Cell,
+    Scope,
+    Setting,
+    has_grid,
+    has_schedules,
+    parent,
+)
 from benchmarks.methods.results import Part, Result, errors
 
-AROUND = 5  # neighbours that a search usually trains with the whole budget
+AROUND = 5  # neighbours of a setting, about
 
 
 def start(results: Sequence[Result], cell: Cell, scope: Scope) -> list[Setting] | None:
     """The settings that a cell's search begins with; None if they are not known yet."""
     before = parent(cell, scope)
+    if has_grid(cell, scope):
+        return search.grid()
     if before is None:
-        return search.grid() if scope.start is None else [scope.start]
-    known = errors(results, before)
-    return [search.best(known)[0]] if search.whole(known) else None
+        good = scope.start
+    elif search.whole(known := errors(results, before)):
+        good = search.best(known)[0]
+    else:
+        return None
+    return [good, *search.neighbours(good)]
+
+
+def missing(results: Sequence[Result], cell: Cell, scope: Scope) -> list[tuple[Setting, float]] | None:
+    """What the search of a cell has to train next, see `search.missing`; None if that is not known yet."""
+    begin = start(results, cell, scope)
+    return None if begin is None else search.missing(errors(results, cell), begin, has_grid(cell, scope))
 
 
 def parts(cell: Cell, scope: Scope) -> list[Part]:
     """What is measured of a cell on the test prompts."""
-    as_published = (cell.nfe, cell.shift) == scope.published and not SHARE.items() <= METHODS[cell.method].items()
-    return ["best", "published"] if as_published else ["best"]
+    return ["best", "published"] if cell in scope.published else ["best"]
+
+
+def stops(part: Part, cell: Cell, scope: Scope, until: float) -> list[float]:
+    """After which parts of the budget a run that ends at `until` is measured.
+
+    The test prompts are evaluated at all stops only where the work begins: it takes as long as a part of the training.
+    """
+    every = part in ("search", "schedules") or (part == "best" and (cell.nfe, cell.shift) == scope.first)
+    return [stop for stop in STOPS if stop <= until] if every else [until]
+
+
+def end(results: Sequence[Result], part: Part, cell: Cell, scope: Scope) -> float:
+    """The part of the budget that a run on the test prompts gets: all, or up to the stop that the search chose."""
+    if part == "best" and (cell.nfe, cell.shift) != scope.first and search.whole(known := errors(results, cell)):
+        return search.best(known)[1]
+    return 1.0
 
 
 def used(results: Sequence[Result], cell: Cell, part: Part) -> float:
@@ -38,18 +75,19 @@ def used(results: Sequence[Result], cell: Cell, part: Part) -> float:
 
 def search_left(results: Sequence[Result], cell: Cell, scope: Scope) -> float:
     """About how many whole budgets the search of a cell will use yet."""
-    begin, known = start(results, cell, scope), errors(results, cell)
-    if begin is not None and not search.missing(known, begin):
+    if missing(results, cell, scope) == []:
         return 0.0
-    count = len(search.grid()) if has_grid(cell, scope) else 1
+    count, further = (len(search.grid()), AROUND) if has_grid(cell, scope) else (AROUND + 1, 0)
     third = -(-count // 3)
-    expected = third + (count - third) * FIRST + AROUND if count > 1 else 1 + AROUND
-    return max(1.0, expected - used(results, cell, "search"))
+    return max(1.0, third + (count - third) * FIRST + further - used(results, cell, "search"))
 
 
 def runs_left(results: Sequence[Result], cells: Sequence[Cell], scope: Scope) -> float:
     """About how many whole budgets these cells will use yet."""
-    tests = sum(len(SEEDS) - used(results, cell, part) for cell in cells for part in parts(cell, scope))
-    first = [cell for cell in cells if has_grid(cell, scope)]
-    tests += sum(len(SCHEDULES) - used(results, cell, "schedules") for cell in first)
+    tests = sum(
+        len(SEEDS) * end(results, part, cell, scope) - used(results, cell, part)
+        for cell in cells
+        for part in parts(cell, scope)
+    )
+    tests += sum(len(SCHEDULES) - used(results, cell, "schedules") for cell in cells if has_schedules(cell, scope))
     return tests + sum(search_left(results, cell, scope) for cell in cells)

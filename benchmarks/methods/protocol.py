@@ -28,6 +28,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "legendre-4": {"adapter.modes": 4} | LEGENDRE,
     "legendre-4-share-0.4": {"adapter.modes": 4} | LEGENDRE | SHARE,
 }
+MAIN = ("linear", "momentum-16", "momentum-16-share-0.4", "legendre-4")
+# In the first cell of a teacher, the search of these begins with the best setting of another method
+BEGIN = {"momentum-4": "momentum-16", "legendre-3": "legendre-4"}
 EULER = (2, 4, 8, 50)  # the teacher's steps; students are compared with the last
 
 # What a method may choose from: each axis in order. The search begins with `GRID`, and may go on to its neighbours.
@@ -38,9 +41,8 @@ SCHEDULES = {"0": 0.0, "1/5": 0.2, "1": 1.0, "never": math.inf}
 GRID = {"rate": (1e-4, 3e-4, 1e-3, 3e-3), "batch": (32,), "schedule": ("1/5", "never")}
 
 STOPS = (1 / 8, 1 / 4, 1 / 2, 1.0)  # parts of the budget after which a run is evaluated
-FIRST = 1 / 4  # of the budget, which all settings of the grid get
-MOST = 12  # settings of a search that get the whole budget
-FEWER = 7  # the same, in a search that begins with one setting
+FIRST = 1 / 4  # of the budget, which all settings that a search begins with get
+MOST = 12  # settings that get the whole budget, in a search that begins with the grid
 SEARCH_SEED, SEEDS = 0, (1, 2, 3)
 HELD_OUT = 0.2  # of the different training prompts: no student is trained on them, and the search validates on them
 VALIDATION = 256  # of those, the prompts of the search
@@ -69,32 +71,6 @@ class Setting:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scope:
-    """What a bundled teacher's students are compared at.
-
-    Attributes:
-      calls: the budget of a run: how often the teacher is evaluated on one example.
-      cells: the NFE and the timestep shift of each cell, in the order of the work.
-      published: of these, the one where the published recipe is run too, with each method that has no `SHARE`.
-      start: the setting that the search of the first cell begins with; None for `GRID`. The other searches begin with
-        what was found there.
-    """
-
-    calls: int
-    cells: tuple[tuple[int, float], ...]
-    published: tuple[int, float]
-    start: Setting | None = None
-
-
-PUBLISHED = Setting(rate=1e-4, batch=16, schedule="1/5")
-SCOPES = {
-    "tiny-flux": Scope(51_200, ((2, 0.6), (2, 3.2), (1, 0.6), (4, 0.6), (2, 1.0)), published=(2, 3.2)),
-    # The whole budget of its recipe, which is short, and the neighbourhood of its setting
-    "tiny-emoji": Scope(76_800, ((2, 2.0), (1, 2.0)), published=(2, 2.0), start=Setting(3e-3, 32, "1/5")),
-}
-
-
-@dataclasses.dataclass(frozen=True)
 class Cell:
     """A method, the student's NFE and the timestep shift. Each cell has a search, and results of its own."""
 
@@ -106,15 +82,61 @@ class Cell:
         return f"{self.method}, NFE {self.nfe}, shift {self.shift:g}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """What a bundled teacher's students are compared at.
+
+    Attributes:
+      calls: the budget of a run: how often the teacher is evaluated on one example.
+      methods: by the NFE and the timestep shift, in the order of the work, the methods that are compared there.
+      published: the cells where the published recipe is run too.
+      start: the setting that the searches at the first NFE and shift begin with; None for `GRID`. The other searches
+        begin with what was found there.
+    """
+
+    calls: int
+    methods: dict[tuple[int, float], tuple[str, ...]]
+    published: tuple[Cell, ...]
+    start: Setting | None = None
+
+    @property
+    def first(self) -> tuple[int, float]:
+        """The NFE and the timestep shift that the work begins with."""
+        return next(iter(self.methods))
+
+
+PUBLISHED = Setting(rate=1e-4, batch=16, schedule="1/5")
+SCOPES = {
+    "tiny-flux": Scope(
+        51_200,
+        {(2, 0.6): tuple(METHODS), (1, 0.6): MAIN, (2, 3.2): MAIN, (4, 0.6): MAIN, (2, 1.0): MAIN},
+        published=tuple(Cell(method, 2, 3.2) for method in ("linear", "momentum-16", "legendre-4")),
+    ),
+    # The whole budget of its recipe, which is short, and the neighbourhood of its setting
+    "tiny-emoji": Scope(
+        76_800,
+        {(2, 2.0): MAIN, (1, 2.0): MAIN},
+        published=(Cell("momentum-16", 2, 2.0),),
+        start=Setting(3e-3, 32, "1/5"),
+    ),
+}
+
+
 def parent(cell: Cell, scope: Scope) -> Cell | None:
-    """The cell whose setting the search of this one begins with; None for the first one."""
-    first = Cell(cell.method, *scope.cells[0])
-    return first if cell != first else None
+    """The cell whose best setting the search of this one begins with; None if it begins with the scope's."""
+    if (cell.nfe, cell.shift) != scope.first:
+        return Cell(cell.method, *scope.first)
+    return Cell(BEGIN[cell.method], *scope.first) if cell.method in BEGIN else None
 
 
 def has_grid(cell: Cell, scope: Scope) -> bool:
     """Whether the search of a cell begins with `GRID`."""
     return parent(cell, scope) is None and scope.start is None
+
+
+def has_schedules(cell: Cell, scope: Scope) -> bool:
+    """Whether the best setting of a cell is also trained with every schedule, to see what the teacher's share does."""
+    return has_grid(cell, scope) and not SHARE.items() <= METHODS[cell.method].items()
 
 
 def training_steps(calls: int, recipe: Recipe) -> int:

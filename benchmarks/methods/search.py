@@ -1,9 +1,11 @@
 """The search for a method's best setting, as pure functions of what was measured so far.
 
-1. All settings of the grid get the first quarter of the budget. The best third of them get the rest of it.
-2. Of the best one, all neighbours get the whole budget: one step up or down on one axis, also beyond the grid. If one
-   of them is better, its neighbours follow, until none is, or `MOST` settings have had the whole budget. A search that
-   begins with a single setting ends after `FEWER`.
+It begins with some settings: with a grid, or with a setting that is known to be good and its neighbours, which differ
+by one step on one axis.
+
+1. All of them get the first quarter of the budget. The best third of them get the rest of it.
+2. If they were the grid, all neighbours of the best one get the whole budget, also beyond the grid. If one of them is
+   better, its neighbours follow, until none is, or `MOST` settings have had the whole budget.
 
 A run with a part of the budget is the beginning of the run with all of it, so no training is for nothing. A setting may
 also stop early: its error is the least one at any of its stops.
@@ -15,7 +17,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from benchmarks.methods.protocol import BATCHES, FEWER, FIRST, GRID, MOST, RATES, SCHEDULES, Setting
+from benchmarks.methods.protocol import BATCHES, FIRST, GRID, MOST, RATES, SCHEDULES, Setting
 
 # Endpoint error on the validation prompts, by setting and part of the budget
 Errors = Mapping[tuple[Setting, float], float]
@@ -23,7 +25,7 @@ AXES = {"rate": RATES, "batch": BATCHES, "schedule": tuple(SCHEDULES)}
 
 
 def grid() -> list[Setting]:
-    """The settings that a search begins with."""
+    """The settings that a search begins with where nothing is known."""
     return [Setting(**dict(zip(GRID, values, strict=True))) for values in itertools.product(*GRID.values())]
 
 
@@ -54,23 +56,23 @@ def best(errors: Errors) -> tuple[Setting, float]:
     return min((key for key in errors if key[0] in complete), key=lambda key: finite(errors[key]))
 
 
-def missing(errors: Errors, start: Sequence[Setting]) -> list[tuple[Setting, float]]:
+def missing(errors: Errors, start: Sequence[Setting], further: bool) -> list[tuple[Setting, float]]:
     """What has to be trained next, each up to which part of the budget; nothing if the search is finished.
 
     Args:
       errors: all that was measured so far.
-      start: the settings to begin with. A single one gets the whole budget.
+      start: the settings to begin with.
+      further: whether the neighbours of the best one follow.
     """
-    most = MOST if len(start) > 1 else FEWER
-    if len(start) > 1:
-        if first := [setting for setting in start if (setting, FIRST) not in errors]:
-            return [(setting, FIRST) for setting in first]
-        start = best_third(errors, start)
+    if first := [setting for setting in start if (setting, FIRST) not in errors]:
+        return [(setting, FIRST) for setting in first]
     complete = set(whole(errors))
-    if rest := [setting for setting in start if setting not in complete]:
+    if rest := [setting for setting in best_third(errors, start) if setting not in complete]:
         return [(setting, 1.0) for setting in rest]
+    if not further:
+        return []
     near = [setting for setting in neighbours(best(errors)[0]) if setting not in complete]
-    return [(setting, 1.0) for setting in near[: max(0, most - len(complete))]]
+    return [(setting, 1.0) for setting in near[: max(0, MOST - len(complete))]]
 
 
 def finite(error: float) -> float:

@@ -28,13 +28,12 @@ from benchmarks.methods.protocol import (
     SCOPES,
     SEARCH_SEED,
     SEEDS,
-    STOPS,
     TEACHER,
     Cell,
     Setting,
     calls_of_step,
     first_stop,
-    has_grid,
+    has_schedules,
     parent,
     recipe,
     stop_after,
@@ -70,7 +69,8 @@ class Study:
 
     def run(self, cells: Sequence[tuple[int, float]], methods: Sequence[str]) -> None:
         """Searches and measures what is not finished of these cells. Raises UserError and Preempted as `train`."""
-        self.planned = [Cell(method, *cell) for cell in cells for method in methods]
+        known = self.scope.methods
+        self.planned = [Cell(method, *cell) for cell in cells for method in known[cell] if method in methods]
         with one_writer(self.out):
             make_directory(self.out)
             if jax.config.jax_compilation_cache_dir is None:  # the seeds of a cell run the same program
@@ -84,14 +84,15 @@ class Study:
                 for steps, figures in self.bench.teachers().items():
                     self.keep(Result("teacher", "teacher", steps, 0.0, figures=figures))
             for nfe, shift in cells:
-                here = [Cell(method, nfe, shift) for method in methods]
+                here = [cell for cell in self.planned if (cell.nfe, cell.shift) == (nfe, shift)]
                 for cell in here:
                     self.search(cell)
                 for seed in SEEDS:
                     for cell in here:
                         for part in plan.parts(cell, self.scope):
                             best, _ = search.best(errors(self.results, cell))
-                            self.measure(part, cell, best if part == "best" else PUBLISHED, seed, 1.0)
+                            until = plan.end(self.results, part, cell, self.scope)
+                            self.measure(part, cell, best if part == "best" else PUBLISHED, seed, until)
                 for cell in here:
                     self.schedules(cell)
 
@@ -104,16 +105,15 @@ class Study:
         """Searches a cell's best setting, and, before it, that of the cell whose setting it begins with."""
         if (before := parent(cell, self.scope)) is not None:
             self.search(before)
-        start = plan.start(self.results, cell, self.scope)
-        while found := search.missing(errors(self.results, cell), start):
+        while found := plan.missing(self.results, cell, self.scope):
             self.measure("search", cell, found[0][0], SEARCH_SEED, found[0][1])
         if self.folder("search", cell).exists():
             shutil.rmtree(self.folder("search", cell))
             jax.clear_caches()  # no other cell runs these programs
 
     def schedules(self, cell: Cell) -> None:
-        """Trains the best setting with every schedule of the teacher's share, for a cell that began with the grid."""
-        if has_grid(cell, self.scope):
+        """Trains the best setting with every schedule of the teacher's share, where the protocol has that."""
+        if has_schedules(cell, self.scope):
             best, _ = search.best(errors(self.results, cell))
             for schedule in SCHEDULES:
                 self.measure("schedules", cell, dataclasses.replace(best, schedule=schedule), SEEDS[0], 1.0)
@@ -123,7 +123,7 @@ class Study:
         run = self.folder(part, cell) / f"{setting.rate:g}-{setting.batch}-{setting.schedule.replace('/', '-')}-{seed}"
         known = (cell, part, setting, seed)
         done = [r.share for r in self.results if (r.cell, r.part, r.setting, r.seed) == known]
-        stops = [stop for stop in STOPS if stop <= until and stop not in done]
+        stops = [stop for stop in plan.stops(part, cell, self.scope, until) if stop not in done]
         if not stops:
             return
         print(f"{cell}, {part}, {setting}, seed {seed}, up to {until:g} of the budget", flush=True)

@@ -36,7 +36,7 @@ from benchmarks.methods.results import Files, Result, errors
 from benchmarks.methods.trial import split_prompts
 
 SCOPE = SCOPES["tiny-flux"]
-CELL = Cell("momentum-16", *SCOPE.cells[0])
+CELL = Cell("momentum-16", *SCOPE.first)
 
 
 def recipe(cell: Cell = CELL, setting: Setting = PUBLISHED, seed: int = 0, **options: bool) -> Recipe:
@@ -128,7 +128,7 @@ def test_calls_are_those_that_distillation_makes(share):
 
 
 def test_budgets_are_equal_and_end_at_whole_training_steps():
-    for nfe in sorted({nfe for nfe, _ in SCOPE.cells}):
+    for nfe in sorted({nfe for nfe, _ in SCOPE.methods}):
         for batch in BATCHES:
             settings = recipe(Cell("linear", nfe, 1.0), Setting(1e-3, batch, "0"))
             assert settings.steps * calls_of_step(settings) == SCOPE.calls
@@ -158,32 +158,65 @@ def test_validation_prompts_are_of_their_own():
 def test_a_method_has_the_published_trajectory_unless_its_name_says_otherwise(teacher):
     """Whatever the teacher's own recipe has."""
     for method in METHODS:
-        cell, scope = Cell(method, *SCOPES[teacher].cells[0]), SCOPES[teacher]
+        cell, scope = Cell(method, *SCOPES[teacher].first), SCOPES[teacher]
         found = protocol.recipe(teacher, Path("home"), Path("out"), cell, PUBLISHED, 0, scope.calls).distillation
         assert (found.least_share, found.cuts) == ((0.4, "stratified") if "share" in method else (0.0, "sorted"))
-        other = dataclasses.replace(cell, shift=scope.published[1], nfe=scope.published[0])
-        assert ("published" in plan.parts(other, scope)) == ("share" not in method)
+
+
+@pytest.mark.parametrize("teacher", SCOPES)
+def test_the_published_recipe_is_run_where_its_method_is(teacher):
+    scope = SCOPES[teacher]
+    assert all(cell.method in scope.methods[cell.nfe, cell.shift] for cell in scope.published)
+    assert not any("share" in cell.method for cell in scope.published)
+    assert plan.parts(scope.published[0], scope) == ["best", "published"]
+    assert plan.parts(dataclasses.replace(scope.published[0], nfe=1), scope) == ["best"]
 
 
 def test_a_scope_may_begin_with_a_setting():
     scope = SCOPES["tiny-emoji"]
-    cell = Cell("linear", *scope.cells[0])
-    assert plan.start([], cell, scope) == [scope.start]
+    cell = Cell("linear", *scope.first)
+    assert plan.start([], cell, scope) == [scope.start, *search.neighbours(scope.start)]
     assert not protocol.has_grid(cell, scope)
     assert plan.start([], dataclasses.replace(cell, nfe=1), scope) is None
 
 
-def test_every_cell_begins_with_a_cell_that_comes_before():
-    order = [Cell("linear", *place) for place in SCOPE.cells]
-    before = [protocol.parent(cell, SCOPE) for cell in order]
-    assert before[0] is None
-    assert all(each in order[:i] for i, each in enumerate(before[1:], 1))
+@pytest.mark.parametrize("teacher", SCOPES)
+def test_every_search_goes_back_to_one_that_begins_by_itself(teacher):
+    scope = SCOPES[teacher]
+    cells = {Cell(method, *place) for place, methods in scope.methods.items() for method in methods}
+    for cell in cells:
+        ways = [cell]
+        while (before := protocol.parent(ways[-1], scope)) is not None:
+            assert before in cells - set(ways)
+            ways.append(before)
+
+
+def test_a_method_may_begin_with_the_best_setting_of_another():
+    cell = Cell("momentum-4", *SCOPE.first)
+    assert plan.start([], cell, SCOPE) is None
+    known = [result("search", 0.1, 0, setting=Setting(1e-3, 32, "1/5"))]  # of momentum-16
+    assert plan.start(known, cell, SCOPE)[0] == Setting(1e-3, 32, "1/5")
+
+
+def test_only_where_the_work_begins_a_student_is_tested_at_every_stop():
+    other = dataclasses.replace(CELL, nfe=1)
+    assert plan.stops("best", CELL, SCOPE, 1.0) == list(STOPS)
+    assert plan.stops("search", other, SCOPE, 1 / 4) == [1 / 8, 1 / 4]
+    known = [result("search", 0.1, 0, 0.5, nfe=1), result("search", 0.2, 0, 1.0, nfe=1)]
+    until = plan.end(known, "best", other, SCOPE)
+    assert (until, plan.stops("best", other, SCOPE, until)) == (0.5, [0.5])
+    assert plan.end(known, "published", other, SCOPE) == 1
+    assert plan.end([dataclasses.replace(each, nfe=2) for each in known], "best", CELL, SCOPE) == 1
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--nfe", "3"], "the protocol has no such NFE and shift: it has NFE 2 with shift 0.6, NFE 2 with shift 3.2,"),
+        (["--nfe", "3"], "the protocol has no such NFE and shift: it has NFE 2 with shift 0.6, NFE 1 with shift 0.6,"),
+        (
+            ["--nfe", "1", "--methods", "momentum-4"],
+            "no method given is compared there; these are: linear, momentum-16,",
+        ),
         (["--prompts", "1"], "prompts is 1, but must be from 2 to 512"),
     ],
 )
@@ -207,11 +240,13 @@ def distance(setting: Setting, rate: float, batch: int, schedule: str) -> int:
     return sum(abs(values.index(a) - values.index(b)) for values, a, b in pairs)
 
 
-def searched(least: tuple[float, int, str], stop: float = 1.0, start: list[Setting] | None = None):
+def searched(
+    least: tuple[float, int, str], stop: float = 1.0, start: list[Setting] | None = None, further: bool = True
+):
     """What a search finds, and all that it measured, if errors grow with the distance to `least` and to `stop`."""
     found = {}
     start = search.grid() if start is None else start
-    while wanted := search.missing(found, start):
+    while wanted := search.missing(found, start, further):
         assert all(part not in [p for s, p in found if s == setting] for setting, part in wanted)
         setting, until = wanted[0]
         for part in (part for part in STOPS if part <= until):
@@ -231,18 +266,17 @@ def test_the_search_finds_the_least_error_also_beyond_the_grid(least, stop):
         assert set(search.neighbours(setting)) <= set(search.whole(found))
 
 
-def test_a_search_may_begin_with_one_setting():
-    (setting, _), found = searched((1e-3, 16, "1/5"), start=[Setting(1e-3, 32, "1/5")])
+def test_a_search_may_end_with_the_best_third():
+    good = Setting(1e-3, 32, "1/5")
+    (setting, _), found = searched((1e-3, 16, "1/5"), start=[good, *search.neighbours(good)], further=False)
     assert setting == Setting(1e-3, 16, "1/5")
-    assert {part for each, part in found if each == Setting(1e-3, 32, "1/5")} == set(STOPS)
-    assert len(search.whole(found)) <= search.FEWER
+    assert {each for each, _ in found} == {good, *search.neighbours(good)}
+    assert len(search.whole(found)) == 3
 
 
 def test_a_search_ends_after_most_settings():
     _, found = searched((1e-5, 128, "0"))
     assert len(search.whole(found)) == search.MOST
-    _, found = searched((1e-5, 128, "0"), start=[Setting(1e-3, 32, "1/5")])
-    assert len(search.whole(found)) == search.FEWER
 
 
 def test_a_third_of_the_grid_gets_the_whole_budget():
@@ -250,7 +284,7 @@ def test_a_third_of_the_grid_gets_the_whole_budget():
     known = {(setting, search.FIRST): float(i) for i, setting in enumerate(settings)}
     known[settings[0], search.FIRST] = math.nan  # a run that failed is never the best
     third = math.ceil(len(settings) / 3)
-    assert search.missing(known, settings) == [(setting, 1.0) for setting in settings[1 : 1 + third]]
+    assert search.missing(known, settings, True) == [(setting, 1.0) for setting in settings[1 : 1 + third]]
 
 
 def test_neighbours_are_one_step_away():
@@ -299,15 +333,14 @@ def test_results_are_kept(tmp_path):
 
 
 def test_what_is_left():
-    cells = [CELL, Cell(CELL.method, *SCOPE.published)]
+    cells = [CELL, Cell(CELL.method, 2, 3.2)]
     everything = plan.runs_left([], cells, SCOPE)
     known = []
     for cell in cells:
         values = {"shift": cell.shift}
-        begin = plan.start(known, cell, SCOPE)
-        while wanted := search.missing(errors(known, cell), begin):
+        while wanted := plan.missing(known, cell, SCOPE):
             (setting, until), before = wanted[0], plan.runs_left(known, cells, SCOPE)
-            known.append(result("search", 1.0, 0, until, setting=setting, **values))
+            known.append(result("search", 2 - until, 0, until, setting=setting, **values))
             assert plan.runs_left(known, cells, SCOPE) <= before
         known += [result(part, seed=seed, **values) for part in plan.parts(cell, SCOPE) for seed in SEEDS[:-1]]
     schedules = [dataclasses.replace(PUBLISHED, schedule=schedule) for schedule in SCHEDULES]

@@ -9,7 +9,7 @@ import pytest
 
 from arcflow_jax.errors import Preempted
 from arcflow_jax.training.recipe import Recipe
-from benchmarks.methods import protocol, report, search, study
+from benchmarks.methods import plan, protocol, report, search, study
 from benchmarks.methods.protocol import Cell, Setting
 from benchmarks.methods.study import Study
 
@@ -34,11 +34,11 @@ def test_an_interrupted_study_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "SCHEDULES", ("never",))
     monkeypatch.setattr(search, "neighbours", lambda setting: [])
     monkeypatch.setattr(search, "grid", lambda: [SETTING])
-    monkeypatch.setattr(study, "parent", lambda cell, scope: None)
-    monkeypatch.setattr("benchmarks.methods.plan.parent", lambda cell, scope: None)
-    monkeypatch.setattr(study, "has_grid", lambda cell, scope: True)
-    monkeypatch.setattr("benchmarks.methods.plan.parts", lambda cell, scope: ["best"])
-    for module in (protocol, study):
+    monkeypatch.setattr(search, "FIRST", 1.0)
+    scope = protocol.Scope(1024, {(1, 3.2): ("legendre-3",)}, published=())
+    monkeypatch.setattr(study, "SCOPES", {"tiny-flux": scope})
+    monkeypatch.setattr(protocol, "BEGIN", {})
+    for module in (protocol, plan):
         monkeypatch.setattr(module, "STOPS", STOPS)
     for name, value in (("EULER", (2, 50)), ("DIVERSE", 1), ("TRACED", 2)):
         monkeypatch.setattr(f"benchmarks.methods.trial.{name}", value)
