@@ -112,9 +112,9 @@ SCOPES = {
         {(2, 0.6): tuple(METHODS), (1, 0.6): MAIN, (2, 3.2): MAIN, (4, 0.6): MAIN, (2, 1.0): MAIN},
         published=tuple(Cell(method, 2, 3.2) for method in ("linear", "momentum-16", "legendre-4")),
     ),
-    # The whole budget of its recipe, which is short, and the neighbourhood of its setting
+    # The search begins near the setting of its recipe
     "tiny-emoji": Scope(
-        76_800,
+        38_400,
         {(2, 2.0): MAIN, (1, 2.0): MAIN},
         published=(Cell("momentum-16", 2, 2.0),),
         start=Setting(3e-3, 32, "1/5"),
