@@ -24,22 +24,19 @@ AROUND = 5  # neighbours of a setting, about
 
 def start(results: Sequence[Result], cell: Cell, scope: Scope) -> list[Setting] | None:
     """The settings that a cell's search begins with; None if they are not known yet."""
-    before = parent(cell, scope)
     if has_grid(cell, scope):
         return search.grid()
-    if before is None:
-        good = scope.start
-    elif search.whole(known := errors(results, before)):
-        good = search.best(known)[0]
-    else:
-        return None
-    return [good, *search.neighbours(good)]
+    good = scope.start
+    if (before := parent(cell, scope)) is not None:
+        known = errors(results, before)
+        good = search.best(known)[0] if search.whole(known) else None
+    return None if good is None else [good, *search.neighbours(good)]
 
 
 def missing(results: Sequence[Result], cell: Cell, scope: Scope) -> list[tuple[Setting, float]] | None:
     """What the search of a cell has to train next, see `search.missing`; None if that is not known yet."""
     begin = start(results, cell, scope)
-    return None if begin is None else search.missing(errors(results, cell), begin, has_grid(cell, scope))
+    return None if begin is None else search.missing(errors(results, cell), begin, further=has_grid(cell, scope))
 
 
 def parts(cell: Cell, scope: Scope) -> list[Part]:
@@ -48,17 +45,17 @@ def parts(cell: Cell, scope: Scope) -> list[Part]:
 
 
 def stops(part: Part, cell: Cell, scope: Scope, until: float) -> list[float]:
-    """After which parts of the budget a run that ends at `until` is measured.
+    """The parts of the budget after which a run that ends at `until` is measured.
 
-    The test prompts are evaluated at all stops only where the work begins: it takes as long as a part of the training.
+    At all stops, a student is measured on the test prompts only at the first NFE and shift, because that takes long.
     """
-    every = part in ("search", "schedules") or (part == "best" and (cell.nfe, cell.shift) == scope.first)
+    every = part in ("search", "schedules") or (part == "best" and cell.place == scope.first)
     return [stop for stop in STOPS if stop <= until] if every else [until]
 
 
 def end(results: Sequence[Result], part: Part, cell: Cell, scope: Scope) -> float:
     """The part of the budget that a run on the test prompts gets: all, or up to the stop that the search chose."""
-    if part == "best" and (cell.nfe, cell.shift) != scope.first and search.whole(known := errors(results, cell)):
+    if part == "best" and cell.place != scope.first and search.whole(known := errors(results, cell)):
         return search.best(known)[1]
     return 1.0
 

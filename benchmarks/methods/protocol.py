@@ -28,8 +28,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "legendre-4": {"adapter.modes": 4} | LEGENDRE,
     "legendre-4-share-0.4": {"adapter.modes": 4} | LEGENDRE | SHARE,
 }
+# Those that are compared at every NFE and shift
 MAIN = ("linear", "momentum-16", "momentum-16-share-0.4", "legendre-4")
-# In the first cell of a teacher, the search of these begins with the best setting of another method
+# At the first NFE and shift, the search of these begins with the best setting of another method
 BEGIN = {"momentum-4": "momentum-16", "legendre-3": "legendre-4"}
 EULER = (2, 4, 8, 50)  # the teacher's steps; students are compared with the last
 
@@ -78,6 +79,11 @@ class Cell:
     nfe: int
     shift: float
 
+    @property
+    def place(self) -> tuple[int, float]:
+        """The NFE and the timestep shift."""
+        return self.nfe, self.shift
+
     def __str__(self) -> str:
         return f"{self.method}, NFE {self.nfe}, shift {self.shift:g}"
 
@@ -88,7 +94,7 @@ class Scope:
 
     Attributes:
       calls: the budget of a run: how often the teacher is evaluated on one example.
-      methods: by the NFE and the timestep shift, in the order of the work, the methods that are compared there.
+      methods: which methods are compared at each NFE and timestep shift. They are in the order of the work.
       published: the cells where the published recipe is run too.
       start: the setting that the searches at the first NFE and shift begin with; None for `GRID`. The other searches
         begin with what was found there.
@@ -124,7 +130,7 @@ SCOPES = {
 
 def parent(cell: Cell, scope: Scope) -> Cell | None:
     """The cell whose best setting the search of this one begins with; None if it begins with the scope's."""
-    if (cell.nfe, cell.shift) != scope.first:
+    if cell.place != scope.first:
         return Cell(cell.method, *scope.first)
     return Cell(BEGIN[cell.method], *scope.first) if cell.method in BEGIN else None
 
@@ -135,7 +141,7 @@ def has_grid(cell: Cell, scope: Scope) -> bool:
 
 
 def has_schedules(cell: Cell, scope: Scope) -> bool:
-    """Whether the best setting of a cell is also trained with every schedule, to see what the teacher's share does."""
+    """Whether a cell's best setting is also trained with every schedule of the teacher's share."""
     return has_grid(cell, scope) and not SHARE.items() <= METHODS[cell.method].items()
 
 

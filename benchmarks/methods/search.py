@@ -1,6 +1,6 @@
 """The search for a method's best setting, as pure functions of what was measured so far.
 
-It begins with some settings: with a grid, or with a setting that is known to be good and its neighbours, which differ
+It begins with several settings: a grid, or a setting that is known to be good and its neighbours, each of which differs
 by one step on one axis.
 
 1. All of them get the first quarter of the budget. The best third of them get the rest of it.
@@ -56,7 +56,7 @@ def best(errors: Errors) -> tuple[Setting, float]:
     return min((key for key in errors if key[0] in complete), key=lambda key: finite(errors[key]))
 
 
-def missing(errors: Errors, start: Sequence[Setting], further: bool) -> list[tuple[Setting, float]]:
+def missing(errors: Errors, start: Sequence[Setting], *, further: bool) -> list[tuple[Setting, float]]:
     """What has to be trained next, each up to which part of the budget; nothing if the search is finished.
 
     Args:

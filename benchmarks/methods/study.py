@@ -83,8 +83,8 @@ class Study:
             if not any(result.part == "teacher" for result in self.results):
                 for steps, figures in self.bench.teachers().items():
                     self.keep(Result("teacher", "teacher", steps, 0.0, figures=figures))
-            for nfe, shift in cells:
-                here = [cell for cell in self.planned if (cell.nfe, cell.shift) == (nfe, shift)]
+            for place in cells:
+                here = [cell for cell in self.planned if cell.place == place]
                 for cell in here:
                     self.search(cell)
                 for seed in SEEDS:

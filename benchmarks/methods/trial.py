@@ -56,10 +56,10 @@ class Bench:
 
     def teachers(self) -> dict[int, dict[str, Any]]:
         """The figures of the teacher's Euler steps on the test prompts, by their number."""
-        found = measure(self.world, self._teachers, self.test, DENSE)
+        found = measure(self.world, self._run(self._samplers, self.test, SEED), self.test, DENSE)
+        diversities = self._diversity(self._samplers)
         return {
-            n: found[f"teacher_{n}"] | {"diversity": self._diversities[f"teacher_{n}"] / self._diversities[DENSE]}
-            for n in EULER
+            n: found[f"teacher_{n}"] | {"diversity": diversities[f"teacher_{n}"] / diversities[DENSE]} for n in EULER
         }
 
     def validate(self, student: Path, nfe: int) -> dict[str, Any]:
@@ -71,10 +71,9 @@ class Bench:
     def test_figures(self, student: Path, nfe: int) -> dict[str, Any]:
         """The figures of a student on the test prompts."""
         sampler = {"student": self._student(student, nfe)}
-        results = {DENSE: self._teachers[DENSE]} | self._run(sampler, self.test, SEED)
+        results = self._dense | self._run(sampler, self.test, SEED)
         found = measure(self.world, results, self.test, DENSE)["student"]
-        own = diversity(self.world, sampler, self.test[:DIVERSE], self.guidance, self.negative_prompt)["student"]
-        return found | {"diversity": own / self._diversities[DENSE]}
+        return found | {"diversity": self._diversity(sampler)["student"] / self._dense_diversity}
 
     def segments(self, student: Path, nfe: int) -> list[dict[str, Any]]:
         """The trajectory report of a student: the parts of its error in each segment (see `evaluate.trajectory`)."""
@@ -95,22 +94,29 @@ class Bench:
     def _run(self, samplers: dict[str, Sampler], captions: Sequence[Any], seed: int) -> dict[str, Results]:
         return run_samplers(samplers, captions, self.guidance, self.negative_prompt, seed=seed)
 
+    def _diversity(self, samplers: dict[str, Sampler]) -> dict[str, float]:
+        return diversity(self.world, samplers, self.test[:DIVERSE], self.guidance, self.negative_prompt)
+
     @functools.cached_property
     def _samplers(self) -> dict[str, Sampler]:
         pipeline = ArcFlowPipeline.from_pretrained(self.model)
         return {f"teacher_{n}": Sampler(pipeline, n) for n in EULER}
 
+    @property
+    def _dense_sampler(self) -> dict[str, Sampler]:
+        return {DENSE: self._samplers[DENSE]}
+
     @functools.cached_property
-    def _teachers(self) -> dict[str, Results]:
-        return self._run(self._samplers, self.test, SEED)
+    def _dense(self) -> dict[str, Results]:
+        return self._run(self._dense_sampler, self.test, SEED)
+
+    @functools.cached_property
+    def _dense_diversity(self) -> float:
+        return self._diversity(self._dense_sampler)[DENSE]
 
     @functools.cached_property
     def _validation_truth(self) -> Results:
-        return self._run({DENSE: self._samplers[DENSE]}, self.validation, VALIDATION_SEED)[DENSE]
-
-    @functools.cached_property
-    def _diversities(self) -> dict[str, float]:
-        return diversity(self.world, self._samplers, self.test[:DIVERSE], self.guidance, self.negative_prompt)
+        return self._run(self._dense_sampler, self.validation, VALIDATION_SEED)[DENSE]
 
 
 def split_prompts(texts: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -198,7 +198,7 @@ def test_a_method_may_begin_with_the_best_setting_of_another():
     assert plan.start(known, cell, SCOPE)[0] == Setting(1e-3, 32, "1/5")
 
 
-def test_only_where_the_work_begins_a_student_is_tested_at_every_stop():
+def test_only_at_the_first_nfe_and_shift_a_student_is_tested_at_every_stop():
     other = dataclasses.replace(CELL, nfe=1)
     assert plan.stops("best", CELL, SCOPE, 1.0) == list(STOPS)
     assert plan.stops("search", other, SCOPE, 1 / 4) == [1 / 8, 1 / 4]
@@ -246,7 +246,7 @@ def searched(
     """What a search finds, and all that it measured, if errors grow with the distance to `least` and to `stop`."""
     found = {}
     start = search.grid() if start is None else start
-    while wanted := search.missing(found, start, further):
+    while wanted := search.missing(found, start, further=further):
         assert all(part not in [p for s, p in found if s == setting] for setting, part in wanted)
         setting, until = wanted[0]
         for part in (part for part in STOPS if part <= until):
@@ -284,7 +284,7 @@ def test_a_third_of_the_grid_gets_the_whole_budget():
     known = {(setting, search.FIRST): float(i) for i, setting in enumerate(settings)}
     known[settings[0], search.FIRST] = math.nan  # a run that failed is never the best
     third = math.ceil(len(settings) / 3)
-    assert search.missing(known, settings, True) == [(setting, 1.0) for setting in settings[1 : 1 + third]]
+    assert search.missing(known, settings, further=True) == [(setting, 1.0) for setting in settings[1 : 1 + third]]
 
 
 def test_neighbours_are_one_step_away():

@@ -13,7 +13,7 @@ from benchmarks.methods import plan, protocol, report, search, study
 from benchmarks.methods.protocol import Cell, Setting
 from benchmarks.methods.study import Study
 
-CELL = Cell("legendre-3", 1, 3.2)
+CELL = Cell("legendre-4", 1, 3.2)
 SETTING = Setting(1e-3, 32, "never")
 STOPS = (1 / 2, 1.0)
 
@@ -35,9 +35,8 @@ def test_an_interrupted_study_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(search, "neighbours", lambda setting: [])
     monkeypatch.setattr(search, "grid", lambda: [SETTING])
     monkeypatch.setattr(search, "FIRST", 1.0)
-    scope = protocol.Scope(1024, {(1, 3.2): ("legendre-3",)}, published=())
+    scope = protocol.Scope(1024, {(1, 3.2): ("legendre-4",)}, published=())
     monkeypatch.setattr(study, "SCOPES", {"tiny-flux": scope})
-    monkeypatch.setattr(protocol, "BEGIN", {})
     for module in (protocol, plan):
         monkeypatch.setattr(module, "STOPS", STOPS)
     for name, value in (("EULER", (2, 50)), ("DIVERSE", 1), ("TRACED", 2)):
@@ -58,10 +57,10 @@ def test_an_interrupted_study_resumes(tmp_path, monkeypatch, capsys):
     trained = study.train_to
     monkeypatch.setattr(study, "train_to", train_some)
     with pytest.raises(Preempted):
-        begun().run([(1, 3.2)], ["legendre-3"])
-    assert not (tmp_path / "out" / "tiny-flux" / "runs" / "legendre-3-nfe-1-shift-3.2" / "search").exists()
+        begun().run([(1, 3.2)], ["legendre-4"])
+    assert not (tmp_path / "out" / "tiny-flux" / "runs" / "legendre-4-nfe-1-shift-3.2" / "search").exists()
 
-    begun().run([(1, 3.2)], ["legendre-3"])
+    begun().run([(1, 3.2)], ["legendre-4"])
     assert done == [(0, 8), (1, 8), (1, 8), (1, 8)]
     assert "resumes after training step 4" in (tmp_path / "out" / "tiny-flux" / "train.log").read_text()
     assert "search, rate 0.001, batch 32, schedule never, seed 0, up to 1 of the budget" in capsys.readouterr().out
@@ -83,6 +82,6 @@ def test_an_interrupted_study_resumes(tmp_path, monkeypatch, capsys):
 
     # Nothing is left to do
     again = begun()
-    again.run([(1, 3.2)], ["legendre-3"])
+    again.run([(1, 3.2)], ["legendre-4"])
     assert len(done) == 4
     report.write(again.files.folder, again.results)
